@@ -1,0 +1,47 @@
+"""Mixture-of-Experts checkpoints: how the experts were trained, and what an overlay would save.
+
+>>> from chuk_lazarus.introspection.moe import MoETypeService
+>>> MoETypeService.analyze("demo:native").type
+'NATIVE'
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
+    from .moe_type import MoETypeService
+    from .reports import MoETypeAnalysis, MoETypeComparison
+    from .weights.experts import ExpertLayer, Experts
+
+__all__ = [
+    "ExpertLayer",
+    "Experts",
+    "InvalidRequest",
+    "MoEError",
+    "MoETypeAnalysis",
+    "MoETypeComparison",
+    "MoETypeService",
+    "ModelUnreadable",
+    "NotMoE",
+    "UnknownFormat",
+]
+
+_HOMES = {
+    "errors": ("InvalidRequest", "ModelUnreadable", "MoEError", "NotMoE", "UnknownFormat"),
+    "moe_type": ("MoETypeService",),
+    "reports": ("MoETypeAnalysis", "MoETypeComparison"),
+    "weights.experts": ("ExpertLayer", "Experts"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `lazarus --help` must not wait for numpy and pydantic."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

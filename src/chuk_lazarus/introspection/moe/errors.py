@@ -1,0 +1,41 @@
+"""What can go wrong, one class per exit code."""
+
+
+def printable(text: str) -> str:
+    """`text` with every control character escaped: names come from files and must not reach a terminal raw."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+class MoEError(Exception):
+    """Something the user can act on: `message` says what is wrong, `hint` what to do."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.message = printable(message)
+        self.hint = printable(hint)
+        super().__init__(f"{self.message} ({self.hint})" if hint else self.message)
+
+
+class InvalidRequest(MoEError):
+    """What was asked for does not fit the model: a layer it has not got, an option out of range."""
+
+    exit_code = 2
+
+
+class ModelUnreadable(MoEError):
+    """The model can't be found or read: missing, gated, corrupt, truncated, or the network failed."""
+
+    exit_code = 3
+
+
+class NotMoE(MoEError):
+    """The checkpoint was read, and it has no routed experts."""
+
+    exit_code = 4
+
+
+class UnknownFormat(MoEError):
+    """The checkpoint has experts in a layout or a storage format that is not in our tables."""
+
+    exit_code = 4

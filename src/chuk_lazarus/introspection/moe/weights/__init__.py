@@ -1,0 +1,1 @@
+"""From the bytes of a checkpoint to expert matrices in canonical form."""

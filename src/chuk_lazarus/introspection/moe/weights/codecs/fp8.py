@@ -1,0 +1,43 @@
+"""FP8 with one scale per block, as DeepSeek-V3 publishes it.
+
+`weight` [M, N] in E4M3 or E5M2, `weight_scale_inv` [ceil(M / b0), ceil(N / b1)]; despite its name the scale is
+*multiplied* (README_WEIGHTS.md of deepseek-ai/DeepSeek-V3). Blocks at the right and lower edge may be ragged. The
+block's size comes from the config: it can't be told from the shapes.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ModelUnreadable, UnknownFormat
+from . import Part, Stored
+
+
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
+    """`weight` in FP8 beside `weight_scale_inv` (`scale_inv` beside a stacked tensor)."""
+    scale = next((part for part in ("weight_scale_inv", "scale_inv") if part in parts), None)
+    if scale is None or parts.keys() != {"weight", scale} or parts["weight"].dtype not in ("F8_E4M3", "F8_E5M2"):
+        return None
+    weight = parts["weight"]
+    block = quantization.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise UnknownFormat(
+            "FP8 with block scales, and config.json has no quantization_config.weight_block_size",
+            "put the config.json that belongs to the model beside its weights",
+        )
+    *leading, rows, columns = weight.shape
+    expected = (*leading, -(-rows // block[0]), -(-columns // block[1]))
+    if parts[scale].shape != expected:
+        raise ModelUnreadable(f"its {scale} is {list(parts[scale].shape)}, expected {list(expected)}")
+    return Stored("fp8", weight.shape, {"weight": 1, scale: block[0]}, partial(decode, scale=scale, block=tuple(block)))
+
+
+def decode(parts: Mapping[str, NDArray[Any]], scale: str, block: tuple[int, int]) -> NDArray[np.float32]:
+    """FP8 [rows, columns] times the scales of its blocks, the first row being the first of a block."""
+    weight = parts["weight"].astype(np.float32)
+    per_column = np.repeat(parts[scale].astype(np.float32), block[1], axis=1)[:, : weight.shape[1]]
+    weight *= np.repeat(per_column, block[0], axis=0)[: len(weight)]
+    return weight

@@ -1,0 +1,23 @@
+"""Floating point numbers as they are: bfloat16, float16, float32, float64."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import Part, Stored
+
+NAMES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f64"}
+
+
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
+    """One part, `weight`, of a floating point dtype."""
+    if parts.keys() != {"weight"} or (weight := parts["weight"]).dtype not in NAMES:
+        return None
+    return Stored(NAMES[weight.dtype], weight.shape, {"weight": 1}, decode)
+
+
+def decode(parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """[rows, columns] of any floating point dtype -> float32."""
+    return parts["weight"].astype(np.float32)

@@ -1,0 +1,401 @@
+"""The routed experts of a checkpoint as matrices in canonical form, read only when asked for.
+
+Canonical form: `y = W x`, float32; gate and up are [intermediate, hidden], down is [hidden, intermediate]. Biases are
+never part of a matrix.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm, prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
+from .checkpoint import Checkpoint, TensorInfo
+from .codecs import Part, Stored, recognise
+from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, match_names
+from .source import Progress, Range, find_repository
+
+BIAS = "bias"
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The same cut-out of one role's matrix in several experts.
+
+    `values` is float32 [experts, rows, columns]; `index` says where in the canonical matrix it belongs.
+    """
+
+    role: str
+    index: tuple[slice, slice]
+    values: NDArray[np.float32]
+
+
+class Experts:
+    """The routed experts of a model.
+
+    `layers` are the numbers of its MoE layers, `mtp_layers` those of multi-token prediction, `family` the layout's
+    name, `model_type` what the config says, `notes` what the user should know about how the layout was found.
+    Raises NotMoE, UnknownFormat or ModelUnreadable.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = _text_config(checkpoint.config)
+        model_type = self.config.get("model_type", checkpoint.config.get("model_type"))
+        self.model_type = model_type if isinstance(model_type, str) else None
+        self.notes: list[str] = []
+        matches, unmatched = match_names(checkpoint.names)
+        if unmatched:
+            listing = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
+            raise UnknownFormat(
+                f"no layout in our table holds these tensors, which look like routed experts: {listing}",
+                f"model_type is {self.model_type or 'not given'}; please report it",
+            )
+        if not matches:
+            raise NotMoE("the model has no routed experts: it is not a Mixture of Experts", "give an MoE checkpoint")
+        roots = sorted({match.root for match in matches if not _is_mtp_root(match.root)})
+        if len(roots) != 1:
+            raise UnknownFormat(f"the model has {len(roots)} stacks of MoE layers ({', '.join(roots)}); we read one")
+        self._match = self._choose([match for match in matches if match.root == roots[0]])
+        depth = self.config.get("num_hidden_layers")
+        last = depth if type(depth) is int else max(self._match.layers) + 1
+        self.layers = tuple(sorted(layer for layer in self._match.layers if layer < last))
+        self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= last))
+        if not self.layers:
+            raise ModelUnreadable(f"config.json says num_hidden_layers is {depth}, and no MoE layer lies below that")
+
+    @classmethod
+    def open(cls, model: str) -> "Experts":
+        """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`."""
+        return cls(Checkpoint(find_repository(model)))
+
+    @property
+    def family(self) -> str:
+        return self._match.layout.name
+
+    def layer(self, number: int) -> "ExpertLayer":
+        """One MoE layer; raises InvalidRequest, naming the layers there are, when it is none."""
+        if number not in self._match.layers:
+            raise InvalidRequest(f"layer {number} is not an MoE layer", f"the MoE layers are {spans(self.layers)}")
+        return self._open(self._match, number)
+
+    def choose_layers(self, layer: int | None, layers: Sequence[int] | str | None) -> tuple[int, ...]:
+        """The layers that the user means: one, several (numbers, or a string such as "0,5,10", "0-23/6" or "all"), or
+        the first.
+
+        Raises InvalidRequest, naming the layers there are, for any that is not an MoE layer.
+        """
+        if layer is not None and layers is not None:
+            raise InvalidRequest("give either one layer or several, not both")
+        if layers == "all":
+            return self.layers
+        if layers is None:
+            chosen = [self.layers[0] if layer is None else layer]
+        else:
+            chosen = parse_layers(layers) if isinstance(layers, str) else list(layers)
+        for number in chosen:
+            self.layer(number)
+        if not chosen:
+            raise InvalidRequest("no layer was chosen", f"the MoE layers are {spans(self.layers)}")
+        return tuple(dict.fromkeys(chosen))
+
+    def _open(self, match: Matches, number: int) -> "ExpertLayer":
+        return ExpertLayer(self.checkpoint, match, number, self._expert_count(match, number), self._quantization)
+
+    @property
+    def _quantization(self) -> Mapping[str, Any]:
+        found = self.checkpoint.config.get("quantization_config") or self.config.get("quantization_config")
+        return found if isinstance(found, dict) else {}
+
+    def _expert_count(self, match: Matches, number: int) -> int | None:
+        """How many experts the config or the router says there are."""
+        for config in (self.config, self.config.get("ffn_config")):
+            if isinstance(config, dict):
+                for key in EXPERT_COUNTS:
+                    if type(count := config.get(key)) is int:
+                        return count
+        if router := match.routers.get(number):
+            return self.checkpoint.info(router).shape[0]
+        return None
+
+    def _choose(self, candidates: list[Matches]) -> Matches:
+        """The one match whose layout fits the shapes; where several do, the config's model_type decides."""
+        fitting = []
+        for match in candidates:
+            try:
+                self._open(match, min(match.layers)).sizes  # noqa: B018  asked for its errors
+                fitting.append(match)
+            except _DoesNotFit as error:
+                reason = error
+        if not fitting:
+            raise UnknownFormat(reason.message, reason.hint)
+        known = [match for match in fitting if self.model_type in match.layout.model_types]
+        if len(fitting) > 1 and len(known) != 1:
+            names = ", ".join(match.layout.name for match in fitting)
+            raise UnknownFormat(
+                f"the expert tensors fit several layouts ({names}) and model_type is {self.model_type or 'not given'}",
+                "put the model's config.json beside its weights, or report the model type",
+            )
+        chosen = known[0] if known else fitting[0]
+        if left := set().union(*(match.names for match in candidates)) - chosen.names:
+            raise UnknownFormat(f"layout {chosen.layout.name} fits, and does not account for {min(left)}")
+        if not known:
+            self.notes.append(
+                f"model_type {self.model_type or '(none)'} is not in our table: "
+                f"layout {chosen.layout.name} was found by names"
+            )
+        return chosen
+
+
+class _DoesNotFit(UnknownFormat):
+    """The stored shapes are not those of the layout."""
+
+
+class ExpertLayer:
+    """The routed experts of one MoE layer.
+
+    `count` experts; `tensors` are the stored tensors, each of which holds one role or two.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, match: Matches, number: int, expected: int | None, quantization: Mapping[str, Any]
+    ) -> None:
+        self.number = number
+        self.expected = expected
+        self._checkpoint = checkpoint
+        self._match = match
+        self._quantization = quantization
+
+    @property
+    def layout(self) -> Layout:
+        return self._match.layout
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number of experts E, the intermediate size I and the hidden size H."""
+        shapes = {tensor.spec.role: tensor.stored.shape for tensor in self.tensors}
+        flattened = self.layout.tensors[0].axes.flattened
+        experts = None if self.layout.is_stacked else len(self.tensors[0].parts)
+        sizes = self.layout.solve(shapes, self.expected if flattened else experts)
+        if sizes is None:
+            listing = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
+            raise _DoesNotFit(f"layer {self.number}: expert tensors {listing} do not fit layout {self.layout.name}")
+        if self.expected is not None and sizes["E"] != self.expected:
+            raise ModelUnreadable(
+                f"layer {self.number} has {sizes['E']} experts, and config.json says {self.expected}",
+                "the checkpoint is incomplete or its config.json is not its own",
+            )
+        return sizes
+
+    @property
+    def count(self) -> int:
+        return self.sizes["E"]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        found = {role for tensor in self.layout.tensors for role in tensor.roles}
+        return tuple(role for role in ROLES if role in found)
+
+    def shape(self, role: str) -> tuple[int, int]:
+        """(out, in) of a role's matrix."""
+        hidden, intermediate = self.sizes["H"], self.sizes["I"]
+        return (hidden, intermediate) if role == "down" else (intermediate, hidden)
+
+    @cached_property
+    def tensors(self) -> tuple["ExpertTensor", ...]:
+        """The stored tensors; raises ModelUnreadable, naming it, when an expert or a role is missing."""
+        found = self._match.layers[self.number]
+        for tensor in self.layout.tensors:
+            if tensor.role not in found:
+                raise ModelUnreadable(f"layer {self.number} has no {tensor.names[0]}", "the checkpoint is incomplete")
+        if self.layout.is_stacked:
+            return tuple(ExpertTensor(self, tensor, [found[tensor.role][None]]) for tensor in self.layout.tensors)
+        numbers = {expert for experts in found.values() for expert in experts if expert is not None}
+        everyone = range(max(self.expected or 0, max(numbers) + 1))
+        for role, experts in found.items():
+            if missing := [expert for expert in everyone if expert not in experts]:
+                raise ModelUnreadable(
+                    f"layer {self.number} lacks the {role} projection of expert {missing[0]}",
+                    "the checkpoint is incomplete: download it again",
+                )
+        return tuple(
+            ExpertTensor(self, tensor, [found[tensor.role][expert] for expert in everyone])
+            for tensor in self.layout.tensors
+        )
+
+    @property
+    def storage(self) -> str:
+        """The storage format, or formats, of the matrices."""
+        return "+".join(dict.fromkeys(tensor.stored.codec for tensor in self.tensors))
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the routed experts have."""
+        return self.count * sum(prod(self.shape(role)) for role in self.roles)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the routed experts' matrices occupy in the files, scales included and biases not."""
+        return sum(info.nbytes for tensor in self.tensors for info in tensor.infos())
+
+    def prefetch(self, progress: Progress) -> None:
+        """Bring all the layer's experts near in few, long reads."""
+        spans = ((info.file, (info.start, info.stop)) for tensor in self.tensors for info in tensor.infos())
+        self._checkpoint.prefetch(spans, progress)
+
+    def matrices(self, expert: int) -> dict[str, NDArray[np.float32]]:
+        """All matrices of one expert by role, float32 in canonical form."""
+        return {role: matrix for tensor in self.tensors for role, matrix in tensor.matrices(expert).items()}
+
+    def open_parts(self, parts: Parts) -> tuple[dict[str, TensorInfo], Stored]:
+        """The tensors that one stored tensor consists of, biases left out, and how they are to be decoded."""
+        infos = {part: self._checkpoint.info(name) for part, name in parts.items() if part != BIAS}
+        try:
+            stored = recognise({part: Part(info.dtype, info.shape) for part, info in infos.items()}, self._quantization)
+        except MoEError as error:
+            raise type(error)(f"{next(iter(parts.values()))}: {error.message}", error.hint) from None
+        return infos, stored
+
+    def rows(self, info: TensorInfo, start: int, stop: int, leading: int) -> NDArray[Any]:
+        return self._checkpoint.rows(info.name, start, stop, leading)
+
+
+class ExpertTensor:
+    """One stored tensor of a layer, for all experts.
+
+    `parts` has one entry per expert, or a single one where one tensor holds them all.
+    """
+
+    def __init__(self, layer: ExpertLayer, spec: StoredTensor, parts: Sequence[Parts]) -> None:
+        self.layer = layer
+        self.spec = spec
+        self.parts = parts
+
+    @cached_property
+    def _opened(self) -> list[tuple[dict[str, TensorInfo], Stored]]:
+        opened = [self.layer.open_parts(parts) for parts in self.parts]
+        first = opened[0][1]
+        for infos, stored in opened:
+            if stored.shape != first.shape or stored.codec != first.codec:
+                name = next(iter(infos.values())).name
+                one, other = (f"{each.codec} {list(each.shape)}" for each in (stored, first))
+                raise ModelUnreadable(f"{name} is {one}, and the first expert's is {other}")
+        return opened
+
+    @property
+    def stored(self) -> Stored:
+        """How it is stored; the shape includes the experts' axis where they are stacked."""
+        return self._opened[0][1]
+
+    def infos(self) -> Iterator[TensorInfo]:
+        """Every tensor of the files that it consists of."""
+        return (info for infos, _ in self._opened for info in infos.values())
+
+    @property
+    def rows(self) -> int:
+        """The number of stored rows per expert."""
+        return self._length(self.spec.axes.groups[0])
+
+    @property
+    def columns(self) -> int:
+        return self._length(self.spec.axes.groups[1])
+
+    def _length(self, group: tuple[str, ...]) -> int:
+        return prod(2 if letter == "2" else self.layer.sizes[letter] for letter in group)
+
+    def windows(self, values: int) -> list[Range]:
+        """Runs of stored rows that cover an expert, each with at most about `values` numbers over all experts."""
+        granule = lcm(*self.stored.rows_per_row.values())
+        step = max(1, values // (self.layer.count * self.columns * granule)) * granule
+        return [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+
+    def matrices(self, expert: int) -> dict[str, NDArray[np.float32]]:
+        """The matrices of one expert that this tensor holds, by role, float32 in canonical form."""
+        result = {role: np.empty(self.layer.shape(role), np.float32) for role in self.spec.roles}
+        for piece in self.read([expert], 0, self.rows):
+            result[piece.role][piece.index] = piece.values[0]
+        return result
+
+    def read(self, experts: Sequence[int], start: int, stop: int) -> list[Piece]:
+        """Stored rows [start, stop) of the given experts, decoded and cut by role."""
+        values = np.empty((len(experts), stop - start, self.columns), np.float32)
+        for place, expert in enumerate(experts):
+            infos, stored = self._opened[0 if self.spec.axes.stacked else expert]
+            raw = {}
+            for part, span in stored.rows_per_row.items():
+                per_expert = -(-self.rows // span)
+                offset = expert * per_expert if self.spec.axes.stacked else 0
+                leading = 2 if self.spec.axes.stacked and not self.spec.axes.flattened else 1
+                raw[part] = self.layer.rows(infos[part], offset + start // span, offset + -(-stop // span), leading)
+            values[place] = stored.decode(raw)
+        return list(self._cut(values, start))
+
+    def _cut(self, values: NDArray[np.float32], start: int) -> Iterator[Piece]:
+        """Cut stored rows, from `start` on, into the pieces of each role, in canonical orientation."""
+        first, second = self.spec.axes.groups
+        size, stop, everything = self.layer.sizes["I"], start + values.shape[1], slice(None)
+        for half, role in enumerate(self.spec.roles):
+            rows, columns = slice(start, stop), everything
+            if first == ("2", "I"):
+                low, high = max(start, half * size), min(stop, (half + 1) * size)
+                if low >= high:
+                    continue
+                cut, rows = values[:, low - start : high - start], slice(low - half * size, high - half * size)
+            elif first == ("I", "2"):
+                # a window may start or end between a gate and its up
+                low, high = -(-(start - half) // 2), -(-(stop - half) // 2)
+                cut, rows = values[:, 2 * low + half - start :: 2], slice(low, high)
+            elif second == ("2", "I"):
+                cut = values[:, :, half * size : (half + 1) * size]
+            elif second == ("I", "2"):
+                cut = values[:, :, half::2]
+            else:
+                cut = values
+            out = "H" if role == "down" else "I"
+            yield (
+                Piece(role, (rows, columns), cut)
+                if out in first
+                else Piece(role, (columns, rows), cut.transpose(0, 2, 1))
+            )
+
+
+def parse_layers(text: str) -> list[int]:
+    """The layers of "0,5,10" or "0-23/6" (every sixth from 0 to 23); raises InvalidRequest for anything else."""
+    chosen: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6})(?:/(\d{1,6}))?)?\s*", item)
+        if not match or match[3] == "0" * len(match[3] or "x"):
+            raise InvalidRequest(f"{text!r} is no list of layers", "write it like 0,5,10 or 0-23/6, or all")
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        chosen += range(first, last + 1, step)
+    return chosen
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Whole numbers in short: [0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{low}-{high}" if high > low else f"{low}" for low, high in runs)
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a multimodal config that describes the language model."""
+    for key in TEXT_CONFIGS:
+        if isinstance(inner := config.get(key), dict):
+            return _text_config(inner)
+    return config
+
+
+def _is_mtp_root(root: str) -> bool:
+    return any(part in ("mtp", "mtp_block") for part in root.split("."))
