@@ -21,7 +21,10 @@ def show(report: "BaseModel", as_json: bool, output: Path | None) -> None:
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(report)
+        console = Console(highlight=False)
+        with console.capture() as capture:
+            console.print(report)
+        sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 
 def write(path: Path, text: str) -> None:

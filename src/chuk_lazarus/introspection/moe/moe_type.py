@@ -72,7 +72,7 @@ class MoETypeService:
             rank_projection=rank_projection,
             rank_ratio=rank_ratio,
             cosine=cosine,
-            compressible=overlay < stored,
+            compressible=overlay < min(stored, original),
             overlay_ratio=original / overlay,
             original_bytes=original,
             stored_bytes=stored,

@@ -75,6 +75,7 @@ class Cost(Report):
 class MoETypeAnalysis(Report):
     """How one model's experts were trained, as far as the documented rule can tell, and whether an overlay would pay.
 
+    `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
     `original_bytes` counts two bytes a weight, `stored_bytes` what the files really spend, `overlay_bytes` a base and
     rank-r factors at two bytes a number, r being each projection's mean 95 %-energy rank; all three are of the analysed
     layers.
@@ -203,7 +204,7 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
             ]
         )
     )
-    blocks += [Text(), _layer_table(analysis) if many else _projection_table(analysis.layers[0]), Text()]
+    blocks.append(_layer_table(analysis) if many else _projection_table(analysis.layers[0]))
     rows: list[tuple[str, Any]] = []
     if not many:
         cosine = analysis.layers[0].cosine

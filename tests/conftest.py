@@ -1,0 +1,52 @@
+"""A Hub of our own on loopback for every test, and caches that no other run shares."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hub_server import HubServer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+_server = HubServer()
+_home = tempfile.TemporaryDirectory(prefix="lazarus-tests-")
+
+
+def pytest_configure() -> None:
+    """Point the Hub's client at our server before anything imports it: it reads its settings once."""
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        os.environ.pop(name, None)
+    _server.__enter__()
+    os.environ |= {
+        "HF_ENDPOINT": _server.url,
+        "HF_HOME": f"{_home.name}/hf",
+        "HF_HUB_VERBOSITY": "critical",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "LAZARUS_CACHE": f"{_home.name}/lazarus",
+    }
+
+
+def pytest_unconfigure() -> None:
+    _server.__exit__(None, None, None)
+    _home.cleanup()
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """The loopback Hub, without faults and with an empty log."""
+    _server.faults.clear()
+    _server.clear_requests()
+    yield _server
+    _server.faults.clear()
+    assert not _server.leaks, "a token reached another host"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty range cache."""
+    monkeypatch.setenv("LAZARUS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,0 +1,123 @@
+"""Who may import whom, and what must not be imported before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src/chuk_lazarus"
+MOE = "introspection.moe"
+
+# module -> what it may import: our own modules (below chuk_lazarus), then others beyond the standard library
+ALLOWED: dict[str, tuple[set[str], set[str]]] = {
+    "cli.app": ({"cli.moe_expert", "cli.output", MOE, ""}, {"typer"}),
+    "cli.moe_expert": ({"cli.output", MOE}, {"typer"}),
+    "cli.output": ({MOE}, {"rich", "pydantic"}),
+    MOE: ({f"{MOE}.{name}" for name in ("errors", "moe_type", "reports", "weights.experts")}, set()),
+    f"{MOE}.errors": (set(), set()),
+    f"{MOE}.moe_type": (
+        {
+            f"{MOE}.{name}"
+            for name in (
+                "classifier",
+                "errors",
+                "measure",
+                "overlay",
+                "reports",
+                "similarity",
+                "spectra",
+                "weights.experts",
+                "weights.source",
+            )
+        },
+        set(),
+    ),
+    f"{MOE}.measure": (
+        {f"{MOE}.{name}" for name in ("errors", "spectra", "weights.experts", "weights.source")},
+        {"numpy", "threadpoolctl"},
+    ),
+    f"{MOE}.reports": ({f"{MOE}.classifier"}, {"pydantic", "rich"}),
+    f"{MOE}.classifier": (set(), set()),
+    f"{MOE}.overlay": (set(), set()),
+    f"{MOE}.similarity": (set(), {"numpy"}),
+    f"{MOE}.spectra": (set(), {"numpy", "scipy"}),
+    f"{MOE}.weights.experts": (
+        {f"{MOE}.errors"} | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "layouts", "source")},
+        {"numpy"},
+    ),
+    f"{MOE}.weights.checkpoint": ({f"{MOE}.errors", f"{MOE}.weights.source"}, {"numpy", "ml_dtypes"}),
+    f"{MOE}.weights.layouts": (set(), set()),
+    f"{MOE}.weights.source": ({f"{MOE}.errors", f"{MOE}.weights.hub"}, set()),
+    f"{MOE}.weights.hub": (
+        {f"{MOE}.errors", f"{MOE}.weights.range_cache", f"{MOE}.weights.source"},
+        {"httpx2", "huggingface_hub"},
+    ),
+    f"{MOE}.weights.range_cache": ({f"{MOE}.errors", f"{MOE}.weights.source"}, set()),
+    f"{MOE}.weights.codecs": (
+        {f"{MOE}.errors"} | {f"{MOE}.weights.codecs.{name}" for name in ("plain", "fp8", "mxfp4")},
+        {"numpy"},
+    ),
+}
+CODEC = ({f"{MOE}.errors", f"{MOE}.weights.codecs"}, {"numpy", "ml_dtypes"})
+LATE = {"scipy", "threadpoolctl", "huggingface_hub", "httpx2", "mlx", "matplotlib"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, tree: ast.AST) -> set[str]:
+    """The absolute names of the modules that a file imports, our own without the package's name in front."""
+    here = ["chuk_lazarus", *path.relative_to(PACKAGE).parent.parts]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = here[: len(here) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = PACKAGE.parent.joinpath(*module.split("."), alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                found.add(f"{module}.{alias.name}" if module.startswith("chuk_lazarus") and is_module else module)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+def test_imports_keep_to_the_plan(path: Path) -> None:
+    name = module_name(path)
+    own, others = ALLOWED.get(name, CODEC if ".codecs." in name else (set(), set()))
+    for imported in imports(path, ast.parse(path.read_text())):
+        root = imported.split(".")[0]
+        if root == "chuk_lazarus":
+            assert imported.removeprefix("chuk_lazarus").lstrip(".") in own, f"{name} imports {imported}"
+        else:
+            assert root in sys.stdlib_module_names or root in others, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+def test_heavy_imports_are_late(path: Path) -> None:
+    if module_name(path) == f"{MOE}.weights.hub":  # itself imported late
+        return
+    top_level = ast.Module(
+        [node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.FunctionDef)], []
+    )
+    functions = [node for node in ast.walk(top_level) if isinstance(node, ast.FunctionDef)]
+    late = {id(inner) for function in functions for inner in ast.walk(function)}
+    for node in ast.walk(top_level):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in late:
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module or ""}
+            assert not {name.split(".")[0] for name in names} & LATE
+
+
+def test_the_command_line_starts_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys; from chuk_lazarus.cli.app import run; run(['--help']);"
+        "print(sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ast.literal_eval(done.stderr.splitlines()[-1]))
+    assert not loaded & {"numpy", "scipy", "pydantic", "huggingface_hub", "mlx", "matplotlib", "torch", "transformers"}

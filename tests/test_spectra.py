@@ -1,0 +1,109 @@
+"""Energy spectra and ranks against full SVDs, planted ranks, and the Marchenko-Pastur law against sampled matrices."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from chuk_lazarus.introspection.moe.similarity import pairwise_cosines
+from chuk_lazarus.introspection.moe.spectra import effective_rank, energy_spectrum, noise_rank
+
+SHAPES = [(48, 96), (96, 48), (64, 64), (1, 40), (40, 1), (1, 1)]
+
+
+def gaussian(shape: tuple[int, int], seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def rank_by_svd(matrix: NDArray[np.float32], fraction: float) -> int:
+    """The literal definition: the least r whose leading r squared singular values sum to `fraction` of all."""
+    energies = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    return next(r for r in range(1, len(energies) + 1) if energies[:r].sum() >= fraction * energies.sum() * (1 - 1e-12))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_spectrum_equals_a_full_svd(shape: tuple[int, int]) -> None:
+    matrix = gaussian(shape)
+    expected = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    found = energy_spectrum(matrix)
+    assert found.shape == (min(shape),)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * expected.sum())
+
+
+@pytest.mark.parametrize("fraction", [0.90, 0.95, 0.99])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.5])
+def test_rank_equals_that_of_a_full_svd(fraction: float, decay: float) -> None:
+    rng = np.random.default_rng(3)
+    left, _ = np.linalg.qr(rng.standard_normal((256, 256)))
+    right, _ = np.linalg.qr(rng.standard_normal((512, 256)))
+    matrix = ((left * np.arange(1, 257) ** -decay) @ right.T).astype(np.float32)
+    assert effective_rank(energy_spectrum(matrix), fraction) == rank_by_svd(matrix, fraction)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 30])
+def test_planted_rank_is_found(rank: int) -> None:
+    rng = np.random.default_rng(rank)
+    left, _ = np.linalg.qr(rng.standard_normal((80, rank)))
+    right, _ = np.linalg.qr(rng.standard_normal((120, rank)))
+    assert effective_rank(energy_spectrum((left @ right.T).astype(np.float32)), 0.999) == rank
+
+
+def test_no_energy_has_rank_zero() -> None:
+    assert effective_rank(energy_spectrum(np.zeros((5, 9), np.float32)), 0.95) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 24), st.integers(2, 24), st.floats(0.01, 100.0), st.integers(0, 2**32 - 1))
+def test_rank_is_invariant(rows: int, columns: int, scale: float, seed: int) -> None:
+    """Scaling, rotating and transposing a matrix changes no effective rank."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.standard_normal((rows, columns)).astype(np.float32)
+    rotation, _ = np.linalg.qr(rng.standard_normal((rows, rows)))
+    for other in (matrix * np.float32(scale), (rotation @ matrix).astype(np.float32), matrix.T):
+        np.testing.assert_allclose(
+            energy_spectrum(other) / energy_spectrum(other).sum(),
+            energy_spectrum(matrix) / energy_spectrum(matrix).sum(),
+            atol=1e-5,
+        )
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_rank_grows_with_the_fraction(energies: list[float], one: float, other: float) -> None:
+    spectrum = np.sort(np.array(energies))[::-1]
+    low, high = sorted((one, other))
+    assert 0 <= effective_rank(spectrum, low) <= effective_rank(spectrum, high) <= len(energies)
+
+
+@pytest.mark.parametrize(
+    ("shape", "published"), [((1024, 2048), 0.777), ((2880, 2880), 0.610), ((2048, 7168), 0.849), ((1408, 2048), 0.712)]
+)
+def test_noise_rank_is_the_published_one(shape: tuple[int, int], published: float) -> None:
+    assert noise_rank(shape, 0.95) / min(shape) == pytest.approx(published, abs=0.002)
+
+
+@pytest.mark.parametrize("fraction", [0.90, 0.95, 0.99])
+@pytest.mark.parametrize("shape", [(128, 256), (256, 128), (200, 200), (64, 1000)])
+def test_noise_rank_is_that_of_a_sampled_matrix(shape: tuple[int, int], fraction: float) -> None:
+    sampled = np.mean([rank_by_svd(gaussian(shape, seed), fraction) for seed in range(5)])
+    assert noise_rank(shape, fraction) == pytest.approx(sampled, abs=0.01 * min(shape) + 0.5)
+
+
+def test_noise_rank_of_a_vector_is_one() -> None:
+    assert noise_rank((1, 500), 0.95) == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_cosines_equal_the_definition(scale: float) -> None:
+    vectors = gaussian((6, 50)) * scale
+    expected = [
+        vectors[i] @ vectors[j] / np.linalg.norm(vectors[i]) / np.linalg.norm(vectors[j])
+        for i in range(6)
+        for j in range(i + 1, 6)
+    ]
+    np.testing.assert_allclose(pairwise_cosines(vectors.astype(np.float64) @ vectors.T), expected, atol=1e-6)
+
+
+def test_a_zero_vector_has_cosine_zero() -> None:
+    vectors = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
+    np.testing.assert_allclose(pairwise_cosines(vectors @ vectors.T), [0.0, 0.0, 1.0])
