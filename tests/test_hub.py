@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -32,17 +31,17 @@ from chuk_lazarus.introspection.moe.weights.checkpoint import FIRST_READ
 from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache, merge
 from chuk_lazarus.introspection.moe.weights.source import find_repository
 from conftest import FIXTURES
-from hub_server import Fault, HubServer, Request
+from hub_server import HubServer, Request
 
 LAYERS, EXPERTS, WIDE, HIDDEN = 3, 4, 192, 384
 LAYER_BYTES = EXPERTS * 3 * WIDE * HIDDEN * 2
 TOKEN = "hf_theRightSecret"
-COMMAND = """
-import sys
+COMMAND = ("-m", "chuk_lazarus.cli.app")
+QUICK = """
 from chuk_lazarus.cli import app
 from chuk_lazarus.introspection.moe.weights import hub
 hub.RETRY_DELAYS = (0.01,) * 5
-sys.exit(app.run(sys.argv[1:]))
+app.main()
 """
 _numbers = itertools.count()
 
@@ -77,7 +76,7 @@ def make(folder: Path, seed: int, sharded: bool = False) -> Path:
     if not sharded:
         save_file({name: value for shard in shards for name, value in shard.items()}, folder / "model.safetensors")
         return folder
-    names = {}
+    names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{LAYERS:05}.safetensors"
         save_file(shard, folder / file)
@@ -131,11 +130,10 @@ def arguments(model: str, *more: str) -> list[str]:
     return ["introspect", "moe-expert", "moe-type-analyze", "-m", model, "--json", *more]
 
 
-def start(model: str, *more: str, **changes: str) -> subprocess.Popen[str]:
+def start(command: tuple[str, str], words: list[str], changes: dict[str, str]) -> subprocess.Popen[str]:
     """Start the command line in a process of its own."""
-    command = [sys.executable, "-W", "error", "-c", COMMAND, *arguments(model, *more)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(**changes))
+    pipe, line = subprocess.PIPE, [sys.executable, "-W", "error", *command, *words]
+    return subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment(**changes))
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -149,7 +147,12 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def cli(model: str, *more: str, **changes: str) -> tuple[int, str, str]:
-    return finish(start(model, *more, **changes))
+    return finish(start(COMMAND, arguments(model, *more), changes))
+
+
+def quick_cli(model: str, **changes: str) -> tuple[int, str, str]:
+    """The command line with short waits between its attempts."""
+    return finish(start(("-c", QUICK), arguments(model), changes))
 
 
 def check_refusal(code: int, out: str, err: str, *words: str, expected: int = 3) -> None:
@@ -199,10 +202,8 @@ def test_a_cold_analysis_fetches_one_layer(hub: HubServer, cache: Path, made: Pa
     name = publish(hub, made)
     report = analyze(name, layer)
     assert figures(report) == figures(analyze(made, layer))
-    assert report.revision == report.model_copy().revision == hub.add(name, made)
-    assert report.cost.bytes_fetched == hub.body_bytes()
-    assert LAYER_BYTES <= hub.body_bytes() + FIRST_READ
-    assert hub.body_bytes() <= LAYER_BYTES * 1.01 + FIRST_READ
+    assert report.revision == hub.add(name, made)
+    assert report.cost.bytes_fetched == hub.body_bytes() <= LAYER_BYTES * 1.01 + FIRST_READ
 
 
 def test_shards_of_other_layers_are_not_touched(hub: HubServer, cache: Path, sharded: Path) -> None:
@@ -319,7 +320,7 @@ def test_an_unknown_repository_is_named(hub: HubServer, cache: Path, monkeypatch
     check_refused("tests/never-published", "tests/never-published")
 
 
-@pytest.mark.parametrize("name", ["a--b/c", "tests/..", "tests/name.git", "tests/" + "n" * 200, "-x/y"])
+@pytest.mark.parametrize("name", ["a--b/c", "tests/a..b", "tests/name.git", "tests/" + "n" * 200, "-x/y"])
 def test_a_name_that_is_none_is_refused_without_a_request(hub: HubServer, cache: Path, name: str) -> None:
     check_refused(name, name)
     assert hub.requests == []
@@ -339,9 +340,7 @@ def test_a_private_repository_needs_the_right_token(
     assert hub.leaks == []
 
 
-def test_a_gated_repository_says_so(
-    hub: HubServer, cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gated_repository_says_so(hub: HubServer, cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = publish(hub, made, gated=True, token=TOKEN)
     check_refused(name, name, "gated")
     monkeypatch.setenv("HF_TOKEN", "hf_someOtherSecret")
@@ -406,7 +405,7 @@ def test_nobody_listens_at_the_endpoint(cache: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        check_refusal(*cli("tests/unreachable", HF_ENDPOINT=endpoint), "tests/unreachable", "HF_ENDPOINT")
+        check_refusal(*quick_cli("tests/unreachable", HF_ENDPOINT=endpoint), "tests/unreachable", "HF_ENDPOINT")
 
 
 def test_a_model_that_is_here_outlives_the_hub(hub: HubServer, cache: Path, made: Path) -> None:
@@ -491,9 +490,7 @@ def test_a_passing_fault_does_not_change_the_numbers(
 
 
 @pytest.mark.parametrize("break_off", ["cut_after", "short_body", "truncate"])
-def test_a_broken_download_goes_on_where_it_broke(
-    hub: HubServer, cache: Path, made: Path, break_off: str
-) -> None:
+def test_a_broken_download_goes_on_where_it_broke(hub: HubServer, cache: Path, made: Path, break_off: str) -> None:
     name = publish(hub, made)
     fault = hub.fail(**WEIGHTS, when=for_a_layer, **{break_off: LAYER_BYTES * 3 // 4})
     report = analyze(name, 1)
@@ -503,11 +500,9 @@ def test_a_broken_download_goes_on_where_it_broke(
     assert report.cost.bytes_fetched <= hub.body_bytes()
 
 
-def test_retry_after_is_obeyed(
-    hub: HubServer, cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retry_after_is_obeyed(hub: HubServer, cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
+    monkeypatch.setattr("time.sleep", waits.append)
     hub.fail(**WEIGHTS, status=429, retry_after="7")
     analyze(publish(hub, made))
     assert waits == [7.0]
@@ -564,10 +559,10 @@ def test_a_big_file_is_not_taken_from_a_server_that_ignores_ranges(
     assert figures(analyze(name)) == figures(analyze(made))
 
 
-def test_a_lasting_fault_prints_one_line_in_a_terminal_too(hub: HubServer, cache: Path, made: Path) -> None:
+def test_a_lasting_fault_ends_a_process_with_one_line(hub: HubServer, cache: Path, made: Path) -> None:
     name = publish(hub, made)
     hub.fail(**WEIGHTS, status=500, times=None)
-    check_refusal(*cli(name), name, "500")
+    check_refusal(*quick_cli(name), name, "500")
 
 
 def test_what_the_client_retries_itself_prints_nothing(hub: HubServer, cache: Path, made: Path) -> None:
@@ -599,7 +594,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("chunk", [hub_module.CHUNK, 40_000])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_ranges_are_fetched_again(
-    hub: HubServer, cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], chunk: int
+    hub: HubServer,
+    cache: Path,
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], object],
+    chunk: int,
 ) -> None:
     monkeypatch.setattr(hub_module, "CHUNK", chunk)
     name = publish(hub, made)
@@ -622,13 +622,14 @@ def test_a_damaged_range_read_by_many_threads(
     name, truth = publish(hub, made), (made / "model.safetensors").read_bytes()
     spans = [(low, low + 60_000) for low in range(0, 1_000_000, 20_000)]
     find_repository(name).prefetch({"model.safetensors": spans}, lambda *_: None)
+    assert len(segments(cache)) == 11
     for _ in range(5):
         for path in segments(cache):
             flip(path)
         file = find_repository(name).open("model.safetensors")
         with ThreadPoolExecutor(8) as pool:
-            for span, data in zip(spans, pool.map(lambda span: file.read(*span), spans), strict=True):
-                assert data == truth[slice(*span)]
+            found = list(pool.map(file.read, *zip(*spans, strict=True)))
+        assert found == [truth[low:high] for low, high in spans]
 
 
 def test_damaged_notes_are_not_believed(hub: HubServer, cache: Path, made: Path) -> None:
@@ -636,7 +637,7 @@ def test_damaged_notes_are_not_believed(hub: HubServer, cache: Path, made: Path)
     first = analyze(name, 1)
     notes = [*cache.rglob("*.json")]
     assert notes
-    for content in ("", "[]", '{"size": "1", "etag": 3, "commit": 1, "files": 2}', "\0", '{"size": -1, "etag": "x"}'):
+    for content in ("", "[]", '{"size": "1", "etag": 3, "commit": 1, "files": 2}', "\0", '{"size": 10, '):
         for note in notes:
             note.write_text(content)
         assert figures(analyze(name, 1)) == figures(first)
@@ -684,7 +685,9 @@ def test_a_limit_that_is_no_size_is_an_invalid_request(
 def test_two_processes_fill_the_cache_at_once(hub: HubServer, cache: Path, made: Path) -> None:
     name = publish(hub, made)
     hub.fail(**WEIGHTS, stall=0.2, times=4)
-    processes = [start(name, "--layer", "1", LAZARUS_CACHE_LIMIT=limit) for limit in ("1GB", "0")]
+    processes = [
+        start(COMMAND, arguments(name, "--layer", "1"), {"LAZARUS_CACHE_LIMIT": limit}) for limit in ("1GB", "0")
+    ]
     for code, out, err in [finish(process) for process in processes]:
         assert (code, err) == (0, "")
         assert figures(out) == figures(analyze(made, 1))
@@ -695,7 +698,7 @@ def test_two_processes_fill_the_cache_at_once(hub: HubServer, cache: Path, made:
 @pytest.mark.parametrize("variable", ["LAZARUS_CACHE", "HF_HUB_CACHE"])
 def test_a_cache_that_cannot_be_written(hub: HubServer, cache: Path, made: Path, tmp_path: Path, variable: str) -> None:
     (tmp_path / "file").touch()
-    check_refusal(*cli(publish(hub, made), **{variable: str(tmp_path / "file" / "below")}), "cache", variable)
+    check_refusal(*cli(publish(hub, made), **{variable: str(tmp_path / "file" / "below")}), "cache")
 
 
 def test_a_cache_of_a_user_that_does_not_exist(hub: HubServer, cache: Path, made: Path) -> None:
@@ -707,6 +710,7 @@ def test_a_cache_of_a_user_that_does_not_exist(hub: HubServer, cache: Path, made
 SIZE = 60
 RANGES = st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)), max_size=8)
 SPANS = RANGES.map(lambda ranges: [(min(pair), max(pair)) for pair in ranges])
+WRITES = SPANS.map(lambda ranges: [(start, stop) for start, stop in ranges if start < stop])
 DATA = bytes(range(100, 100 + SIZE))
 
 
@@ -724,14 +728,13 @@ def as_ranges(wanted: set[int]) -> list[tuple[int, int]]:
 @given(RANGES, st.integers(0, 10))
 def test_merge_covers_the_ranges_and_gaps_up_to_its_limit(ranges: list[tuple[int, int]], gap: int) -> None:
     covered = places(ranges)
-    between = as_ranges(set(range(SIZE)) - covered)
-    bridged = [(low, high) for low, high in between if high - low <= gap and low and high < SIZE]
-    bridged = [(low, high) for low, high in bridged if min(covered, default=0) < low and high <= max(covered, default=0)]
-    assert merge(ranges, gap) == as_ranges(covered | places(bridged))
+    holes = as_ranges(set(range(min(covered, default=0), max(covered, default=0))) - covered)
+    bridged = places([(low, high) for low, high in holes if high - low <= gap])
+    assert merge(ranges, gap) == as_ranges(covered | bridged)
 
 
 @settings(max_examples=60, deadline=None)
-@given(SPANS, SPANS, SPANS, st.booleans())
+@given(WRITES, WRITES, SPANS, st.booleans())
 def test_the_cache_has_what_was_written_and_misses_the_rest(
     writes: list[tuple[int, int]], others: list[tuple[int, int]], wanted: list[tuple[int, int]], reopen: bool
 ) -> None:
@@ -744,18 +747,14 @@ def test_the_cache_has_what_was_written_and_misses_the_rest(
         if reopen:
             cache = RangeCache(Path(folder), 10**6)
         here = places(writes)
-        assert cache.missing("key", wanted) == as_gaps(wanted, here)
+        assert cache.missing("key", wanted) == as_ranges(places(wanted) - here)
         for start, stop in wanted:
             expected = DATA[start:stop] if places([(start, stop)]) <= here else None
             assert cache.read("key", start, stop) == expected
 
 
-def as_gaps(wanted: list[tuple[int, int]], here: set[int]) -> list[tuple[int, int]]:
-    return as_ranges(places(wanted) - here)
-
-
 @settings(max_examples=60, deadline=None)
-@given(SPANS, st.sets(st.integers(0, 7)), SPANS, st.integers(0, 200))
+@given(WRITES, st.sets(st.integers(0, 7)), SPANS, st.integers(0, 200))
 def test_the_cache_never_returns_wrong_bytes(
     writes: list[tuple[int, int]], damaged: set[int], wanted: list[tuple[int, int]], limit: int
 ) -> None:
@@ -764,18 +763,15 @@ def test_the_cache_never_returns_wrong_bytes(
         for start, stop in writes:
             writer.write("key", start, DATA[start:stop])
         for place, path in enumerate(sorted(Path(folder).rglob("*-*-*"))):
-            if place in damaged and path.stat().st_size:
+            if place in damaged:
                 flip(path)
         reader = RangeCache(Path(folder), limit)
         reader.trim()
         assert cached_bytes(Path(folder)) <= limit
         for start, stop in wanted:
-            for gap in reader.missing("key", [(start, stop)]):
-                reader.write("key", gap[0], DATA[slice(*gap)])
-            for _ in range(9):
-                data = reader.read("key", start, stop)
-                if data is not None:
-                    break
-                for gap in reader.missing("key", [(start, stop)]):
-                    reader.write("key", gap[0], DATA[slice(*gap)])
+            data = None
+            for _ in range(len(writes) + 1):  # each round finds one damaged range at least
+                for low, high in reader.missing("key", [(start, stop)]):
+                    reader.write("key", low, DATA[low:high])
+                data = data if data is not None else reader.read("key", start, stop)
             assert data == DATA[start:stop]

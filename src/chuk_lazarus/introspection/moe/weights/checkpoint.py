@@ -23,7 +23,6 @@ from .source import ByteSource, Progress, Range, Repository
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
-FIRST_READ = 100_000  # most headers fit in it, so that a remote one costs a single request
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -104,6 +103,8 @@ class Checkpoint:
         if info.dtype not in DTYPES:
             raise UnknownFormat(f"{name} has elements of type {info.dtype}, which we can't decode")
         low, high = self.row_range(info, start, stop, leading)
+        if high > info.stop:
+            raise ModelUnreadable(f"{name} has fewer rows than the other tensors of its expert call for")
         data = self._read(self._source(info.file), low, high)
         return np.frombuffer(data, DTYPES[info.dtype]).reshape(stop - start, *info.shape[leading:])
 
@@ -152,16 +153,13 @@ class Checkpoint:
     def _read_header(self, file: str, source: ByteSource) -> dict[str, TensorInfo]:
         if source.size < 8:
             raise ModelUnreadable(f"{file} is {source.size} bytes long: not a safetensors file", "download it again")
-        first = self._read(source, 0, min(source.size, FIRST_READ))
-        length = int.from_bytes(first[:8], "little")
+        length = int.from_bytes(self._read(source, 0, 8), "little")
         if length > source.size - 8:
             hint = "it is cut short or not a safetensors file: download it again"
             raise ModelUnreadable(f"{file} announces a header of {length:,} bytes and has {source.size:,}", hint)
         if length > MAX_HEADER:
             raise ModelUnreadable(f"{file} announces a header of {length:,} bytes; {MAX_HEADER:,} is the limit")
-        if 8 + length > len(first):
-            first += self._read(source, len(first), 8 + length)
-        entries = parse_json_object(first[8 : 8 + length], f"the header of {file}")
+        entries = parse_json_object(self._read(source, 8, 8 + length), f"the header of {file}")
         entries.pop("__metadata__", None)
         return parse_entries(entries, file, 8 + length, source.size)
 

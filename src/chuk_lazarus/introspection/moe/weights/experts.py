@@ -58,11 +58,21 @@ class Experts:
                 f"no layout in our table holds these tensors, which look like routed experts: {listing}",
                 f"model_type is {self.model_type or 'not given'}; please report it",
             )
-        if not matches:
-            raise NotMoE("the model has no routed experts: it is not a Mixture of Experts", "give an MoE checkpoint")
         roots = sorted({match.root for match in matches if not _is_mtp_root(match.root)})
-        if len(roots) != 1:
-            raise UnknownFormat(f"the model has {len(roots)} stacks of MoE layers ({', '.join(roots)}); we read one")
+        if not roots and (_config_count(self.config) or 0) > 1:
+            raise UnknownFormat(
+                f"config.json says that there are {_config_count(self.config)} experts, and no tensor has a name we know",
+                f"model_type is {self.model_type or 'not given'}; please report it",
+            )
+        if not roots:
+            raise NotMoE(
+                "the model has no routed experts: it is not a Mixture of Experts",
+                "give the original MoE checkpoint, not a dense one or an adapter",
+            )
+        if len(roots) > 1:
+            raise UnknownFormat(
+                f"the model has {len(roots)} stacks of MoE layers ({', '.join(roots)}); we read only one"
+            )
         self._match = self._choose([match for match in matches if match.root == roots[0]])
         depth = self.config.get("num_hidden_layers")
         last = depth if type(depth) is int else max(self._match.layers) + 1
@@ -107,23 +117,15 @@ class Experts:
         return tuple(dict.fromkeys(chosen))
 
     def _open(self, match: Matches, number: int) -> "ExpertLayer":
-        return ExpertLayer(self.checkpoint, match, number, self._expert_count(match, number), self._quantization)
+        expected = {"config.json": _config_count(self.config)}
+        if router := match.routers.get(number):
+            expected[router] = next(iter(self.checkpoint.info(router).shape), None)
+        return ExpertLayer(self.checkpoint, match, number, expected, self._quantization)
 
     @property
     def _quantization(self) -> Mapping[str, Any]:
         found = self.checkpoint.config.get("quantization_config") or self.config.get("quantization_config")
         return found if isinstance(found, dict) else {}
-
-    def _expert_count(self, match: Matches, number: int) -> int | None:
-        """How many experts the config or the router says there are."""
-        for config in (self.config, self.config.get("ffn_config")):
-            if isinstance(config, dict):
-                for key in EXPERT_COUNTS:
-                    if type(count := config.get(key)) is int:
-                        return count
-        if router := match.routers.get(number):
-            return self.checkpoint.info(router).shape[0]
-        return None
 
     def _choose(self, candidates: list[Matches]) -> Matches:
         """The one match whose layout fits the shapes; where several do, the config's model_type decides."""
@@ -144,6 +146,11 @@ class Experts:
                 "put the model's config.json beside its weights, or report the model type",
             )
         chosen = known[0] if known else fitting[0]
+        if not known and chosen.layout.has_turns:
+            raise UnknownFormat(
+                f"nothing tells whether gates and ups lie in halves or in turns: model_type is {self.model_type or 'not given'}",
+                "put the model's config.json beside its weights, or report the model type",
+            )
         if left := set().union(*(match.names for match in candidates)) - chosen.names:
             raise UnknownFormat(f"layout {chosen.layout.name} fits, and does not account for {min(left)}")
         if not known:
@@ -161,14 +168,20 @@ class _DoesNotFit(UnknownFormat):
 class ExpertLayer:
     """The routed experts of one MoE layer.
 
-    `count` experts; `tensors` are the stored tensors, each of which holds one role or two.
+    `expected` says how many there should be, by who says so (None where it does not); `tensors` are the stored tensors, each
+    of which holds one role or two.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, match: Matches, number: int, expected: int | None, quantization: Mapping[str, Any]
+        self,
+        checkpoint: Checkpoint,
+        match: Matches,
+        number: int,
+        expected: Mapping[str, int | None],
+        quantization: Mapping[str, Any],
     ) -> None:
         self.number = number
-        self.expected = expected
+        self.expected = {source: count for source, count in expected.items() if count is not None}
         self._checkpoint = checkpoint
         self._match = match
         self._quantization = quantization
@@ -183,15 +196,18 @@ class ExpertLayer:
         shapes = {tensor.spec.role: tensor.stored.shape for tensor in self.tensors}
         flattened = self.layout.tensors[0].axes.flattened
         experts = None if self.layout.is_stacked else len(self.tensors[0].parts)
-        sizes = self.layout.solve(shapes, self.expected if flattened else experts)
+        if flattened:
+            experts = next(reversed(self.expected.values()), None)  # the router's, if there is one
+        sizes = self.layout.solve(shapes, experts)
         if sizes is None:
             listing = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
             raise _DoesNotFit(f"layer {self.number}: expert tensors {listing} do not fit layout {self.layout.name}")
-        if self.expected is not None and sizes["E"] != self.expected:
-            raise ModelUnreadable(
-                f"layer {self.number} has {sizes['E']} experts, and config.json says {self.expected}",
-                "the checkpoint is incomplete or its config.json is not its own",
-            )
+        for source, count in self.expected.items():
+            if sizes["E"] != count:
+                raise ModelUnreadable(
+                    f"layer {self.number} has {sizes['E']} experts, and {source} says {count}",
+                    "the checkpoint is incomplete or its config.json is not its own",
+                )
         return sizes
 
     @property
@@ -218,11 +234,12 @@ class ExpertLayer:
         if self.layout.is_stacked:
             return tuple(ExpertTensor(self, tensor, [found[tensor.role][None]]) for tensor in self.layout.tensors)
         numbers = {expert for experts in found.values() for expert in experts if expert is not None}
-        everyone = range(max(self.expected or 0, max(numbers) + 1))
+        everyone = range(max(max(numbers) + 1, *self.expected.values(), 0))
         for role, experts in found.items():
-            if missing := [expert for expert in everyone if expert not in experts]:
+            missing = next((expert for expert in everyone if expert not in experts), None)
+            if missing is not None:
                 raise ModelUnreadable(
-                    f"layer {self.number} lacks the {role} projection of expert {missing[0]}",
+                    f"layer {self.number} lacks the {role} projection of expert {missing}",
                     "the checkpoint is incomplete: download it again",
                 )
         return tuple(
@@ -324,12 +341,14 @@ class ExpertTensor:
         return result
 
     def read(self, experts: Sequence[int], start: int, stop: int) -> list[Piece]:
-        """Stored rows [start, stop) of the given experts, decoded and cut by role."""
+        """Stored rows [start, stop) of the given experts, decoded and cut by role; take the bounds from `windows`."""
         values = np.empty((len(experts), stop - start, self.columns), np.float32)
         for place, expert in enumerate(experts):
             infos, stored = self._opened[0 if self.spec.axes.stacked else expert]
             raw = {}
             for part, span in stored.rows_per_row.items():
+                if self.spec.axes.flattened and self.rows % span:
+                    raise UnknownFormat(f"{infos[part].name}: blocks of {span} rows reach over two experts")
                 per_expert = -(-self.rows // span)
                 offset = expert * per_expert if self.spec.axes.stacked else 0
                 leading = 2 if self.spec.axes.stacked and not self.spec.axes.flattened else 1
@@ -395,6 +414,16 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(inner := config.get(key), dict):
             return _text_config(inner)
     return config
+
+
+def _config_count(config: Mapping[str, Any]) -> int | None:
+    """How many experts the config says there are."""
+    for part in (config, config.get("ffn_config")):
+        if isinstance(part, dict):
+            for key in EXPERT_COUNTS:
+                if type(count := part.get(key)) is int:
+                    return count
+    return None
 
 
 def _is_mtp_root(root: str) -> bool:

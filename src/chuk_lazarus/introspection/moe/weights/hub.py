@@ -36,6 +36,7 @@ from .source import ByteSource, LocalFile, Progress, Range
 PARALLEL = 4
 CHUNK = 16 * 2**20  # bytes of one request, so of one cached range
 GAP = 4096  # fetch this many unwanted bytes rather than make another request
+READ_AHEAD = 100_000  # most headers fit in it, so that one costs a single request
 SMALL = 64 * 2**20  # a file that we take whole from a server that ignores Range
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 TIMEOUT = httpx2.Timeout(30.0)
@@ -183,7 +184,7 @@ class HubFile:
         """The bytes [start, stop), fetched where the cache has not got them."""
         cache = self.repository.cache
         for _ in range(2):  # a second time where the first read found a damaged range
-            for chunk in self.missing_chunks([(start, stop)]):
+            for chunk in self.missing_chunks([(start, min(max(stop, start + READ_AHEAD), self.size))]):
                 self.fetch(*chunk, lambda received: None)
             data = cache.read(self._key, start, stop)
             if data is not None:

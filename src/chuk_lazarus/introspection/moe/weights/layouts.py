@@ -13,8 +13,10 @@ from math import prod
 
 ROLES = ("gate", "up", "down")
 
-_LAYER = re.compile(r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d+)\.(?P<rest>.+)")
-_EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
+_LAYER = re.compile(
+    r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
+)
+_EXPERT = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 _PART = re.compile(r"[._](?P<part>[A-Za-z][\w.]*)")
 _LOOKS_ROUTED = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)")
 _NOT_ROUTED = re.compile(r"shared_expert|share_expert|shared_mlp|self_attention|e_score_correction_bias|residual_mlp")
@@ -36,11 +38,11 @@ class StoredAxes:
     def parse(cls, text: str) -> "StoredAxes":
         """Raises ValueError for a string that is no such description."""
         groups = [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", text)]
-        stacked, flattened = groups[0][0] == "E", groups[0][0] == "E" and len(groups[0]) > 1
+        stacked = text.startswith(("E", "(E"))
+        flattened = stacked and groups[0] != ("E",)
         if stacked:
             groups = [groups[0][1:], *groups[1:]] if flattened else groups[1:]
-        letters = sorted(letter for group in groups for letter in group)
-        if len(groups) != 2 or letters not in (["H", "I"], ["2", "H", "I"]):
+        if len(groups) != 2 or ("H",) not in groups or not {("I",), ("2", "I"), ("I", "2")} & set(groups):
             raise ValueError(f"not the axes of an expert: {text}")
         return cls((groups[0], groups[1]), stacked, flattened)
 
@@ -55,7 +57,7 @@ class StoredAxes:
             groups[0] = ("E", *groups[0])
         elif self.stacked:
             groups.insert(0, ("E",))
-        if len(shape) != len(groups):
+        if len(shape) != len(groups) or 0 in shape:
             return None
         known = {"2": 2, **sizes}
         for group, length in zip(groups, shape, strict=True):
@@ -90,6 +92,11 @@ class Layout:
     model_types: frozenset[str]
     tensors: tuple[StoredTensor, ...]
     routers: tuple[str, ...]
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether a tensor holds gates and ups in turns."""
+        return any(("I", "2") in tensor.axes.groups for tensor in self.tensors)
 
     @property
     def is_stacked(self) -> bool:

@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 from ...errors import ModelUnreadable, UnknownFormat
 from . import Part, Stored
 
+SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
     """`weight` in FP8 beside `weight_scale_inv` (`scale_inv` beside a stacked tensor)."""
     scale = next((part for part in ("weight_scale_inv", "scale_inv") if part in parts), None)
-    if scale is None or parts.keys() != {"weight", scale} or parts["weight"].dtype not in ("F8_E4M3", "F8_E5M2"):
+    if scale is None or parts.keys() != {"weight", scale} or parts[scale].dtype not in SCALES:
         return None
     weight = parts["weight"]
+    if weight.dtype not in ("F8_E4M3", "F8_E5M2") or len(weight.shape) < 2:
+        return None
     block = quantization.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
         raise UnknownFormat(

@@ -35,5 +35,6 @@ def decode(parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     """uint8 [rows, groups, 16] and [rows, groups] -> float32 [rows, groups * 32]."""
     rows, groups, _ = parts["blocks"].shape
     elements: NDArray[np.float32] = _PAIRS[parts["blocks"]].view(np.float32)
-    elements *= parts["scales"].view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[..., None]
+    with np.errstate(over="ignore"):
+        elements *= parts["scales"].view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[..., None]
     return elements.reshape(rows, groups * 32)

@@ -20,4 +20,5 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 
 def decode(parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     """[rows, columns] of any floating point dtype -> float32."""
-    return parts["weight"].astype(np.float32)
+    with np.errstate(over="ignore"):  # a float64 may be too large: it becomes infinite, and is reported as such
+        return parts["weight"].astype(np.float32)

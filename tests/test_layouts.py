@@ -1,0 +1,933 @@
+"""Tensor names and axes -> expert matrices, against oracles that do not come from the code under test."""
+
+import json
+import os
+import re
+import struct
+import tomllib
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from chuk_lazarus.introspection.moe import measure
+from chuk_lazarus.introspection.moe.errors import MoEError, NotMoE, UnknownFormat
+from chuk_lazarus.introspection.moe.measure import choose_experts, measure_layer
+from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
+from chuk_lazarus.introspection.moe.weights.experts import ExpertLayer, Experts, ExpertTensor
+from chuk_lazarus.introspection.moe.weights.layouts import Layout, StoredAxes, load_table, match_names
+from chuk_lazarus.introspection.moe.weights.source import Folder, Progress, Range
+
+Array = NDArray[Any]
+Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, out, in]
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WITH_ORACLE = sorted(path.parent.name for path in FIXTURES.glob("*/oracle.npz"))
+ROWS = {layout.name: layout for layout in load_table()}
+
+every_fixture = pytest.mark.parametrize("name", WITH_ORACLE)
+every_row = pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+
+
+@cache
+def oracle(name: str) -> dict[int, Matrices]:
+    """layer -> role -> [experts, out, in]."""
+    found: dict[int, Matrices] = {}
+    with np.load(FIXTURES / name / "oracle.npz") as arrays:
+        for key in arrays.files:
+            layer, role = key.split(".")
+            found.setdefault(int(layer), {})[role] = arrays[key]
+    return found
+
+
+@cache
+def open_fixture(name: str) -> Experts:
+    return Experts.open(str(FIXTURES / name))
+
+
+def read_all(layer: ExpertLayer) -> Matrices:
+    experts = [layer.matrices(expert) for expert in range(layer.count)]
+    return {role: np.stack([expert[role] for expert in experts]) for role in layer.roles}
+
+
+def assert_same(found: Matrices, expected: Mapping[str, Array]) -> None:
+    assert list(found) == ["gate", "up", "down"]
+    for role, matrices in found.items():
+        assert matrices.dtype == np.float32
+        np.testing.assert_array_equal(matrices, expected[role], err_msg=role)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints made here, in memory, with every read noted
+
+DTYPES = {"<f4": "F32", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "|u1": "U8"}
+
+
+@dataclass
+class Noted:
+    """A file that notes what is read of it."""
+
+    name: str
+    size: int
+    get: Callable[[int, int], bytes]
+    reads: list[tuple[str, int, int]]
+
+    def read(self, start: int, stop: int) -> bytes:
+        self.reads.append((self.name, start, stop))
+        return self.get(start, stop)
+
+
+@dataclass
+class Memory:
+    """A repository of files in memory."""
+
+    contents: dict[str, bytes]
+    reads: list[tuple[str, int, int]] = field(default_factory=list)
+    revision: str | None = None
+    bytes_fetched: int = 0
+
+    @property
+    def files(self) -> frozenset[str]:
+        return frozenset(self.contents)
+
+    def open(self, filename: str) -> Noted:
+        data = self.contents[filename]
+        self.reads.append((filename, 0, 0))
+        return Noted(filename, len(data), lambda start, stop: data[start:stop], self.reads)
+
+    def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
+        pass
+
+
+def load_folder(folder: Path) -> Memory:
+    return Memory({path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".npz"})
+
+
+def safetensors(tensors: Mapping[str, Array]) -> bytes:
+    entries, data = {}, b""
+    for name, array in tensors.items():
+        dtype = DTYPES[array.dtype.name if array.dtype.name in DTYPES else array.dtype.str]
+        start, data = len(data), data + array.tobytes()
+        entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, len(data)]}
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def make(tensors: Mapping[str, Array], config: Mapping[str, Any] | None) -> Memory:
+    contents = {"model.safetensors": safetensors(tensors)}
+    return Memory(contents | ({} if config is None else {"config.json": json.dumps(config).encode()}))
+
+
+def open_made(tensors: Mapping[str, Array], config: Mapping[str, Any] | None) -> Experts:
+    return Experts(Checkpoint(make(tensors, config)))
+
+
+def header_bytes(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def random_experts(experts: int, intermediate: int, hidden: int, seed: int = 0) -> Matrices:
+    rng = np.random.default_rng(seed)
+    shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    return {role: rng.standard_normal((experts, *shape)).astype(np.float32) for role, shape in shapes.items()}
+
+
+def store(axes: str, role: str, matrices: Matrices) -> Array:
+    """The tensor with the given axes, all experts in front where it has no E."""
+    named = {"gate": "EIH", "up": "EIH", "down": "EHI", "gate_up": "2EIH"}[role]
+    array = np.stack([matrices["gate"], matrices["up"]]) if role == "gate_up" else matrices[role]
+    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", axes)]
+    if "E" not in axes:
+        groups.insert(0, ["E"])
+    sizes = dict(zip(named, array.shape, strict=True))
+    array = array.transpose([named.index(letter) for group in groups for letter in group])
+    return np.ascontiguousarray(array.reshape([prod(sizes[letter] for letter in group) for group in groups]))
+
+
+def row_axes(row: Layout) -> dict[str, str]:
+    """The axis strings of a row, by role, from the table's text: not as our own parser understands them."""
+    table = tomllib.loads((Path(measure.__file__).parent / "weights" / "layouts.toml").read_text())["layout"]
+    return next({t["role"]: t["axes"] for t in entry["tensors"]} for entry in table if entry["name"] == row.name)
+
+
+def as_stored(row: Layout, matrices: Matrices, prefix: str = "model.layers.0.", block: int = 0) -> dict[str, Array]:
+    """The tensors of one layer, named and laid out as the row says; `block` picks among its names."""
+    tensors: dict[str, Array] = {}
+    for tensor in row.tensors:
+        array = store(row_axes(row)[tensor.role], tensor.role, matrices)
+        name = prefix + tensor.names[block % len(tensor.names)]
+        suffix = ".weight" if "{expert}" in name or name.endswith("_linear") else ""
+        if "{expert}" in name:
+            tensors |= {name.replace("{expert}", str(i)) + suffix: each for i, each in enumerate(array)}
+        else:
+            tensors[name + suffix] = array
+    experts, _, hidden = matrices["gate"].shape
+    return tensors | {f"{prefix}{router}.weight": np.zeros((experts, hidden), "<f4") for router in row.routers}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fixtures' own oracles
+
+
+@every_fixture
+def test_every_expert_equals_the_oracle(name: str) -> None:
+    experts, expected = open_fixture(name), oracle(name)
+    assert experts.layers == tuple(sorted(expected))
+    assert experts.notes == []
+    for number, roles in expected.items():
+        layer = experts.layer(number)
+        assert layer.count == len(roles["gate"])
+        assert {role: layer.shape(role) for role in layer.roles} == {r: m.shape[1:] for r, m in roles.items()}
+        assert_same(read_all(layer), roles)
+
+
+@every_fixture
+def test_family_is_a_row_for_the_model_type(name: str) -> None:
+    model_type = json.loads((FIXTURES / name / "config.json").read_text())["model_type"]
+    experts = open_fixture(name)
+    assert experts.model_type == model_type
+    assert model_type in ROWS[experts.family].model_types
+
+
+def test_multi_token_prediction_layers_are_apart_and_can_be_read() -> None:
+    experts = open_fixture("deepseek_v3_fp8")
+    assert (experts.layers, experts.mtp_layers) == ((1,), (2,))
+    assert_same(read_all(experts.layer(2)), oracle("deepseek_v3_fp8")[1])
+    assert all(not open_fixture(name).mtp_layers for name in WITH_ORACLE if name != "deepseek_v3_fp8")
+
+
+def test_a_dense_model_is_no_mixture_of_experts() -> None:
+    with pytest.raises(NotMoE):
+        Experts.open(str(FIXTURES / "dense_llama"))
+
+
+def is_square(layer: ExpertLayer) -> bool:
+    """Whether some stored matrix has as many rows as columns, so that its shape does not tell which are which."""
+    return any(tensor.rows == tensor.columns for tensor in layer.tensors)
+
+
+@every_row
+def test_every_row_of_the_table_has_a_fixture(row: Layout) -> None:
+    layers = [open_fixture(name) for name in WITH_ORACLE if open_fixture(name).family == row.name]
+    squares = {is_square(experts.layer(experts.layers[0])) for experts in layers}
+    assert squares >= ({False, True} if row.is_stacked else {False})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows of rows
+
+
+def assemble(tensor: ExpertTensor, experts: Sequence[int], windows: Iterable[Range]) -> Matrices:
+    """The matrices put together from windows, after a check that each weight comes exactly once."""
+    shapes = {role: (len(experts), *tensor.layer.shape(role)) for role in tensor.spec.roles}
+    result = {role: np.full(shape, np.nan, np.float32) for role, shape in shapes.items()}
+    times = {role: np.zeros(shape, int) for role, shape in shapes.items()}
+    for low, high in windows:
+        for piece in tensor.read(experts, low, high):
+            result[piece.role][:, *piece.index] = piece.values
+            times[piece.role][:, *piece.index] += 1
+    assert all((count == 1).all() for count in times.values())
+    return result
+
+
+@every_fixture
+@pytest.mark.parametrize("budget", [1, 200, 1000, 10**9])
+def test_windows_cover_every_weight_once(name: str, budget: int) -> None:
+    experts = open_fixture(name)
+    layer = experts.layer(experts.layers[-1])
+    chosen = [layer.count - 1, 0]
+    for tensor in layer.tensors:
+        windows = tensor.windows(budget)
+        assert [low for low, _ in windows] == [0, *(high for _, high in windows[:-1])]
+        row = layer.count * tensor.columns
+        granule = 128 if tensor.stored.codec == "fp8" else 1  # rows that share a scale stay together
+        assert all((high - low) * row <= max(budget, granule * row) for low, high in windows)
+        assert budget > 1 or len(windows) == -(-tensor.rows // granule)
+        for role, matrices in assemble(tensor, chosen, windows).items():
+            np.testing.assert_array_equal(matrices, oracle(name)[layer.number][role][chosen])
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_ORACLE if name != "deepseek_v3_fp8"])
+@pytest.mark.parametrize("step", [3, 7])
+def test_windows_may_start_between_a_gate_and_its_up(name: str, step: int) -> None:
+    experts = open_fixture(name)
+    layer = experts.layer(experts.layers[0])
+    for tensor in layer.tensors:
+        windows = [(low, min(low + step, tensor.rows)) for low in range(0, tensor.rows, step)]
+        for role, matrices in assemble(tensor, range(layer.count), windows).items():
+            np.testing.assert_array_equal(matrices, oracle(name)[layer.number][role])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A second oracle: what MLX LM makes of the same files
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How MLX LM can load a fixture: what its config lacks for this library, and names that its models spell
+    differently."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    rename: tuple[str, str] | None = None
+    shift: int = 0  # our layer number less MLX LM's
+
+
+ROPE = {"rope_theta": 10000.0}
+HALF_ROPE = {**ROPE, "rope_scaling": None, "partial_rotary_factor": 0.5}
+YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+MINIMAX = {**ROPE, "rotary_dim": 4, "shared_intermediate_size": 0}
+BOTH_ATTENTIONS = {"layer_types": ["sliding_attention", "full_attention"]}
+HUNYUAN = {
+    **ROPE,
+    "model_type": "hunyuan",
+    "num_shared_expert": 1,
+    "use_mixed_mlp_moe": True,
+    "use_qk_norm": True,
+    "use_cla": False,
+    "cla_share_factor": 2,
+    "rope_scaling": {"alpha": 1.0, "factor": 1.0, "type": "dynamic"},
+}
+# the one model class of MLX LM that reads these stacked names
+FUSED = {
+    "model_type": "qwen3_5_moe",
+    "num_experts": 4,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 8,
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
+RECIPES = {
+    "deepseek_v2": Recipe({"rope_scaling": YARN}),
+    "deepseek_v3_fp8": Recipe({"n_shared_experts": None}),
+    "ernie4_5_moe": Recipe(ROPE),
+    "glm4_moe": Recipe(HALF_ROPE),
+    "gpt_oss_mxfp4": Recipe(BOTH_ATTENTIONS),
+    "gpt_oss_mxfp4_square": Recipe(BOTH_ATTENTIONS),
+    "granitemoe": Recipe(ROPE),
+    "granitemoe_square": Recipe(ROPE),
+    "granitemoehybrid": Recipe({"layer_types": ["mamba", "attention"]}),
+    "hunyuan_v1_moe": Recipe(HUNYUAN),
+    "llama4_square": Recipe({"model_type": "llama4"}, ("^", "language_model.")),
+    "llama4_text": Recipe({"model_type": "llama4"}, ("^", "language_model.")),
+    "minimax": Recipe(MINIMAX),
+    "minimax_m2": Recipe(MINIMAX),
+    "mixtral_fused": Recipe(FUSED),
+    # its sanitize looks at layer 0 only, and that is dense here
+    "qwen2_moe": Recipe({**ROPE, "num_hidden_layers": 1}, (r"layers\.1\.", "layers.0."), shift=1),
+    "qwen3_5_moe_text": Recipe({"model_type": "qwen3_5_moe"}),
+    "qwen3_moe": Recipe({**ROPE, "num_experts": 4}),
+    "qwen3_moe_fused": Recipe(FUSED),
+    "qwen3_moe_fused_square": Recipe({**FUSED, "moe_intermediate_size": 16}),
+}
+NOT_IN_MLX_LM = {
+    "gpt_oss": "MLX LM splits gate_up_proj by rows, and does not know the transposed copy that transformers writes",
+    "gpt_oss_square": "as gpt_oss",
+    "jetmoe": "MLX LM has no jetmoe",
+}
+LEAVES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "v1": "up", "w2": "down"}
+
+
+def load_mlx_lm(folder: Path, recipe: Recipe, scratch: Path) -> dict[int, Matrices]:
+    """layer -> role -> [experts, out, in], from MLX LM's model with the weights loaded."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    config = dict(recipe.config)
+    if recipe.rename:
+        for file in folder.glob("*.safetensors"):
+            weights = mx.load(str(file))
+            if recipe.shift:
+                weights = {key: value for key, value in weights.items() if "layers.0." not in key}
+            renamed = {re.sub(*recipe.rename, key): value for key, value in weights.items()}
+            mx.save_safetensors(str(scratch / file.name), renamed)
+        original = json.loads((folder / "config.json").read_text())
+        (scratch / "config.json").write_text(json.dumps(original))
+        if config.get("model_type") == "llama4":
+            config["text_config"] = {**original, **ROPE, "rope_scaling": None, "num_experts_per_tok": 1}
+        folder = scratch
+    model, _ = load_model(folder, strict=False, model_config=config)
+    found: dict[int, dict[str, dict[int, Array]]] = {}
+    for path, module in model.named_modules():
+        place = re.search(r"\.(\d+)\.\w+\.(?:switch_mlp|experts)\.(?:(\d+)\.)?(\w+)$", path)
+        if not place or place[3] not in LEAVES:
+            continue
+        weight = module["weight"]
+        if "scales" in module:
+            weight = mx.dequantize(weight, module["scales"], group_size=32, bits=4, mode=module.mode, dtype=mx.float32)
+        roles = found.setdefault(int(place[1]) + recipe.shift, {})
+        roles.setdefault(LEAVES[place[3]], {})[int(place[2] or 0)] = np.array(weight.astype(mx.float32))
+    return {
+        layer: {r: np.stack([e[i] for i in sorted(e)]) if len(e) > 1 else e[0] for r, e in roles.items()}
+        for layer, roles in found.items()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_ORACLE if name not in NOT_IN_MLX_LM])
+def test_mlx_lm_reads_the_same_matrices(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("mlx_lm")
+        theirs = load_mlx_lm(FIXTURES / name, RECIPES.get(name, Recipe()), tmp_path)
+    ours = open_fixture(name)
+    assert sorted(theirs) == list(ours.layers)
+    for number, expected in theirs.items():
+        found = read_all(ours.layer(number))
+        if ours.layer(number).storage == "fp8":  # MLX LM keeps what it decodes in bfloat16
+            found = {role: m.astype(ml_dtypes.bfloat16).astype(np.float32) for role, m in found.items()}
+        assert_same(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Axes
+
+
+@pytest.mark.parametrize(
+    ("text", "groups", "stacked", "flattened"),
+    [
+        ("I H", (("I",), ("H",)), False, False),
+        ("H I", (("H",), ("I",)), False, False),
+        ("E (2 I) H", (("2", "I"), ("H",)), True, False),
+        ("E (I 2) H", (("I", "2"), ("H",)), True, False),
+        ("E H (2 I)", (("H",), ("2", "I")), True, False),
+        ("(E I) H", (("I",), ("H",)), True, True),
+        ("(E 2 I) H", (("2", "I"), ("H",)), True, True),
+    ],
+)
+def test_axes_parse(text: str, groups: tuple[Any, Any], stacked: bool, flattened: bool) -> None:
+    assert StoredAxes.parse(text) == StoredAxes(groups, stacked, flattened)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "()", "E", "I", "E I", "I H H", "E I H 2", "E X H", "E E I", "(2 I)", "(2 H) I", "H E I", "I (E H)"]
+)
+def test_axes_refuse_what_describes_no_expert(text: str) -> None:
+    with pytest.raises(ValueError, match="axes"):
+        StoredAxes.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "known", "expected"),
+    [
+        ("I H", (24, 16), {}, {"I": 24, "H": 16}),
+        ("E (2 I) H", (4, 48, 16), {}, {"E": 4, "I": 24, "H": 16}),
+        ("E (2 I) H", (4, 47, 16), {}, None),
+        ("E (2 I) H", (48, 16), {}, None),
+        ("E H I", (4, 16, 24), {"E": 5}, None),
+        ("E H I", (4, 16, 24), {"I": 16}, None),
+        ("E H I", (4, 16, 24), {"E": 4, "I": 24, "H": 16}, {"E": 4, "I": 24, "H": 16}),
+        ("(E I) H", (96, 16), {}, {"H": 16}),
+        ("(E I) H", (96, 16), {"E": 4}, {"E": 4, "I": 24, "H": 16}),
+        ("(E I) H", (97, 16), {"E": 4}, None),
+    ],
+)
+def test_axes_solve(text: str, shape: tuple[int, ...], known: dict[str, int], expected: dict[str, int] | None) -> None:
+    assert StoredAxes.parse(text).solve(shape, known) == expected
+
+
+sizes = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
+
+
+@every_row
+@given(sizes=sizes)
+@settings(deadline=None)
+def test_shapes_give_the_sizes_back(row: Layout, sizes: tuple[int, int, int]) -> None:
+    matrices = random_experts(*sizes)
+    shapes = {t.role: store(row_axes(row)[t.role], t.role, matrices).shape for t in row.tensors}
+    if not row.is_stacked:
+        shapes = {role: shape[1:] for role, shape in shapes.items()}
+    told = sizes[0] if row.routers or not row.is_stacked else None
+    assert row.solve(shapes, told) == dict(zip("EIH", sizes, strict=True))
+
+
+@every_row
+@given(sizes=sizes, block=st.integers(0, 2), seed=st.integers(0, 99), budget=st.integers(1, 300))
+@settings(deadline=None, max_examples=25)
+def test_values_stored_by_a_rows_axes_are_read_back(
+    row: Layout, sizes: tuple[int, int, int], block: int, seed: int, budget: int
+) -> None:
+    matrices = random_experts(*sizes, seed)
+    for model_type in sorted(row.model_types):
+        experts = open_made(as_stored(row, matrices, block=block), {"model_type": model_type})
+        assert experts.family == row.name
+        layer = experts.layer(0)
+        assert_same(read_all(layer), matrices)
+        assert layer.parameters == 3 * prod(sizes)
+        assert layer.stored_bytes == 4 * layer.parameters
+    for tensor in layer.tensors:
+        for role, found in assemble(tensor, range(sizes[0]), tensor.windows(budget)).items():
+            np.testing.assert_array_equal(found, matrices[role])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matching names
+
+SIZES = (3, 6, 4)  # experts, intermediate, hidden: neither is twice the other
+MATRICES = random_experts(*SIZES)
+
+
+@pytest.mark.parametrize("model_type", ["mystery_moe", None])
+@pytest.mark.parametrize("name", ["gate_up_down", "w1_w3_w2", "dbrx", "granite", "llama4"])
+def test_names_that_fit_one_row_need_no_known_model_type(name: str, model_type: str | None) -> None:
+    experts = open_made(as_stored(ROWS[name], MATRICES), model_type and {"model_type": model_type})
+    assert experts.family == name
+    assert_same(read_all(experts.layer(0)), MATRICES)
+    (note,) = experts.notes
+    assert name in note
+    assert (model_type or "none") in note
+
+
+@pytest.mark.parametrize("intermediate", [2, 3, 6])  # with hidden 4: gate_up square, neither, neither
+@pytest.mark.parametrize(("name", "block"), [("stacked", 2), ("llama4", 0)])
+def test_shapes_tell_a_transposed_stack(name: str, block: int, intermediate: int) -> None:
+    matrices = random_experts(3, intermediate, 4)
+    experts = open_made(as_stored(ROWS[name], matrices, block=block), {"model_type": "mystery_moe"})
+    assert experts.family == name
+    assert_same(read_all(experts.layer(0)), matrices)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gpt_oss_transposed"])
+@pytest.mark.parametrize("intermediate", [2, 3, 4, 6, 8])
+def test_shapes_tell_the_two_forms_of_gpt_oss(name: str, intermediate: int) -> None:
+    matrices = random_experts(3, intermediate, 4)
+    experts = open_made(as_stored(ROWS[name], matrices), {"model_type": "gpt_oss"})
+    assert (experts.family, experts.notes) == (name, [])
+    assert_same(read_all(experts.layer(0)), matrices)
+
+
+HALVES = {"gate_up_proj": "E (2 I) H", "down_proj": "E H I"}
+TURNS = {"gate_up_proj": "E (I 2) H", "down_proj": "E H I"}
+HALVES_TRANSPOSED = {"gate_up_proj": "E H (2 I)", "down_proj": "E I H"}
+TURNS_TRANSPOSED = {"gate_up_proj": "E H (I 2)", "down_proj": "E I H"}
+
+
+def stack(axes: Mapping[str, str], prefix: str = "model.layers.0.") -> dict[str, Array]:
+    return {
+        f"{prefix}mlp.experts.{leaf}": store(text, leaf.removesuffix("_proj"), MATRICES) for leaf, text in axes.items()
+    }
+
+
+@pytest.mark.parametrize("axes", [HALVES, TURNS, HALVES_TRANSPOSED, TURNS_TRANSPOSED])
+@pytest.mark.parametrize("config", [None, {}, {"model_type": "mystery_moe"}])
+def test_halves_or_turns_are_never_guessed(axes: Mapping[str, str], config: dict[str, Any] | None) -> None:
+    """No shape tells "all gates, then all ups" from "gate and up in turns": only a known model type does."""
+    with pytest.raises(UnknownFormat):
+        open_made(stack(axes), config)
+
+
+@pytest.mark.parametrize("axes", [HALVES, HALVES_TRANSPOSED])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_vl_moe_text", "openai_privacy_filter", "mixtral"])
+def test_a_family_of_halves_is_read_right_or_refused(axes: Mapping[str, str], model_type: str) -> None:
+    try:
+        experts = open_made(stack(axes), {"model_type": model_type})
+    except UnknownFormat:
+        return
+    assert_same(read_all(experts.layer(0)), MATRICES)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "layers.0.",
+        "language_model.model.layers.0.",
+        "model.language_model.layers.0.",
+        "backbone.layers.0.",
+        "transformer.blocks.0.",
+        "model.decoder_layer.0.",
+        "thinker.model.layers.0.",
+    ],
+)
+def test_any_prefix_before_the_layers(prefix: str) -> None:
+    experts = open_made(as_stored(ROWS["gate_up_down"], MATRICES, prefix), {"model_type": "qwen3_moe"})
+    assert experts.layers == (0,)
+    assert_same(read_all(experts.layer(0)), MATRICES)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"text_config": {"model_type": "qwen3_5_moe_text", "num_experts": 3, "num_hidden_layers": 1}},
+        {"llm_config": {"model_type": "qwen3_moe"}},
+        {"thinker_config": {"model_type": "x", "text_config": {"model_type": "qwen3_moe"}}},
+        {"text_config": {"num_experts": 3}},
+    ],
+)
+def test_the_text_part_of_a_multimodal_config_decides(config: dict[str, Any]) -> None:
+    experts = open_made(stack(HALVES, "model.language_model.layers.0."), {"model_type": "qwen3_5_moe", **config})
+    assert (experts.family, experts.notes) == ("stacked", [])
+    assert_same(read_all(experts.layer(0)), MATRICES)
+
+
+NOT_ROUTED = [
+    "mlp.gate.weight",
+    "mlp.gate.e_score_correction_bias",
+    "mlp.experts.e_score_correction_bias",
+    "mlp.router.weight",
+    "mlp.shared_expert.gate_proj.weight",
+    "mlp.shared_expert_gate.weight",
+    "mlp.shared_experts.up_proj.weight",
+    "mlp.shared_mlp.down_proj.weight",
+    "mlp.shared_experts.experts.0.up_proj.weight",
+    "shared_mlp.input_linear.weight",
+    "shared_mlp.output_linear.weight",
+    "self_attention.experts.input_linear.weight",
+    "self_attention.experts.output_linear.weight",
+    "residual_mlp.w1.weight",
+    "feed_forward.w1.weight",
+    "feed_forward.expert_bias",
+    "feed_forward.shared_expert.gate_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.gate_up_proj.weight",
+    "mlp.moe_statics.e_score_correction_bias",
+    "block_sparse_moe.gate.weight",
+    "block_sparse_moe.router.layer.weight",
+    "block_sparse_moe.shared_experts.gate_proj.weight",
+]
+
+
+def test_what_is_not_routed_is_never_counted() -> None:
+    names = [f"model.layers.0.{name}" for name in NOT_ROUTED]
+    assert match_names(names) == ([], [])
+    experts = as_stored(ROWS["gate_up_down"], MATRICES)
+    (match,), left = match_names([*names, *experts])
+    assert (match.names, left) == (set(experts), [])
+
+
+@every_row
+def test_what_is_not_routed_changes_nothing(row: Layout) -> None:
+    others = {f"model.layers.{i}.{name}": np.ones((2, 2), "<f4") for i in (0, 1) for name in NOT_ROUTED}
+    layout = {"model_type": min(row.model_types), "num_hidden_layers": 2}
+    experts = open_made(others | as_stored(row, MATRICES, "model.layers.1."), layout)
+    assert (experts.layers, experts.layer(1).stored_bytes) == ((1,), 4 * 3 * prod(SIZES))
+    assert_same(read_all(experts.layer(1)), MATRICES)
+
+
+@pytest.mark.parametrize("root", ["mtp", "model.mtp"])
+@pytest.mark.parametrize("main", ["gate_up_down", "stacked"])
+def test_a_multi_token_prediction_root_is_kept_apart(root: str, main: str) -> None:
+    other = as_stored(ROWS["gate_up_down"], random_experts(*SIZES, seed=1), f"{root}.layers.0.")
+    experts = open_made(
+        other | as_stored(ROWS[main], MATRICES), {"model_type": "qwen3_next", "num_experts": 3, "num_hidden_layers": 1}
+    )
+    assert (experts.family, experts.layers, experts.mtp_layers) == (main, (0,), ())
+    assert_same(read_all(experts.layer(0)), MATRICES)
+
+
+def test_two_stacks_are_an_error_that_names_both() -> None:
+    both = [as_stored(ROWS["gate_up_down"], MATRICES, f"model.{root}.layers.0.") for root in ("encoder", "decoder")]
+    with pytest.raises(UnknownFormat, match=r"2 stacks.*model\.decoder, model\.encoder"):
+        open_made(both[0] | both[1], {"model_type": "x"})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["mixer.experts.0.up_proj.weight", "mixer.experts.0.down_proj.weight"], id="nemotron_h"),
+        pytest.param(["ffn.experts.expert_0.fc1.weight", "ffn.experts.expert_0.fc2.weight"], id="nllb"),
+        pytest.param(["mlp.experts.fc1.weight", "mlp.experts.fc2.weight"], id="aria"),
+        pytest.param(["mlp.experts.w13_weight", "mlp.experts.w2_weight"], id="inkling"),
+        pytest.param(["mlp.experts.wi_gate", "mlp.experts.wi_up", "mlp.experts.wo"], id="openmoe"),
+        pytest.param(["mlp.switch_mlp.gate_proj.weight", "mlp.switch_mlp.up_proj.weight"], id="mlx"),
+        pytest.param(["mlp.experts.gate_up_projs.0.weight", "mlp.experts.down_projs.0.weight"], id="unsloth"),
+        pytest.param(["moe.gate_proj.weight", "moe.up_proj.weight", "moe.down_proj.weight"], id="step3p5"),
+        pytest.param(["moe.0.linear.weight", "moe.0.linear_v.weight", "moe.0.linear_1.weight"], id="grok1"),
+    ],
+)
+def test_experts_in_no_row_are_an_unknown_format_and_not_a_dense_model(names: list[str]) -> None:
+    tensors = {f"model.layers.0.{name}": np.ones((4, 6, 4), "<f4") for name in names}
+    with pytest.raises(UnknownFormat):
+        open_made(tensors, {"model_type": "mystery_moe", "num_experts": 4})
+
+
+@pytest.mark.parametrize("other", ["stacked", "w1_w3_w2", "granite"])
+def test_part_of_the_experts_in_another_layout_is_refused(other: str) -> None:
+    tensors = as_stored(ROWS["gate_up_down"], MATRICES) | as_stored(ROWS[other], MATRICES, "model.layers.1.")
+    with pytest.raises(UnknownFormat):
+        open_made(tensors, {"model_type": "olmoe"})
+
+
+@pytest.mark.parametrize("sizes", [(0, 6, 4), (2, 0, 4), (2, 6, 0)])
+@every_row
+def test_experts_without_a_weight_are_refused(row: Layout, sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(MoEError):
+        open_made(as_stored(row, random_experts(*sizes)), {"model_type": min(row.model_types)}).layer(0).sizes  # noqa: B018
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_config_that_contradicts_the_router_is_refused(count: int) -> None:
+    """Flattened experts could be cut into any number of them."""
+    tensors = as_stored(ROWS["dbrx"], random_experts(4, 6, 4))
+    with pytest.raises(MoEError):
+        open_made(tensors, {"model_type": "dbrx", "ffn_config": {"moe_num_experts": count}}).layer(0).sizes  # noqa: B018
+
+
+def test_a_huge_expert_number_costs_nothing() -> None:
+    tensors = as_stored(ROWS["gate_up_down"], MATRICES)
+    tensors["model.layers.0.mlp.experts.1000000.up_proj.weight"] = tensors[min(tensors)]
+    repository = make(tensors, {"model_type": "olmoe"})
+    tracemalloc.start()
+    try:
+        with pytest.raises(MoEError, match="expert 3"):
+            Experts(Checkpoint(repository))
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["model.layers.{}.mlp.experts.0.up_proj.weight", "layers.0.ffn.experts.{}.w1.weight"])
+def test_a_number_too_long_for_an_integer_is_refused(name: str) -> None:
+    with pytest.raises(MoEError):
+        open_made({name.format("9" * 5000): np.ones((2, 2), "<f4")}, {"model_type": "olmoe"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Biases
+
+
+def change_biases(data: bytes, change: Callable[[dict[str, Any], bytearray, str], None]) -> tuple[bytes, int]:
+    """A safetensors file with its experts' biases changed, and how many there were."""
+    start = header_bytes(data)
+    header, body = json.loads(data[8:start]), bytearray(data[start:])
+    names = [name for name in header if re.search(r"experts\..*bias$", name)]
+    for name in names:
+        change(header, body, name)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(body), len(names)
+
+
+def remove(header: dict[str, Any], body: bytearray, name: str) -> None:
+    del header[name]
+
+
+def spoil(header: dict[str, Any], body: bytearray, name: str) -> None:
+    low, high = header[name]["data_offsets"]
+    body[low:high] = b"\xff" * (high - low)  # NaN
+
+
+@pytest.mark.parametrize("change", [remove, spoil])
+@pytest.mark.parametrize("name", [name for name in WITH_ORACLE if name.startswith("gpt_oss")])
+def test_a_bias_never_reaches_a_weight(
+    name: str, change: Callable[[dict[str, Any], bytearray, str], None], tmp_path: Path
+) -> None:
+    data, count = change_biases((FIXTURES / name / "model.safetensors").read_bytes(), change)
+    assert count == 2 * len(oracle(name))
+    (tmp_path / "model.safetensors").write_bytes(data)
+    (tmp_path / "config.json").write_bytes((FIXTURES / name / "config.json").read_bytes())
+    experts = Experts.open(str(tmp_path))
+    for number, expected in oracle(name).items():
+        assert_same(read_all(experts.layer(number)), expected)
+        assert experts.layer(number).stored_bytes == open_fixture(name).layer(number).stored_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FP8 across the cuts
+
+
+def fp8_tensor(rows: int, columns: int, block: int, seed: int) -> tuple[Array, Array, NDArray[np.float32]]:
+    """Codes, scales, and what they mean by a loop over the elements."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 126, (rows, columns), np.uint8).view(ml_dtypes.float8_e4m3fn)
+    scales = rng.uniform(0.5, 2, (-(-rows // block), -(-columns // block))).astype(np.float32)
+    values = np.empty((rows, columns), np.float32)
+    for i, j in np.ndindex(rows, columns):
+        values[i, j] = np.float32(codes[i, j]) * scales[i // block, j // block]
+    return codes, scales, values
+
+
+@pytest.mark.parametrize("budget", [1, 10**9])
+@pytest.mark.parametrize(("intermediate", "hidden", "block"), [(4, 6, 4), (6, 6, 4), (5, 7, 3)])
+def test_stacked_fp8_with_blocks_across_gate_and_up(intermediate: int, hidden: int, block: int, budget: int) -> None:
+    shapes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
+    tensors: dict[str, Array] = {}
+    expected: dict[str, Array] = {}
+    for seed, (leaf, shape) in enumerate(shapes.items()):
+        codes, scales, values = zip(*(fp8_tensor(*shape, block, 10 * seed + e) for e in range(3)), strict=True)
+        tensors[f"model.layers.0.mlp.experts.{leaf}"] = np.stack(codes)
+        tensors[f"model.layers.0.mlp.experts.{leaf}_scale_inv"] = np.stack(scales)
+        expected[leaf] = np.stack(values)
+    quantization = {"quantization_config": {"weight_block_size": [block, block]}}
+    text = {"text_config": {"model_type": "qwen3_5_moe_text"}}
+    config = text | quantization if budget == 1 else {"text_config": text["text_config"] | quantization}
+    layer = open_made(tensors, config).layer(0)
+    gate, up = np.split(expected["gate_up_proj"], 2, axis=1)
+    truth = {"gate": gate, "up": up, "down": expected["down_proj"]}
+    assert_same(read_all(layer), truth)
+    for tensor in layer.tensors:
+        for role, found in assemble(tensor, range(3), tensor.windows(budget)).items():
+            np.testing.assert_array_equal(found, truth[role])
+
+
+@pytest.mark.parametrize("intermediate", [4, 6])
+def test_flattened_fp8_is_read_right_or_refused(intermediate: int) -> None:
+    """With 6 rows in an expert and blocks of 4, a block holds rows of two experts."""
+    tensors: dict[str, Array] = {}
+    values: Matrices = {}
+    for seed, (leaf, role) in enumerate({"w1": "gate", "v1": "up", "w2": "down"}.items()):
+        name = f"transformer.blocks.0.ffn.experts.mlp.{leaf}"
+        tensors[name], tensors[f"{name}_scale_inv"], flat = fp8_tensor(3 * intermediate, 8, 4, seed)
+        cube = flat.reshape(3, intermediate, 8)
+        values[role] = cube.transpose(0, 2, 1) if role == "down" else cube
+    config = {
+        "model_type": "dbrx",
+        "ffn_config": {"moe_num_experts": 3},
+        "quantization_config": {"weight_block_size": [4, 4]},
+    }
+    try:
+        found = read_all(open_made(tensors, config).layer(0))
+    except MoEError:
+        assert intermediate == 6
+        return
+    assert_same(found, values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Laziness
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def three_layers(shards: bool) -> Memory:
+    """3 layers of 12 experts, 96 x 64 in bfloat16, each layer in a file of its own where `shards`."""
+    tensors: dict[str, Array] = {}
+    for number in range(3):
+        stored = as_stored(ROWS["gate_up_down"], random_experts(12, 96, 64, number), f"model.layers.{number}.")
+        tensors |= {name: array.astype(ml_dtypes.bfloat16) for name, array in stored.items()}
+    config = {"model_type": "olmoe", "num_experts": 12, "num_hidden_layers": 3}
+    if not shards:
+        return make(tensors, config)
+    place = {name: f"model-0000{int(name.split('.')[2]) + 1}-of-00003.safetensors" for name in tensors}
+    contents = {
+        file: safetensors({name: array for name, array in tensors.items() if place[name] == file})
+        for file in set(place.values())
+    }
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": place}).encode()}
+    return Memory(contents | index | {"config.json": json.dumps(config).encode()})
+
+
+def bytes_of_headers(repository: Memory) -> int:
+    return sum(
+        header_bytes(data) if name.endswith(".safetensors") else len(data) for name, data in repository.contents.items()
+    )
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("wanted", [8, None])
+def test_one_layer_costs_the_headers_and_that_layer(shards: bool, number: int, wanted: int | None) -> None:
+    repository = three_layers(shards)
+    checkpoint = Checkpoint(repository)
+    layer = Experts(checkpoint).layer(number)
+    measure_layer(layer, choose_experts(layer.count, wanted), quiet)
+    experts = 12 * 3 * 96 * 64 * 2
+    assert layer.stored_bytes == experts
+    read = sum(stop - start for _, start, stop in repository.reads)
+    assert checkpoint.bytes_read == read
+    assert read <= bytes_of_headers(repository) + 1.01 * experts
+
+
+@every_fixture
+@pytest.mark.parametrize("window", [1, 4_000_000])
+def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "WINDOW", window)
+    repository = load_folder(FIXTURES / name)
+    experts = Experts(Checkpoint(repository))
+    layer = experts.layer(experts.layers[-1])
+    wanted = {(info.file, info.start, info.stop) for tensor in layer.tensors for info in tensor.infos()}
+    repository.reads.clear()
+    measure_layer(layer, choose_experts(layer.count, 8), quiet)
+    assert sum(stop - start for _, start, stop in repository.reads) == layer.stored_bytes
+    for file, start, stop in repository.reads:
+        assert any(file == inside and low <= start <= stop <= high for inside, low, high in wanted)
+
+
+def test_only_the_chosen_experts_are_read_again_when_they_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "KEPT", 0)
+    repository = three_layers(False)
+    layer = Experts(Checkpoint(repository)).layer(1)
+    repository.reads.clear()
+    measure_layer(layer, choose_experts(layer.count, 3), quiet)
+    assert sum(stop - start for _, start, stop in repository.reads) == layer.stored_bytes * (12 + 3) // 12
+
+
+def test_shards_of_other_layers_stay_closed() -> None:
+    repository = load_folder(FIXTURES / "deepseek_v3_sharded")
+    experts = Experts(Checkpoint(repository))
+    measure_layer(experts.layer(1), choose_experts(4, 8), quiet)
+    index = json.loads(repository.contents["model.safetensors.index.json"])["weight_map"]
+    needed = {file for name, file in index.items() if ".mlp.experts." in name}
+    assert needed < set(index.values())
+    opened = {file for file, _, _ in repository.reads if file.endswith(".safetensors")}
+    assert opened == needed
+
+
+def test_shards_are_opened_only_for_the_first_and_the_asked_layer() -> None:
+    repository = three_layers(True)
+    measure_layer(Experts(Checkpoint(repository)).layer(1), choose_experts(12, 8), quiet)
+    read = [read for read in repository.reads if read[0].startswith("model-0000")]
+    assert {file[:11] for file, _, _ in read} == {"model-00001", "model-00002"}
+    data = sum(stop - start for file, start, stop in read if file.startswith("model-00001"))
+    first = next(content for file, content in repository.contents.items() if file.startswith("model-00001"))
+    assert data < 0.3 * len(first), "the first layer tells the layout by its header alone"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "stored"),
+    [
+        ("olmoe", 5 * 3 * 24 * 16, 5 * 3 * 24 * 16 * 2),
+        ("dbrx", 4 * 3 * 24 * 16, 4 * 3 * 24 * 16 * 2),
+        ("gpt_oss", 4 * 3 * 24 * 16, 4 * 3 * 24 * 16 * 2),
+        ("granitemoe_square", 4 * 3 * 16 * 32, 4 * 3 * 16 * 32 * 2),
+        # one byte a weight, and 2 x 2 float32 scales a matrix
+        ("deepseek_v3_fp8", 2 * 3 * 132 * 136, 2 * 3 * (132 * 136 + 2 * 2 * 4)),
+        # half a byte a weight, and one byte for 32 of them
+        ("gpt_oss_mxfp4", 3 * 3 * 96 * 64, 3 * 3 * 96 * 64 // 2 + 3 * 3 * 96 * 64 // 32),
+    ],
+)
+def test_parameters_and_stored_bytes(name: str, parameters: int, stored: int) -> None:
+    layer = open_fixture(name).layer(open_fixture(name).layers[0])
+    assert (layer.parameters, layer.stored_bytes) == (parameters, stored)
+
+
+def test_four_layers_of_olmoe_are_3072_mib(tmp_path: Path) -> None:
+    shapes = {"gate_proj": [1024, 2048], "up_proj": [1024, 2048], "down_proj": [2048, 1024]}
+    entries: dict[str, Any] = {}
+    for number in (0, 5, 10, 15):
+        for expert in range(64):
+            for leaf, shape in shapes.items():
+                start = len(entries) * 1024 * 2048 * 2
+                entries[f"model.layers.{number}.mlp.experts.{expert}.{leaf}.weight"] = {
+                    "dtype": "BF16",
+                    "shape": shape,
+                    "data_offsets": [start, start + 1024 * 2048 * 2],
+                }
+    header = json.dumps(entries).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + len(entries) * 1024 * 2048 * 2)
+    config = {"model_type": "olmoe", "num_experts": 64, "num_hidden_layers": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint(Folder(tmp_path))
+    experts = Experts(checkpoint)
+    assert experts.layers == (0, 5, 10, 15)
+    layers = [experts.layer(number) for number in experts.layers]
+    assert sum(layer.stored_bytes for layer in layers) == 3072 * 2**20
+    assert sum(layer.parameters for layer in layers) == 4 * 64 * 3 * 1024 * 2048
+    assert checkpoint.bytes_read < 2**18
