@@ -14,7 +14,7 @@ MOE = "introspection.moe"
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "cli.app": ({"cli.moe_expert", "cli.output", MOE, ""}, {"typer"}),
     "cli.moe_expert": ({"cli.output", MOE}, {"typer"}),
-    "cli.output": ({MOE}, {"rich", "pydantic"}),
+    "cli.output": ({MOE}, {"rich", "pydantic", "typer"}),
     MOE: ({f"{MOE}.{name}" for name in ("errors", "moe_type", "reports", "weights.experts")}, set()),
     f"{MOE}.errors": (set(), set()),
     f"{MOE}.moe_type": (

@@ -585,27 +585,21 @@ def test_a_stacked_weight_that_is_not_finite(
     refused(capsys, UNREADABLE, model, "layer 0", "expert 2", role)
 
 
-@pytest.mark.parametrize("value", [1e25, 1e300])
-def test_a_weight_beyond_float32_squares(capsys: Capture, tmp_path: Path, value: float) -> None:
+def test_a_weight_beyond_float32(capsys: Capture, tmp_path: Path) -> None:
     tensors = mixtral(dtype=np.float64)
-    tensors[weight_name(0, 2, "w1")][3, 5] = value
-    line = refused(capsys, UNREADABLE, write(tmp_path / "m", tensors, CONFIG), "layer 0", "gate", "too large")
-    assert "NaN" not in line
+    tensors[weight_name(0, 2, "w1")][3, 5] = 1e300
+    refused(capsys, UNREADABLE, write(tmp_path / "m", tensors, CONFIG), "layer 0", "expert 2", "gate", "too large")
 
 
-@pytest.mark.parametrize("scale", [2.0**-90, 2.0**-60, 2.0**50, 2.0**57, 2.0**60])
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**-60, 2.0**50, 2.0**100])
 def test_the_scale_of_the_weights_does_not_matter(capsys: Capture, tmp_path: Path, scale: float) -> None:
-    """Unless they can't be squared in float32, and then it is said."""
+    """Not even where their squares vanish or overflow in float32."""
     plain = mixtral()
     scaled = {name: values * np.float32(scale) for name, values in plain.items()}
     figures = []
     for place, tensors in enumerate((plain, scaled)):
-        code = run([*ANALYZE, "-m", write(tmp_path / str(place), tensors, CONFIG), "--json"])
-        out, line = capsys.readouterr()
-        if code == UNREADABLE:
-            assert "float32" in line
-            return
-        analysis = json.loads(out)
+        assert run([*ANALYZE, "-m", write(tmp_path / str(place), tensors, CONFIG), "--json"]) == 0
+        analysis = json.loads(capsys.readouterr().out)
         figures.append((analysis["type"], round(analysis["rank_ratio"], 3), round(analysis["cosine"], 3)))
     assert figures[0] == figures[1]
 

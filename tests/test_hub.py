@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import InvalidRequest, ModelUnreadable, MoETypeAnalysis, MoETypeService
 from chuk_lazarus.introspection.moe.weights import hub as hub_module
-from chuk_lazarus.introspection.moe.weights.checkpoint import FIRST_READ
+from chuk_lazarus.introspection.moe.weights.hub import READ_AHEAD
 from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache, merge
 from chuk_lazarus.introspection.moe.weights.source import find_repository
 from conftest import FIXTURES
@@ -203,7 +203,7 @@ def test_a_cold_analysis_fetches_one_layer(hub: HubServer, cache: Path, made: Pa
     report = analyze(name, layer)
     assert figures(report) == figures(analyze(made, layer))
     assert report.revision == hub.add(name, made)
-    assert report.cost.bytes_fetched == hub.body_bytes() <= LAYER_BYTES * 1.01 + FIRST_READ
+    assert report.cost.bytes_fetched == hub.body_bytes() <= LAYER_BYTES * 1.01 + READ_AHEAD
 
 
 def test_shards_of_other_layers_are_not_touched(hub: HubServer, cache: Path, sharded: Path) -> None:
@@ -213,7 +213,7 @@ def test_shards_of_other_layers_are_not_touched(hub: HubServer, cache: Path, sha
     hub.clear_requests()
     assert figures(analyze(name, 2)) == figures(analyze(sharded, 2))
     assert {request.file for request in weight_requests(hub)} == {"model-00003-of-00003.safetensors"}
-    assert hub.body_bytes() <= LAYER_BYTES * 1.01 + FIRST_READ
+    assert hub.body_bytes() <= LAYER_BYTES * 1.01 + READ_AHEAD
 
 
 def test_the_last_layer_alone_needs_no_more_than_the_header_of_the_first(
@@ -224,7 +224,7 @@ def test_the_last_layer_alone_needs_no_more_than_the_header_of_the_first(
     assert figures(report) == figures(analyze(sharded, 2))
     assert "model-00002-of-00003.safetensors" not in {request.file for request in weight_requests(hub)}
     assert hub.body_bytes() == report.cost.bytes_fetched
-    assert hub.body_bytes() <= LAYER_BYTES * 1.01 + 2 * FIRST_READ
+    assert hub.body_bytes() <= LAYER_BYTES * 1.01 + 2 * READ_AHEAD
 
 
 @pytest.mark.parametrize("fixture", ["mixtral", "deepseek_v3_sharded", "gpt_oss_mxfp4", "qwen3_moe_fused"])
@@ -265,7 +265,7 @@ def test_many_small_requests_give_the_same_numbers(
     monkeypatch.setattr(hub_module, "CHUNK", 50_000)
     report = analyze(publish(hub, made), 1)
     assert figures(report) == figures(analyze(made, 1))
-    assert report.cost.bytes_fetched == hub.body_bytes() <= LAYER_BYTES * 1.01 + FIRST_READ
+    assert report.cost.bytes_fetched == hub.body_bytes() <= LAYER_BYTES * 1.01 + READ_AHEAD
 
 
 def test_the_command_line_prints_nothing_but_the_report(hub: HubServer, cache: Path, made: Path) -> None:
@@ -496,13 +496,13 @@ def test_a_broken_download_goes_on_where_it_broke(hub: HubServer, cache: Path, m
     report = analyze(name, 1)
     assert fault.hits == 1
     assert figures(report) == figures(analyze(made, 1))
-    assert hub.body_bytes() < LAYER_BYTES * 1.3 + FIRST_READ
+    assert hub.body_bytes() < LAYER_BYTES * 1.3 + READ_AHEAD
     assert report.cost.bytes_fetched <= hub.body_bytes()
 
 
 def test_retry_after_is_obeyed(hub: HubServer, cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("threading.Event.wait", lambda event, seconds=None: waits.append(seconds) if seconds else None)
     hub.fail(**WEIGHTS, status=429, retry_after="7")
     analyze(publish(hub, made))
     assert waits == [7.0]

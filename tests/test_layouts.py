@@ -599,9 +599,9 @@ NOT_ROUTED = [
 
 def test_what_is_not_routed_is_never_counted() -> None:
     names = [f"model.layers.0.{name}" for name in NOT_ROUTED]
-    assert match_names(names) == ([], [])
+    assert match_names(names) == ([], [], [])
     experts = as_stored(ROWS["gate_up_down"], MATRICES)
-    (match,), left = match_names([*names, *experts])
+    (match,), _, left = match_names([*names, *experts])
     assert (match.names, left) == (set(experts), [])
 
 

@@ -1,23 +1,27 @@
 """The command tree `lazarus > introspect > moe-expert`, and how it ends: errors become one line and an exit code."""
 
+import contextlib
+import io
 import os
+import re
 import sys
 from typing import Annotated
 
 import typer
 
 from . import moe_expert
+from .moe_expert import EXAMPLE
+from .output import print_error
 
-app = typer.Typer(
-    name="lazarus",
-    help="Look inside models without running them.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+app = typer.Typer(name="lazarus", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+introspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+introspect.add_typer(moe_expert.app, name="moe-expert", short_help="Mixture-of-Experts checkpoints.")
+app.add_typer(
+    introspect,
+    name="introspect",
+    help=f"What the weights of a model say.\n\n{EXAMPLE}",
+    short_help="What the weights of a model say.",
 )
-introspect = typer.Typer(help="What the weights of a model say.", no_args_is_help=True, rich_markup_mode=None)
-introspect.add_typer(moe_expert.app, name="moe-expert")
-app.add_typer(introspect, name="introspect")
 
 
 def _print_version(wanted: bool) -> None:
@@ -28,13 +32,13 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=f"Look inside models without running them.\n\n{EXAMPLE}")
 def root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Look inside models without running them."""
+    """Take the options that come before any command."""
 
 
 def main() -> None:
@@ -47,24 +51,25 @@ def run(arguments: list[str]) -> int:
 
     0 done, 1 a check failed, 2 usage, 3 the model can't be read, 4 not an MoE or an unknown format, 130 interrupted.
     """
-    from .output import print_error
-
     as_json = "--json" in arguments
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the client's log lines would come between our own
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± gets a ?
     try:
-        code = app(args=arguments, prog_name="lazarus", standalone_mode=False)
+        code = app(args=arguments, prog_name="lazarus", standalone_mode=False) or 0
         sys.stdout.flush()
     except typer.TyperException as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            typer.echo(error.format_message())
-            return 2
-        print_error(2, error.format_message(), "try --help", as_json)
-        return 2
+        return _end_usage(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:
-        # the reader, such as `head`, has gone; keep Python from complaining again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as error:
+        # typer turns a reader that has gone, such as `head`, into a failure
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _end_output(error.__context__, as_json)
+    except OSError as error:
+        return _end_output(error, as_json)
     except Exception as error:
         from chuk_lazarus.introspection.moe import MoEError
 
@@ -74,7 +79,27 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     if code == 130:
         print_error(130, "interrupted", "", as_json)
-    return code if isinstance(code, int) else 0
+    return int(code)
+
+
+def _end_usage(error: typer.TyperException, as_json: bool) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message())
+        return 2
+    context = getattr(error, "ctx", None)
+    message = re.sub(r" \((Possible options: .*|Did you mean .*)\)$", "", error.format_message())
+    print_error(2, message, f"see {context.command_path} --help" if context else "see --help", as_json)
+    return 2
+
+
+def _end_output(error: OSError, as_json: bool) -> int:
+    """End when stdout takes no more: done if the reader has gone, else a failure."""
+    with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # so that Python does not complain again at exit
+    if isinstance(error, BrokenPipeError):
+        return 0
+    print_error(3, f"can't write the output: {error.strerror}", "", as_json)
+    return 3
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """The commands of `lazarus introspect moe-expert`: parse, call the service, show. Nothing is computed here."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .output import print_hint, progress_bar, show
+from .output import check_writable, print_hint, progress_bar, show
+
+EXAMPLE = "\b\nExample:\n  lazarus introspect moe-expert moe-type-analyze -m demo:native"
 
 app = typer.Typer(
-    help="Mixture-of-Experts checkpoints: how they were trained, and what can be saved.",
+    help=f"Mixture-of-Experts checkpoints: how they were trained, and what can be saved.\n\n{EXAMPLE}",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -19,7 +22,15 @@ MODEL = (
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help=f"The model: {MODEL}.", show_default=False)]
-Layer = Annotated[int | None, typer.Option("--layer", help="The layer to analyse; the first MoE layer if not given.")]
+Layer = Annotated[
+    int | None,
+    typer.Option(
+        "--layer",
+        metavar="N",
+        parser=lambda text: parse_layer(text),
+        help="The layer to analyse; the first MoE layer if not given.",
+    ),
+]
 Layers = Annotated[
     str | None, typer.Option("--layers", metavar="SPEC", help="Several layers: 0,5,10 or 0-23/6 or all.")
 ]
@@ -30,12 +41,15 @@ ExpertCount = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON object to this file, too.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Write the JSON object to this file, too.", callback=check_writable),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no hints.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what it cost.")]
 
 
-@app.command("moe-type-analyze")
+@app.command("moe-type-analyze", short_help="Tell whether an MoE was upcycled or trained natively.")
 def analyze(
     model: Model,
     layer: Layer = None,
@@ -98,10 +112,17 @@ def compare(
             print_hint(f"{one.model}: {one.cost.describe()}")
 
 
+def parse_layer(text: str) -> int:
+    """The number of a layer."""
+    if not re.fullmatch(r"-?\d{1,9}", text):
+        raise typer.BadParameter(f"{text!r} is not the number of a layer")
+    return int(text)
+
+
 def parse_experts(text: str) -> int | None:
     """A number of experts, or None for "all"."""
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise typer.BadParameter(f"{text!r} is neither a number of experts from 1 on nor 'all'", param_hint="--experts")
     return int(text)

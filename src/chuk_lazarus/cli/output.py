@@ -1,14 +1,33 @@
 """The one way out: data to stdout, progress, hints and errors to stderr."""
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+
+def check_writable(path: Path | None) -> Path | None:
+    """Refuse a place for results that can't be written, before the work that they would cost."""
+    if path is not None:
+        place = Path(os.path.realpath(path))
+        try:
+            place.exists()  # raises for a name that is too long
+            problem = "it is a folder" if not path.name or place.is_dir() else ""
+            problem = problem or ("" if place.parent.is_dir() else f"there is no folder {str(path.parent)!r}")
+        except OSError as error:
+            problem = str(error.strerror)
+        if problem:
+            raise typer.BadParameter(f"can't write {str(path)!r}: {problem}")
+    return path
 
 
 def show(report: "BaseModel", as_json: bool, output: Path | None) -> None:
@@ -28,16 +47,29 @@ def show(report: "BaseModel", as_json: bool, output: Path | None) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name beside it, then renamed."""
-    from chuk_lazarus.introspection.moe import InvalidRequest
-
-    temporary = path.with_name(f".{path.name}.part")
+    """Write a file whole or not at all: to a temporary name beside it, then renamed. A link is followed."""
+    place = Path(os.path.realpath(path))
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        if place.exists() and not place.is_file():  # a pipe or a device
+            place.write_text(text, encoding="utf-8")
+            return
+        descriptor, temporary = tempfile.mkstemp(prefix=".lazarus-", dir=place.parent)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, place)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InvalidRequest(f"can't write {path}: {error.strerror}", "give another file to -o") from None
+        raise typer.BadParameter(f"can't write {str(path)!r}: {error.strerror}", param_hint="--output") from None
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
 
 
 def print_hint(text: str) -> None:

@@ -1,5 +1,8 @@
 """What can go wrong, one class per exit code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def printable(text: str) -> str:
     """`text` with every control character escaped: names come from files and must not reach a terminal raw."""
@@ -39,3 +42,14 @@ class UnknownFormat(MoEError):
     """The checkpoint has experts in a layout or a storage format that is not in our tables."""
 
     exit_code = 4
+
+
+@contextmanager
+def naming(model: str) -> Iterator[None]:
+    """Put the model's name before the message of an error that does not have it."""
+    try:
+        yield
+    except MoEError as error:
+        if printable(model) in error.message:
+            raise
+        raise type(error)(f"{model}: {error.message}", error.hint) from None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from .classifier import classify
-from .errors import InvalidRequest, NotMoE
+from .errors import InvalidRequest, NotMoE, naming, printable
 from .measure import RoleMeasure, choose_experts, measure_layer
 from .overlay import original_bytes, overlay_bytes
 from .reports import Cosine, Cost, LayerAnalysis, MoETypeAnalysis, MoETypeComparison, Projection
@@ -43,48 +43,8 @@ class MoETypeService:
         """
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
-        started = time.perf_counter()
-        opened = Experts.open(model)
-        analysed = [opened.layer(number) for number in opened.choose_layers(layer, layers)]
-        for one in analysed:
-            if one.count < 2:
-                raise NotMoE(f"layer {one.number} has a single expert: there is nothing to compare it with")
-        results = [
-            _analyze_layer(one, measure_layer(one, choose_experts(one.count, experts), progress or _ignore))
-            for one in analysed
-        ]
-        rank_projection, rank_ratio, cosine = _headline(results)
-        verdict = classify(rank_ratio, cosine)
-        original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
-        stored = sum(one.stored_bytes for one in analysed)
-        repository = opened.checkpoint.repository
-        return MoETypeAnalysis(
-            model=model,
-            revision=repository.revision,
-            family=opened.family,
-            model_type=opened.model_type,
-            storage=analysed[0].storage,
-            experts=analysed[0].count,
-            moe_layers=opened.layers,
-            mtp_layers=opened.mtp_layers,
-            type=verdict.origin,
-            confidence=verdict.confidence,
-            rank_projection=rank_projection,
-            rank_ratio=rank_ratio,
-            cosine=cosine,
-            compressible=overlay < min(stored, original),
-            overlay_ratio=original / overlay,
-            original_bytes=original,
-            stored_bytes=stored,
-            overlay_bytes=overlay,
-            layers=tuple(results),
-            notes=(*opened.notes, *_notes(results)),
-            cost=Cost(
-                bytes_read=opened.checkpoint.bytes_read,
-                bytes_fetched=repository.bytes_fetched,
-                seconds=time.perf_counter() - started,
-            ),
-        )
+        with naming(model):
+            return _analyze(model, layer, layers, experts, progress or _ignore)
 
     @staticmethod
     def compare(
@@ -100,6 +60,52 @@ class MoETypeService:
             return MoETypeService.analyze(model, layer=layer, layers=layers, experts=experts, progress=progress)
 
         return MoETypeComparison(models=tuple(analyze(model) for model in models))
+
+
+def _analyze(
+    model: str, layer: int | None, layers: Sequence[int] | str | None, experts: int | None, progress: Progress
+) -> MoETypeAnalysis:
+    started = time.perf_counter()
+    opened = Experts.open(model)
+    analysed = [opened.layer(number) for number in opened.choose_layers(layer, layers)]
+    for one in analysed:
+        if one.count < 2:
+            raise NotMoE(f"layer {one.number} has a single expert: there is nothing to compare it with")
+    results = [
+        _analyze_layer(one, measure_layer(one, choose_experts(one.count, experts), progress)) for one in analysed
+    ]
+    rank_projection, rank_ratio, cosine = _headline(results)
+    verdict = classify(rank_ratio, cosine)
+    original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
+    stored = sum(one.stored_bytes for one in analysed)
+    repository = opened.checkpoint.repository
+    return MoETypeAnalysis(
+        model=printable(model),
+        revision=repository.revision,
+        family=opened.family,
+        model_type=opened.model_type,
+        storage=analysed[0].storage,
+        experts=analysed[0].count,
+        moe_layers=opened.layers,
+        mtp_layers=opened.mtp_layers,
+        type=verdict.origin,
+        confidence=verdict.confidence,
+        rank_projection=rank_projection,
+        rank_ratio=rank_ratio,
+        cosine=cosine,
+        compressible=overlay < min(stored, original),
+        overlay_ratio=original / overlay,
+        original_bytes=original,
+        stored_bytes=stored,
+        overlay_bytes=overlay,
+        layers=tuple(results),
+        notes=(*opened.notes, *_notes(results)),
+        cost=Cost(
+            bytes_read=opened.checkpoint.bytes_read,
+            bytes_fetched=repository.bytes_fetched,
+            seconds=time.perf_counter() - started,
+        ),
+    )
 
 
 def _analyze_layer(layer: ExpertLayer, measures: Mapping[str, RoleMeasure]) -> LayerAnalysis:

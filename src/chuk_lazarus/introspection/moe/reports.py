@@ -232,7 +232,7 @@ def _projection_table(layer: LayerAnalysis) -> "Table":
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("Projection")
     for heading in ("Rank (95 %)", "of noise", "Delta energy"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for role, projection in layer.projections.items():
         table.add_row(
             role, format_rank(projection), percent(projection.noise_rank_ratio), percent(projection.delta_energy)
@@ -247,7 +247,7 @@ def _layer_table(analysis: MoETypeAnalysis) -> "Table":
     roles = list(analysis.layers[0].projections)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for heading in ("Layer", *(f"{role} rank" for role in roles), "of noise", "Cosine (down)", "Overlay"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for layer in analysis.layers:
         first = layer.projections[analysis.rank_projection]
         table.add_row(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from math import cos, pi, sin
+from math import cos, inf, log2, pi, sin
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,23 @@ def energy_spectrum(matrix: NDArray[np.float32]) -> NDArray[np.float64]:
     decomposition. The product is taken in float32 and bounds the error: about 1e-6 of the sum of all, far finer than an
     effective rank needs. numpy's solver lets threads work side by side; scipy's is quicker alone, and does not.
     """
-    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    scale = safe_scale(matrix)
+    short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) * np.float32(scale)
     values: NDArray[np.float64] = np.linalg.eigvalsh((short @ short.T).astype(np.float64))
-    return values[::-1].clip(min=0.0)
+    return values[::-1].clip(min=0.0) / scale**2
+
+
+def total_energy(matrix: NDArray[np.float32]) -> float:
+    """The sum of the squares of a matrix."""
+    scale = safe_scale(matrix)
+    flat = matrix.ravel() * np.float32(scale)
+    return float(np.vdot(flat, flat)) / scale**2
+
+
+def safe_scale(matrix: NDArray[np.float32]) -> float:
+    """A power of two to multiply the matrix by, so that its squares neither vanish nor overflow in float32."""
+    largest = float(np.abs(matrix).max(initial=0.0))
+    return 2.0 ** -max(-120, min(120, round(log2(largest)))) if 0.0 < largest < inf else 1.0
 
 
 def effective_rank(spectrum: NDArray[np.float64], fraction: float) -> int:

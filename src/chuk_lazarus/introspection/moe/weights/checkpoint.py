@@ -79,6 +79,8 @@ class Checkpoint:
         else:
             self._files = {name: file for file in find_weight_files(repository.files) for name in self.header(file)}
         self.names = tuple(self._files)
+        if not self.names:
+            raise ModelUnreadable("the model's files hold no tensors", "download it again")
 
     def info(self, name: str) -> TensorInfo:
         """Where the tensor lies; reads the header of its file if need be."""
@@ -175,8 +177,8 @@ def find_weight_files(files: frozenset[str]) -> list[str]:
                 f"the model has only {pickles[0]}: a pickle, which can run code when it is opened, so we do not",
                 "use a safetensors version of the model, or convert it",
             )
-        if any(file.endswith(".gguf") for file in files):
-            raise UnknownFormat("GGUF files are not read yet", "use a safetensors version of the model")
+        if ggufs := sorted(file for file in files if file.endswith(".gguf")):
+            raise UnknownFormat(f"{ggufs[0]}: GGUF is not read yet", "use a safetensors version of the model")
         raise ModelUnreadable("there is no safetensors file in the model", "give the folder that holds the weights")
     # Mistral's repositories hold a second copy of the weights under this name
     shards = [file for file in weights if not file.startswith("consolidated")] or weights
@@ -217,7 +219,7 @@ def parse_entries(entries: dict[str, Any], file: str, data_start: int, size: int
             dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise ModelUnreadable(f"{file}: the header's entry for {name} lacks its dtype, shape or offsets") from None
-        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
             raise ModelUnreadable(f"{file}: the header's entry for {name} has a dtype, shape or offset that is none")
         if not start <= stop <= size - data_start:
             raise ModelUnreadable(

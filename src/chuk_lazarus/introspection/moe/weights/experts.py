@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
+from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import Part, Stored, recognise
 from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, match_names
@@ -49,9 +49,17 @@ class Experts:
         self.checkpoint = checkpoint
         self.config = _text_config(checkpoint.config)
         model_type = self.config.get("model_type", checkpoint.config.get("model_type"))
-        self.model_type = model_type if isinstance(model_type, str) else None
+        self.model_type = printable(model_type) if isinstance(model_type, str) else None
         self.notes: list[str] = []
-        matches, unmatched = match_names(checkpoint.names)
+        matches, partial, unmatched = match_names(checkpoint.names)
+        for match in partial if unmatched else ():
+            if match.names.issuperset(unmatched):
+                roles = {role for experts in match.layers.values() for role in experts}
+                lacking = next(tensor for tensor in match.layout.tensors if tensor.role not in roles)
+                raise ModelUnreadable(
+                    f"no layer has its {lacking.role} projections ({lacking.leaf}), as layout {match.layout.name} has",
+                    "the checkpoint is incomplete: download it again",
+                )
         if unmatched:
             listing = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
             raise UnknownFormat(
@@ -61,7 +69,7 @@ class Experts:
         roots = sorted({match.root for match in matches if not _is_mtp_root(match.root)})
         if not roots and (_config_count(self.config) or 0) > 1:
             raise UnknownFormat(
-                f"config.json says that there are {_config_count(self.config)} experts, and no tensor has a name we know",
+                f"config.json says that there are {_config_count(self.config)} experts, and no tensor's name is known",
                 f"model_type is {self.model_type or 'not given'}; please report it",
             )
         if not roots:
@@ -70,9 +78,7 @@ class Experts:
                 "give the original MoE checkpoint, not a dense one or an adapter",
             )
         if len(roots) > 1:
-            raise UnknownFormat(
-                f"the model has {len(roots)} stacks of MoE layers ({', '.join(roots)}); we read only one"
-            )
+            raise UnknownFormat(f"the model has {len(roots)} stacks of MoE layers ({', '.join(roots)}); we read one")
         self._match = self._choose([match for match in matches if match.root == roots[0]])
         depth = self.config.get("num_hidden_layers")
         last = depth if type(depth) is int else max(self._match.layers) + 1
@@ -103,7 +109,7 @@ class Experts:
         Raises InvalidRequest, naming the layers there are, for any that is not an MoE layer.
         """
         if layer is not None and layers is not None:
-            raise InvalidRequest("give either one layer or several, not both")
+            raise InvalidRequest("both layer and layers are given", "give one of the two")
         if layers == "all":
             return self.layers
         if layers is None:
@@ -113,7 +119,7 @@ class Experts:
         for number in chosen:
             self.layer(number)
         if not chosen:
-            raise InvalidRequest("no layer was chosen", f"the MoE layers are {spans(self.layers)}")
+            raise InvalidRequest(f"{layers!r} chooses no layer", f"the MoE layers are {spans(self.layers)}")
         return tuple(dict.fromkeys(chosen))
 
     def _open(self, match: Matches, number: int) -> "ExpertLayer":
@@ -148,7 +154,7 @@ class Experts:
         chosen = known[0] if known else fitting[0]
         if not known and chosen.layout.has_turns:
             raise UnknownFormat(
-                f"nothing tells whether gates and ups lie in halves or in turns: model_type is {self.model_type or 'not given'}",
+                f"gates and ups may lie in halves or in turns, and model_type is {self.model_type or 'not given'}",
                 "put the model's config.json beside its weights, or report the model type",
             )
         if left := set().union(*(match.names for match in candidates)) - chosen.names:
@@ -168,8 +174,8 @@ class _DoesNotFit(UnknownFormat):
 class ExpertLayer:
     """The routed experts of one MoE layer.
 
-    `expected` says how many there should be, by who says so (None where it does not); `tensors` are the stored tensors, each
-    of which holds one role or two.
+    `expected` says how many there should be, by who says so (None where it does not); `tensors` are the stored tensors,
+    each of which holds one role or two.
     """
 
     def __init__(
@@ -230,7 +236,10 @@ class ExpertLayer:
         found = self._match.layers[self.number]
         for tensor in self.layout.tensors:
             if tensor.role not in found:
-                raise ModelUnreadable(f"layer {self.number} has no {tensor.names[0]}", "the checkpoint is incomplete")
+                raise ModelUnreadable(
+                    f"layer {self.number} lacks its {tensor.role} projections ({tensor.leaf})",
+                    "the checkpoint is incomplete: download it again",
+                )
         if self.layout.is_stacked:
             return tuple(ExpertTensor(self, tensor, [found[tensor.role][None]]) for tensor in self.layout.tensors)
         numbers = {expert for experts in found.values() for expert in experts if expert is not None}
@@ -410,9 +419,8 @@ def spans(numbers: Sequence[int]) -> str:
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a multimodal config that describes the language model."""
-    for key in TEXT_CONFIGS:
-        if isinstance(inner := config.get(key), dict):
-            return _text_config(inner)
+    while inner := next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None):
+        config = inner
     return config
 
 

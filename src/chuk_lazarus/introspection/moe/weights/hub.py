@@ -4,19 +4,26 @@ The client resolves revisions, tokens, endpoint, offline mode and its own cache 
 neither cache are fetched, a few at a time, and kept in the range cache.
 """
 
+import contextlib
 import hashlib
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT, is_offline_mode
+from huggingface_hub import (
+    HfApi,
+    close_session,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -30,7 +37,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ..errors import ModelUnreadable, MoEError
-from .range_cache import RangeCache, cache_folder, cache_limit, merge
+from .range_cache import RangeCache, cache_folder, cache_limit, merge, write_whole
 from .source import ByteSource, LocalFile, Progress, Range
 
 PARALLEL = 4
@@ -39,6 +46,7 @@ GAP = 4096  # fetch this many unwanted bytes rather than make another request
 READ_AHEAD = 100_000  # most headers fit in it, so that one costs a single request
 SMALL = 64 * 2**20  # a file that we take whole from a server that ignores Range
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
+LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait
 TIMEOUT = httpx2.Timeout(30.0)
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -46,7 +54,10 @@ T = TypeVar("T")
 
 
 class HubRepository:
-    """A model repository at one commit; raises ModelUnreadable when it can't be had."""
+    """A model repository at one commit; raises ModelUnreadable when it can't be had.
+
+    `bytes_fetched` counts the bytes of weight files that came over the network.
+    """
 
     def __init__(self, name: str, revision: str | None) -> None:
         self.name = name
@@ -54,6 +65,7 @@ class HubRepository:
         self.cache = RangeCache(cache_folder(), cache_limit())
         self._wanted_revision = revision or "main"
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
         self._open: dict[str, ByteSource] = {}
         self.revision, self.files = self._resolve()
 
@@ -62,10 +74,9 @@ class HubRepository:
         if filename not in self._open:
             downloaded = try_to_load_from_cache(self.name, filename, revision=self.revision)
             if not isinstance(downloaded, str) and filename.endswith(".json"):
-                downloaded = self._call(lambda: hf_hub_download(self.name, filename, revision=self.revision))
-            self._open[filename] = (
-                LocalFile(Path(downloaded)) if isinstance(downloaded, str) else HubFile(self, filename)
-            )
+                downloaded = self.persist(lambda: self._download(filename))
+            local = isinstance(downloaded, str)
+            self._open[filename] = LocalFile(Path(str(downloaded))) if local else HubFile(self, filename)
         return self._open[filename]
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
@@ -75,6 +86,8 @@ class HubRepository:
             source = self.open(filename)
             if isinstance(source, HubFile):
                 jobs += [(source, *chunk) for chunk in source.missing_chunks(ranges)]
+        if not jobs:
+            return
         total = sum(stop - start for _, start, stop in jobs)
         done = 0
 
@@ -82,59 +95,65 @@ class HubRepository:
             nonlocal done
             with self._lock:
                 done += received
-                progress("downloading", done, total)
+                progress("downloading", min(done, total), total)
 
         pool = ThreadPoolExecutor(PARALLEL)
         try:
             for job in as_completed([pool.submit(source.fetch, start, stop, count) for source, start, stop in jobs]):
                 job.result()
+        except BaseException:
+            self._stopped.set()
+            close_session()  # wakes the requests that are under way
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
-        if jobs:
+            self._stopped.clear()
             self.cache.trim()
 
-    def add_fetched(self, received: int) -> None:
+    def received(self, count: int) -> None:
+        """Note bytes that came in; raises ModelUnreadable when the job that they belong to has been given up."""
         with self._lock:
-            self.bytes_fetched += received
+            self.bytes_fetched += count
+        if self._stopped.is_set():
+            raise ModelUnreadable(f"reading {self.name} was given up")
 
-    def _resolve(self) -> tuple[str, frozenset[str]]:
-        """The commit that the wanted revision is, and its files; from what we know already when there is no network."""
-        try:
-            info = self._call(lambda: HfApi().model_info(self.name, revision=self._wanted_revision))
-        except _Unreachable as error:
-            if known := self._resolve_offline():
-                return known
-            raise ModelUnreadable(error.message, error.hint) from None
-        files = frozenset(sibling.rfilename for sibling in info.siblings or [])
-        self.remember("refs", self._wanted_revision, {"commit": info.sha, "files": sorted(files)})
-        return str(info.sha), files
+    def persist(self, function: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
+        """Call `function`, again after a while where the fault may pass, and tell the user where it does not.
 
-    def _resolve_offline(self) -> tuple[str, frozenset[str]] | None:
-        noted = self.recall("refs", self._wanted_revision)
-        if isinstance(noted.get("commit"), str) and isinstance(noted.get("files"), list):
-            return noted["commit"], frozenset(str(file) for file in noted["files"])
-        for filename in ("config.json", "model.safetensors.index.json", "model.safetensors"):
-            path = try_to_load_from_cache(self.name, filename, revision=self._wanted_revision)
-            if isinstance(path, str):
-                snapshot = Path(path).parent
-                return snapshot.name, frozenset(file.name for file in snapshot.iterdir())
-        return None
+        `done` counts what has been achieved; as long as it grows, the retries start anew. Raises ModelUnreadable.
+        """
+        failures, before = 0, done()
+        while True:
+            try:
+                return function()
+            except (HfHubHTTPError, httpx2.RequestError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+                cause: BaseException = error
+                if isinstance(error, LocalEntryNotFoundError):
+                    # the client has already tried this again itself
+                    raise explain(error.__cause__ or error, self.name, self._wanted_revision) from None
+            except _BadAnswer as error:
+                cause = error
+            except HFValidationError:
+                raise ModelUnreadable(f"{self.name} is neither a file nor a folder nor a valid Hub id") from None
+            except (httpx2.InvalidURL, UnicodeEncodeError):
+                raise ModelUnreadable("HF_ENDPOINT is no URL, or HF_TOKEN no token", "correct or unset them") from None
+            if done() > before:
+                failures, before = 0, done()
+            if failures >= len(RETRY_DELAYS) or not _may_pass(cause):
+                raise explain(cause, self.name, self._wanted_revision)
+            if self._stopped.wait(max(RETRY_DELAYS[failures], _retry_after(cause))):
+                raise ModelUnreadable(f"reading {self.name} was given up")
+            failures += 1
 
     def remember(self, kind: str, what: str, facts: dict[str, Any]) -> None:
         """Note facts that hold without the network; a note that can't be written is not missed."""
-        path = self._note(kind, what)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{threading.get_ident()}.part")
-            temporary.write_text(json.dumps(facts))
-            temporary.replace(path)
-        except OSError:
-            return
+        with contextlib.suppress(OSError):
+            write_whole(self._note(kind, what), json.dumps(facts).encode())
 
     def recall(self, kind: str, what: str) -> dict[str, Any]:
         """The facts noted, {} when there are none."""
         try:
-            facts = json.loads(self._note(kind, what).read_text())
+            facts = json.loads(self._note(kind, what).read_bytes())
         except (OSError, ValueError):
             return {}
         return facts if isinstance(facts, dict) else {}
@@ -143,8 +162,52 @@ class HubRepository:
         digest = hashlib.sha256(f"{ENDPOINT}\n{self.name}\n{what}".encode()).hexdigest()
         return cache_folder() / kind / f"{digest[:32]}.json"
 
-    def _call(self, function: Callable[[], T]) -> T:
-        return retrying(self.name, self._wanted_revision, function)
+    def _download(self, filename: str) -> str:
+        try:
+            return hf_hub_download(self.name, filename, revision=self.revision)
+        except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError):
+            raise
+        except OSError as error:
+            if error.errno is None:  # its length is not what the Hub said
+                raise _BadAnswer(f"{filename} of {self.name} came incomplete") from None
+            raise ModelUnreadable(
+                f"can't write to the cache of the Hub's client: {error.strerror}", "set HF_HOME to a folder with room"
+            ) from None
+
+    def _resolve(self) -> tuple[str, frozenset[str]]:
+        """The commit that the wanted revision is, and its files; from what we know already if there is no network."""
+        try:
+            commit, files = self.persist(self._ask)
+        except _Unreachable:
+            if known := self._resolve_offline():
+                return known
+            raise
+        self.remember("refs", self._wanted_revision, {"commit": commit, "files": sorted(files)})
+        return commit, files
+
+    def _ask(self) -> tuple[str, frozenset[str]]:
+        try:
+            info = HfApi().model_info(self.name, revision=self._wanted_revision)
+            return str(info.sha), frozenset(sibling.rfilename for sibling in info.siblings or [])
+        except (HfHubHTTPError, HFValidationError, UnicodeEncodeError):
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _BadAnswer(f"what answers in the Hub's place for {self.name} is not the Hub") from None
+
+    def _resolve_offline(self) -> tuple[str, frozenset[str]] | None:
+        note = self.recall("refs", self._wanted_revision)
+        commit, listed = note.get("commit"), note.get("files")
+        noted = (commit, frozenset(map(str, listed))) if isinstance(commit, str) and isinstance(listed, list) else None
+        for filename in ("config.json", "model.safetensors.index.json", "model.safetensors"):
+            path = try_to_load_from_cache(self.name, filename, revision=self._wanted_revision)
+            if isinstance(path, str):
+                snapshot = Path(path).parent
+                files = frozenset(file.name for file in snapshot.iterdir())
+                if noted and noted[0] == snapshot.name:
+                    return noted
+                if not noted or any(file.endswith(".safetensors") for file in files):
+                    return snapshot.name, files
+        return noted
 
 
 class HubFile:
@@ -153,6 +216,7 @@ class HubFile:
     def __init__(self, repository: HubRepository, name: str) -> None:
         self.repository = repository
         self.name = name
+        self._lock = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -163,9 +227,9 @@ class HubFile:
         """Size and version of the file; a commit never changes, so they are asked for only once."""
         what = f"{self.repository.revision}/{self.name}"
         known = self.repository.recall("files", what)
-        if type(known.get("size")) is int and isinstance(known.get("etag"), str):
+        if type(known.get("size")) is int and known["size"] >= 0 and isinstance(known.get("etag"), str):
             return known
-        found = self._call(lambda: get_hf_file_metadata(self._url))
+        found = self.repository.persist(lambda: get_hf_file_metadata(self._url))
         if found.size is None or found.etag is None:
             raise ModelUnreadable(f"the Hub does not say how long {self.name} is")
         facts = {"size": found.size, "etag": found.etag}
@@ -183,117 +247,94 @@ class HubFile:
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop), fetched where the cache has not got them."""
         cache = self.repository.cache
-        for _ in range(2):  # a second time where the first read found a damaged range
-            for chunk in self.missing_chunks([(start, min(max(stop, start + READ_AHEAD), self.size))]):
-                self.fetch(*chunk, lambda received: None)
-            data = cache.read(self._key, start, stop)
-            if data is not None:
-                return data
-        raise ModelUnreadable(f"the cache {cache.folder} loses what is put into it", "set LAZARUS_CACHE elsewhere")
+        data = cache.read(self._key, start, stop)
+        if data is None:
+            with self._lock:  # what is fetched here serves the next reader, too
+                data = cache.read(self._key, start, stop)
+                if data is None:
+                    for chunk in self.missing_chunks([(start, min(max(stop, start + READ_AHEAD), self.size))]):
+                        self.fetch(*chunk)
+                    data = cache.read(self._key, start, stop)
+        if data is None:
+            raise ModelUnreadable(f"the cache {cache.folder} loses what is put into it", "set LAZARUS_CACHE elsewhere")
+        return data
 
     def missing_chunks(self, ranges: Sequence[Range]) -> list[Range]:
         """The requests that would bring what is not here yet."""
         gaps = merge(self.repository.cache.missing(self._key, ranges), GAP)
         return [(low, min(low + CHUNK, stop)) for start, stop in gaps for low in range(start, stop, CHUNK)]
 
-    def fetch(self, start: int, stop: int, count: Callable[[int], None]) -> None:
+    def fetch(self, start: int, stop: int, count: Callable[[int], None] = lambda received: None) -> None:
         """Fetch one range into the cache; a broken connection goes on where it broke."""
+        if not self.repository.cache.missing(self._key, [(start, stop)]):
+            return  # it came with another range
         received = bytearray()
 
         def go_on() -> None:
-            for data in self._stream(start + len(received), stop):
-                received.extend(data)
-                self.repository.add_fetched(len(data))
-                count(len(data))
+            nonlocal start, stop
+            headers = build_hf_headers() | {
+                "Range": f"bytes={start + len(received)}-{stop - 1}",
+                "Accept-Encoding": "identity",
+            }
+            # httpx does not send the token on to another host when it follows a redirect
+            stream = get_session().stream("GET", self._url, headers=headers, timeout=TIMEOUT, follow_redirects=True)
+            with stream as response:
+                if self._is_whole(response, start + len(received), stop):
+                    start, stop = 0, self.size
+                    received.clear()
+                for data in response.iter_raw():
+                    received.extend(data)
+                    self.repository.received(len(data))
+                    count(len(data))
+            if len(received) != stop - start:
+                if len(received) > stop - start:
+                    received.clear()
+                raise _BadAnswer(f"a server sent more or less of {self.name} than was asked for")
 
-        self._call(go_on, lambda: len(received))
+        self.repository.persist(go_on, lambda: len(received))
         self.repository.cache.write(self._key, start, bytes(received))
 
-    def _stream(self, start: int, stop: int) -> Iterator[bytes]:
-        if start == stop:
-            return
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        # httpx does not send the token on to another host when it follows a redirect
-        with get_session().stream(
-            "GET", self._url, headers=headers, timeout=TIMEOUT, follow_redirects=True
-        ) as response:
-            if response.status_code == 200 and self.size <= SMALL:
-                skip = start
-            elif response.status_code == 206:
-                expected = f"bytes {start}-{stop - 1}/{self.size}"
-                if response.headers.get("Content-Range") != expected:
-                    raise _BadAnswer(f"a server sent another range of {self.name} than was asked for")
-                skip = 0
-            else:
-                if response.is_error:
-                    response.read()
-                hf_raise_for_status(response)
-                raise ModelUnreadable(
-                    f"a server between here and the Hub ignores Range requests (it answered {response.status_code})",
-                    f"run: hf download {self.repository.name}, then try again",
-                )
-            left = stop - start
-            for data in response.iter_raw():
-                wanted = data[skip : skip + left]
-                skip, left = max(0, skip - len(data)), left - len(wanted)
-                if wanted:
-                    yield wanted
-                if not left:
-                    return
-            raise _BadAnswer(f"a server ended {self.name} {left} bytes too early")
-
-    def _call(self, function: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
-        return retrying(self.repository.name, self.repository.revision, function, done)
+    def _is_whole(self, response: httpx2.Response, start: int, stop: int) -> bool:
+        """Whether the answer is the whole file and not the range [start, stop); raises when it is neither."""
+        if response.status_code == 206:
+            if response.headers.get("Content-Range", "") in (f"bytes {start}-{stop - 1}/{n}" for n in (self.size, "*")):
+                return False
+            raise _BadAnswer(f"a server sent another range of {self.name} than was asked for")
+        if response.is_error:
+            response.read()
+            hf_raise_for_status(response)
+        if response.status_code != 200 or self.size <= SMALL:
+            if response.status_code == 200 and response.headers.get("Content-Length") == str(self.size):
+                return True
+            raise _BadAnswer(f"a server sent something else in place of {self.name}")
+        raise ModelUnreadable(
+            "a server between here and the Hub ignores Range requests",
+            f"run: hf download {self.repository.name}, then try again",
+        )
 
 
 class _BadAnswer(Exception):
     """An answer that makes no sense; the next one may."""
 
 
-class _Unreachable(MoEError):
+class _Unreachable(ModelUnreadable):
     """There is no network, or it is not to be used."""
-
-    exit_code = ModelUnreadable.exit_code
-
-
-def retrying(name: str, revision: str, function: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
-    """Call `function`, again after a while where the fault may pass, and tell the user where it does not.
-
-    `done` counts what has been achieved; as long as it grows, the retries start anew. Raises ModelUnreadable.
-    """
-    failures, before = 0, done()
-    while True:
-        try:
-            return function()
-        except (
-            HfHubHTTPError,
-            httpx2.TransportError,
-            OfflineModeIsEnabled,
-            LocalEntryNotFoundError,
-            _BadAnswer,
-        ) as error:
-            cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-            if done() > before:
-                failures, before = 0, done()
-            if failures >= len(RETRY_DELAYS) or not _may_pass(cause):
-                raise explain(cause, name, revision) from None
-            time.sleep(max(RETRY_DELAYS[failures], _retry_after(cause)))
-            failures += 1
-        except HFValidationError:
-            raise ModelUnreadable(f"{name} is neither a file nor a folder nor a valid Hub id") from None
 
 
 def _may_pass(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code in TRANSIENT
+        if error.response is None:
+            return False
+        expired = error.response.status_code == 403 and bool(error.response.history)  # a signed URL, after a redirect
+        return expired or error.response.status_code in TRANSIENT
     return isinstance(error, httpx2.TransportError | _BadAnswer)
 
 
 def _retry_after(error: BaseException) -> float:
-    """The seconds that the server asks us to wait, at most two minutes."""
+    """The seconds that the server asks us to wait."""
     response = error.response if isinstance(error, HfHubHTTPError) else None
     text = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(120.0, float(text)) if text.isdecimal() else 0.0
+    return min(LONGEST_WAIT, float(text)) if text.isdecimal() else 0.0
 
 
 def explain(error: BaseException, name: str, revision: str) -> MoEError:
@@ -308,6 +349,13 @@ def explain(error: BaseException, name: str, revision: str) -> MoEError:
             )
         case RevisionNotFoundError():
             return ModelUnreadable(f"{name} has no revision {revision}")
+        case OfflineModeIsEnabled():
+            return _Unreachable(
+                f"{name} is not, or not all, on this machine, and HF_HUB_OFFLINE forbids to fetch it",
+                "unset HF_HUB_OFFLINE",
+            )
+        case LocalEntryNotFoundError() | httpx2.RequestError():
+            return _Unreachable(f"can't reach the Hub for {name}", "check the network and HF_ENDPOINT")
         case EntryNotFoundError():
             return ModelUnreadable(f"a file of {name} is missing on the Hub")
         case HfHubHTTPError() if error.response is not None:
@@ -317,14 +365,4 @@ def explain(error: BaseException, name: str, revision: str) -> MoEError:
                     f"the Hub refuses access to {name} ({status})", "set HF_TOKEN to a token that may"
                 )
             return ModelUnreadable(f"the Hub answered {status} for {name}", "try again later")
-        case OfflineModeIsEnabled():
-            return _Unreachable(
-                f"{name} is not, or not all, on this machine, and HF_HUB_OFFLINE forbids to fetch it",
-                "unset HF_HUB_OFFLINE",
-            )
-        case _BadAnswer():
-            return ModelUnreadable(str(error), "try again, or download the model first")
-    return _Unreachable(
-        f"can't reach the Hub for {name}: {type(error).__name__}",
-        "HF_HUB_OFFLINE is set" if is_offline_mode() else "check the network and HF_ENDPOINT",
-    )
+    return ModelUnreadable(str(error), "try again, or download the model first")

@@ -16,7 +16,7 @@ ROLES = ("gate", "up", "down")
 _LAYER = re.compile(
     r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
 )
-_EXPERT = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
+_EXPERT = re.compile(r"(?<=\.)\d{1,18}(?=\.)")
 _PART = re.compile(r"[._](?P<part>[A-Za-z][\w.]*)")
 _LOOKS_ROUTED = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)")
 _NOT_ROUTED = re.compile(r"shared_expert|share_expert|shared_mlp|self_attention|e_score_correction_bias|residual_mlp")
@@ -82,6 +82,11 @@ class StoredTensor:
     @property
     def roles(self) -> tuple[str, ...]:
         return tuple(self.role.split("_"))
+
+    @property
+    def leaf(self) -> str:
+        """The last part of its name, such as "down_proj"."""
+        return self.names[0].rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +195,11 @@ def _places(pattern: str) -> tuple[tuple[int, str, str], ...]:
     return tuple(found)
 
 
-def match_names(names: Iterable[str]) -> tuple[list[Matches], list[str]]:
-    """All complete matches of the names with rows of the table, and the names that look routed and are in none of
-    them."""
+def match_names(names: Iterable[str]) -> tuple[list[Matches], list[Matches], list[str]]:
+    """All matches of the names with rows of the table: complete ones, then others, then the names that stay over.
+
+    Those that stay over look like routed experts and are in no complete match.
+    """
     matches: dict[tuple[int, str], Matches] = {}
     suspects: list[str] = []
     for name in names:
@@ -211,5 +218,6 @@ def match_names(names: Iterable[str]) -> tuple[list[Matches], list[str]]:
                 experts = found.layers.setdefault(layer, {}).setdefault(role, {})
                 experts.setdefault(int(number[0]) if number else None, {})[part] = name
     complete = [found for found in matches.values() if found.is_complete]
+    partial = [found for found in matches.values() if not found.is_complete]
     matched = set().union(*(found.names for found in complete))
-    return complete, [name for name in suspects if name not in matched]
+    return complete, partial, [name for name in suspects if name not in matched]

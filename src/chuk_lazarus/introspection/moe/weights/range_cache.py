@@ -27,9 +27,11 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def cache_folder() -> Path:
     """$LAZARUS_CACHE, or chuk-lazarus in the user's cache folder."""
-    if own := os.environ.get("LAZARUS_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chuk-lazarus"
+    own = os.environ.get("LAZARUS_CACHE")
+    try:
+        return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "chuk-lazarus")).expanduser()
+    except RuntimeError:
+        raise ModelUnreadable(f"the cache folder {own or '~/.cache'} is nobody's", "set LAZARUS_CACHE") from None
 
 
 def cache_limit() -> int:
@@ -63,6 +65,7 @@ class RangeCache:
         self._segments: dict[str, list[Segment]] = {}
         self._used: set[Path] = set()
         self._lock = Lock()
+        self._checking = Lock()
 
     def missing(self, key: str, ranges: Iterable[Range]) -> list[Range]:
         """What of the ranges is not in the cache, in order and without overlaps."""
@@ -80,48 +83,38 @@ class RangeCache:
         return gaps
 
     def read(self, key: str, start: int, stop: int) -> bytes | None:
-        """The bytes [start, stop), or None where one of them is not in the cache."""
-        parts = []
+        """The bytes [start, stop), or None where one of them is not in the cache; drops all damaged ranges it meets."""
+        parts: list[bytes] = []
+        reached = start
+        whole = True
         for segment in self._of(key):
-            if segment.start <= start < segment.stop:
+            if segment.start < stop and segment.stop > reached:
                 end = min(stop, segment.stop)
-                data = self._read_segment(key, segment, start - segment.start, end - segment.start)
-                if data is None:
-                    return None
-                parts.append(data)
-                start = end
-                if start == stop:
-                    return parts[0] if len(parts) == 1 else b"".join(parts)
-        return b"" if start == stop else None
+                data = self._read_segment(key, segment, max(0, reached - segment.start), end - segment.start)
+                whole = whole and data is not None and segment.start <= reached
+                parts.append(data or b"")
+                reached = end
+        return b"".join(parts) if whole and reached >= stop else None
 
     def write(self, key: str, start: int, data: bytes) -> None:
         """Keep `data` as the bytes from `start` on; raises ModelUnreadable when the disk does not take it."""
-        folder = self.folder / key
-        path = folder / f"{start}-{start + len(data)}-{zlib.crc32(data):08x}"
+        path = self.folder / key / f"{start}-{start + len(data)}-{zlib.crc32(data):08x}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=folder)
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(data)
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            write_whole(path, data)
         except OSError as error:
             raise ModelUnreadable(
                 f"can't write to the cache {self.folder}: {error.strerror}", "set LAZARUS_CACHE to a folder with room"
             ) from None
-        segments = self._of(key)
-        with self._lock:
-            segments.append(Segment(start, start + len(data), path))
-            segments.sort(key=lambda segment: (segment.start, segment.stop))
+        self._of(key)
+        with self._lock:  # a list that a reader may hold is replaced, never changed
+            others = [segment for segment in self._segments[key] if segment.path != path]
+            self._segments[key] = _in_order([*others, Segment(start, start + len(data), path)])
             self._used.add(path)
 
     def trim(self) -> None:
         """Delete the least recently used ranges beyond the limit, and temporary files that were left behind."""
         found = []
-        for path in self.folder.glob("*/*"):
+        for path in [*self.folder.glob("*/*"), *self.folder.parent.glob("*/.part-*")]:
             with contextlib.suppress(OSError):  # another process may have deleted it
                 status = path.stat()
                 if not path.name.startswith(".part-"):
@@ -133,41 +126,77 @@ class RangeCache:
             if excess <= 0:
                 break
             if path not in self._used:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
                 excess -= size
 
     def _of(self, key: str) -> list[Segment]:
         with self._lock:
             if key not in self._segments:
                 folder = self.folder / key
-                names = os.listdir(folder) if folder.is_dir() else []
+                names: list[str] = []
+                with contextlib.suppress(OSError):
+                    names = os.listdir(folder)
                 matches = [
                     match for name in names if (match := re.fullmatch(r"(\d{1,18})-(\d{1,18})-[0-9a-f]{8}", name))
                 ]
                 segments = [Segment(int(match[1]), int(match[2]), folder / match[0]) for match in matches]
-                self._segments[key] = sorted(segments, key=lambda segment: (segment.start, segment.stop))
+                self._segments[key] = _in_order(segments)
             return self._segments[key]
 
     def _read_segment(self, key: str, segment: Segment, start: int, stop: int) -> bytes | None:
+        """Bytes [start, stop) of a range, checked when first read; None, and the range dropped, if it is damaged."""
+        if segment.path not in self._used:
+            with self._checking:  # so that nobody drops what another thread has just written anew
+                if segment.path not in self._used:
+                    return self._check_segment(key, segment, start, stop)
         try:
             with open(segment.path, "rb") as file:
-                if segment.path not in self._used:
-                    data = file.read()
-                    if len(data) != segment.stop - segment.start or not segment.path.name.endswith(
-                        f"{zlib.crc32(data):08x}"
-                    ):
-                        raise ValueError
-                    os.utime(segment.path)
-                    self._used.add(segment.path)
-                    return data[start:stop]
                 file.seek(start)
-                return file.read(stop - start)
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError):
-                segment.path.unlink()
-            with self._lock:
-                self._segments[key] = [other for other in self._segments[key] if other.path != segment.path]
+                data = file.read(stop - start)
+        except OSError:
+            data = b""
+        if len(data) == stop - start:
+            return data
+        self._drop(key, segment)
+        return None
+
+    def _check_segment(self, key: str, segment: Segment, start: int, stop: int) -> bytes | None:
+        try:
+            data = segment.path.read_bytes()
+        except OSError:
+            data = b""
+        if len(data) != segment.stop - segment.start or not segment.path.name.endswith(f"-{zlib.crc32(data):08x}"):
+            self._drop(key, segment)
             return None
+        with contextlib.suppress(OSError):
+            os.utime(segment.path)
+        self._used.add(segment.path)
+        return data[start:stop]
+
+    def _drop(self, key: str, segment: Segment) -> None:
+        with self._lock:
+            self._segments[key] = [other for other in self._segments[key] if other.path != segment.path]
+            self._used.discard(segment.path)
+        with contextlib.suppress(OSError):
+            segment.path.unlink()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, its folder too if need be; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _in_order(segments: Iterable[Segment]) -> list[Segment]:
+    return sorted(segments, key=lambda segment: (segment.start, segment.stop))
 
 
 def merge(ranges: Iterable[Range], gap: int = 0) -> list[Range]:

@@ -114,15 +114,20 @@ def find_repository(model: str) -> Repository:
             known = ", ".join(f"demo:{known}" for known in DEMO_MODELS)
             raise ModelUnreadable(f"there is no embedded model {model}", f"there are {known}")
         return Folder(DEMO_FOLDER / name)
-    path = Path(model).expanduser()
-    if path.exists():
-        return Folder(path)
+    path = Path(model)
+    try:
+        path = path.expanduser()
+        found = bool(model) and path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, a NUL
+        found = False
+    if found:
+        return Folder(path.parent if path.name.endswith(".safetensors.index.json") else path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", model) and not model.endswith((".safetensors", ".gguf")):
         from .hub import HubRepository
 
         repository, _, revision = model.partition("@")
         return HubRepository(repository, revision or None)
     raise ModelUnreadable(
-        f"{model}: no such folder or file",
+        f"{model}: no such folder or file" if model else "no model was given",
         "give a folder, a .safetensors file, a Hub id such as org/name, or demo:upcycled",
     )

@@ -33,6 +33,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             "put the config.json that belongs to the model beside its weights",
         )
     *leading, rows, columns = weight.shape
+    block = [min(block[0], max(1, rows)), min(block[1], max(1, columns))]
     expected = (*leading, -(-rows // block[0]), -(-columns // block[1]))
     if parts[scale].shape != expected:
         raise ModelUnreadable(f"its {scale} is {list(parts[scale].shape)}, expected {list(expected)}")
