@@ -1,7 +1,8 @@
 """A default analysis of an OLMoE-shaped layer (64 x 3 x 1024x2048, bf16) against its bare floor and against full SVDs.
 
 Run by hand: python benchmarks/analyze.py [--repeat N] [--output FILE]. Everything is timed in one run, so read the
-ratios; the seconds are this machine's. The layer is random: the time does not depend on the values.
+ratios, which are medians over the rounds; the seconds are this machine's. The layer is random: the time does not
+depend on the values.
 """
 
 import argparse
@@ -15,11 +16,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from threadpoolctl import threadpool_limits
+
+from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues
 
 EXPERTS, INTERMEDIATE, HIDDEN, CHOSEN = 64, 1024, 2048, 8
 SHAPES = {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}
@@ -69,14 +73,16 @@ def floor(folder: Path) -> dict[str, float]:
             "read": timed(read),
             "expert gram": timed(lambda: list(pool.map(lambda _: flat @ flat.T, range(16 * len(SHAPES))))),
             "delta grams": timed(lambda: list(pool.map(lambda delta: delta @ delta.T, deltas))),
-            "eigenvalues": timed(lambda: list(pool.map(np.linalg.eigvalsh, grams))),
+            "eigenvalues": timed(lambda: list(pool.map(symmetric_eigenvalues, grams))),
         }
 
 
-def full_svds() -> float:
-    """Seconds of full SVDs of as many deltas, one after the other, each on all cores."""
-    delta = np.random.default_rng(0).standard_normal((INTERMEDIATE, HIDDEN), dtype=np.float32)
-    return len(SHAPES) * CHOSEN * timed(lambda: np.linalg.svd(delta, full_matrices=False))
+def full_svds(sample: int = 4) -> float:
+    """Seconds of full SVDs of as many deltas, one after the other, each on all cores; from a sample of them."""
+    rng = np.random.default_rng(0)
+    deltas = [rng.standard_normal((INTERMEDIATE, HIDDEN), dtype=np.float32) for _ in range(sample)]
+    seconds = timed(lambda: [np.linalg.svd(delta, full_matrices=False) for delta in deltas])
+    return len(SHAPES) * CHOSEN / sample * seconds
 
 
 CHILD = """
@@ -99,28 +105,24 @@ def analysis(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         size = write_layer(Path(name))
         analysis(Path(name))  # warms the page cache, so that both sides read from memory
-        floors, runs = [], []
-        for _ in range(options.repeat):
-            floors.append(floor(Path(name)))
-            runs.append(analysis(Path(name)))
-    best_floor = {stage: min(one[stage] for one in floors) for stage in floors[0]}
-    best = min(runs, key=lambda run: run["seconds"])
-    total, svds = sum(best_floor.values()), full_svds()
+        rounds = [(floor(Path(name)), analysis(Path(name)), full_svds()) for _ in range(options.repeat)]
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, numpy {np.__version__}",
         "expert_bytes": size,
-        "floor_seconds": best_floor,
-        "analysis_seconds": best["seconds"],
-        "analysis_over_floor": best["seconds"] / total,
-        "full_svds_over_analysis": svds / best["seconds"],
-        "peak_gib": max(run["peak_bytes"] for run in runs) / 2**30,
-        "bytes_read_over_expert_bytes": best["bytes_read"] / size,
+        "rounds": options.repeat,
+        "floor_seconds": {stage: median(floors[stage] for floors, _, _ in rounds) for stage in rounds[0][0]},
+        "analysis_seconds": median(run["seconds"] for _, run, _ in rounds),
+        "full_svds_seconds": median(svds for _, _, svds in rounds),
+        "analysis_over_floor": median(run["seconds"] / sum(floors.values()) for floors, run, _ in rounds),
+        "full_svds_over_analysis": median(svds / run["seconds"] for _, run, svds in rounds),
+        "peak_gib": max(run["peak_bytes"] for _, run, _ in rounds) / 2**30,
+        "bytes_read_over_expert_bytes": rounds[0][1]["bytes_read"] / size,
     }
     print(json.dumps(result, indent=2))
     if options.output:

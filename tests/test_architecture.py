@@ -42,7 +42,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     f"{MOE}.classifier": (set(), set()),
     f"{MOE}.overlay": (set(), set()),
     f"{MOE}.similarity": (set(), {"numpy"}),
-    f"{MOE}.spectra": (set(), {"numpy", "scipy"}),
+    f"{MOE}.spectra": ({f"{MOE}.lapack"}, {"numpy", "scipy"}),
+    f"{MOE}.lapack": (set(), {"numpy", "scipy"}),
     f"{MOE}.weights.experts": (
         {f"{MOE}.errors"} | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "layouts", "source")},
         {"numpy"},

@@ -1,11 +1,14 @@
 """Energy spectra and ranks against full SVDs, planted ranks, and the Marchenko-Pastur law against sampled matrices."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues
 from chuk_lazarus.introspection.moe.similarity import pairwise_cosines
 from chuk_lazarus.introspection.moe.spectra import effective_rank, energy_spectrum, noise_rank
 
@@ -107,3 +110,18 @@ def test_cosines_equal_the_definition(scale: float) -> None:
 def test_a_zero_vector_has_cosine_zero() -> None:
     vectors = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
     np.testing.assert_allclose(pairwise_cosines(vectors @ vectors.T), [0.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 65, 300])
+def test_eigenvalues_equal_numpys(order: int) -> None:
+    matrix = gaussian((order, order + 7))
+    gram = matrix @ matrix.T
+    np.testing.assert_allclose(symmetric_eigenvalues(gram), np.linalg.eigvalsh(gram.astype(float)), atol=1e-4 * order)
+
+
+def test_eigenvalues_of_many_threads_at_once_are_the_same() -> None:
+    grams = [matrix @ matrix.T for matrix in (gaussian((90, 130), seed) for seed in range(24))]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(symmetric_eigenvalues, grams))
+    for gram, values in zip(grams, found, strict=True):
+        np.testing.assert_array_equal(values, symmetric_eigenvalues(gram))

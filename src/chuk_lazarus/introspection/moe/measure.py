@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ModelUnreadable
-from .spectra import ROUNDING, energy_spectrum, total_energy
+from .spectra import ROUNDING, energy_spectrum, gram_matrix, total_energy
 from .weights.experts import ExpertLayer, ExpertTensor, Piece
 from .weights.source import Progress
 
 WINDOW = 4_000_000  # weights decoded at a time in each thread
-TINY = 1e-25  # energies below, or beyond float32, are summed in float64
 KEPT = 128_000_000  # weights of chosen experts kept between the passes
 
 
@@ -88,13 +87,9 @@ class _FirstPass:
         """Read one window of stored rows of all experts; returns how many weights that were."""
         pieces = self.tensor.read(range(self.layer.count), *window)
         for piece in pieces:
-            flat = piece.values.reshape(self.layer.count, -1)
-            with np.errstate(over="ignore", invalid="ignore"):
-                gram = flat @ flat.T
-            if not np.isfinite(gram).all() or gram.diagonal().min() < TINY:
-                self._check_finite(piece)
-                wide = flat.astype(np.float64)
-                gram = wide @ wide.T
+            gram = gram_matrix(piece.values.reshape(self.layer.count, -1))
+            if not np.isfinite(gram).all():
+                self._refuse(piece)
             self._grams[piece.role][window[0]] = gram.astype(np.float64)
             # in float64: a float32 mean of identical experts can differ from them in the last bit
             self._base[piece.role][piece.index] = piece.values.mean(axis=0, dtype=np.float64)
@@ -114,14 +109,13 @@ class _FirstPass:
         matrices = self._kept.pop(expert, None) or self.tensor.matrices(expert)
         return {role: _delta_spectrum(matrices.pop(role), base) for role, base in self._base.items()}
 
-    def _check_finite(self, piece: Piece) -> None:
-        finite = np.isfinite(piece.values).all(axis=(1, 2))
-        if not finite.all():
-            raise ModelUnreadable(
-                f"layer {self.layer.number}, expert {int(np.argmin(finite))}: the {piece.role} projection holds NaN, "
-                "infinity or numbers too large for float32",
-                "the checkpoint is broken",
-            )
+    def _refuse(self, piece: Piece) -> None:
+        expert = int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2))))
+        raise ModelUnreadable(
+            f"layer {self.layer.number}, expert {expert}: the {piece.role} projection holds NaN, infinity or numbers "
+            "too large for float32",
+            "the checkpoint is broken",
+        )
 
 
 def _delta_spectrum(matrix: NDArray[np.float32], base: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
