@@ -1,8 +1,68 @@
-"""The overlay: every expert as one base, shared by all, plus a low-rank delta of its own."""
+"""The overlay: every expert as one base, shared by all, plus a low-rank delta of its own.
 
-from collections.abc import Mapping
+`expert ≈ base + left @ right`. The base is the mean of all experts; the factors of each delta are the best of their
+rank (Eckart and Young, 1936).
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .spectra import gram_matrix
 
 BYTES_PER_NUMBER = 2
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A low-rank matrix, `left @ right`: float32 [out, rank] and [rank, in]."""
+
+    left: NDArray[np.float32]
+    right: NDArray[np.float32]
+
+
+def factorise(delta: NDArray[np.float32], rank: int) -> Factors:
+    """The best factors of that rank in the Frobenius norm, for a delta [out, in].
+
+    The factor on the short side is orthonormal: the leading eigenvectors of the Gram matrix there. Raises ValueError
+    for a rank below 0 or above min(out, in).
+    """
+    out, inner = delta.shape
+    if not 0 <= rank <= min(out, inner):
+        raise ValueError(f"rank {rank} of a {out} x {inner} matrix")
+    if rank == 0:
+        return Factors(np.zeros((out, 0), np.float32), np.zeros((0, inner), np.float32))
+    if out > inner:
+        transposed = factorise(delta.T, rank)
+        return Factors(np.ascontiguousarray(transposed.right.T), np.ascontiguousarray(transposed.left.T))
+    _, vectors = np.linalg.eigh(gram_matrix(delta))
+    left = np.ascontiguousarray(vectors[:, : -rank - 1 : -1].astype(np.float32))
+    return Factors(left, left.T @ delta)
+
+
+def rebuild(base: NDArray[np.float32], factors: Factors) -> NDArray[np.float32]:
+    """`base + left @ right`, [out, in]."""
+    return base + factors.left @ factors.right
+
+
+def as_stored(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The numbers as a bfloat16 file would give them back."""
+    return array.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def relative_error(approximation: NDArray[Any], exact: NDArray[Any]) -> float:
+    """The Frobenius norm of the difference over that of the exact matrix; 0 for two zero matrices."""
+    norm = float(np.linalg.norm(exact))
+    distance = float(np.linalg.norm(approximation - exact))
+    return distance / norm if norm else float(distance > 0)
 
 
 def overlay_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, float], experts: int) -> int:
@@ -13,4 +73,63 @@ def overlay_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, flo
 
 def original_bytes(shapes: Mapping[str, tuple[int, int]], experts: int) -> int:
     """Bytes of the experts themselves at two bytes a weight."""
-    return BYTES_PER_NUMBER * experts * sum(m * n for m, n in shapes.values())
+    return BYTES_PER_NUMBER * experts * sum(prod(shape) for shape in shapes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What rank buys in one projection of one layer.
+
+    `spectrum` is the energy that each further rank adds, largest first, over all experts; `cost` the bytes that one
+    rank takes.
+    """
+
+    spectrum: NDArray[np.float64]
+    cost: int
+
+
+def spread_rank(choices: Mapping[Key, Choice], *, budget: float = np.inf, energy_left: float = 0.0) -> dict[Key, int]:
+    """Ranks that leave the least energy out within `budget` bytes, or that leave at most `energy_left` for the fewest
+    bytes.
+
+    Rank goes where it buys the most energy per byte. As a spectrum only falls, that is the optimum wherever all costs
+    are equal, as they are for gate, up and down of equal layers.
+    """
+    ranks = dict.fromkeys(choices, 0)
+    left = sum(float(choice.spectrum.sum()) for choice in choices.values())
+    order = list(choices)
+    queue = [(-choices[key].spectrum[0] / choices[key].cost, place) for place, key in enumerate(order)]
+    heapq.heapify(queue)
+    while queue and left > energy_left:
+        _, place = heapq.heappop(queue)
+        key = order[place]
+        choice, rank = choices[key], ranks[key]
+        if choice.cost > budget or choice.spectrum[rank] <= 0:
+            continue  # what costs less may still fit
+        budget -= choice.cost
+        left -= float(choice.spectrum[rank])
+        ranks[key] = rank + 1
+        if rank + 1 < len(choice.spectrum):
+            heapq.heappush(queue, (-choice.spectrum[rank + 1] / choice.cost, place))
+    return ranks
+
+
+def round_to_bits(matrix: NDArray[np.float32], bits: int, group: int = 64) -> NDArray[np.float32]:
+    """The matrix after plain affine quantisation: `bits` per weight, a scale and a least value per group of a row.
+
+    Scale and least value are rounded to bfloat16, as they are stored. A last, shorter group is a group too.
+    """
+    result = np.empty_like(matrix)
+    for start in range(0, matrix.shape[1], group):
+        part = matrix[:, start : start + group]
+        low = as_stored(part.min(axis=1, keepdims=True))
+        step = as_stored((part.max(axis=1, keepdims=True) - low) / (2**bits - 1))
+        levels = np.divide(part - low, step, out=np.zeros_like(part), where=step > 0)
+        result[:, start : start + group] = low + step * np.clip(np.rint(levels), 0, 2**bits - 1)
+    return result
+
+
+def quantised_bytes(shape: Sequence[int], bits: int, group: int = 64) -> int:
+    """Bytes of a matrix at `bits` per weight, with two numbers of two bytes per group of a row."""
+    rows, columns = shape
+    return rows * (-(-columns * bits // 8) + 2 * BYTES_PER_NUMBER * -(-columns // group))
