@@ -665,7 +665,7 @@ def test_a_job_larger_than_the_limit_ends_well(
     report = MoETypeService.analyze(name, layers="all")
     assert figures(report) == figures(MoETypeService.analyze(str(made), layers="all"))
     assert report.cost.bytes_fetched == hub.body_bytes() <= (made / "model.safetensors").stat().st_size
-    assert cached_bytes(cache) <= report.cost.bytes_fetched
+    assert cached_bytes(cache) <= LAYER_BYTES * 1.01 + READ_AHEAD  # a layer stays, and no more
 
 
 @pytest.mark.parametrize("limit", ["much", "-1GB", "20 parsecs", "1e9", "GB", "nan"])

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe import measure
 from chuk_lazarus.introspection.moe.errors import MoEError, NotMoE, UnknownFormat
-from chuk_lazarus.introspection.moe.measure import choose_experts, measure_layer
+from chuk_lazarus.introspection.moe.measure import evenly_spaced, measure_layer
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.experts import ExpertLayer, Experts, ExpertTensor
 from chuk_lazarus.introspection.moe.weights.layouts import Layout, StoredAxes, load_table, match_names
@@ -173,7 +173,9 @@ def as_stored(row: Layout, matrices: Matrices, prefix: str = "model.layers.0.", 
         else:
             tensors[name + suffix] = array
     experts, _, hidden = matrices["gate"].shape
-    return tensors | {f"{prefix}{router}.weight": np.zeros((experts, hidden), "<f4") for router in row.routers}
+    return tensors | {
+        f"{prefix}{router}.weight": np.zeros((experts, hidden), "<f4") for router in row.routers if row.is_flattened
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,14 +253,15 @@ def test_windows_cover_every_weight_once(name: str, budget: int) -> None:
         windows = tensor.windows(budget)
         assert [low for low, _ in windows] == [0, *(high for _, high in windows[:-1])]
         row = layer.count * tensor.columns
-        granule = 128 if tensor.stored.codec == "fp8" else 1  # rows that share a scale stay together
-        assert all((high - low) * row <= max(budget, granule * row) for low, high in windows)
-        assert budget > 1 or len(windows) == -(-tensor.rows // granule)
+        least = 8 if tensor.stored.codec == "fp8" else 1  # rows share scales, which are read once a window
+        assert windows[-1][1] == tensor.rows
+        assert all((high - low) * row <= max(budget, least * row) for low, high in windows)
+        assert budget > 1 or len(windows) == -(-tensor.rows // least)
         for role, matrices in assemble(tensor, chosen, windows).items():
             np.testing.assert_array_equal(matrices, oracle(name)[layer.number][role][chosen])
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_ORACLE if name != "deepseek_v3_fp8"])
+@every_fixture
 @pytest.mark.parametrize("step", [3, 7])
 def test_windows_may_start_between_a_gate_and_its_up(name: str, step: int) -> None:
     experts = open_fixture(name)
@@ -448,7 +451,7 @@ def test_shapes_give_the_sizes_back(row: Layout, sizes: tuple[int, int, int]) ->
     shapes = {t.role: store(row_axes(row)[t.role], t.role, matrices).shape for t in row.tensors}
     if not row.is_stacked:
         shapes = {role: shape[1:] for role, shape in shapes.items()}
-    told = sizes[0] if row.routers or not row.is_stacked else None
+    told = sizes[0] if row.is_flattened or not row.is_stacked else None
     assert row.solve(shapes, told) == dict(zip("EIH", sizes, strict=True))
 
 
@@ -831,7 +834,7 @@ def test_one_layer_costs_the_headers_and_that_layer(shards: bool, number: int, w
     repository = three_layers(shards)
     checkpoint = Checkpoint(repository)
     layer = Experts(checkpoint).layer(number)
-    measure_layer(layer, choose_experts(layer.count, wanted), quiet)
+    measure_layer(layer, evenly_spaced(layer.count, wanted), quiet)
     experts = 12 * 3 * 96 * 64 * 2
     assert layer.stored_bytes == experts
     read = sum(stop - start for _, start, stop in repository.reads)
@@ -842,14 +845,16 @@ def test_one_layer_costs_the_headers_and_that_layer(shards: bool, number: int, w
 @every_fixture
 @pytest.mark.parametrize("window", [1, 4_000_000])
 def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "WINDOW", window)
+    monkeypatch.setattr(measure, "WINDOWS", window)
     repository = load_folder(FIXTURES / name)
     experts = Experts(Checkpoint(repository))
     layer = experts.layer(experts.layers[-1])
     wanted = {(info.file, info.start, info.stop) for tensor in layer.tensors for info in tensor.infos()}
     repository.reads.clear()
-    measure_layer(layer, choose_experts(layer.count, 8), quiet)
-    assert sum(stop - start for _, start, stop in repository.reads) == layer.stored_bytes
+    measure_layer(layer, evenly_spaced(layer.count, 8), quiet)
+    read = sum(stop - start for _, start, stop in repository.reads)
+    scales_again = 0.06 if layer.storage == "fp8" and window == 1 else 0.0  # one for each window of a block
+    assert layer.stored_bytes <= read <= layer.stored_bytes * (1 + scales_again)
     for file, start, stop in repository.reads:
         assert any(file == inside and low <= start <= stop <= high for inside, low, high in wanted)
 
@@ -859,14 +864,14 @@ def test_only_the_chosen_experts_are_read_again_when_they_are_not_kept(monkeypat
     repository = three_layers(False)
     layer = Experts(Checkpoint(repository)).layer(1)
     repository.reads.clear()
-    measure_layer(layer, choose_experts(layer.count, 3), quiet)
+    measure_layer(layer, evenly_spaced(layer.count, 3), quiet)
     assert sum(stop - start for _, start, stop in repository.reads) == layer.stored_bytes * (12 + 3) // 12
 
 
 def test_shards_of_other_layers_stay_closed() -> None:
     repository = load_folder(FIXTURES / "deepseek_v3_sharded")
     experts = Experts(Checkpoint(repository))
-    measure_layer(experts.layer(1), choose_experts(4, 8), quiet)
+    measure_layer(experts.layer(1), evenly_spaced(4, 8), quiet)
     index = json.loads(repository.contents["model.safetensors.index.json"])["weight_map"]
     needed = {file for name, file in index.items() if ".mlp.experts." in name}
     assert needed < set(index.values())
@@ -876,7 +881,7 @@ def test_shards_of_other_layers_stay_closed() -> None:
 
 def test_shards_are_opened_only_for_the_first_and_the_asked_layer() -> None:
     repository = three_layers(True)
-    measure_layer(Experts(Checkpoint(repository)).layer(1), choose_experts(12, 8), quiet)
+    measure_layer(Experts(Checkpoint(repository)).layer(1), evenly_spaced(12, 8), quiet)
     read = [read for read in repository.reads if read[0].startswith("model-0000")]
     assert {file[:11] for file, _, _ in read} == {"model-00001", "model-00002"}
     data = sum(stop - start for file, start, stop in read if file.startswith("model-00001"))

@@ -49,6 +49,22 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what it cost.")]
 
 
+GateRank = Annotated[int | None, typer.Option("--gate-rank", min=0, help="The rank of the gate deltas.")]
+UpRank = Annotated[int | None, typer.Option("--up-rank", min=0, help="The rank of the up deltas.")]
+DownRank = Annotated[int | None, typer.Option("--down-rank", min=0, help="The rank of the down deltas.")]
+Energy = Annotated[
+    float, typer.Option("--energy", help="Choose each rank as the mean rank at this share of the deltas' energy.")
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option("--max-error", help="Spread rank for this relative weight error of the experts, in the fewest bytes."),
+]
+TargetRatio = Annotated[
+    float | None,
+    typer.Option("--target-ratio", help="Spread rank for this ratio of bytes, with the least weight error."),
+]
+
+
 @app.command("moe-type-analyze", short_help="Tell whether an MoE was upcycled or trained natively.")
 def analyze(
     model: Model,
@@ -110,6 +126,161 @@ def compare(
     if verbose:
         for one in report.models:
             print_hint(f"{one.model}: {one.cost.describe()}")
+
+
+@app.command("moe-overlay-compute", short_help="Choose ranks for an overlay, and say what it keeps and takes.")
+def compute(
+    model: Model,
+    layer: Layer = None,
+    layers: Layers = None,
+    gate_rank: GateRank = None,
+    up_rank: UpRank = None,
+    down_rank: DownRank = None,
+    energy: Energy = 0.95,
+    max_error: MaxError = None,
+    target_ratio: TargetRatio = None,
+    experts: ExpertCount = "all",
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Choose ranks for an overlay (one base and a low-rank delta per expert), and say what it keeps and takes.
+
+    Ranks are given, or chosen by the energy of the deltas, by error, or by size.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled
+      lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --layers all --target-ratio 2
+      lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --max-error 0.05
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    with progress_bar(quiet) as progress:
+        report = MoECompressionService.compute(
+            model,
+            layer=layer,
+            layers=layers,
+            ranks=given_ranks(gate_rank, up_rank, down_rank),
+            energy=energy,
+            max_error=max_error,
+            target_ratio=target_ratio,
+            experts=parse_experts(experts),
+            progress=progress,
+        )
+    show(report, as_json, output)
+    if verbose:
+        print_hint(report.cost.describe())
+
+
+@app.command("moe-overlay-verify", short_help="Rebuild experts from an overlay, and compare with the originals.")
+def verify(
+    model: Model,
+    layer: Layer = None,
+    layers: Layers = None,
+    gate_rank: GateRank = None,
+    up_rank: UpRank = None,
+    down_rank: DownRank = None,
+    energy: Energy = 0.95,
+    max_error: MaxError = None,
+    target_ratio: TargetRatio = None,
+    experts: ExpertCount = "all",
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="The worst expert's relative output error that still passes.")
+    ] = 0.05,
+    inputs: Annotated[int, typer.Option("--inputs", min=1, help="On how many vectors to try the experts.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of these vectors.")] = 0,
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Rebuild the experts of a layer from base and factors as a file would hold them, and compare with the originals.
+
+    Exits with 1 when the worst expert's output error is over the tolerance.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled
+      lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled --max-error 0.02 --tolerance 0.03
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    with progress_bar(quiet) as progress:
+        report = MoECompressionService.verify(
+            model,
+            layer=layer,
+            layers=layers,
+            ranks=given_ranks(gate_rank, up_rank, down_rank),
+            energy=energy,
+            max_error=max_error,
+            target_ratio=target_ratio,
+            experts=parse_experts(experts),
+            tolerance=tolerance,
+            inputs=inputs,
+            seed=seed,
+            progress=progress,
+        )
+    show(report, as_json, output)
+    if verbose:
+        print_hint(report.cost.describe())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command("moe-overlay-estimate", short_help="Estimate an overlay of the whole model, and what pays instead.")
+def estimate(
+    model: Model,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="SPEC", help="Which layers to measure: 0,5,10 or 0-23/6 or all.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Without --layers: how many evenly spaced layers to measure.")
+    ] = 3,
+    gate_rank: GateRank = None,
+    up_rank: UpRank = None,
+    down_rank: DownRank = None,
+    energy: Energy = 0.95,
+    max_error: MaxError = None,
+    target_ratio: TargetRatio = None,
+    experts: ExpertCount = "8",
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Estimate an overlay of the whole model, beside plain quantisation and plain SVDs at the same bytes.
+
+    Some layers are measured, the others interpolated.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled
+      lazarus introspect moe-expert moe-overlay-estimate -m allenai/OLMoE-1B-7B-0924 --samples 4
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    with progress_bar(quiet) as progress:
+        report = MoECompressionService.estimate(
+            model,
+            layers=layers,
+            samples=samples,
+            ranks=given_ranks(gate_rank, up_rank, down_rank),
+            energy=energy,
+            max_error=max_error,
+            target_ratio=target_ratio,
+            experts=parse_experts(experts),
+            progress=progress,
+        )
+    show(report, as_json, output)
+    if verbose:
+        print_hint(report.cost.describe())
+
+
+def given_ranks(gate: int | None, up: int | None, down: int | None) -> dict[str, int]:
+    """The ranks that were given, by role."""
+    return {role: rank for role, rank in (("gate", gate), ("up", up), ("down", down)) if rank is not None}
 
 
 def parse_layer(text: str) -> int:

@@ -10,15 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
+    from .moe_compression import MoECompressionService
     from .moe_type import MoETypeService
-    from .reports import MoETypeAnalysis, MoETypeComparison
+    from .reports import (
+        MoEOverlay,
+        MoEOverlayEstimate,
+        MoEOverlayVerification,
+        MoETypeAnalysis,
+        MoETypeComparison,
+    )
     from .weights.experts import ExpertLayer, Experts
 
 __all__ = [
     "ExpertLayer",
     "Experts",
     "InvalidRequest",
+    "MoECompressionService",
     "MoEError",
+    "MoEOverlay",
+    "MoEOverlayEstimate",
+    "MoEOverlayVerification",
     "MoETypeAnalysis",
     "MoETypeComparison",
     "MoETypeService",
@@ -29,8 +40,15 @@ __all__ = [
 
 _HOMES = {
     "errors": ("InvalidRequest", "ModelUnreadable", "MoEError", "NotMoE", "UnknownFormat"),
+    "moe_compression": ("MoECompressionService",),
     "moe_type": ("MoETypeService",),
-    "reports": ("MoETypeAnalysis", "MoETypeComparison"),
+    "reports": (
+        "MoEOverlay",
+        "MoEOverlayEstimate",
+        "MoEOverlayVerification",
+        "MoETypeAnalysis",
+        "MoETypeComparison",
+    ),
     "weights.experts": ("ExpertLayer", "Experts"),
 }
 

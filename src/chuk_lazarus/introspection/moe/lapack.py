@@ -1,7 +1,7 @@
 """LAPACK's eigenvalues of a symmetric float32 matrix, called so that threads work side by side.
 
-numpy's solver lets threads run but takes 1.4 times as long here (float32 or float64 alike), and scipy's `eigh`
-holds Python's lock while it works. So the routine that scipy ships for Cython code is called directly.
+numpy's solver lets threads run and is slower, in float32 as in float64, and scipy's `eigh` holds Python's lock while
+it works. So the routine that scipy ships for Cython code is called directly.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cython_lapack
 
 
 def symmetric_eigenvalues(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -45,8 +46,6 @@ def symmetric_eigenvalues(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
 @cache
 def _ssyevd() -> Callable[..., None]:
     """The routine's address out of scipy's Cython interface; a ctypes call sets Python's lock free."""
-    from scipy.linalg import cython_lapack
-
     capsule = cython_lapack.__pyx_capi__["ssyevd"]
     api = ctypes.pythonapi
     api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]

@@ -15,23 +15,25 @@ from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from .errors import ModelUnreadable
 from .spectra import ROUNDING, energy_spectrum, gram_matrix, total_energy
 from .weights.experts import ExpertLayer, ExpertTensor, Piece
 from .weights.source import Progress
 
-WINDOW = 4_000_000  # weights decoded at a time in each thread
-KEPT = 128_000_000  # weights of chosen experts kept between the passes
+WINDOWS = 32_000_000  # weights of all experts decoded at a time, by all threads together
+KEPT = 140_000_000  # weights of chosen experts kept between the passes
+ROOM = 2**30  # bytes that the matrices which threads work on may take together
 
 
 @dataclass(frozen=True, slots=True)
 class RoleMeasure:
     """One role's figures in one layer.
 
-    `gram` is [experts, experts], of all experts' flattened matrices; `spectra` are the energy spectra of the deltas
-    (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding;
-    `delta_energy` is the mean share of a chosen expert's energy that its delta has.
+    `gram` is [experts, experts], of all experts' flattened matrices; `spectra` are the energy
+    spectra of the deltas (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no
+    more than rounding; `delta_energy` is the mean share of a chosen expert's energy that its delta has.
     """
 
     shape: tuple[int, int]
@@ -41,8 +43,8 @@ class RoleMeasure:
     delta_energy: float
 
 
-def choose_experts(count: int, wanted: int | None) -> tuple[int, ...]:
-    """`wanted` evenly spaced experts out of `count`, all of them for None."""
+def evenly_spaced(count: int, wanted: int | None) -> tuple[int, ...]:
+    """`wanted` evenly spaced numbers out of range(count), all of them for None."""
     if wanted is None or wanted >= count:
         return tuple(range(count))
     return tuple(int(i) for i in np.linspace(0, count - 1, wanted).round())
@@ -52,12 +54,11 @@ def measure_layer(layer: ExpertLayer, chosen: Sequence[int], progress: Progress)
     """The figures of every role of a layer; raises ModelUnreadable where a weight is not finite."""
     result: dict[str, RoleMeasure] = {}
     layer.prefetch(progress)
-    done = _Counter(progress, f"layer {layer.number}", layer.parameters + layer.parameters * len(chosen) // layer.count)
-    with _worker_threads() as pool:
+    done = Counter(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
+    with worker_threads(layer) as pool:
         for tensor in layer.tensors:
             first = _FirstPass(tensor, chosen)
-            for weights in pool.map(first.take, tensor.windows(WINDOW)):
-                done.add(weights)
+            first.take_all(pool, done)
             deltas = []
             for found in pool.map(first.deltas, chosen):
                 deltas.append(found)
@@ -65,9 +66,26 @@ def measure_layer(layer: ExpertLayer, chosen: Sequence[int], progress: Progress)
             for role in tensor.spec.roles:
                 spectra, shares = zip(*(found[role] for found in deltas), strict=True)
                 result[role] = RoleMeasure(
-                    layer.shape(role), first.gram(role), tuple(chosen), spectra, float(np.mean(shares))
+                    layer.shape(role),
+                    first.gram(role),
+                    tuple(chosen),
+                    spectra,
+                    float(np.mean(shares)),
                 )
     return {role: result[role] for role in layer.roles}
+
+
+def mean_experts(layer: ExpertLayer, progress: Progress) -> dict[str, NDArray[np.float32]]:
+    """The base of every role of a layer: the mean of all experts, [out, in]."""
+    bases: dict[str, NDArray[np.float32]] = {}
+    layer.prefetch(progress)
+    done = Counter(progress, f"base of layer {layer.number}", layer, layer.count)
+    with worker_threads(layer) as pool:
+        for tensor in layer.tensors:
+            first = _FirstPass(tensor, ())
+            first.take_all(pool, done)
+            bases |= first.base
+    return bases
 
 
 class _FirstPass:
@@ -77,11 +95,17 @@ class _FirstPass:
         self.tensor = tensor
         self.layer = tensor.layer
         shapes = {role: self.layer.shape(role) for role in tensor.spec.roles}
-        self._base = {role: np.empty(shape, np.float32) for role, shape in shapes.items()}
+        self.base = {role: np.empty(shape, np.float32) for role, shape in shapes.items()}
         self._grams: dict[str, dict[int, NDArray[np.float64]]] = {role: {} for role in shapes}
         self._kept: dict[int, dict[str, NDArray[np.float32]]] = {}
         if len(chosen) * sum(prod(shape) for shape in shapes.values()) <= KEPT:
-            self._kept = {e: {role: np.empty_like(base) for role, base in self._base.items()} for e in chosen}
+            self._kept = {e: {role: np.empty_like(base) for role, base in self.base.items()} for e in chosen}
+
+    def take_all(self, pool: ThreadPoolExecutor, done: "Counter") -> None:
+        """Read all windows, side by side."""
+        windows = self.tensor.windows(WINDOWS // cores())
+        for weights in pool.map(self.take, windows):
+            done.add(weights)
 
     def take(self, window: tuple[int, int]) -> int:
         """Read one window of stored rows of all experts; returns how many weights that were."""
@@ -92,7 +116,7 @@ class _FirstPass:
                 self._refuse(piece)
             self._grams[piece.role][window[0]] = gram.astype(np.float64)
             # in float64: a float32 mean of identical experts can differ from them in the last bit
-            self._base[piece.role][piece.index] = piece.values.mean(axis=0, dtype=np.float64)
+            self.base[piece.role][piece.index] = piece.values.mean(axis=0, dtype=np.float64)
             for expert, matrices in self._kept.items():
                 matrices[piece.role][piece.index] = piece.values[expert]
         return sum(piece.values.size for piece in pieces)
@@ -107,7 +131,7 @@ class _FirstPass:
     def deltas(self, expert: int) -> dict[str, tuple[NDArray[np.float64], float]]:
         """By role: the energy spectrum of an expert's delta, and the delta's share of the expert's energy."""
         matrices = self._kept.pop(expert, None) or self.tensor.matrices(expert)
-        return {role: _delta_spectrum(matrices.pop(role), base) for role, base in self._base.items()}
+        return {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}
 
     def _refuse(self, piece: Piece) -> None:
         expert = int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2))))
@@ -128,30 +152,36 @@ def _delta_spectrum(matrix: NDArray[np.float32], base: NDArray[np.float32]) -> t
     return energy_spectrum(matrix), share
 
 
-class _Counter:
-    """Adds up weights done, from several threads."""
+class Counter:
+    """Tells of progress in stored bytes, from several threads; the job is to go over so many experts of a layer."""
 
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
-        self._progress, self._what, self._total, self._done, self._lock = progress, what, total, 0, Lock()
+    def __init__(self, progress: Progress, what: str, layer: ExpertLayer, experts: int) -> None:
+        self._progress, self._what, self._lock, self._done = progress, what, Lock(), 0
+        self._bytes_per_weight = layer.stored_bytes / layer.parameters
+        self._total = layer.stored_bytes * experts // layer.count
 
     def add(self, weights: int) -> None:
+        """So many weights are done."""
         with self._lock:
             self._done += weights
-            self._progress(self._what, self._done, self._total)
+            self._progress(self._what, min(self._total, round(self._done * self._bytes_per_weight)), self._total)
 
 
 @contextmanager
-def _worker_threads() -> Iterator[ThreadPoolExecutor]:
-    """A thread per core, each with a BLAS of one thread.
+def worker_threads(layer: ExpertLayer | None = None) -> Iterator[ThreadPoolExecutor]:
+    """A thread per core, each with a BLAS of one thread; fewer where a layer's matrices would take too much room.
 
     Experts side by side beat one BLAS call on all cores as soon as another program wants a core.
     """
-    from threadpoolctl import threadpool_limits
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
     with threadpool_limits(1, user_api="blas"):
-        pool = ThreadPoolExecutor(cores)
+        pool = ThreadPoolExecutor(max(1, min(cores(), ROOM // (2 * largest))))
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

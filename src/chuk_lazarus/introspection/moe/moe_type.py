@@ -6,7 +6,7 @@ from typing import Literal
 
 from .classifier import classify
 from .errors import InvalidRequest, NotMoE, naming, printable
-from .measure import RoleMeasure, choose_experts, measure_layer
+from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .overlay import original_bytes, overlay_bytes
 from .reports import Cosine, Cost, LayerAnalysis, MoETypeAnalysis, MoETypeComparison, Projection
 from .similarity import pairwise_cosines
@@ -71,9 +71,7 @@ def _analyze(
     for one in analysed:
         if one.count < 2:
             raise NotMoE(f"layer {one.number} has a single expert: there is nothing to compare it with")
-    results = [
-        _analyze_layer(one, measure_layer(one, choose_experts(one.count, experts), progress)) for one in analysed
-    ]
+    results = [_analyze_layer(one, measure_layer(one, evenly_spaced(one.count, experts), progress)) for one in analysed]
     rank_projection, rank_ratio, cosine = _headline(results)
     verdict = classify(rank_ratio, cosine)
     original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))

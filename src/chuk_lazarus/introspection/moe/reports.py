@@ -124,6 +124,153 @@ class MoETypeComparison(Report):
         return to_html(self)
 
 
+class Identity(Report):
+    """Which model a report is about; `revision` is the commit on the Hub, `family` the layout's name."""
+
+    model: str
+    revision: str | None
+    family: str
+    model_type: str | None
+    storage: str
+    experts: int
+
+
+class LayerOverlay(Report):
+    """A layer as an overlay.
+
+    `ranks` by role; `energy_kept` the share of the deltas' energy that they hold; `weight_error` the relative Frobenius
+    error of the experts that follows from it. Bytes as in MoETypeAnalysis.
+    """
+
+    layer: int
+    ranks: dict[str, int]
+    max_ranks: dict[str, int]
+    energy_kept: dict[str, float]
+    weight_error: float
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+    ratio: float
+
+
+class MoEOverlay(Identity):
+    """What ranks an overlay needs, and what it takes; `rule` says how the ranks were chosen."""
+
+    schema_: Literal["moe-overlay/1"] = Field(default="moe-overlay/1", alias="schema")
+    rule: str
+    layers: tuple[LayerOverlay, ...]
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+    ratio: float
+    ratio_vs_stored: float
+    notes: tuple[str, ...]
+    cost: Cost
+
+    def __rich__(self) -> "RenderableType":
+        return render_overlay(self)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+
+class ErrorSpread(Report):
+    """A relative Frobenius error: mean and maximum over the experts."""
+
+    mean: float
+    max: float
+
+
+class LayerVerification(Report):
+    """What an overlay does to one layer's experts.
+
+    `output_error` is that of the whole expert function on seeded inputs, `worst_expert` whose it is largest;
+    `mixed_output_error` that of the layer's output through its router, null where no router is known. For comparison,
+    `rounding_error` is the mean output error of the same experts plainly quantised, by bits.
+    """
+
+    layer: int
+    ranks: dict[str, int]
+    weight_error: dict[str, ErrorSpread]
+    output_error: ErrorSpread
+    worst_expert: int
+    mixed_output_error: float | None
+    rounding_error: dict[str, float]
+
+
+class MoEOverlayVerification(Identity):
+    """Whether the worst expert's output error stays within the tolerance."""
+
+    schema_: Literal["moe-overlay-verification/1"] = Field(default="moe-overlay-verification/1", alias="schema")
+    passed: bool
+    tolerance: float
+    rule: str
+    activation: str
+    inputs: int
+    seed: int
+    layers: tuple[LayerVerification, ...]
+    notes: tuple[str, ...]
+    cost: Cost
+
+    def __rich__(self) -> "RenderableType":
+        return render_verification(self)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+
+class LayerEstimate(Report):
+    """One layer of a whole-model estimate; where `measured` is false, the ranks lie between those of its neighbours."""
+
+    layer: int
+    measured: bool
+    ranks: dict[str, int]
+    weight_error: float
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+
+
+class SameBytes(Report):
+    """Relative weight errors of three ways to spend the bytes that plain quantisation to `bits` takes, over the
+    measured layers.
+
+    `overlay` is null where not even its base fits.
+    """
+
+    bits: int
+    bytes: int
+    quantisation: float
+    overlay: float | None
+    svd: float
+
+
+class MoEOverlayEstimate(Identity):
+    """What an overlay would take for the whole model, and what pays at the same bytes."""
+
+    schema_: Literal["moe-overlay-estimate/1"] = Field(default="moe-overlay-estimate/1", alias="schema")
+    rule: str
+    moe_layers: tuple[int, ...]
+    layers_measured: tuple[int, ...]
+    layers: tuple[LayerEstimate, ...]
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+    ratio: float
+    ratio_vs_stored: float
+    weight_error: float
+    same_bytes: tuple[SameBytes, ...]
+    advice: str
+    notes: tuple[str, ...]
+    cost: Cost
+
+    def __rich__(self) -> "RenderableType":
+        return render_estimate(self)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+
 def percent(share: float) -> str:
     """For instance "48.9 %"."""
     return f"{100 * share:.1f} %"
@@ -160,12 +307,12 @@ def explain(analysis: MoETypeAnalysis) -> str:
     )
     match analysis.type:
         case "UPCYCLED":
-            return f"{evidence}: the experts are one base with small changes."
+            return f"{evidence}: the experts share a base and differ from it by low-rank changes."
         case "NATIVE":
             return f"{evidence}: position by position, the experts are as unlike as independent ones."
     if analysis.cosine > THRESHOLDS.upcycled_cosine:
         return f"{evidence}: the experts are alike, as if copied, but their differences are too broad for the rule."
-    return f"{evidence}: the rule asks for both to point the same way, and they do not."
+    return f"{evidence}: too weak or too contradictory for the rule."
 
 
 def _grid(rows: Sequence[tuple[str, Any]]) -> "Table":
@@ -188,7 +335,10 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    verdict = Text.assemble((analysis.type, _STYLES[analysis.type]), f" ({analysis.confidence:.0%} confidence)")
+    confidence = f" ({analysis.confidence:.0%} confidence)"
+    if analysis.type == "UNDETERMINED":
+        confidence = f" (the likelier origin reaches {analysis.confidence:.0%}, {THRESHOLDS.decided:.0%} decides)"
+    verdict = Text.assemble((analysis.type, _STYLES[analysis.type]), confidence)
     name = analysis.model + (f" @ {analysis.revision[:12]}" if analysis.revision else "")
     kind = f"{analysis.model_type or 'unknown type'}, {analysis.experts} experts, {analysis.storage}"
     many = len(analysis.layers) > 1
@@ -246,7 +396,13 @@ def _layer_table(analysis: MoETypeAnalysis) -> "Table":
 
     roles = list(analysis.layers[0].projections)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for heading in ("Layer", *(f"{role} rank" for role in roles), "of noise", "Cosine (down)", "Overlay"):
+    for heading in (
+        "Layer",
+        *(f"{role} rank" for role in roles),
+        f"{analysis.rank_projection} of noise",
+        "Cosine (down)",
+        "Overlay",
+    ):
         table.add_column(heading, justify="right", overflow="fold")
     for layer in analysis.layers:
         first = layer.projections[analysis.rank_projection]
@@ -301,6 +457,128 @@ def render_comparison(comparison: MoETypeComparison) -> "RenderableType":
     )
     row("Compressible", [format_compressible(model) for model in models])
     return Group(Text("MOE TYPE COMPARISON", style="bold"), table)
+
+
+def _heading(title: str, report: Identity, *rows: tuple[str, Any]) -> list[Any]:
+    from rich.text import Text
+
+    name = report.model + (f" @ {report.revision[:12]}" if report.revision else "")
+    kind = f"{report.family} ({report.model_type or 'unknown type'}, {report.experts} experts, {report.storage})"
+    return [Text(title, style="bold"), _grid([("Model", name), ("Family", kind), *rows])]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _roles(ranks: dict[str, int]) -> list[str]:
+    return [role for role in ("gate", "up", "down") if role in ranks]
+
+
+def render_overlay(overlay: MoEOverlay) -> "RenderableType":
+    """Ranks, energy, error and bytes, a row per layer."""
+    from rich.console import Group
+
+    roles = _roles(overlay.layers[0].ranks)
+    rows = [
+        [
+            str(layer.layer),
+            *(f"{layer.ranks[role]}/{layer.max_ranks[role]} ({layer.energy_kept[role]:.1%})" for role in roles),
+            percent(layer.weight_error),
+            f"{layer.ratio:.1f}x",
+        ]
+        for layer in overlay.layers
+    ]
+    headings = ["Layer", *(f"{role} rank (kept)" for role in roles), "Error", "Ratio"]
+    blocks = _heading("MOE OVERLAY", overlay, ("Ranks", overlay.rule))
+    return Group(*blocks, _table(headings, rows), _grid([*_byte_rows(overlay), *(("Note", n) for n in overlay.notes)]))
+
+
+def _byte_rows(report: "MoEOverlay | MoEOverlayEstimate") -> list[tuple[str, Any]]:
+    stored, original = format_bytes(report.stored_bytes), format_bytes(report.original_bytes)
+    return [
+        ("Experts", f"{stored} as stored, {original} at two bytes a weight"),
+        (
+            "Overlay",
+            f"{format_bytes(report.overlay_bytes)}: {report.ratio:.1f}x against two bytes a weight, "
+            f"{report.ratio_vs_stored:.1f}x against the file",
+        ),
+    ]
+
+
+def render_verification(report: MoEOverlayVerification) -> "RenderableType":
+    """Pass or fail, and the errors, a row per layer."""
+    from rich.console import Group
+    from rich.text import Text
+
+    verdict = Text("PASSED", style="bold green") if report.passed else Text("FAILED", style="bold red")
+    verdict.append(f" (worst expert's output error, tolerance {percent(report.tolerance)})", style="default")
+    roles = _roles(report.layers[0].ranks)
+    rows = [
+        [
+            str(layer.layer),
+            *(f"{layer.ranks[role]} ({layer.weight_error[role].mean:.1%})" for role in roles),
+            percent(layer.output_error.mean),
+            percent(layer.output_error.max),
+            f"#{layer.worst_expert}",
+            "?" if layer.mixed_output_error is None else percent(layer.mixed_output_error),
+        ]
+        for layer in report.layers
+    ]
+    headings = ["Layer", *(f"{role} (error)" for role in roles), "Output", "Worst", "Expert", "Mixed"]
+    blocks = _heading("MOE OVERLAY VERIFICATION", report, ("Ranks", report.rule), ("Result", verdict))
+    rounding = (
+        f"{percent(sum(layer.rounding_error[bits] for layer in report.layers) / len(report.layers))} at {bits} bits"
+        for bits in report.layers[0].rounding_error
+    )
+    notes = [
+        ("Inputs", f"{report.inputs} seeded vectors (seed {report.seed}), activation {report.activation}"),
+        ("Rounding", f"the mean output error of plain quantisation is {', '.join(rounding)}"),
+    ]
+    return Group(*blocks, _table(headings, rows), _grid([*notes, *(("Note", note) for note in report.notes)]))
+
+
+def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
+    """The whole model's bytes, its layers, and what else the same bytes would buy."""
+    from rich.console import Group
+
+    roles = _roles(report.layers[0].ranks)
+    rows = [
+        [
+            str(layer.layer),
+            *(f"{layer.ranks[role]}" for role in roles),
+            percent(layer.weight_error),
+            f"{layer.original_bytes / layer.overlay_bytes:.1f}x",
+            "measured" if layer.measured else "interpolated",
+        ]
+        for layer in report.layers
+    ]
+    same = [
+        [
+            f"{row.bits} bit",
+            format_bytes(row.bytes),
+            percent(row.quantisation),
+            "does not fit" if row.overlay is None else percent(row.overlay),
+            percent(row.svd),
+        ]
+        for row in report.same_bytes
+    ]
+    blocks = _heading("MOE OVERLAY ESTIMATE", report, ("Ranks", report.rule))
+    return Group(
+        *blocks,
+        _table(["Layer", *(f"{role} rank" for role in roles), "Error", "Ratio", "How"], rows),
+        _grid([*_byte_rows(report), ("Error", f"{percent(report.weight_error)} of the weights")]),
+        _table(["Same bytes as", "Bytes", "Quantised", "Overlay", "Plain SVD"], same),
+        _grid([("Advice", report.advice), *(("Note", note) for note in report.notes)]),
+    )
 
 
 def to_html(renderable: Any) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.integrate import quad
+from scipy.optimize import brentq
 
 from .lapack import symmetric_eigenvalues
 
@@ -39,8 +41,10 @@ def gram_matrix(rows: NDArray[np.float32]) -> NDArray[Any]:
 
 
 def total_energy(matrix: NDArray[np.float32]) -> float:
-    """The sum of the squares of a matrix."""
-    return float(gram_matrix(matrix.reshape(1, -1))[0, 0])
+    """The sum of the squares of a matrix: of each row in float32, of the rows in float64."""
+    with np.errstate(over="ignore"):
+        total = float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))
+    return total if TINY < total < np.inf else float(np.square(matrix, dtype=np.float64).sum())
 
 
 def effective_rank(spectrum: NDArray[np.float64], fraction: float) -> int:
@@ -59,9 +63,6 @@ def noise_rank(shape: tuple[int, int], fraction: float) -> float:
     semicircle, (t - sin t cos t) / pi, and the *number* of eigenvalues above is the integral of
     2 sin^2 t / (pi (1 + c + 2 sqrt(c) cos t)) from 0 to t.
     """
-    from scipy.integrate import quad
-    from scipy.optimize import brentq
-
     small, large = sorted(shape)
     if small == 0:
         return 0.0

@@ -8,7 +8,7 @@ asked.
 import json
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -109,6 +109,13 @@ class Checkpoint:
             raise ModelUnreadable(f"{name} has fewer rows than the other tensors of its expert call for")
         data = self._read(self._source(info.file), low, high)
         return np.frombuffer(data, DTYPES[info.dtype]).reshape(stop - start, *info.shape[leading:])
+
+    def chunks(self, name: str, size: int) -> Iterator[bytes]:
+        """The bytes of a tensor as they are stored, whatever its dtype, at most `size` at a time."""
+        info = self.info(name)
+        source = self._source(info.file)
+        for start in range(info.start, info.stop, size):
+            yield self._read(source, start, min(start + size, info.stop))
 
     @staticmethod
     def row_range(info: TensorInfo, start: int, stop: int, leading: int = 1) -> Range:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import lcm, prod
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,21 @@ from numpy.typing import NDArray
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import Part, Stored, recognise
-from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, match_names
+from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, match_names, split_name
 from .source import Progress, Range, find_repository
 
 BIAS = "bias"
+MATRIX_WINDOW = 4_000_000  # weights of one expert decoded at a time
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "moe_top_k",
+)
 EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 
 
@@ -35,6 +45,15 @@ class Piece:
     role: str
     index: tuple[slice, slice]
     values: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A router's weight [experts, hidden], its bias and what corrects its choice, [experts] each, where it has them."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+    correction: NDArray[np.float32] | None
 
 
 class Experts:
@@ -124,9 +143,37 @@ class Experts:
 
     def _open(self, match: Matches, number: int) -> "ExpertLayer":
         expected = {"config.json": _config_count(self.config)}
-        if router := match.routers.get(number):
+        router = match.routers.get(number, {}).get("weight")
+        if router and match.layout.is_flattened:
             expected[router] = next(iter(self.checkpoint.info(router).shape), None)
         return ExpertLayer(self.checkpoint, match, number, expected, self._quantization)
+
+    @property
+    def activation(self) -> str:
+        """The name of the experts' activation: the layout's own, or what the config says, or silu."""
+        function = self._ffn_config.get("ffn_act_fn")
+        names = [self.config.get(key) for key in ACTIVATION_KEYS]
+        names += [function.get("name")] if isinstance(function, dict) else []
+        return self._match.layout.activation or next((name for name in names if isinstance(name, str)), "silu")
+
+    @property
+    def top_k(self) -> int:
+        """How many experts a token is sent to, by the config; 1 where it does not say."""
+        found = [config.get(key) for config in (self.config, self._ffn_config) for key in TOP_K_KEYS]
+        return next((count for count in found if type(count) is int and count > 0), 1)
+
+    @property
+    def scoring(self) -> str:
+        """softmax or sigmoid; a router with a bias that corrects its scores, as DeepSeek-V3's, takes the sigmoid."""
+        corrected = any("correction" in names for names in self._match.beside.values())
+        said = self.config.get("scoring_func")
+        default = "sigmoid" if corrected else "softmax"
+        return self._match.layout.scoring or (said if said in ("sigmoid", "softmax") else default)
+
+    @property
+    def _ffn_config(self) -> dict[str, Any]:
+        inner = self.config.get("ffn_config")
+        return inner if isinstance(inner, dict) else {}
 
     @property
     def _quantization(self) -> Mapping[str, Any]:
@@ -200,9 +247,8 @@ class ExpertLayer:
     def sizes(self) -> dict[str, int]:
         """The number of experts E, the intermediate size I and the hidden size H."""
         shapes = {tensor.spec.role: tensor.stored.shape for tensor in self.tensors}
-        flattened = self.layout.tensors[0].axes.flattened
         experts = None if self.layout.is_stacked else len(self.tensors[0].parts)
-        if flattened:
+        if self.layout.is_flattened:
             experts = next(reversed(self.expected.values()), None)  # the router's, if there is one
         sizes = self.layout.solve(shapes, experts)
         if sizes is None:
@@ -280,6 +326,35 @@ class ExpertLayer:
         """All matrices of one expert by role, float32 in canonical form."""
         return {role: matrix for tensor in self.tensors for role, matrix in tensor.matrices(expert).items()}
 
+    def biases(self, expert: int) -> dict[str, NDArray[np.float32]]:
+        """The bias vectors of one expert by role, float32 [out]; {} where the experts have none."""
+        return {role: bias for tensor in self.tensors for role, bias in tensor.biases(expert).items()}
+
+    def router(self) -> Router | None:
+        """The router of the layer; None where none is known."""
+        parts = self._match.routers.get(self.number, {})
+        weight = self.vectors(parts.get("weight"))
+        if weight is None or weight.shape != (self.count, self.sizes["H"]):
+            return None
+        correction = self.vectors(self._match.beside.get(self.number, {}).get("correction"))
+        return Router(
+            weight, self.vectors(parts.get("bias")), correction.reshape(-1) if correction is not None else None
+        )
+
+    def norm(self) -> NDArray[np.float32] | None:
+        """The weight [hidden] of the norm before the experts; None where no such norm is known."""
+        weight = self.vectors(self._match.beside.get(self.number, {}).get("norm"))
+        return weight if weight is not None and weight.shape == (self.sizes["H"],) else None
+
+    def vectors(self, name: str | None) -> NDArray[np.float32] | None:
+        """A small tensor beside the experts, whole, as float32; None where there is none, or not of plain numbers."""
+        if name is None:
+            return None
+        info = self._checkpoint.info(name)
+        if info.dtype not in ("BF16", "F16", "F32", "F64") or not info.shape:
+            return None
+        return self._checkpoint.rows(name, 0, info.shape[0]).astype(np.float32)
+
     def open_parts(self, parts: Parts) -> tuple[dict[str, TensorInfo], Stored]:
         """The tensors that one stored tensor consists of, biases left out, and how they are to be decoded."""
         infos = {part: self._checkpoint.info(name) for part, name in parts.items() if part != BIAS}
@@ -325,6 +400,15 @@ class ExpertTensor:
         return (info for infos, _ in self._opened for info in infos.values())
 
     @property
+    def place(self) -> tuple[str, str]:
+        """Its layer, such as "model.layers.3", and the name there of a plain weight, with {expert} for the number."""
+        parts = self.parts[0]
+        layer, name = split_name(next(iter(parts.values())))
+        if "weight" in parts:
+            return layer, split_name(parts["weight"])[1]
+        return layer, next(template for template in self.spec.names if name.startswith(template))
+
+    @property
     def rows(self) -> int:
         """The number of stored rows per expert."""
         return self._length(self.spec.axes.groups[0])
@@ -336,21 +420,42 @@ class ExpertTensor:
     def _length(self, group: tuple[str, ...]) -> int:
         return prod(2 if letter == "2" else self.layer.sizes[letter] for letter in group)
 
-    def windows(self, values: int) -> list[Range]:
-        """Runs of stored rows that cover an expert, each with at most about `values` numbers over all experts."""
-        granule = lcm(*self.stored.rows_per_row.values())
-        step = max(1, values // (self.layer.count * self.columns * granule)) * granule
+    def windows(self, values: int, experts: int | None = None) -> list[Range]:
+        """Runs of stored rows that cover an expert, each with at most about `values` numbers over all, or so many,
+        experts."""
+        step = values // ((experts or self.layer.count) * self.columns)
+        block = max(self.stored.rows_per_row.values())
+        # whole blocks of rows that share a scale where they fit; else each piece of one reads the scale again
+        step = step // block * block if step >= block else max(step, min(8, block))
         return [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
     def matrices(self, expert: int) -> dict[str, NDArray[np.float32]]:
         """The matrices of one expert that this tensor holds, by role, float32 in canonical form."""
         result = {role: np.empty(self.layer.shape(role), np.float32) for role in self.spec.roles}
-        for piece in self.read([expert], 0, self.rows):
-            result[piece.role][piece.index] = piece.values[0]
+        for window in self.windows(MATRIX_WINDOW, 1):
+            for piece in self.read([expert], *window):
+                result[piece.role][piece.index] = piece.values[0]
         return result
 
+    def biases(self, expert: int) -> dict[str, NDArray[np.float32]]:
+        """The bias vectors of one expert by role: laid out along the stored outputs, gates and ups as in the matrix."""
+        stacked = self.spec.axes.stacked
+        values = self.layer.vectors(self.parts[0 if stacked else expert].get(BIAS))
+        if values is None:
+            return {}
+        values = values[expert] if stacked else values
+        roles = self.spec.roles
+        if len(roles) == 1:
+            return {roles[0]: values}
+        turns = ("I", "2") in self.spec.axes.groups
+        size = len(values) // 2
+        return {
+            role: values[half::2] if turns else values[half * size : (half + 1) * size]
+            for half, role in enumerate(roles)
+        }
+
     def read(self, experts: Sequence[int], start: int, stop: int) -> list[Piece]:
-        """Stored rows [start, stop) of the given experts, decoded and cut by role; take the bounds from `windows`."""
+        """Stored rows [start, stop) of the given experts, decoded and cut by role."""
         values = np.empty((len(experts), stop - start, self.columns), np.float32)
         for place, expert in enumerate(experts):
             infos, stored = self._opened[0 if self.spec.axes.stacked else expert]
@@ -362,7 +467,7 @@ class ExpertTensor:
                 offset = expert * per_expert if self.spec.axes.stacked else 0
                 leading = 2 if self.spec.axes.stacked and not self.spec.axes.flattened else 1
                 raw[part] = self.layer.rows(infos[part], offset + start // span, offset + -(-stop // span), leading)
-            values[place] = stored.decode(raw)
+            values[place] = stored.decode(raw, start % max(stored.rows_per_row.values()))
         return list(self._cut(values, start))
 
     def _cut(self, values: NDArray[np.float32], start: int) -> Iterator[Piece]:
@@ -392,6 +497,19 @@ class ExpertTensor:
                 if out in first
                 else Piece(role, (columns, rows), cut.transpose(0, 2, 1))
             )
+
+
+def stored_rows(spec: StoredTensor, matrices: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """The rows [rows, columns] that a stored tensor has for one expert, from its matrices by role: undoes `_cut`."""
+    first, second = spec.axes.groups
+    axis = 0 if "I" in first else 1
+    turned = [matrices[role] if ("H" if role == "down" else "I") in first else matrices[role].T for role in spec.roles]
+    if len(turned) == 1:
+        return turned[0]
+    if ("2", "I") in (first, second):
+        return np.concatenate(turned, axis)
+    rows, columns = turned[0].shape
+    return np.stack(turned, axis + 1).reshape((2 * rows, columns) if axis == 0 else (rows, 2 * columns))
 
 
 def parse_layers(text: str) -> list[int]:

@@ -81,6 +81,7 @@ class HubRepository:
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
         """Fetch what of the wanted ranges is not here yet, neighbours merged, a few requests at a time."""
+        self.cache.begin()
         jobs = []
         for filename, ranges in wanted.items():
             source = self.open(filename)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from math import prod
+from typing import Any
 
 ROLES = ("gate", "up", "down")
+_WITH_PARTS = (*ROLES, "gate_up")  # stored tensors, whose parts may be set off by an underscore
 
 _LAYER = re.compile(
     r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
@@ -97,6 +99,13 @@ class Layout:
     model_types: frozenset[str]
     tensors: tuple[StoredTensor, ...]
     routers: tuple[str, ...]
+    activation: str | None
+    scoring: str | None
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether a tensor's first axis is experts times rows, so that no shape tells the number of experts."""
+        return self.tensors[0].axes.flattened
 
     @property
     def has_turns(self) -> bool:
@@ -121,9 +130,14 @@ class Layout:
 
 
 @cache
+def _load_toml() -> dict[str, Any]:
+    return tomllib.loads(files(__package__).joinpath("layouts.toml").read_text())
+
+
+@cache
 def load_table() -> tuple[Layout, ...]:
     """The rows of layouts.toml; raises ValueError or KeyError when the table itself is wrong."""
-    rows = tomllib.loads(files(__package__).joinpath("layouts.toml").read_text())["layout"]
+    rows = _load_toml()["layout"]
 
     def expand(template: str, blocks: list[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(template.replace("{block}", block) for block in blocks))
@@ -138,7 +152,9 @@ def load_table() -> tuple[Layout, ...]:
                 )
                 for entry in row["tensors"]
             ),
-            expand(row["router"], row.get("blocks", [""])) if "router" in row else (),
+            tuple(name for router in row["routers"] for name in expand(router, row.get("blocks", [""]))),
+            row.get("activation"),
+            row.get("scoring"),
         )
         for row in rows
     )
@@ -158,7 +174,8 @@ class Matches:
     layout: Layout
     root: str
     layers: dict[int, dict[str, dict[int | None, Parts]]] = field(default_factory=dict)
-    routers: dict[int, str] = field(default_factory=dict)
+    routers: dict[int, Parts] = field(default_factory=dict)
+    beside: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -178,20 +195,31 @@ class Matches:
         return any(roles.keys() == wanted for roles in self.layers.values())
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """A tensor's layer, such as "model.layers.3", and its name there, with {expert} for the expert's number.
+
+    Raises ValueError for a name that is in no layer.
+    """
+    if not (match := _LAYER.fullmatch(name)):
+        raise ValueError(f"{name} is in no layer")
+    return name[: match.start("rest") - 1], _EXPERT.sub("{expert}", match["rest"], count=1)
+
+
 @cache
 def _places(pattern: str) -> tuple[tuple[int, str, str], ...]:
-    """For a name with its expert's number put as {expert}: all (row of the table, role or "router", part) that it can
-    be."""
+    """All (row, role, part) that a name with {expert} for its number can be; router and the like are roles here."""
     found = []
     for row, layout in enumerate(load_table()):
-        templates = [(name, tensor.role) for tensor in layout.tensors for name in tensor.names]
-        for template, role in [*templates, *((router, "router") for router in layout.routers)]:
-            if pattern.startswith(template):
-                rest = pattern[len(template) :]
-                if not rest:
-                    found.append((row, role, "weight"))
-                elif match := _PART.fullmatch(rest):
-                    found.append((row, role, match["part"]))
+        for name, role in (
+            *((name, tensor.role) for tensor in layout.tensors for name in tensor.names),
+            *((router, "router") for router in layout.routers),
+            *((name, kind) for kind, names in _load_toml()["beside"].items() for name in names),
+        ):
+            rest = pattern.removeprefix(name)
+            if rest == "":
+                found.append((row, role, "weight"))
+            elif rest != pattern and (match := _PART.fullmatch(rest)) and (role in _WITH_PARTS or rest[0] == "."):
+                found.append((row, role, match["part"]))
     return tuple(found)
 
 
@@ -213,11 +241,13 @@ def match_names(names: Iterable[str]) -> tuple[list[Matches], list[Matches], lis
         for row, role, part in _places(pattern):
             found = matches.setdefault((row, root), Matches(load_table()[row], root))
             if role == "router":
-                found.routers[layer] = name
+                found.routers.setdefault(layer, {})[part] = name
+            elif role in _load_toml()["beside"]:
+                found.beside.setdefault(layer, {})[role] = name
             else:
                 experts = found.layers.setdefault(layer, {}).setdefault(role, {})
                 experts.setdefault(int(number[0]) if number else None, {})[part] = name
     complete = [found for found in matches.values() if found.is_complete]
-    partial = [found for found in matches.values() if not found.is_complete]
+    partial = [found for found in matches.values() if found.layers and not found.is_complete]
     matched = set().union(*(found.names for found in complete))
     return complete, partial, [name for name in suspects if name not in matched]

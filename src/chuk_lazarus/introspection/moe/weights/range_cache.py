@@ -55,8 +55,8 @@ class Segment:
 class RangeCache:
     """Byte ranges of files, found by a key that names a file's version.
 
-    `limit` bytes are kept, the least recently used ranges go first; what this object has written or read stays, so that
-    a job larger than the limit still ends.
+    `limit` bytes are kept, the least recently used ranges go first; what this object has written or read since `begin`
+    stays, so that a job larger than the limit still ends.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -66,6 +66,11 @@ class RangeCache:
         self._used: set[Path] = set()
         self._lock = Lock()
         self._checking = Lock()
+
+    def begin(self) -> None:
+        """Begin another job: what the one before has used may go."""
+        with self._lock:
+            self._used = set()
 
     def missing(self, key: str, ranges: Iterable[Range]) -> list[Range]:
         """What of the ranges is not in the cache, in order and without overlaps."""

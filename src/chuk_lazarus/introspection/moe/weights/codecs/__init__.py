@@ -5,16 +5,23 @@ by the part's own name: "weight", "scales", ...) and answers None or how to deco
 name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnknownFormat
 
-Decode = Callable[[Mapping[str, NDArray[Any]]], NDArray[np.float32]]
+
+class Decode(Protocol):
+    """The stored rows of each part that cover a run of decoded rows -> these rows, float32 [rows, columns].
+
+    `offset` is how many decoded rows the first stored row of a part has before the run begins.
+    """
+
+    def __call__(self, parts: Mapping[str, NDArray[Any]], offset: int = 0) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True)

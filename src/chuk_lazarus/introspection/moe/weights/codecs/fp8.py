@@ -40,9 +40,11 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     return Stored("fp8", weight.shape, {"weight": 1, scale: block[0]}, partial(decode, scale=scale, block=tuple(block)))
 
 
-def decode(parts: Mapping[str, NDArray[Any]], scale: str, block: tuple[int, int]) -> NDArray[np.float32]:
-    """FP8 [rows, columns] times the scales of its blocks, the first row being the first of a block."""
+def decode(
+    parts: Mapping[str, NDArray[Any]], offset: int = 0, *, scale: str, block: tuple[int, int]
+) -> NDArray[np.float32]:
+    """FP8 [rows, columns] times the scales of its blocks; `offset` rows of the first block lie before the first row."""
     weight = parts["weight"].astype(np.float32)
     per_column = np.repeat(parts[scale].astype(np.float32), block[1], axis=1)[:, : weight.shape[1]]
-    weight *= np.repeat(per_column, block[0], axis=0)[: len(weight)]
+    weight *= np.repeat(per_column, block[0], axis=0)[offset : offset + len(weight)]
     return weight

@@ -1,0 +1,198 @@
+"""What an overlay costs in accuracy, on the experts themselves: in their weights, in what they compute, and beside
+other ways to spend the same bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .forward import route, run_expert
+from .measure import Counter, RoleMeasure, worker_threads
+from .overlay import (
+    BYTES_PER_NUMBER,
+    Choice,
+    Factors,
+    as_stored,
+    factorise,
+    quantised_bytes,
+    rebuild,
+    relative_error,
+    round_to_bits,
+    spread_rank,
+)
+from .spectra import energy_spectrum, total_energy
+from .weights.experts import ExpertLayer
+from .weights.source import Progress
+
+BITS = (8, 4, 3)
+COMPARED = (8, 4)  # the usual quantisations, beside which an output error is shown
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the experts are tried on: `x` [n, hidden], and the say [n, experts] that the router gives each, if it is
+    known."""
+
+    x: NDArray[np.float32]
+    shares: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFidelity:
+    """Relative errors of a layer's experts as an overlay: of their weights by role, of their outputs, and of the mixed
+    output.
+
+    One entry per expert; the mixed output, of all experts as the router weighs them, is None where no router is known.
+    `rounding_errors` are the mean output errors of the same experts plainly quantised, by bits.
+    """
+
+    weight_errors: dict[str, tuple[float, ...]]
+    output_errors: tuple[float, ...]
+    mixed_error: float | None
+    rounding_errors: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """The relative weight errors of three ways to spend `bytes`: plain quantisation, an overlay, a plain SVD per
+    expert.
+
+    An error is None where not even the smallest such thing fits.
+    """
+
+    bits: int
+    bytes: int
+    quantisation: float
+    overlay: float | None
+    svd: float
+
+
+def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: str, normalise: bool) -> Inputs:
+    """Seeded Gaussian inputs of the scale that the norm before the experts gives them, and how the router shares them
+    out."""
+    x = np.random.default_rng(seed).standard_normal((count, layer.sizes["H"])).astype(np.float32)
+    norm = layer.norm()
+    if norm is not None:
+        x *= norm
+    router = layer.router()
+    if router is None:
+        return Inputs(x, None)
+    return Inputs(
+        x,
+        route(
+            x,
+            router.weight,
+            router.bias,
+            router.correction,
+            top_k=min(top_k, layer.count),
+            scoring=scoring,
+            normalise=normalise,
+        ),
+    )
+
+
+def check_layer(
+    layer: ExpertLayer,
+    bases: Mapping[str, NDArray[np.float32]],
+    ranks: Mapping[str, int],
+    inputs: Inputs,
+    activation: str,
+    progress: Progress,
+) -> LayerFidelity:
+    """Rebuild every expert from base and factors as a file would hold them, and compare with the original."""
+    stored = {role: as_stored(base) for role, base in bases.items()}
+    done = Counter(progress, f"verifying layer {layer.number}", layer, layer.count)
+
+    def check(expert: int) -> tuple[dict[str, float], dict[int, float], NDArray[np.float32], NDArray[np.float32]]:
+        exact, biases = layer.matrices(expert), layer.biases(expert)
+        rebuilt = {}
+        for role, matrix in exact.items():
+            factors = factorise(matrix - stored[role], ranks[role])
+            rebuilt[role] = rebuild(stored[role], Factors(as_stored(factors.left), as_stored(factors.right)))
+        weights = {role: relative_error(rebuilt[role], matrix) for role, matrix in exact.items()}
+        wanted, got = (run_expert(inputs.x, matrices, biases, activation) for matrices in (exact, rebuilt))
+        rounding = {}
+        for bits in COMPARED:
+            rounded = {role: round_to_bits(matrix, bits) for role, matrix in exact.items()}
+            rounding[bits] = relative_error(run_expert(inputs.x, rounded, biases, activation), wanted)
+        done.add(layer.parameters // layer.count)
+        return weights, rounding, wanted, got
+
+    weight_errors: list[dict[str, float]] = []
+    output_errors: list[float] = []
+    rounding_errors: list[dict[int, float]] = []
+    mixed = np.zeros((2, *inputs.x.shape), np.float32)
+    with worker_threads(layer) as pool:
+        for expert, (weights, rounding, wanted, got) in enumerate(pool.map(check, range(layer.count))):
+            weight_errors.append(weights)
+            output_errors.append(relative_error(got, wanted))
+            rounding_errors.append(rounding)
+            if inputs.shares is not None:
+                mixed += inputs.shares[:, expert, None] * np.stack([wanted, got])
+    return LayerFidelity(
+        {role: tuple(errors[role] for errors in weight_errors) for role in layer.roles},
+        tuple(output_errors),
+        None if inputs.shares is None else relative_error(mixed[1], mixed[0]),
+        {bits: float(np.mean([errors[bits] for errors in rounding_errors])) for bits in COMPARED},
+    )
+
+
+def overlay_choices(measures: Mapping[str, RoleMeasure], experts: int) -> dict[str, Choice]:
+    """What rank buys in each projection of a layer, its sampled experts standing for all."""
+    return {
+        role: Choice(
+            np.sum(measure.spectra, axis=0) * (experts / len(measure.chosen)),
+            BYTES_PER_NUMBER * experts * sum(measure.shape),
+        )
+        for role, measure in measures.items()
+    }
+
+
+def compare_alternatives(
+    layer: ExpertLayer, measures: Mapping[str, RoleMeasure], progress: Progress
+) -> tuple[Alternative, ...]:
+    """Weight errors of plain quantisation, overlay and SVD at the bytes that 8, 4 and 3 bits take; from the sampled
+    experts."""
+    chosen = next(iter(measures.values())).chosen
+    done = Counter(progress, f"alternatives for layer {layer.number}", layer, len(chosen))
+
+    def probe(expert: int) -> tuple[dict[str, NDArray[np.float64]], dict[int, float], float]:
+        matrices = layer.matrices(expert)
+        lost = {
+            bits: sum(total_energy(round_to_bits(matrix, bits) - matrix) for matrix in matrices.values())
+            for bits in BITS
+        }
+        spectra = {role: energy_spectrum(matrix) for role, matrix in matrices.items()}
+        done.add(layer.parameters // layer.count)
+        return spectra, lost, sum(total_energy(matrix) for matrix in matrices.values())
+
+    with worker_threads(layer) as pool:
+        probes = list(pool.map(probe, chosen))
+    energy = sum(found for _, _, found in probes)
+    scale = layer.count / len(chosen)
+    overlays = overlay_choices(measures, layer.count)
+    svds = {
+        role: Choice(np.sum([spectra[role] for spectra, _, _ in probes], axis=0) * scale, overlays[role].cost)
+        for role in layer.roles
+    }
+    base = BYTES_PER_NUMBER * sum(prod(measure.shape) for measure in measures.values())
+    result = []
+    for bits in BITS:
+        budget = layer.count * sum(quantised_bytes(layer.shape(role), bits) for role in layer.roles)
+        error = {
+            name: None
+            if room < 0
+            else float(np.sqrt(energy_left(choices, spread_rank(choices, budget=room)) / energy / scale))
+            for name, choices, room in (("overlay", overlays, budget - base), ("svd", svds, budget))
+        }
+        quantisation = float(np.sqrt(sum(lost[bits] for _, lost, _ in probes) / energy))
+        assert error["svd"] is not None
+        result.append(Alternative(bits, budget, quantisation, error["overlay"], error["svd"]))
+    return tuple(result)
+
+
+def energy_left(choices: Mapping[str, Choice], ranks: Mapping[str, int]) -> float:
+    """The energy that these ranks leave out."""
+    return sum(float(choice.spectrum[ranks[key] :].sum()) for key, choice in choices.items())

@@ -1,0 +1,85 @@
+"""What an expert, and a layer of experts, computes: pure arrays, float32, inputs as rows."""
+
+from collections.abc import Callable, Mapping
+from math import sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import erf
+
+Array = NDArray[np.float32]
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow."""
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * x)), np.float32)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, by the error function."""
+    return np.asarray(0.5 * x * (1.0 + erf(x / sqrt(2.0))), np.float32)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The usual approximation of GELU by tanh."""
+    return np.asarray(0.5 * x * (1.0 + np.tanh(sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))), np.float32)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda x: x * sigmoid(x),
+    "swish": lambda x: x * sigmoid(x),
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": lambda x: np.maximum(x, 0.0),
+    "relu2": lambda x: np.square(np.maximum(x, 0.0)),
+}
+
+
+def glu(gate: Array, up: Array, activation: str) -> Array:
+    """act(gate) * up; "swiglu_oai" is GPT-OSS's: clamped at 7, and (up + 1) gate sigmoid(1.702 gate)."""
+    if activation == "swiglu_oai":
+        gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+        return (up + 1.0) * gate * sigmoid(1.702 * gate)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def run_expert(x: Array, matrices: Mapping[str, Array], biases: Mapping[str, Array], activation: str) -> Array:
+    """The outputs [n, hidden] of one expert for inputs [n, hidden]; an expert without a gate activates its up."""
+
+    def project(role: str, inputs: Array) -> Array:
+        return inputs @ matrices[role].T + biases.get(role, np.float32(0.0))
+
+    if "gate" in matrices:
+        inner = glu(project("gate", x), project("up", x), activation)
+    else:
+        inner = ACTIVATIONS[activation](project("up", x))
+    return project("down", inner)
+
+
+def route(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    correction: Array | None = None,
+    *,
+    top_k: int,
+    scoring: str,
+    normalise: bool,
+) -> Array:
+    """How much each expert has a say in each input: [n, experts], all but `top_k` of them being 0.
+
+    `weight` is [experts, hidden]; `scoring` is softmax or sigmoid. The experts with the largest scores, `correction`
+    added, are chosen, and have a say by their scores, which `normalise` makes sum to 1.
+    """
+    logits = x @ weight.T + (bias if bias is not None else np.float32(0.0))
+    if scoring == "sigmoid":
+        scores = sigmoid(logits)
+    else:
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    wanted = scores if correction is None else scores + correction
+    chosen = np.argsort(-wanted, axis=1, kind="stable")[:, :top_k]
+    shares = np.zeros_like(scores)
+    np.put_along_axis(shares, chosen, np.take_along_axis(scores, chosen, axis=1), axis=1)
+    return shares / shares.sum(axis=1, keepdims=True) if normalise else shares

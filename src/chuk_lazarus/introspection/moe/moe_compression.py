@@ -1,0 +1,441 @@
+"""What would an overlay save, and what would it cost? `MoECompressionService` computes, verifies and estimates it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import Any
+
+import numpy as np
+
+from .errors import InvalidRequest, NotMoE, naming, printable
+from .fidelity import (
+    Alternative,
+    LayerFidelity,
+    check_layer,
+    compare_alternatives,
+    draw_inputs,
+    energy_left,
+    overlay_choices,
+)
+from .forward import ACTIVATIONS
+from .measure import RoleMeasure, evenly_spaced, mean_experts, measure_layer
+from .overlay import Choice, original_bytes, overlay_bytes, spread_rank
+from .reports import (
+    Cost,
+    ErrorSpread,
+    LayerEstimate,
+    LayerOverlay,
+    LayerVerification,
+    MoEOverlay,
+    MoEOverlayEstimate,
+    MoEOverlayVerification,
+    SameBytes,
+)
+from .spectra import mean_rank
+from .weights.experts import ExpertLayer, Experts
+from .weights.source import Progress
+
+Ranks = dict[str, int]
+TOLERANCE = 0.05
+INPUTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RankRule:
+    """How ranks are chosen: at most one of `max_error` and `target_ratio`, else the mean rank at `energy` of the
+    deltas.
+
+    `given` ranks, by role, stand whatever the rule says of the others.
+    """
+
+    given: Mapping[str, int]
+    energy: float = 0.95
+    max_error: float | None = None
+    target_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_error is not None and self.target_ratio is not None:
+            raise InvalidRequest("both a greatest error and a ratio are given", "give one of the two")
+        if self.given and (self.max_error is not None or self.target_ratio is not None):
+            raise InvalidRequest("ranks are given together with a greatest error or a ratio", "give one of the two")
+        if not 0 < self.energy <= 1:
+            raise InvalidRequest(f"the energy to keep is {self.energy:g}", "give a share above 0 and at most 1")
+        if self.max_error is not None and not 0 < self.max_error < 1:
+            raise InvalidRequest(f"the greatest error is {self.max_error:g}", "give a share between 0 and 1")
+        if self.target_ratio is not None and not 0 < self.target_ratio < inf:
+            raise InvalidRequest(f"the ratio is {self.target_ratio:g}", "give a number above 0, such as 4")
+
+    def __str__(self) -> str:
+        if self.max_error is not None:
+            return f"relative weight error of the experts at most {self.max_error:g}, fewest bytes"
+        if self.target_ratio is not None:
+            return f"ratio {self.target_ratio:g}, least weight error"
+        given = ", ".join(f"{role} {rank}" for role, rank in self.given.items())
+        rest = "" if len(self.given) == 3 else f"mean rank at {100 * self.energy:g} % of the delta energy"
+        return " else ".join(part for part in (f"given: {given}" if given else "", rest) if part)
+
+    def choose(self, layers: Mapping[int, "_Measured"]) -> dict[int, Ranks]:
+        """Ranks for every layer. Raises InvalidRequest for what can't be: a rank above the greatest, a ratio out of
+        reach."""
+        if self.max_error is not None or self.target_ratio is not None:
+            return self._spread(layers)
+        chosen = {}
+        for number, measured in layers.items():
+            chosen[number] = {
+                role: self.given.get(role, round(mean_rank(measure.spectra, self.energy)))
+                for role, measure in measured.roles.items()
+            }
+            for role, rank in chosen[number].items():
+                greatest = min(measured.roles[role].shape)
+                if not 0 <= rank <= greatest:
+                    raise InvalidRequest(f"layer {number}: {role} rank {rank}", f"give one from 0 to {greatest}")
+        return chosen
+
+    def _spread(self, layers: Mapping[int, "_Measured"]) -> dict[int, Ranks]:
+        choices = {(number, role): c for number, found in layers.items() for role, c in found.choices.items()}
+        if self.max_error is not None:
+            energy = sum(found.energy for found in layers.values())
+            ranks = spread_rank(choices, energy_left=self.max_error**2 * energy)
+        else:
+            assert self.target_ratio is not None
+            original = sum(original_bytes(found.shapes, found.experts) for found in layers.values())
+            base = sum(found.bytes_at(dict.fromkeys(found.shapes, 0)) for found in layers.values())
+            budget = original / self.target_ratio - base
+            if budget < 0:
+                raise InvalidRequest(
+                    f"a ratio of {self.target_ratio:g} is out of reach", f"the base alone gives {original / base:.1f}"
+                )
+            ranks = spread_rank(choices, budget=budget)
+        return {number: {role: ranks[number, role] for role in found.roles} for number, found in layers.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What the choice of ranks needs of a layer; its sampled experts stand for all."""
+
+    roles: Mapping[str, RoleMeasure]
+    choices: Mapping[str, Choice]
+    energy: float
+    experts: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {role: measure.shape for role, measure in self.roles.items()}
+
+    def bytes_at(self, ranks: Mapping[str, float]) -> int:
+        return overlay_bytes(self.shapes, ranks, self.experts)
+
+    def error_at(self, ranks: Mapping[str, int]) -> float:
+        """The relative Frobenius error of the experts that the spectra promise."""
+        return sqrt(max(0.0, energy_left(self.choices, ranks)) / self.energy) if self.energy else 0.0
+
+
+class MoECompressionService:
+    """Computes, verifies and estimates overlays: `expert ≈ base + left @ right`.
+
+    >>> MoECompressionService.compute("demo:upcycled", target_ratio=2).layers[0].ranks
+    {'gate': 23, 'up': 23, 'down': 24}
+    """
+
+    @staticmethod
+    def compute(
+        model: str,
+        *,
+        layer: int | None = None,
+        layers: Sequence[int] | str | None = None,
+        ranks: Mapping[str, int] | None = None,
+        energy: float = 0.95,
+        max_error: float | None = None,
+        target_ratio: float | None = None,
+        experts: int | None = None,
+        progress: Progress | None = None,
+    ) -> MoEOverlay:
+        """The ranks that an overlay of some layers needs, what it keeps and what it takes.
+
+        `ranks` gives them by role; else `max_error` (relative Frobenius error of the experts) or `target_ratio` (bytes)
+        spread them over projections and layers where they buy the most; else each is the mean rank at `energy` of the
+        deltas. `experts` says of how many spectra are taken, None for all. `model`, `layer`, `layers` and `progress` as
+        in MoETypeService. Raises a child of MoEError.
+        """
+        rule = RankRule(ranks or {}, energy, max_error, target_ratio)
+        with naming(model):
+            job = _Job(model, layer, layers, progress)
+            measured = {one.number: job.measure(one, experts) for one in job.layers}
+            chosen = rule.choose(measured)
+            results = [_layer_overlay(one, measured[one.number], chosen[one.number]) for one in job.layers]
+            original, stored, overlay = (
+                sum(getattr(result, f"{what}_bytes") for result in results)
+                for what in ("original", "stored", "overlay")
+            )
+            return MoEOverlay(
+                **job.identity(),
+                rule=str(rule),
+                layers=tuple(results),
+                original_bytes=original,
+                stored_bytes=stored,
+                overlay_bytes=overlay,
+                ratio=original / overlay,
+                ratio_vs_stored=stored / overlay,
+                notes=tuple(job.experts.notes),
+                cost=job.cost(),
+            )
+
+    @staticmethod
+    def verify(
+        model: str,
+        *,
+        layer: int | None = None,
+        layers: Sequence[int] | str | None = None,
+        ranks: Mapping[str, int] | None = None,
+        energy: float = 0.95,
+        max_error: float | None = None,
+        target_ratio: float | None = None,
+        experts: int | None = None,
+        tolerance: float = TOLERANCE,
+        inputs: int = INPUTS,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> MoEOverlayVerification:
+        """Rebuild the experts from base and factors as stored (bfloat16), and compare weights and outputs with the
+        originals.
+
+        Ranks as in `compute`. The outputs are those of the whole expert function, on `inputs` seeded Gaussian vectors
+        of the scale that the layer's norm gives. Passes when the worst expert's relative output error is within
+        `tolerance`.
+        """
+        rule = RankRule(ranks or {}, energy, max_error, target_ratio)
+        if not 0 <= tolerance < inf:
+            raise InvalidRequest(f"the tolerance is {tolerance:g}", "give a number from 0 on, such as 0.05")
+        with naming(model):
+            job = _Job(model, layer, layers, progress)
+            activation = job.experts.activation
+            if activation not in ACTIVATIONS and activation != "swiglu_oai":
+                raise InvalidRequest(f"the experts' activation {activation} is not known", "it can't be verified")
+            measured = {one.number: job.measure(one, experts) for one in job.layers}
+            chosen = rule.choose(measured)
+            results, notes = [], list(job.experts.notes)
+            for one in job.layers:
+                drawn = draw_inputs(
+                    one,
+                    inputs,
+                    seed,
+                    top_k=job.experts.top_k,
+                    scoring=job.experts.scoring,
+                    normalise=job.experts.config.get("norm_topk_prob", True) is not False,
+                )
+                bases = mean_experts(one, job.progress)
+                found = check_layer(one, bases, chosen[one.number], drawn, activation, job.progress)
+                results.append(_layer_verification(one.number, chosen[one.number], found))
+            if any(one.norm() is None for one in job.layers):
+                notes.append("no norm before the experts was found: the inputs have unit scale")
+            return MoEOverlayVerification(
+                **job.identity(),
+                passed=all(result.output_error.max <= tolerance for result in results),
+                tolerance=tolerance,
+                rule=str(rule),
+                activation=activation,
+                inputs=inputs,
+                seed=seed,
+                layers=tuple(results),
+                notes=tuple(notes),
+                cost=job.cost(),
+            )
+
+    @staticmethod
+    def estimate(
+        model: str,
+        *,
+        layers: Sequence[int] | str | None = None,
+        samples: int = 3,
+        ranks: Mapping[str, int] | None = None,
+        energy: float = 0.95,
+        max_error: float | None = None,
+        target_ratio: float | None = None,
+        experts: int | None = 8,
+        progress: Progress | None = None,
+    ) -> MoEOverlayEstimate:
+        """The whole model as an overlay, and what plain quantisation and plain SVDs do with the same bytes.
+
+        `layers` are measured, or `samples` evenly spaced ones; the others' ranks are interpolated, and labelled so.
+        Ranks as in `compute`, spread over the measured layers.
+        """
+        rule = RankRule(ranks or {}, energy, max_error, target_ratio)
+        with naming(model):
+            job = _Job(model, None, layers, progress, samples)
+            measured, alternatives = {}, []
+            for one in job.layers:
+                measured[one.number] = job.measure(one, experts)
+                alternatives.append(compare_alternatives(one, measured[one.number].roles, job.progress))
+            chosen = rule.choose(measured)
+            results = [_layer_estimate(job.experts.layer(n), measured, chosen) for n in job.experts.layers]
+            original, stored, overlay = (
+                sum(getattr(result, f"{what}_bytes") for result in results)
+                for what in ("original", "stored", "overlay")
+            )
+            same = _same_bytes(alternatives)
+            error = sqrt(float(np.mean([result.weight_error**2 for result in results])))
+            return MoEOverlayEstimate(
+                **job.identity(),
+                rule=str(rule),
+                moe_layers=job.experts.layers,
+                layers_measured=tuple(sorted(measured)),
+                layers=tuple(results),
+                original_bytes=original,
+                stored_bytes=stored,
+                overlay_bytes=overlay,
+                ratio=original / overlay,
+                ratio_vs_stored=stored / overlay,
+                weight_error=error,
+                same_bytes=same,
+                advice=_advice(same, stored / original),
+                notes=tuple(job.experts.notes),
+                cost=job.cost(),
+            )
+
+
+class _Job:
+    """A model and the layers of it that are worked on."""
+
+    def __init__(
+        self,
+        model: str,
+        layer: int | None,
+        layers: Sequence[int] | str | None,
+        progress: Progress | None,
+        samples: int | None = None,
+    ) -> None:
+        self._model = model
+        self._started = time.perf_counter()
+        self.progress: Progress = progress or (lambda what, done, total: None)
+        self.experts = Experts.open(model)
+        if samples is not None and layers is None:
+            places = evenly_spaced(len(self.experts.layers), samples)
+            layers = [self.experts.layers[place] for place in places]
+        self.layers = [self.experts.layer(number) for number in self.experts.choose_layers(layer, layers)]
+        for one in self.layers:
+            if one.count < 2:
+                raise NotMoE(f"layer {one.number} has a single expert: there is nothing to share")
+
+    def measure(self, layer: ExpertLayer, experts: int | None) -> _Measured:
+        if experts is not None and experts < 1:
+            raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
+        roles = measure_layer(layer, evenly_spaced(layer.count, experts), self.progress)
+        energy = sum(float(np.trace(measure.gram)) for measure in roles.values())
+        return _Measured(roles, overlay_choices(roles, layer.count), energy, layer.count)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields of a report that say what it is about."""
+        return {
+            "model": printable(self._model),
+            "revision": self.experts.checkpoint.repository.revision,
+            "family": self.experts.family,
+            "model_type": self.experts.model_type,
+            "storage": self.layers[0].storage,
+            "experts": self.layers[0].count,
+        }
+
+    def cost(self) -> Cost:
+        return Cost(
+            bytes_read=self.experts.checkpoint.bytes_read,
+            bytes_fetched=self.experts.checkpoint.repository.bytes_fetched,
+            seconds=time.perf_counter() - self._started,
+        )
+
+
+def _layer_overlay(layer: ExpertLayer, measured: _Measured, ranks: Ranks) -> LayerOverlay:
+    totals = {role: float(choice.spectrum.sum()) for role, choice in measured.choices.items()}
+    kept = {role: float(choice.spectrum[: ranks[role]].sum()) for role, choice in measured.choices.items()}
+    original, overlay = original_bytes(measured.shapes, layer.count), measured.bytes_at(ranks)
+    return LayerOverlay(
+        layer=layer.number,
+        ranks=ranks,
+        max_ranks={role: min(shape) for role, shape in measured.shapes.items()},
+        energy_kept={role: kept[role] / total if total else 1.0 for role, total in totals.items()},
+        weight_error=measured.error_at(ranks),
+        original_bytes=original,
+        stored_bytes=layer.stored_bytes,
+        overlay_bytes=overlay,
+        ratio=original / overlay,
+    )
+
+
+def _layer_verification(number: int, ranks: Ranks, found: LayerFidelity) -> LayerVerification:
+    def spread(errors: Sequence[float]) -> ErrorSpread:
+        return ErrorSpread(mean=float(np.mean(errors)), max=max(errors))
+
+    return LayerVerification(
+        layer=number,
+        ranks=ranks,
+        weight_error={role: spread(errors) for role, errors in found.weight_errors.items()},
+        output_error=spread(found.output_errors),
+        worst_expert=int(np.argmax(found.output_errors)),
+        mixed_output_error=found.mixed_error,
+        rounding_error={str(bits): error for bits, error in found.rounding_errors.items()},
+    )
+
+
+def _layer_estimate(
+    layer: ExpertLayer, measured: Mapping[int, _Measured], chosen: Mapping[int, Ranks]
+) -> LayerEstimate:
+    """A measured layer as it is; of another, ranks and squared error on the line between its measured neighbours."""
+    numbers = sorted(measured)
+    shapes = {role: layer.shape(role) for role in layer.roles}
+
+    def between(values: Sequence[float]) -> float:
+        return float(np.interp(layer.number, numbers, values))
+
+    ranks = {
+        role: min(min(shape), round(between([chosen[number][role] for number in numbers])))
+        for role, shape in shapes.items()
+    }
+    return LayerEstimate(
+        layer=layer.number,
+        measured=layer.number in measured,
+        ranks=ranks,
+        weight_error=sqrt(between([measured[number].error_at(chosen[number]) ** 2 for number in numbers])),
+        original_bytes=original_bytes(shapes, layer.count),
+        stored_bytes=layer.stored_bytes,
+        overlay_bytes=overlay_bytes(shapes, ranks, layer.count),
+    )
+
+
+def _same_bytes(layers: Sequence[Sequence[Alternative]]) -> tuple[SameBytes, ...]:
+    """Over the measured layers: bytes in all, errors as root mean squares."""
+
+    def mean(errors: Sequence[float | None]) -> float | None:
+        found = [error for error in errors if error is not None]
+        return sqrt(sum(error**2 for error in found) / len(found)) if len(found) == len(errors) else None
+
+    rows = []
+    for same in zip(*layers, strict=True):
+        quantisation, svd = mean([one.quantisation for one in same]), mean([one.svd for one in same])
+        assert quantisation is not None
+        assert svd is not None
+        rows.append(
+            SameBytes(
+                bits=same[0].bits,
+                bytes=sum(one.bytes for one in same),
+                quantisation=quantisation,
+                overlay=mean([one.overlay for one in same]),
+                svd=svd,
+            )
+        )
+    return tuple(rows)
+
+
+def _advice(same: Sequence[SameBytes], stored_share: float) -> str:
+    """What pays, by the measured errors: the overlay, quantisation, or neither."""
+    wins = [row.bits for row in same if row.overlay is not None and row.overlay < row.quantisation]
+    if wins:
+        sizes = " and ".join(f"{bits}-bit" for bits in wins)
+        return f"the overlay: at {sizes} size it has a smaller weight error than plain quantisation"
+    smaller = [row for row in same if (row.bits + 0.5) / 16 < stored_share]
+    if not smaller:
+        return "nothing: the experts are stored in 3 bits a weight or fewer, and an overlay errs more"
+    best = smaller[0]
+    other = "larger than that with its base alone" if best.overlay is None else f"at {100 * best.overlay:.1f} %"
+    return (
+        f"quantisation: at {best.bits}-bit size its weight error is {100 * best.quantisation:.1f} %, "
+        f"and the overlay is {other}"
+    )

@@ -1,0 +1,378 @@
+"""The overlay services, against literal computation, planted structure and MLX LM's own layers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from chuk_lazarus.cli.app import run
+from chuk_lazarus.introspection.moe import (
+    Experts,
+    InvalidRequest,
+    MoECompressionService,
+    MoEOverlay,
+    MoEOverlayEstimate,
+    MoEOverlayVerification,
+    NotMoE,
+)
+from chuk_lazarus.introspection.moe.forward import route, run_expert
+from chuk_lazarus.introspection.moe.overlay import Factors, as_stored, factorise, rebuild
+from test_layouts import RECIPES
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+Weights = dict[str, NDArray[np.float32]]
+COMMAND = ["introspect", "moe-expert"]
+
+
+def planted(rank: int, layers: int = 1, experts: int = 6, scale: float = 0.1) -> list[Weights]:
+    """Layers whose experts are a base plus a delta of that rank, the deltas summing to zero over the experts."""
+    rng = np.random.default_rng(rank)
+    found = []
+    for _ in range(layers):
+        weights: Weights = {}
+        for role, (rows, columns) in {"gate": (32, 48), "up": (32, 48), "down": (48, 32)}.items():
+            left = rng.standard_normal((experts // 2, rows, rank))
+            deltas = left @ rng.standard_normal((experts // 2, rank, columns))
+            base = rng.standard_normal((rows, columns))
+            weights[role] = (base + scale * np.concatenate([deltas, -deltas])).astype(np.float32)
+        found.append(weights)
+    return found
+
+
+def write(folder: Path, layers: list[Weights]) -> str:
+    folder.mkdir()
+    tensors: Weights = {}
+    for number, weights in enumerate(layers):
+        prefix = f"model.layers.{number}"
+        for role, stack in weights.items():
+            for e, matrix in enumerate(stack):
+                tensors[f"{prefix}.block_sparse_moe.experts.{e}.{NAMES[role]}.weight"] = np.ascontiguousarray(matrix)
+        hidden = weights["gate"].shape[2]
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = np.full(hidden, 0.5, np.float32)
+        router = np.random.default_rng(number).standard_normal((len(weights["gate"]), hidden)).astype(np.float32)
+        tensors[f"{prefix}.block_sparse_moe.gate.weight"] = router
+    save_file(tensors, folder / "model.safetensors")
+    config = {"model_type": "mixtral", "num_hidden_layers": len(layers), "num_experts_per_tok": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+# Compute
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_planted_rank_is_found_and_kept(tmp_path: Path, rank: int) -> None:
+    model = write(tmp_path / "m", planted(rank))
+    report = MoECompressionService.compute(model, energy=0.9999)
+    (layer,) = report.layers
+    assert layer.ranks == {"gate": rank, "up": rank, "down": rank}
+    assert layer.weight_error < 1e-3
+    assert layer.overlay_bytes == 2 * (3 * 32 * 48 + 6 * 3 * rank * (32 + 48))
+    assert report.ratio == report.original_bytes / report.overlay_bytes
+    assert report.ratio_vs_stored == pytest.approx(2 * report.ratio)  # the file holds float32
+
+
+def test_given_ranks_stand_and_the_others_follow_the_rule(tmp_path: Path) -> None:
+    model = write(tmp_path / "m", planted(3))
+    (layer,) = MoECompressionService.compute(model, ranks={"up": 0, "down": 32}, energy=0.9999).layers
+    assert layer.ranks == {"gate": 3, "up": 0, "down": 32}
+    assert layer.energy_kept["up"] == 0.0
+    assert layer.energy_kept["down"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("max_error", [0.02, 0.1, 0.3])
+def test_the_promised_error_is_the_one_measured_and_within_the_bound(tmp_path: Path, max_error: float) -> None:
+    layers = planted(32, layers=2)
+    model = write(tmp_path / "m", layers)
+    report = MoECompressionService.compute(model, layers="all", max_error=max_error)
+    lost = kept = 0.0
+    for result, weights in zip(report.layers, layers, strict=True):
+        here, all_here = 0.0, 0.0
+        for role, stack in weights.items():
+            base = stack.mean(axis=0)
+            for matrix in stack:
+                here += float(np.sum((rebuild(base, factorise(matrix - base, result.ranks[role])) - matrix) ** 2))
+                all_here += float(np.sum(matrix**2))
+        assert result.weight_error == pytest.approx(np.sqrt(here / all_here), rel=1e-3)
+        lost, kept = lost + here, kept + all_here
+    assert np.sqrt(lost / kept) <= max_error
+
+
+@pytest.mark.parametrize("ratio", [1.5, 2.0, 4.0])
+def test_a_ratio_is_reached_with_less_error_than_uniform_ranks(tmp_path: Path, ratio: float) -> None:
+    layers = planted(32, layers=2)
+    layers[1] = {role: 3 * stack for role, stack in layers[1].items()}
+    model = write(tmp_path / "m", layers)
+    spread = MoECompressionService.compute(model, layers="all", target_ratio=ratio)
+    assert spread.ratio >= ratio
+    uniform = max(
+        (MoECompressionService.compute(model, layers="all", ranks=dict.fromkeys(NAMES, rank)) for rank in range(33)),
+        key=lambda report: report.overlay_bytes if report.overlay_bytes <= spread.original_bytes / ratio else -1,
+    )
+
+    def squared(report: MoEOverlay) -> float:
+        energies = [sum(float(np.sum(stack**2)) for stack in weights.values()) for weights in layers]
+        return sum(e * layer.weight_error**2 for e, layer in zip(energies, report.layers, strict=True))
+
+    assert squared(spread) <= squared(uniform) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ranks": {"gate": 33}},
+        {"ranks": {"gate": 1}, "max_error": 0.1},
+        {"max_error": 0.1, "target_ratio": 2.0},
+        {"max_error": 0.0},
+        {"max_error": 1.5},
+        {"target_ratio": -1.0},
+        {"target_ratio": 7.0},
+        {"energy": 0.0},
+        {"energy": 1.5},
+        {"energy": float("nan")},
+        {"experts": 0},
+    ],
+    ids=str,
+)
+def test_what_can_not_be_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = write(tmp_path / "m", planted(2))
+    with pytest.raises(InvalidRequest):
+        MoECompressionService.compute(model, **options)
+
+
+def test_a_dense_model_is_refused() -> None:
+    for service in (MoECompressionService.compute, MoECompressionService.verify, MoECompressionService.estimate):
+        with pytest.raises(NotMoE):
+            service(str(FIXTURES / "dense_llama"))
+
+
+# Verify
+
+
+def test_verification_equals_its_definition(tmp_path: Path) -> None:
+    weights = planted(32)[0]
+    model = write(tmp_path / "m", [weights])
+    ranks = {"gate": 5, "up": 0, "down": 9}
+    report = MoECompressionService.verify(model, ranks=ranks, inputs=40, seed=3)
+    x = 0.5 * np.random.default_rng(3).standard_normal((40, 48)).astype(np.float32)
+    outputs = []
+    for expert in range(6):
+        exact = {role: stack[expert] for role, stack in weights.items()}
+        rebuilt = {}
+        for role, matrix in exact.items():
+            base = as_stored(weights[role].astype(np.float64).mean(axis=0).astype(np.float32))
+            factors = factorise(matrix - base, ranks[role])
+            rebuilt[role] = rebuild(base, Factors(as_stored(factors.left), as_stored(factors.right)))
+        outputs.append([silu_glu(x, found) for found in (exact, rebuilt)])
+    errors = [np.linalg.norm(got - wanted) / np.linalg.norm(wanted) for wanted, got in outputs]
+    (layer,) = report.layers
+    assert layer.output_error.mean == pytest.approx(np.mean(errors), rel=1e-4)
+    assert layer.output_error.max == pytest.approx(max(errors), rel=1e-4)
+    assert layer.worst_expert == int(np.argmax(errors))
+    assert layer.weight_error["up"].max >= layer.weight_error["up"].mean > 0
+    assert layer.mixed_output_error is not None
+    assert 0 < layer.mixed_output_error <= layer.output_error.max
+
+
+def silu_glu(x: NDArray[np.float32], matrices: Weights) -> NDArray[np.float64]:
+    gate = x.astype(np.float64) @ matrices["gate"].T
+    return (gate / (1 + np.exp(-gate)) * (x @ matrices["up"].T)) @ matrices["down"].T
+
+
+@pytest.mark.parametrize(("tolerance", "passed"), [(0.0, False), (0.001, False), (0.05, True)])
+def test_the_tolerance_decides(tmp_path: Path, tolerance: float, passed: bool) -> None:
+    model = write(tmp_path / "m", planted(2))
+    report = MoECompressionService.verify(model, energy=0.9999, tolerance=tolerance)
+    assert report.passed is passed
+    assert report.layers[0].output_error.max < 0.05
+
+
+def test_full_rank_leaves_no_more_than_rounding() -> None:
+    for name in ("mixtral", "gpt_oss", "gpt_oss_mxfp4", "llama4_text", "dbrx", "granitemoe", "deepseek_v3_fp8"):
+        report = MoECompressionService.verify(str(FIXTURES / name), energy=1.0)
+        assert report.passed, name
+        assert report.layers[0].mixed_output_error is not None, name
+        assert not report.notes, name
+
+
+BLOCKS = {
+    "mixtral": lambda layer: layer.block_sparse_moe,
+    "olmoe": lambda layer: layer.mlp,
+    "qwen3_moe": lambda layer: layer.mlp,
+    "gpt_oss_mxfp4": lambda layer: layer.mlp,
+    "granitemoe": lambda layer: layer.block_sparse_moe,
+    "minimax_m2": lambda layer: layer.block_sparse_moe,
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_layer_computes_what_mlx_lm_computes(name: str) -> None:
+    """Router, experts, biases and activation together, against the block of MLX LM's own model."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        config = dict(RECIPES[name].config) if name in RECIPES else {}
+        model, _ = load_model(FIXTURES / name, strict=False, model_config=config)
+    experts = Experts.open(str(FIXTURES / name))
+    number = experts.layers[0]
+    layer = experts.layer(number)
+    x = np.random.default_rng(0).standard_normal((12, layer.sizes["H"])).astype(np.float32)
+    block = BLOCKS[name](model.model.layers[number])
+    block.apply(lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array)
+    wanted = np.array(block(mx.array(x)[None])[0].astype(mx.float32))
+    router = layer.router()
+    assert router is not None
+    normalise = experts.config.get("norm_topk_prob", True) is not False
+    shares = route(
+        x,
+        router.weight,
+        router.bias,
+        router.correction,
+        top_k=experts.top_k,
+        scoring=experts.scoring,
+        normalise=normalise,
+    )
+    got = sum(
+        shares[:, e, None] * run_expert(x, layer.matrices(e), layer.biases(e), experts.activation)
+        for e in range(layer.count)
+    )
+    np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
+
+
+# Estimate
+
+
+def test_all_layers_measured_are_what_compute_says(tmp_path: Path) -> None:
+    model = write(tmp_path / "m", planted(5, layers=3))
+    exact = MoECompressionService.estimate(model, layers="all", experts=None)
+    computed = MoECompressionService.compute(model, layers="all")
+    assert exact.overlay_bytes == computed.overlay_bytes
+    assert exact.stored_bytes == computed.stored_bytes
+    assert [layer.ranks for layer in exact.layers] == [layer.ranks for layer in computed.layers]
+    assert all(layer.measured for layer in exact.layers)
+
+
+def test_other_layers_are_interpolated_and_labelled(tmp_path: Path) -> None:
+    layers = [planted(rank)[0] for rank in (2, 9, 6)]
+    report = MoECompressionService.estimate(write(tmp_path / "m", layers), samples=2, energy=0.9999)
+    assert report.layers_measured == (0, 2)
+    assert [layer.measured for layer in report.layers] == [True, False, True]
+    assert [layer.ranks["gate"] for layer in report.layers] == [2, 4, 6]
+    assert report.moe_layers == (0, 1, 2)
+    assert report.overlay_bytes == sum(layer.overlay_bytes for layer in report.layers)
+
+
+def test_a_stored_format_is_not_mistaken_for_two_bytes_a_weight() -> None:
+    report = MoECompressionService.estimate(str(FIXTURES / "gpt_oss_mxfp4"))
+    assert report.stored_bytes < report.original_bytes / 3
+    assert report.ratio_vs_stored == pytest.approx(report.stored_bytes / report.overlay_bytes)
+    assert "overlay:" not in report.advice
+
+
+def test_errors_at_the_same_bytes_are_those_of_the_three_ways(tmp_path: Path) -> None:
+    """On independent experts quantisation must win; on copies with a small delta, the overlay where bits are few."""
+    rng = np.random.default_rng(0)
+    native = [{role: rng.standard_normal(stack.shape).astype(np.float32) for role, stack in planted(1)[0].items()}]
+    report = MoECompressionService.estimate(write(tmp_path / "native", native))
+    assert [row.bits for row in report.same_bytes] == [8, 4, 3]
+    assert all(row.overlay is None or row.quantisation < row.overlay for row in report.same_bytes)
+    assert all(row.quantisation < row.svd for row in report.same_bytes)
+    assert report.advice.startswith("quantisation")
+    upcycled = MoECompressionService.estimate(write(tmp_path / "upcycled", planted(1, scale=0.05)))
+    assert upcycled.advice.startswith("the overlay")
+    best = upcycled.same_bytes[0]
+    assert best.overlay is not None
+    assert best.overlay < best.svd
+
+
+# Contract and command line
+
+KEYS: dict[str, tuple[str, set[str], set[str]]] = {
+    "moe-overlay-compute": (
+        "moe-overlay/1",
+        {"layers"},
+        {"layer", "ranks", "energy_kept", "original_bytes", "stored_bytes", "overlay_bytes", "ratio"},
+    ),
+    "moe-overlay-verify": (
+        "moe-overlay-verification/1",
+        {"passed", "tolerance", "layers"},
+        {"layer", "ranks", "weight_error", "output_error"},
+    ),
+    "moe-overlay-estimate": (
+        "moe-overlay-estimate/1",
+        {
+            "moe_layers",
+            "layers_measured",
+            "original_bytes",
+            "stored_bytes",
+            "overlay_bytes",
+            "ratio",
+            "ratio_vs_stored",
+        },
+        {"layer", "measured"},
+    ),
+}
+
+
+@pytest.mark.parametrize("command", KEYS)
+def test_json_keeps_the_contract(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    schema, keys, layer_keys = KEYS[command]
+    assert run([*COMMAND, command, "-m", "demo:upcycled", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == schema
+    assert keys <= found.keys()
+    assert layer_keys <= found["layers"][0].keys()
+    for model in (MoEOverlay, MoEOverlayVerification, MoEOverlayEstimate):
+        if model.model_fields["schema_"].default == schema:
+            assert json.loads(model.model_validate(found).model_dump_json()) == found
+
+
+@pytest.mark.parametrize("command", KEYS)
+@pytest.mark.parametrize("columns", ["80", "60"])
+def test_tables_fit(command: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run([*COMMAND, command, "-m", "demo:upcycled", "--layers", "all"]) in (0, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert max(map(len, lines)) <= int(columns)
+    assert not any("…" in line for line in lines)
+
+
+def test_a_failed_verification_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*COMMAND, "moe-overlay-verify", "-m", "demo:native"]) == 1
+    out, err = capsys.readouterr()
+    assert "FAILED" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["moe-overlay-compute", "-m", "demo:native", "--gate-rank", "65"], 2, "65"),
+        (["moe-overlay-compute", "-m", "demo:native", "--gate-rank", "-1"], 2, "--gate-rank"),
+        (["moe-overlay-compute", "-m", "demo:native", "--max-error", "x"], 2, "--max-error"),
+        (["moe-overlay-verify", "-m", "demo:native", "--tolerance", "-1"], 2, "tolerance"),
+        (["moe-overlay-verify", "-m", "demo:native", "--tolerance", "nan"], 2, "tolerance"),
+        (["moe-overlay-estimate", "-m", "demo:native", "--samples", "0"], 2, "--samples"),
+        (["moe-overlay-estimate", "-m", str(FIXTURES / "dense_llama")], 4, "Mixture"),
+        (["moe-overlay-verify", "-m", "demo:native", "--layer", "9"], 2, "0-1"),
+    ],
+    ids=lambda value: " ".join(value[:4:3]) if isinstance(value, list) else None,
+)
+def test_wrong_words_are_one_line(
+    arguments: list[str], code: int, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*COMMAND, *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert word in err
