@@ -62,7 +62,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"numpy"},
     ),
     f"{MOE}.forward": (set(), {"numpy", "scipy"}),
-    f"{MOE}.overlay": ({f"{MOE}.spectra"}, {"numpy", "ml_dtypes"}),
+    f"{MOE}.overlay": ({f"{MOE}.lapack", f"{MOE}.spectra"}, {"numpy", "ml_dtypes"}),
     f"{MOE}.similarity": (set(), {"numpy"}),
     f"{MOE}.spectra": ({f"{MOE}.lapack"}, {"numpy", "scipy"}),
     f"{MOE}.lapack": (set(), {"numpy", "scipy"}),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues
+from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues, symmetric_eigenvectors
 from chuk_lazarus.introspection.moe.similarity import pairwise_cosines
 from chuk_lazarus.introspection.moe.spectra import effective_rank, energy_spectrum, noise_rank
 
@@ -117,6 +117,16 @@ def test_eigenvalues_equal_numpys(order: int) -> None:
     matrix = gaussian((order, order + 7))
     gram = matrix @ matrix.T
     np.testing.assert_allclose(symmetric_eigenvalues(gram), np.linalg.eigvalsh(gram.astype(float)), atol=1e-4 * order)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 65, 300])
+def test_eigenvectors_diagonalise(order: int) -> None:
+    matrix = gaussian((order, order + 7))
+    gram = matrix @ matrix.T
+    values, vectors = symmetric_eigenvectors(gram)
+    np.testing.assert_allclose(values, symmetric_eigenvalues(gram), atol=1e-4 * order)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(order), atol=1e-4)
+    np.testing.assert_allclose((vectors * values) @ vectors.T, gram, atol=1e-4 * order)
 
 
 def test_eigenvalues_of_many_threads_at_once_are_the_same() -> None:

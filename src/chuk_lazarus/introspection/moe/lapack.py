@@ -1,4 +1,4 @@
-"""LAPACK's eigenvalues of a symmetric float32 matrix, called so that threads work side by side.
+"""LAPACK's eigenvalues and eigenvectors of a symmetric float32 matrix, called so that threads work side by side.
 
 numpy's solver lets threads run and is slower, in float32 as in float64, and scipy's `eigh` holds Python's lock while
 it works. So the routine that scipy ships for Cython code is called directly.
@@ -12,35 +12,49 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cython_lapack
 
+Array = NDArray[np.float32]
 
-def symmetric_eigenvalues(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The eigenvalues of a symmetric matrix [n, n], smallest first (LAPACK `ssyevd`, jobz N).
+
+def symmetric_eigenvalues(matrix: Array) -> Array:
+    """The eigenvalues of a symmetric matrix [n, n], smallest first.
+
+    Raises numpy.linalg.LinAlgError when they do not converge.
+    """
+    # 2n + 1 floats and one integer would do; with room for 64 columns the reduction works in blocks
+    return _solve(matrix, b"N", max(1, 64 * len(matrix)), 1)[0]
+
+
+def symmetric_eigenvectors(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues, smallest first, and eigenvectors, one a column, of a symmetric matrix [n, n].
 
     Raises numpy.linalg.LinAlgError when they do not converge.
     """
     order = len(matrix)
-    scratch = np.array(matrix, np.float32, order="F")
-    values = np.empty(order, np.float32)
-    # jobz N needs 2n + 1 floats and one integer; with room for 64 columns the reduction works in blocks
-    work, integers, info = np.empty(max(1, 64 * order), np.float32), np.empty(1, np.int32), ctypes.c_int()
-    sizes = [ctypes.byref(ctypes.c_int(size)) for size in (order, order, work.size, integers.size)]
-    arrays = [array.ctypes.data for array in (scratch, values, work, integers)]
+    return _solve(matrix, b"V", 1 + 6 * order + 2 * order * order + 64 * order, 3 + 5 * order)
+
+
+def _solve(matrix: Array, job: bytes, floats: int, integers: int) -> tuple[Array, Array]:
+    """LAPACK's `ssyevd` with so much room to work in; it overwrites its input with the eigenvectors, for job V."""
+    order = len(matrix)
+    result, values = np.array(matrix, np.float32, order="F"), np.empty(order, np.float32)
+    work, integer_work, info = np.empty(floats, np.float32), np.empty(integers, np.int32), ctypes.c_int()
+    size, work_size, integer_size = (ctypes.byref(ctypes.c_int(n)) for n in (order, floats, integers))
     _ssyevd()(
-        b"N",
+        job,
         b"L",
-        sizes[0],
-        arrays[0],
-        sizes[1],
-        arrays[1],
-        arrays[2],
-        sizes[2],
-        arrays[3],
-        sizes[3],
+        size,
+        result.ctypes.data,
+        size,
+        values.ctypes.data,
+        work.ctypes.data,
+        work_size,
+        integer_work.ctypes.data,
+        integer_size,
         ctypes.byref(info),
     )
     if info.value:
         raise np.linalg.LinAlgError(f"ssyevd ended with {info.value}")
-    return values
+    return values, result
 
 
 @cache

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from .lapack import symmetric_eigenvectors
 from .spectra import gram_matrix
 
 BYTES_PER_NUMBER = 2
@@ -43,7 +44,8 @@ def factorise(delta: NDArray[np.float32], rank: int) -> Factors:
     if out > inner:
         transposed = factorise(delta.T, rank)
         return Factors(np.ascontiguousarray(transposed.right.T), np.ascontiguousarray(transposed.left.T))
-    _, vectors = np.linalg.eigh(gram_matrix(delta))
+    gram = gram_matrix(delta)
+    _, vectors = symmetric_eigenvectors(gram) if gram.dtype == np.float32 else np.linalg.eigh(gram)
     left = np.ascontiguousarray(vectors[:, : -rank - 1 : -1].astype(np.float32))
     return Factors(left, left.T @ delta)
 
