@@ -62,6 +62,19 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"numpy"},
     ),
     f"{MOE}.forward": (set(), {"numpy", "scipy"}),
+    f"{MOE}.overlay_checkpoint": (
+        {f"{MOE}.{name}" for name in ("errors", "measure", "model_folder", "overlay")}
+        | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "experts", "layouts", "source")},
+        {"numpy", "ml_dtypes"},
+    ),
+    f"{MOE}.model_folder": (
+        {f"{MOE}.{name}" for name in ("errors", "weights.checkpoint", "weights.source")},
+        set(),
+    ),
+    f"{MOE}.runtime": (
+        {f"{MOE}.{name}" for name in ("errors", "reports", "weights.checkpoint", "weights.source")},
+        {"mlx", "mlx_lm"},
+    ),
     f"{MOE}.overlay": ({f"{MOE}.lapack", f"{MOE}.spectra"}, {"numpy", "ml_dtypes"}),
     f"{MOE}.similarity": (set(), {"numpy"}),
     f"{MOE}.spectra": ({f"{MOE}.lapack"}, {"numpy", "scipy"}),

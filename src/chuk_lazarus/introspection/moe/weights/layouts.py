@@ -101,6 +101,7 @@ class Layout:
     routers: tuple[str, ...]
     activation: str | None
     scoring: str | None
+    plain: str | None
 
     @property
     def is_flattened(self) -> bool:
@@ -155,6 +156,7 @@ def load_table() -> tuple[Layout, ...]:
             tuple(name for router in row["routers"] for name in expand(router, row.get("blocks", [""]))),
             row.get("activation"),
             row.get("scoring"),
+            row.get("plain"),
         )
         for row in rows
     )

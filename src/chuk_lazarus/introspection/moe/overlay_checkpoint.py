@@ -1,0 +1,550 @@
+"""Overlay checkpoints on disk: a whole model whose routed experts are kept as base and factors, and the way back.
+
+`write_overlay` makes such a folder out of any model that `Experts` reads, `read_overlay` opens one, `export_overlay`
+turns it into a checkpoint of the original family again. Both writers stream: they hold no more than the base of one
+layer and the experts that the worker threads are busy with.
+
+`model_folder` writes the folders, so that they are whole or not there.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import lcm, prod
+from pathlib import Path
+from threading import BoundedSemaphore
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable
+from .measure import ROOM, worker_threads
+from .model_folder import CONFIG, Item, Shard, ShardFile, Tensor, as_json, bf16, copied, grouped, write_model
+from .overlay import Factors, factorise, rebuild
+from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
+from .weights.codecs import Part, Stored, recognise
+from .weights.experts import TEXT_CONFIGS, ExpertLayer, Experts, ExpertTensor, spans, stored_rows
+from .weights.layouts import ROLES, Layout, load_table
+from .weights.source import Folder, Progress, Range, Repository
+
+VERSION = 1
+CARD = "README.md"
+
+WINDOW = 1_000_000  # weights decoded at a time in each thread while the base is formed
+SMALL = 64 * 2**20  # bytes of a file beside the weights that is copied
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})  # dtypes that no quantised weight has
+
+# What loaders want beside the weights: tokenizers, templates, generation settings, a model's own code; and licences.
+_WANTED = re.compile(r"[^/]+\.(?:json|jinja|model|txt|tiktoken|py)|(?:LICEN[CS]E|NOTICE)[^/]*")
+_UNWANTED = re.compile(r"config\.json|plan\.json|.*\.index\.json|(?:hf_)?quant(?:ize)?_config\.json")
+_OVERLAY = re.compile(r"(?P<prefix>.+\.(?P<layer>\d{1,9}))\.overlay\.(?P<role>gate|up|down)\.(?:base|left|right)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model -> overlay
+
+
+def write_overlay(
+    experts: Experts,
+    ranks: Mapping[int, Mapping[str, int]],
+    folder: Path,
+    *,
+    force: bool = False,
+    progress: Progress,
+    source: str = "",
+    card: str = "",
+) -> None:
+    """Write the model into `folder` with the routed experts of every layer in `ranks` (layer -> role -> rank) as an
+    overlay, everything else as it is.
+
+    The same call goes on with what a stopped one left in `<folder>.partial`. `force` replaces a folder that is there
+    already, once the new one is whole, and gives up what another call left. `source` is what the model is called in
+    the new folder's config and card, `card` further text for the card; `progress` is told bytes written.
+
+    Raises InvalidRequest for ranks that do not fit the model, a folder that must not be written, a disk without room;
+    ModelUnreadable where the model is broken.
+    """
+    checkpoint = experts.checkpoint
+    if "overlay_config" in checkpoint.config:
+        raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
+    layers = [_check_ranks(experts, number, ranks[number]) for number in sorted(ranks)]
+    if not layers:
+        raise InvalidRequest("no layer is given a rank", f"the MoE layers are {spans(experts.layers)}")
+    source = source or _name(checkpoint.repository)
+    overlaid = [
+        (layer, {role: ranks[layer.number][role] for role in layer.roles}, _templates(layer)) for layer in layers
+    ]
+    if len({str(names) for _, _, (_, names) in overlaid}) > 1:
+        raise UnknownFormat("the layers' experts are not all named alike")
+
+    replaced = {info.name for layer in layers for tensor in layer.tensors for info in tensor.infos()}
+    others = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - replaced)]
+    shards = [
+        *grouped([copied(checkpoint, info) for info in others], checkpoint, progress),
+        *(
+            Shard(_overlay_tensors(layer, own, prefix), partial(_fill_layer, layer, own, prefix, progress))
+            for layer, own, (prefix, _) in overlaid
+        ),
+    ]
+    config = checkpoint.config
+    if all(info.dtype in PLAIN for info in others):
+        config = _without_quantization(config)
+    facts = {
+        "version": VERSION,
+        "source": source,
+        "revision": checkpoint.repository.revision,
+        "family": experts.family,
+        "dtype": "bfloat16",
+        "names": overlaid[0][2][1],
+        "layers": {str(layer.number): own for layer, own, _ in overlaid},
+    }
+    before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    write_model(
+        folder,
+        shards,
+        {
+            **_small_files(checkpoint.repository),
+            CARD: _card(facts, layers, before, sum(shard.nbytes for shard in shards), card).encode(),
+            CONFIG: as_json({**config, "overlay_config": facts}),
+        },
+        {"writes": "overlay", "ranks": facts["layers"], **_origin(checkpoint)},
+        _place(checkpoint.repository),
+        force,
+        progress,
+    )
+
+
+def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> ExpertLayer:
+    """The layer, if these ranks fit it; raises InvalidRequest."""
+    if number not in experts.layers:
+        raise InvalidRequest(f"layer {number} is not an MoE layer", f"the MoE layers are {spans(experts.layers)}")
+    layer = experts.layer(number)
+    if ranks.keys() != set(layer.roles):
+        wanted, given = (", ".join(sorted(roles)) or "nothing" for roles in (layer.roles, ranks))
+        raise InvalidRequest(f"layer {number} needs ranks for {wanted}, and has them for {given}")
+    for role, rank in ranks.items():
+        most = min(layer.shape(role))
+        if not isinstance(rank, int) or not 0 <= rank <= most:
+            raise InvalidRequest(f"layer {number}: {role} can't have rank {rank}", f"give 0 to {most}")
+    return layer
+
+
+def _templates(layer: ExpertLayer) -> tuple[str, dict[str, str]]:
+    """The layer's prefix, and what a plain checkpoint calls its stored tensors below that, by their role."""
+    places = {tensor.spec.role: tensor.place for tensor in layer.tensors}
+    return next(iter(places.values()))[0], {role: name for role, (_, name) in places.items()}
+
+
+def _overlay_tensors(layer: ExpertLayer, ranks: Mapping[str, int], prefix: str) -> tuple[Tensor, ...]:
+    result = []
+    for role, rank in ranks.items():
+        out, inner = layer.shape(role)
+        shapes = {"base": (out, inner), "left": (layer.count, out, rank), "right": (layer.count, rank, inner)}
+        result += [bf16(f"{prefix}.overlay.{role}.{part}", shape) for part, shape in shapes.items()]
+    return tuple(result)
+
+
+def _fill_layer(
+    layer: ExpertLayer, ranks: Mapping[str, int], prefix: str, progress: Progress, shard: ShardFile
+) -> None:
+    """Write base and factors of one layer: two passes over its experts, a few of them in memory."""
+    layer.prefetch(progress)
+
+    def split(tensor: ExpertTensor, bases: Mapping[str, NDArray[np.float32]], expert: int) -> None:
+        for role, matrix in tensor.matrices(expert).items():
+            matrix -= bases[role]
+            factors = factorise(matrix, ranks[role])
+            for part, factor in (("left", factors.left), ("right", factors.right)):
+                data = factor.astype(BF16).tobytes()
+                shard.write(f"{prefix}.overlay.{role}.{part}", data, expert * len(data))
+
+    with worker_threads(layer) as pool:
+        for tensor in layer.tensors:
+            bases = {}
+            for role, total in _sum_experts(tensor, pool.map).items():
+                base = (total / layer.count).astype(BF16)
+                if not np.isfinite(base).all():
+                    raise ModelUnreadable(
+                        f"layer {layer.number}: a {role} projection holds NaN, infinity or numbers too large for bf16",
+                        "the checkpoint is broken",
+                    )
+                shard.write(f"{prefix}.overlay.{role}.base", base.tobytes())
+                bases[role] = base.astype(np.float32)  # the deltas are those from the base that is stored
+            del total
+            for _ in pool.map(partial(split, tensor, bases), range(layer.count)):
+                pass
+
+
+def _sum_experts(tensor: ExpertTensor, map_: Callable[..., Iterable[None]]) -> dict[str, NDArray[np.float64]]:
+    """The sum of all experts by role, always in the order of the experts: so it does not depend on the threads."""
+    sums = {role: np.zeros(tensor.layer.shape(role)) for role in tensor.spec.roles}
+
+    def add(window: Range) -> None:
+        for expert in range(tensor.layer.count):
+            for piece in tensor.read([expert], *window):
+                sums[piece.role][piece.index] += piece.values[0]
+
+    for _ in map_(add, tensor.windows(WINDOW, 1)):
+        pass
+    return sums
+
+
+def _card(facts: Mapping[str, Any], layers: Sequence[ExpertLayer], before: int, after: int, text: str) -> str:
+    source = printable(facts["source"])
+    ranks = {
+        number: " ".join(f"{role} {rank}" for role, rank in own.items()) for number, own in facts["layers"].items()
+    }
+    by_ranks: dict[str, list[int]] = {}
+    for number, own in ranks.items():
+        by_ranks.setdefault(own, []).append(int(number))
+    first, own = next(iter(facts["layers"].items()))
+    options = " ".join(f"--{role}-rank {rank}" for role, rank in own.items())
+    lines = [
+        f"# Overlay of {source}",
+        "",
+        "The routed experts of this model are stored as one base and low-rank factors: expert = base + left @ right.",
+        "Everything else is a copy, byte for byte. Loaders that do not know `overlay_config` find no experts here:",
+        "export the folder to a standard checkpoint for them.",
+        "",
+        f"- source: {source}" + (f", revision {facts['revision']}" if facts["revision"] else ""),
+        *(f"- ranks of layers {spans(numbers)}: {own}" for own, numbers in by_ranks.items()),
+        f"- experts of these layers as they were: {sum(layer.stored_bytes for layer in layers):,} bytes",
+        f"- the whole model: {before:,} bytes before, {after:,} after",
+        "",
+        "What an overlay of these ranks leaves of the source's experts is measured, layer by layer, by",
+        "",
+        f"    lazarus introspect moe-expert moe-overlay-verify -m {source} --layer {first} {options}",
+    ]
+    return "\n".join([*lines, *(["", text.strip()] if text.strip() else []), ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading an overlay
+
+
+class OverlayCheckpoint:
+    """An overlay checkpoint: base and factors by layer, role and expert, read when asked for.
+
+    `layers` are the overlaid layers, `ranks` their ranks by role, `family` the row of the layout table that the
+    experts came from, `source` and `revision` where they came from, `names` the tensors that are the overlay. Raises
+    ModelUnreadable where a tensor is missing or not of the shape that the config tells.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        facts = self.config.get("overlay_config")
+        if not isinstance(facts, dict):
+            raise ModelUnreadable("config.json has no overlay_config: this is no overlay checkpoint")
+        if facts.get("version") != VERSION:
+            raise UnknownFormat(f"this overlay is of version {facts.get('version')}, and we read version {VERSION}")
+        self.source, self.revision = facts.get("source"), facts.get("revision")
+        row = next((layout for layout in load_table() if layout.name == facts.get("family")), None)
+        if row is None:
+            raise ModelUnreadable(f"overlay_config names the family {facts.get('family')}, which is not in our table")
+        self.family = row.name
+        self.ranks = _parse_ranks(facts.get("layers"), row)
+        self.layers = tuple(self.ranks)
+        self._names: Any = facts.get("names")
+        found = [match for name in checkpoint.names if (match := _OVERLAY.fullmatch(name))]
+        self.names = frozenset(match[0] for match in found)
+        self._prefixes = {int(match["layer"]): match["prefix"] for match in found}
+        if len({match["prefix"] for match in found}) > len(self._prefixes):
+            raise ModelUnreadable("two tensors have the same layer and different names before it")
+        if self._prefixes.keys() != self.ranks.keys():
+            layer = min(self._prefixes.keys() ^ self.ranks.keys())
+            where = "its tensors are missing" if layer in self.ranks else "overlay_config does not list it"
+            raise ModelUnreadable(f"layer {layer} is half in the overlay: {where}", "make the overlay again")
+        for layer, ranks in self.ranks.items():
+            self._check(layer, ranks)
+
+    def shape(self, layer: int, role: str) -> tuple[int, int]:
+        """(out, in) of a role's matrices."""
+        out, inner = self._info(layer, role, "base").shape
+        return out, inner
+
+    def count(self, layer: int) -> int:
+        """The number of experts."""
+        return self._info(layer, "down", "left").shape[0]
+
+    def base(self, layer: int, role: str) -> NDArray[np.float32]:
+        """[out, in], as stored."""
+        return self._rows(layer, role, "base", 0, self.shape(layer, role)[0])
+
+    def factors(self, layer: int, role: str, expert: int) -> Factors:
+        """The low-rank delta of one expert, as stored."""
+        (out, inner), rank = self.shape(layer, role), self.ranks[layer][role]
+        if not 0 <= expert < self.count(layer):
+            raise InvalidRequest(f"layer {layer} has no expert {expert}", f"there are 0 to {self.count(layer) - 1}")
+        return Factors(
+            self._rows(layer, role, "left", expert * out, (expert + 1) * out).reshape(out, rank),
+            self._rows(layer, role, "right", expert * rank, (expert + 1) * rank).reshape(rank, inner),
+        )
+
+    def expert(self, layer: int, expert: int) -> dict[str, NDArray[np.float32]]:
+        """The matrices of one expert by role, base + left @ right, in canonical form."""
+        roles = self.ranks.get(layer, {"down": 0})  # an unknown layer is refused below
+        return {role: rebuild(self.base(layer, role), self.factors(layer, role, expert)) for role in roles}
+
+    def prefix(self, layer: int) -> str:
+        """What the names of the layer's tensors begin with, such as "model.layers.3"."""
+        return self._prefixes[layer]
+
+    def prefetch(self, layer: int, progress: Progress) -> None:
+        """Bring the layer's overlay near in few, long reads."""
+        infos = [self._info(layer, role, part) for role in self.ranks[layer] for part in ("base", "left", "right")]
+        self.checkpoint.prefetch(((info.file, (info.start, info.stop)) for info in infos), progress)
+
+    def template(self, role: str) -> str:
+        """What a plain checkpoint calls a stored tensor, by its role there, below the layer's prefix."""
+        name = self._names.get(role) if isinstance(self._names, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ModelUnreadable(f"overlay_config does not say what the {role} projections were called")
+        return name
+
+    def _check(self, layer: int, ranks: Mapping[str, int]) -> None:
+        count, shapes = self.count(layer), {role: self.shape(layer, role) for role in ranks}
+        hidden, intermediate = shapes["down"]
+        for role, rank in ranks.items():
+            out, inner = (hidden, intermediate) if role == "down" else (intermediate, hidden)
+            expected = {"base": (out, inner), "left": (count, out, rank), "right": (count, rank, inner)}
+            for part, shape in expected.items():
+                info = self._info(layer, role, part)
+                if (info.dtype, info.shape) != ("BF16", shape):
+                    raise ModelUnreadable(f"{info.name} is {info.dtype} {list(info.shape)}, not BF16 {list(shape)}")
+
+    def _info(self, layer: int, role: str, part: str) -> TensorInfo:
+        if layer not in self.ranks or role not in self.ranks[layer]:
+            raise InvalidRequest(
+                f"layer {layer} has no {role} overlay", f"the overlaid layers are {spans(self.layers)}"
+            )
+        name = f"{self._prefixes[layer]}.overlay.{role}.{part}"
+        if name not in self.names:
+            raise ModelUnreadable(f"{name} is missing", "make the overlay again")
+        info = self.checkpoint.info(name)
+        if len(info.shape) != (2 if part == "base" else 3):
+            raise ModelUnreadable(f"{name} has {len(info.shape)} axes")
+        return info
+
+    def _rows(self, layer: int, role: str, part: str, start: int, stop: int) -> NDArray[np.float32]:
+        info = self._info(layer, role, part)
+        if not info.nbytes:
+            return np.zeros((stop - start, info.shape[-1]), np.float32)
+        return self.checkpoint.rows(info.name, start, stop, len(info.shape) - 1).astype(np.float32)
+
+
+def read_overlay(folder: Path) -> OverlayCheckpoint:
+    """The overlay checkpoint in `folder`; raises ModelUnreadable where it is none or broken."""
+    if not os.path.isdir(folder):
+        raise ModelUnreadable(f"{folder}: no such folder", "give a folder that holds an overlay checkpoint")
+    return OverlayCheckpoint(Checkpoint(Folder(folder)))
+
+
+def _parse_ranks(layers: Any, row: Layout) -> dict[int, dict[str, int]]:
+    """layer -> role -> rank out of a config; raises ModelUnreadable."""
+    found = {role for tensor in row.tensors for role in tensor.roles}
+    roles = [role for role in ROLES if role in found]
+    result = {}
+    for number, ranks in layers.items() if isinstance(layers, dict) else ():
+        if not re.fullmatch(r"\d{1,9}", number) or not isinstance(ranks, dict) or ranks.keys() != set(roles):
+            raise ModelUnreadable(f"overlay_config: layer {number} does not have a rank for each of {', '.join(roles)}")
+        if not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+            raise ModelUnreadable(f"overlay_config: layer {number} has a rank that is none")
+        result[int(number)] = {role: ranks[role] for role in roles}
+    if not result:
+        raise ModelUnreadable("overlay_config lists no layers with their ranks")
+    return dict(sorted(result.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overlay -> model
+
+
+def export_overlay(folder: Path, target: Path, *, force: bool = False, progress: Progress) -> None:
+    """Write the overlay checkpoint in `folder` as a plain one of its original family, bf16, into `target`.
+
+    Experts become base + left @ right under their original names and axes. Whatever else is quantised is decoded to
+    bf16, too (experts of layers that are no overlay, the attention of an FP8 model), so that no quantization_config is
+    needed. Resumes, replaces and raises as `write_overlay` does; UnknownFormat where a quantised tensor can't be
+    decoded.
+    """
+    overlay = read_overlay(folder)
+    checkpoint = overlay.checkpoint
+    rows = {row.name: row for row in load_table()}
+    layout = rows[rows[overlay.family].plain or overlay.family]
+    names = sorted(set(checkpoint.names) - overlay.names)
+    config = _without_quantization(overlay.config)
+    if config == overlay.config:
+        items = [copied(checkpoint, checkpoint.info(name)) for name in names]
+    else:
+        items = _decoded(checkpoint, names, _quantization(overlay.config))
+    shards = [
+        *grouped(items, checkpoint, progress),
+        *(
+            Shard(_expert_tensors(overlay, layer, layout), partial(_fill_experts, overlay, layer, layout, progress))
+            for layer in overlay.layers
+        ),
+    ]
+    del config["overlay_config"]
+    write_model(
+        target,
+        shards,
+        {**_small_files(checkpoint.repository), CONFIG: as_json(config)},
+        {"writes": "export", **_origin(checkpoint)},
+        _place(checkpoint.repository),
+        force,
+        progress,
+    )
+
+
+def _expert_tensors(overlay: OverlayCheckpoint, layer: int, layout: Layout) -> tuple[Tensor, ...]:
+    """The experts' tensors of one layer in a plain checkpoint."""
+    hidden, intermediate = overlay.shape(layer, "down")
+    sizes = {"2": 2, "E": overlay.count(layer), "I": intermediate, "H": hidden}
+    result = []
+    for spec in layout.tensors:
+        shape = tuple(prod(sizes[letter] for letter in group) for group in spec.axes.groups)
+        name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}"
+        if not spec.axes.stacked:
+            if "{expert}" not in name:
+                raise ModelUnreadable(f"overlay_config: {name} has no place for the expert's number")
+            result += [bf16(name.replace("{expert}", str(expert)), shape) for expert in range(sizes["E"])]
+        elif spec.axes.flattened:
+            result.append(bf16(name, (sizes["E"] * shape[0], shape[1])))
+        else:
+            result.append(bf16(name, (sizes["E"], *shape)))
+    return tuple(result)
+
+
+def _fill_experts(overlay: OverlayCheckpoint, layer: int, layout: Layout, progress: Progress, shard: ShardFile) -> None:
+    """Write the rebuilt experts of one layer."""
+    overlay.prefetch(layer, progress)
+    bases = {role: overlay.base(layer, role) for role in overlay.ranks[layer]}
+    at_work = BoundedSemaphore(max(1, ROOM // (4 * bases["down"].nbytes)))
+
+    def put_together(expert: int) -> None:
+        for spec in layout.tensors:
+            with at_work:
+                matrices = {
+                    role: rebuild(bases[role], overlay.factors(layer, role, expert)).astype(BF16) for role in spec.roles
+                }
+                data = stored_rows(spec, matrices).tobytes()
+                name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}".replace("{expert}", str(expert))
+                shard.write(name, data, expert * len(data) if spec.axes.stacked else 0)
+
+    with worker_threads() as pool:
+        for _ in pool.map(put_together, range(overlay.count(layer))):
+            pass
+
+
+def _decoded(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping[str, Any]) -> list[Item]:
+    """These tensors, the quantised ones among them decoded to bf16; raises UnknownFormat where that can't be done."""
+    parts: dict[str, dict[str, str]] = {}
+    known = set(names)
+    for name in names:
+        for suffix, main, of_main in (("_scale_inv", "", "weight"), ("_scales", "_blocks", "blocks")):
+            if (stem := name.removesuffix(suffix)) != name and stem + main in known:
+                parts[stem] = {of_main: stem + main, "weight_scale_inv" if of_main == "weight" else "scales": name}
+    items = []
+    for stem, own in parts.items():
+        infos = {part: checkpoint.info(name) for part, name in own.items()}
+        try:
+            stored = recognise({part: Part(info.dtype, info.shape) for part, info in infos.items()}, quantization)
+        except MoEError as error:
+            raise type(error)(f"{stem}: {error.message}", error.hint) from None
+        # the plain form of MXFP4 has its last two axes the other way round
+        *leading, rows, columns = stored.shape
+        shape = (*leading, columns, rows) if stored.codec == "mxfp4" else stored.shape
+        ranges = tuple((info.file, (info.start, info.stop)) for info in infos.values())
+        items.append(Item(bf16(stem, shape), ranges, partial(_write_decoded, checkpoint, infos, stored, stem)))
+    used = {name for own in parts.values() for name in own.values()}
+    for info in (checkpoint.info(name) for name in names if name not in used):
+        if info.dtype not in PLAIN:
+            raise UnknownFormat(f"{info.name} ({info.dtype}) is quantised in a way that we can't decode")
+        items.append(copied(checkpoint, info))
+    return sorted(items, key=lambda item: item.tensor.name)
+
+
+def _write_decoded(
+    checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], stored: Stored, name: str, shard: ShardFile
+) -> None:
+    *leading, rows, columns = stored.shape
+    granule = lcm(*stored.rows_per_row.values())
+    turned = stored.codec == "mxfp4"
+    step = rows if turned else max(1, WINDOW // (columns * granule)) * granule
+    offset = 0
+    for index in range(prod(leading)):
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            raw = {}
+            for part, span in stored.rows_per_row.items():
+                first = index * -(-rows // span)
+                bounds = first + start // span, first + -(-stop // span)
+                raw[part] = checkpoint.rows(infos[part].name, *bounds, len(leading) + 1)
+            values = stored.decode(raw)
+            data = (values.T if turned else values).astype(BF16).tobytes()
+            shard.write(name, data, offset)
+            offset += len(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model's folder holds beside its weights
+
+
+def _name(repository: Repository) -> str:
+    return str(repository.path if isinstance(repository, Folder) else getattr(repository, "name", ""))
+
+
+def _place(repository: Repository) -> Path | None:
+    """The folder that a local model lies in."""
+    return Path(os.path.realpath(repository.path)) if isinstance(repository, Folder) else None
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells this state of the model from any other: where it is, its revision, its files' sizes and times."""
+    repository = checkpoint.repository
+    place = _place(repository)
+    names = {checkpoint.info(name).file for name in checkpoint.names} | ({CONFIG, INDEX} & repository.files)
+    return {
+        "version": VERSION,
+        "source": str(place or _name(repository)),
+        "revision": repository.revision,
+        "files": {
+            name: [repository.open(name).size, *([(place / name).stat().st_mtime_ns] if place else [])]
+            for name in sorted(names)
+        },
+    }
+
+
+def _small_files(repository: Repository) -> dict[str, bytes]:
+    """The files that a loader wants beside config and weights."""
+    result = {}
+    for name in sorted(repository.files):
+        if _WANTED.fullmatch(name) and not _UNWANTED.fullmatch(name):
+            file = repository.open(name)
+            if file.size <= SMALL:
+                result[name] = file.read(0, file.size)
+    return result
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without `quantization_config`, neither its own nor that of its text part."""
+    return {
+        key: _without_quantization(value) if key in TEXT_CONFIGS and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The first `quantization_config` in the config or its text part."""
+    found = config.get("quantization_config")
+    if isinstance(found, dict):
+        return found
+    inner = (_quantization(config[key]) for key in TEXT_CONFIGS if isinstance(config.get(key), dict))
+    return next((one for one in inner if one), {})
