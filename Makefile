@@ -22,7 +22,9 @@ fix: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/analyze.py
+	$(BIN)/python benchmarks/factorise.py
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -49,8 +49,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "forward",
                 "measure",
                 "overlay",
+                "overlay_checkpoint",
                 "reports",
+                "runtime",
                 "spectra",
+                "weights.checkpoint",
                 "weights.experts",
                 "weights.source",
             )

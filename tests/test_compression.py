@@ -1,6 +1,9 @@
 """The overlay services, against literal computation, planted structure and MLX LM's own layers."""
 
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from chuk_lazarus.introspection.moe import (
     MoEOverlayEstimate,
     MoEOverlayVerification,
     NotMoE,
+    moe_compression,
+    overlay_checkpoint,
 )
 from chuk_lazarus.introspection.moe.forward import route, run_expert
 from chuk_lazarus.introspection.moe.overlay import Factors, as_stored, factorise, rebuild
@@ -292,6 +297,117 @@ def test_errors_at_the_same_bytes_are_those_of_the_three_ways(tmp_path: Path) ->
     best = upcycled.same_bytes[0]
     assert best.overlay is not None
     assert best.overlay < best.svd
+
+
+# Compress, export, evaluate
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_compressed_model_is_exported_and_runs_as_its_export(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(__file__).read_text()[:1500])
+    report = MoECompressionService.compress("demo:upcycled", tmp_path / "overlay", target_ratio=3)
+    assert report.ranks.keys() == {0, 1}
+    assert report.bytes_after < report.bytes_before
+    config = json.loads((tmp_path / "overlay/config.json").read_text())
+    assert config["overlay_config"]["layers"] == {str(layer): own for layer, own in report.ranks.items()}
+    assert "worst expert" in (tmp_path / "overlay/README.md").read_text()
+    export = MoECompressionService.export(tmp_path / "overlay", tmp_path / "export")
+    assert export.layers == (0, 1)
+    ranks = report.ranks[0]
+    rebuilt = MoECompressionService.verify("demo:upcycled", ranks=ranks).layers[0].weight_error
+    exported, original = (Experts.open(str(m)).layer(0) for m in (tmp_path / "export", "demo:upcycled"))
+    for role in ranks:
+        errors = [
+            np.linalg.norm(exported.matrices(e)[role] - original.matrices(e)[role])
+            / np.linalg.norm(original.matrices(e)[role])
+            for e in range(8)
+        ]
+        assert np.mean(errors) == pytest.approx(rebuilt[role].mean, rel=0.02)
+    pair = [
+        MoECompressionService.evaluate(str(model), tmp_path / "overlay", text, context=64)
+        for model in (tmp_path / "export", "demo:upcycled")
+    ]
+    assert pair[0].loss_difference == pytest.approx(0.0, abs=2e-3)
+    assert pair[0].overlay_result.loss == pair[1].overlay_result.loss
+    assert pair[1].overlay_result.parameter_bytes < pair[1].original_result.parameter_bytes
+    assert pair[1].tokens_from == "bytes"
+    assert 1.0 < pair[1].original_result.loss < 4.0
+
+
+def test_a_killed_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    words = [
+        *COMMAND,
+        "moe-overlay-compress",
+        "-m",
+        write(tmp_path / "m", planted(16, layers=6)),
+        "--target-ratio",
+        "2",
+    ]
+    assert run([*words, "-O", str(tmp_path / "whole"), "-q"]) == 0
+    rng, kills = random.Random(5), 0
+    for _ in range(40):
+        command = [sys.executable, "-m", "chuk_lazarus.cli.app", *words, "-O", str(tmp_path / "killed"), "-q"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.communicate(timeout=rng.uniform(0.3, 0.8))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            assert not (tmp_path / "killed").exists() or contents(tmp_path / "killed") == contents(tmp_path / "whole")
+        if kills == 5:
+            assert run([*words, "-O", str(tmp_path / "killed"), "-q"]) == 0
+            break
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_ranks_once_chosen_stand_for_the_rest_of_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run does not measure again."""
+    model, folder = write(tmp_path / "m", planted(4, layers=2)), tmp_path / "overlay"
+    whole = MoECompressionService.compress(model, tmp_path / "whole", max_error=0.05)
+    with monkeypatch.context() as patched:
+        patched.setattr(overlay_checkpoint, "factorise", lambda delta, rank: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            MoECompressionService.compress(model, folder, max_error=0.05)
+    assert not folder.exists()
+    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures again"))
+    resumed = MoECompressionService.compress(model, folder, max_error=0.05)
+    assert resumed.ranks == whole.ranks
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["moe-overlay-compress", "-m", "demo:native", "-O", "{there}"], 2, "there already"),
+        (["moe-overlay-compress", "-m", "demo:native", "-O", "{file}/x"], 2, "x"),
+        (["moe-overlay-compress", "-m", str(FIXTURES / "dense_llama"), "-O", "{new}"], 4, "Mixture"),
+        (["moe-overlay-compress", "-m", "demo:native", "-O", "{new}", "--up-rank", "99"], 2, "99"),
+        (["moe-overlay-compress", "-m", "demo:native", "-O", "{new}", "--layers", "9"], 2, "0-1"),
+        (["moe-overlay-export", "{there}", "-O", "{new}"], 3, "there"),
+        (["moe-overlay-eval", "-m", "demo:native", "--overlay", "{there}", "--text", "{file}"], 3, "there"),
+        (["moe-overlay-eval", "-m", "demo:native", "--overlay", "{new}", "--text", "{new}"], 2, "new"),
+        (["moe-overlay-eval", "-m", "nobody/nothing", "--overlay", "{new}", "--text", "{file}"], 3, "nobody"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else None,
+)
+def test_what_can_not_be_written_or_run_is_one_line(
+    arguments: list[str], code: int, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("some words to predict")
+    places = {name: str(tmp_path / name) for name in ("there", "file", "new")}
+    assert run([*COMMAND, *(argument.format(**places) for argument in arguments)]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert word in err
+    assert not (tmp_path / "new").exists()
 
 
 # Contract and command line

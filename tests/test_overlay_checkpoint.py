@@ -156,6 +156,7 @@ def test_the_config_tells_what_it_is(tmp_path: Path) -> None:
         "revision": None,
         "family": "w1_w3_w2",
         "dtype": "bfloat16",
+        "rule": "",
         "names": {
             "gate": "block_sparse_moe.experts.{expert}.w1.weight",
             "up": "block_sparse_moe.experts.{expert}.w3.weight",

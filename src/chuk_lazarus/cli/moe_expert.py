@@ -64,6 +64,9 @@ TargetRatio = Annotated[
     typer.Option("--target-ratio", help="Spread rank for this ratio of bytes, with the least weight error."),
 ]
 
+Folder = Annotated[Path, typer.Option("--folder", "-O", help="The folder to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")]
+
 
 @app.command("moe-type-analyze", short_help="Tell whether an MoE was upcycled or trained natively.")
 def analyze(
@@ -276,6 +279,102 @@ def estimate(
     show(report, as_json, output)
     if verbose:
         print_hint(report.cost.describe())
+
+
+@app.command("moe-overlay-compress", short_help="Write a model with its experts as overlays.")
+def compress(
+    model: Model,
+    folder: Folder,
+    layers: Annotated[
+        str, typer.Option("--layers", metavar="SPEC", help="Which layers to overlay: 0,5,10 or 0-23/6 or all.")
+    ] = "all",
+    gate_rank: GateRank = None,
+    up_rank: UpRank = None,
+    down_rank: DownRank = None,
+    energy: Energy = 0.95,
+    max_error: MaxError = None,
+    target_ratio: TargetRatio = None,
+    experts: ExpertCount = "8",
+    force: Force = False,
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model with its experts as overlays (base and low-rank factors) into a new folder, a complete checkpoint.
+
+    Killed at any moment, the same command goes on where it was.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-overlay-compress -m demo:upcycled -O ./overlay
+      lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --target-ratio 3
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    with progress_bar(quiet) as progress:
+        report = MoECompressionService.compress(
+            model,
+            folder,
+            layers=layers,
+            ranks=given_ranks(gate_rank, up_rank, down_rank),
+            energy=energy,
+            max_error=max_error,
+            target_ratio=target_ratio,
+            experts=parse_experts(experts),
+            force=force,
+            progress=progress,
+        )
+    show(report, as_json, output)
+    if verbose:
+        print_hint(report.cost.describe())
+
+
+@app.command("moe-overlay-export", short_help="Rebuild a standard checkpoint from an overlay.")
+def export(
+    overlay: Annotated[Path, typer.Argument(help="The folder of an overlay checkpoint.", show_default=False)],
+    folder: Folder,
+    force: Force = False,
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Rebuild a standard checkpoint of the original family, in bfloat16, from an overlay.
+
+    \b
+    Example:
+      lazarus introspect moe-expert moe-overlay-export ./overlay -O ./rebuilt
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    with progress_bar(quiet) as progress:
+        report = MoECompressionService.export(overlay, folder, force=force, progress=progress)
+    show(report, as_json, output)
+
+
+@app.command("moe-overlay-eval", short_help="Run a model and its overlay on a text, side by side.")
+def evaluate(
+    model: Model,
+    overlay: Annotated[Path, typer.Option("--overlay", help="The folder of its overlay.", show_default=False)],
+    text: Annotated[Path, typer.Option("--text", help="A text file in UTF-8.", show_default=False)],
+    context: Annotated[int, typer.Option("--context", min=1, help="The length of the windows, in tokens.")] = 512,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of the text at most.")] = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Run a model and its overlay in MLX on the same text: loss, perplexity, speed and memory of both.
+
+    \b
+    Example:
+      lazarus introspect moe-expert moe-overlay-eval -m demo:upcycled --overlay ./overlay --text README.md
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    show(
+        MoECompressionService.evaluate(model, overlay, text, context=context, tokens=tokens),
+        as_json,
+        output,
+    )
 
 
 def given_ranks(gate: int | None, up: int | None, down: int | None) -> dict[str, int]:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from .moe_type import MoETypeService
     from .reports import (
         MoEOverlay,
+        MoEOverlayCompression,
         MoEOverlayEstimate,
+        MoEOverlayEvaluation,
+        MoEOverlayExport,
         MoEOverlayVerification,
         MoETypeAnalysis,
         MoETypeComparison,
@@ -28,7 +31,10 @@ __all__ = [
     "MoECompressionService",
     "MoEError",
     "MoEOverlay",
+    "MoEOverlayCompression",
     "MoEOverlayEstimate",
+    "MoEOverlayEvaluation",
+    "MoEOverlayExport",
     "MoEOverlayVerification",
     "MoETypeAnalysis",
     "MoETypeComparison",
@@ -44,7 +50,10 @@ _HOMES = {
     "moe_type": ("MoETypeService",),
     "reports": (
         "MoEOverlay",
+        "MoEOverlayCompression",
         "MoEOverlayEstimate",
+        "MoEOverlayEvaluation",
+        "MoEOverlayExport",
         "MoEOverlayVerification",
         "MoETypeAnalysis",
         "MoETypeComparison",

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import exp, inf, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,17 @@ from .reports import (
     LayerOverlay,
     LayerVerification,
     MoEOverlay,
+    MoEOverlayCompression,
     MoEOverlayEstimate,
+    MoEOverlayEvaluation,
+    MoEOverlayExport,
     MoEOverlayVerification,
     SameBytes,
 )
 from .spectra import mean_rank
-from .weights.experts import ExpertLayer, Experts
-from .weights.source import Progress
+from .weights.checkpoint import Checkpoint
+from .weights.experts import ExpertLayer, Experts, spans
+from .weights.source import Folder, Progress, find_repository
 
 Ranks = dict[str, int]
 TOLERANCE = 0.05
@@ -209,24 +214,11 @@ class MoECompressionService:
             raise InvalidRequest(f"the tolerance is {tolerance:g}", "give a number from 0 on, such as 0.05")
         with naming(model):
             job = _Job(model, layer, layers, progress)
-            activation = job.experts.activation
-            if activation not in ACTIVATIONS and activation != "swiglu_oai":
-                raise InvalidRequest(f"the experts' activation {activation} is not known", "it can't be verified")
+            job.check_activation()
             measured = {one.number: job.measure(one, experts) for one in job.layers}
             chosen = rule.choose(measured)
-            results, notes = [], list(job.experts.notes)
-            for one in job.layers:
-                drawn = draw_inputs(
-                    one,
-                    inputs,
-                    seed,
-                    top_k=job.experts.top_k,
-                    scoring=job.experts.scoring,
-                    normalise=job.experts.config.get("norm_topk_prob", True) is not False,
-                )
-                bases = mean_experts(one, job.progress)
-                found = check_layer(one, bases, chosen[one.number], drawn, activation, job.progress)
-                results.append(_layer_verification(one.number, chosen[one.number], found))
+            results = [job.verify(one, chosen[one.number], inputs, seed) for one in job.layers]
+            notes = list(job.experts.notes)
             if any(one.norm() is None for one in job.layers):
                 notes.append("no norm before the experts was found: the inputs have unit scale")
             return MoEOverlayVerification(
@@ -234,7 +226,7 @@ class MoECompressionService:
                 passed=all(result.output_error.max <= tolerance for result in results),
                 tolerance=tolerance,
                 rule=str(rule),
-                activation=activation,
+                activation=job.experts.activation,
                 inputs=inputs,
                 seed=seed,
                 layers=tuple(results),
@@ -293,6 +285,121 @@ class MoECompressionService:
                 cost=job.cost(),
             )
 
+    @staticmethod
+    def compress(
+        model: str,
+        folder: str | Path,
+        *,
+        layers: Sequence[int] | str = "all",
+        ranks: Mapping[str, int] | None = None,
+        energy: float = 0.95,
+        max_error: float | None = None,
+        target_ratio: float | None = None,
+        experts: int | None = 8,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> MoEOverlayCompression:
+        """Write the model with its experts as overlays into `folder`, a complete checkpoint.
+
+        Ranks as in `compute`, over all MoE layers unless `layers` says which; up to three of them are verified first,
+        for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
+        """
+        from .overlay_checkpoint import planned_ranks, read_overlay, write_overlay
+
+        rule, target = RankRule(ranks or {}, energy, max_error, target_ratio), Path(folder).expanduser()
+        with naming(model):
+            job = _Job(model, None, layers, progress)
+            if target.exists() and not force:
+                raise InvalidRequest(f"{target} is there already", "choose another name, or force its replacement")
+            text = f"{rule}; {experts or 'all'} experts of layers {spans([one.number for one in job.layers])}"
+            chosen = planned_ranks(target, text)
+            if chosen is None or chosen.keys() != {one.number for one in job.layers}:
+                chosen = rule.choose({one.number: job.measure(one, experts) for one in job.layers})
+            verified = tuple(
+                job.verify(job.layers[place], chosen[job.layers[place].number], INPUTS, 0)
+                for place in evenly_spaced(len(job.layers), 3)
+            )
+            write_overlay(
+                job.experts,
+                chosen,
+                target,
+                force=force,
+                progress=job.progress,
+                source=printable(model),
+                rule=text,
+                card=_card_table(verified),
+            )
+            before, after = (
+                sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+                for checkpoint in (job.experts.checkpoint, read_overlay(target).checkpoint)
+            )
+            return MoEOverlayCompression(
+                **job.identity(),
+                folder=str(target),
+                rule=str(rule),
+                ranks=chosen,
+                bytes_before=before,
+                bytes_after=after,
+                ratio=before / after,
+                verification=verified,
+                notes=tuple(job.experts.notes),
+                cost=job.cost(),
+            )
+
+    @staticmethod
+    def export(
+        overlay: str | Path, folder: str | Path, *, force: bool = False, progress: Progress | None = None
+    ) -> MoEOverlayExport:
+        """Rebuild a standard bfloat16 checkpoint of the original family from the overlay checkpoint in `overlay`."""
+        from .overlay_checkpoint import export_overlay, read_overlay
+
+        started, source, target = time.perf_counter(), Path(overlay).expanduser(), Path(folder).expanduser()
+        with naming(str(overlay)):
+            found = read_overlay(source)
+            export_overlay(source, target, force=force, progress=progress or (lambda what, done, total: None))
+            written = Checkpoint(Folder(target))
+            return MoEOverlayExport(
+                overlay=printable(str(overlay)),
+                folder=str(target),
+                family=found.family,
+                layers=found.layers,
+                bytes=sum(written.info(name).nbytes for name in written.names),
+                seconds=time.perf_counter() - started,
+            )
+
+    @staticmethod
+    def evaluate(
+        model: str, overlay: str | Path, text: str | Path, *, context: int = 512, tokens: int | None = None
+    ) -> MoEOverlayEvaluation:
+        """Run a model and its overlay in MLX on the text in a file: loss, perplexity, speed and memory of both.
+
+        The model must be on this machine. `context` is the length of the windows, `tokens` how many tokens at most.
+        Raises InvalidRequest where MLX is not installed.
+        """
+        try:
+            from .runtime import evaluate_pair
+        except ImportError:
+            raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
+        try:
+            words = Path(text).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InvalidRequest(f"can't read {text}: {error}", "give a text file in UTF-8") from None
+        repository = find_repository(model)
+        if not isinstance(repository, Folder):
+            raise InvalidRequest(f"{model} is not on this machine", f"run: hf download {model}, and give its folder")
+        kind, plain, overlaid = evaluate_pair(repository.path, Path(overlay).expanduser(), words, context, tokens)
+        difference = overlaid.loss - plain.loss
+        return MoEOverlayEvaluation(
+            model=printable(model),
+            overlay=printable(str(overlay)),
+            text=printable(str(text)),
+            tokens_from=kind,
+            original_result=plain,
+            overlay_result=overlaid,
+            loss_difference=difference,
+            perplexity_ratio=exp(min(700.0, difference)),
+        )
+
 
 class _Job:
     """A model and the layers of it that are worked on."""
@@ -323,6 +430,27 @@ class _Job:
         roles = measure_layer(layer, evenly_spaced(layer.count, experts), self.progress)
         energy = sum(float(np.trace(measure.gram)) for measure in roles.values())
         return _Measured(roles, overlay_choices(roles, layer.count), energy, layer.count)
+
+    def check_activation(self) -> None:
+        """Raises InvalidRequest where the experts' activation is not known."""
+        activation = self.experts.activation
+        if activation not in ACTIVATIONS and activation != "swiglu_oai":
+            raise InvalidRequest(f"the experts' activation {activation} is not known", "it can't be verified")
+
+    def verify(self, layer: ExpertLayer, ranks: Ranks, inputs: int, seed: int) -> LayerVerification:
+        """What an overlay of these ranks does to a layer."""
+        self.check_activation()
+        drawn = draw_inputs(
+            layer,
+            inputs,
+            seed,
+            top_k=self.experts.top_k,
+            scoring=self.experts.scoring,
+            normalise=self.experts.config.get("norm_topk_prob", True) is not False,
+        )
+        bases = mean_experts(layer, self.progress)
+        found = check_layer(layer, bases, ranks, drawn, self.experts.activation, self.progress)
+        return _layer_verification(layer.number, ranks, found)
 
     def identity(self) -> dict[str, Any]:
         """The fields of a report that say what it is about."""
@@ -372,6 +500,22 @@ def _layer_verification(number: int, ranks: Ranks, found: LayerFidelity) -> Laye
         worst_expert=int(np.argmax(found.output_errors)),
         mixed_output_error=found.mixed_error,
         rounding_error={str(bits): error for bits, error in found.rounding_errors.items()},
+    )
+
+
+def _card_table(layers: Sequence[LayerVerification]) -> str:
+    """Markdown for the model card."""
+    rows = [
+        f"| {one.layer} | {100 * one.output_error.mean:.1f} % | {100 * one.output_error.max:.1f} % |" for one in layers
+    ]
+    return "\n".join(
+        [
+            "Relative error of the experts' outputs (whole expert function, seeded inputs, factors as stored):",
+            "",
+            "| layer | mean over experts | worst expert |",
+            "|---|---|---|",
+            *rows,
+        ]
     )
 
 

@@ -7,6 +7,7 @@ layer and the experts that the worker threads are busy with.
 `model_folder` writes the folders, so that they are whole or not there.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable
 from .measure import ROOM, worker_threads
-from .model_folder import CONFIG, Item, Shard, ShardFile, Tensor, as_json, bf16, copied, grouped, write_model
+from .model_folder import CONFIG, PLAN, Item, Shard, ShardFile, Tensor, as_json, bf16, copied, grouped, write_model
 from .overlay import Factors, factorise, rebuild
 from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
 from .weights.codecs import Part, Stored, recognise
@@ -57,6 +58,7 @@ def write_overlay(
     force: bool = False,
     progress: Progress,
     source: str = "",
+    rule: str = "",
     card: str = "",
 ) -> None:
     """Write the model into `folder` with the routed experts of every layer in `ranks` (layer -> role -> rank) as an
@@ -64,7 +66,8 @@ def write_overlay(
 
     The same call goes on with what a stopped one left in `<folder>.partial`. `force` replaces a folder that is there
     already, once the new one is whole, and gives up what another call left. `source` is what the model is called in
-    the new folder's config and card, `card` further text for the card; `progress` is told bytes written.
+    the new folder's config and card, `rule` how the ranks were chosen, `card` further text for the card; `progress` is
+    told bytes written.
 
     Raises InvalidRequest for ranks that do not fit the model, a folder that must not be written, a disk without room;
     ModelUnreadable where the model is broken.
@@ -101,6 +104,7 @@ def write_overlay(
         "family": experts.family,
         "dtype": "bfloat16",
         "names": overlaid[0][2][1],
+        "rule": rule,
         "layers": {str(layer.number): own for layer, own, _ in overlaid},
     }
     before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
@@ -112,11 +116,22 @@ def write_overlay(
             CARD: _card(facts, layers, before, sum(shard.nbytes for shard in shards), card).encode(),
             CONFIG: as_json({**config, "overlay_config": facts}),
         },
-        {"writes": "overlay", "ranks": facts["layers"], **_origin(checkpoint)},
+        {"writes": "overlay", "rule": rule, "ranks": facts["layers"], **_origin(checkpoint)},
         _place(checkpoint.repository),
         force,
         progress,
     )
+
+
+def planned_ranks(folder: Path, rule: str) -> dict[int, dict[str, int]] | None:
+    """The ranks that a stopped `write_overlay` into `folder` had chosen by this rule, or None where there is none."""
+    try:
+        plan = json.loads((folder.with_name(f"{folder.name}.partial") / PLAN).read_bytes())
+        if plan["rule"] == rule and plan["version"] == VERSION:
+            return {int(layer): {str(r): int(rank) for r, rank in own.items()} for layer, own in plan["ranks"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> ExpertLayer:
@@ -212,7 +227,10 @@ def _card(facts: Mapping[str, Any], layers: Sequence[ExpertLayer], before: int, 
         "export the folder to a standard checkpoint for them.",
         "",
         f"- source: {source}" + (f", revision {facts['revision']}" if facts["revision"] else ""),
-        *(f"- ranks of layers {spans(numbers)}: {own}" for own, numbers in by_ranks.items()),
+        *(
+            f"- ranks of layer{'s' if len(numbers) > 1 else ''} {spans(numbers)}: {own}"
+            for own, numbers in by_ranks.items()
+        ),
         f"- experts of these layers as they were: {sum(layer.stored_bytes for layer in layers):,} bytes",
         f"- the whole model: {before:,} bytes before, {after:,} after",
         "",

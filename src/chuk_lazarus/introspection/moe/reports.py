@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+TokensFrom = Literal["tokenizer", "bytes"]
+
+
 class Report(BaseModel):
     """A frozen result that validates its own JSON."""
 
@@ -266,6 +269,77 @@ class MoEOverlayEstimate(Identity):
 
     def __rich__(self) -> "RenderableType":
         return render_estimate(self)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+
+class Evaluation(Report):
+    """How well and how fast a model predicts tokens: `loss` in nats per token, of the `tokens` that were predicted.
+
+    `parameter_bytes` is what the model's parameters take in memory.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+    context: int
+    seconds: float
+    tokens_per_second: float
+    parameter_bytes: int
+
+
+class MoEOverlayCompression(Identity):
+    """An overlay checkpoint that was written into `folder`; bytes are of all the model's tensors, before and after."""
+
+    schema_: Literal["moe-overlay-compression/1"] = Field(default="moe-overlay-compression/1", alias="schema")
+    folder: str
+    rule: str
+    ranks: dict[int, dict[str, int]]
+    bytes_before: int
+    bytes_after: int
+    ratio: float
+    verification: tuple[LayerVerification, ...]
+    notes: tuple[str, ...]
+    cost: Cost
+
+    def __rich__(self) -> "RenderableType":
+        return render_compression(self)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+
+class MoEOverlayExport(Report):
+    """A standard checkpoint that was rebuilt from an overlay."""
+
+    schema_: Literal["moe-overlay-export/1"] = Field(default="moe-overlay-export/1", alias="schema")
+    overlay: str
+    folder: str
+    family: str
+    layers: tuple[int, ...]
+    bytes: int
+    seconds: float
+
+    def __rich__(self) -> "RenderableType":
+        return render_export(self)
+
+
+class MoEOverlayEvaluation(Report):
+    """How a model and its overlay predict the same text; `loss_difference` is overlay minus original."""
+
+    schema_: Literal["moe-overlay-evaluation/1"] = Field(default="moe-overlay-evaluation/1", alias="schema")
+    model: str
+    overlay: str
+    text: str
+    tokens_from: TokensFrom
+    original_result: Evaluation
+    overlay_result: Evaluation
+    loss_difference: float
+    perplexity_ratio: float
+
+    def __rich__(self) -> "RenderableType":
+        return render_evaluation(self)
 
     def _repr_html_(self) -> str:
         return to_html(self)
@@ -579,6 +653,53 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
         _table(["Same bytes as", "Bytes", "Quantised", "Overlay", "Plain SVD"], same),
         _grid([("Advice", report.advice), *(("Note", note) for note in report.notes)]),
     )
+
+
+def render_compression(report: MoEOverlayCompression) -> "RenderableType":
+    """Where it is, what it takes, and the errors of the layers that were verified."""
+    from rich.console import Group
+
+    size = f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after ({report.ratio:.2f}x)"
+    rows = [
+        [str(one.layer), *map(str, one.ranks.values()), percent(one.output_error.mean), percent(one.output_error.max)]
+        for one in report.verification
+    ]
+    headings = ["Layer", *(f"{role} rank" for role in report.verification[0].ranks), "Output error", "Worst expert"]
+    blocks = _heading("MOE OVERLAY WRITTEN", report, ("Ranks", report.rule), ("Folder", report.folder))
+    rest = [("Model", size), *(("Note", note) for note in report.notes)]
+    return Group(*blocks, _table(headings, rows), _grid(rest))
+
+
+def render_export(report: MoEOverlayExport) -> "RenderableType":
+    """Where it is and what it takes."""
+    from rich.console import Group
+    from rich.text import Text
+
+    rows = [
+        ("Overlay", report.overlay),
+        ("Folder", report.folder),
+        ("Family", report.family),
+        ("Bytes", format_bytes(report.bytes)),
+    ]
+    return Group(Text("MOE OVERLAY EXPORTED", style="bold"), _grid(rows))
+
+
+def render_evaluation(report: MoEOverlayEvaluation) -> "RenderableType":
+    """Original and overlay side by side."""
+    from rich.console import Group
+    from rich.text import Text
+
+    results = (report.original_result, report.overlay_result)
+    rows = [
+        ["Loss", *(f"{one.loss:.4f}" for one in results), f"{report.loss_difference:+.4f}"],
+        ["Perplexity", *(f"{one.perplexity:.3f}" for one in results), f"{report.perplexity_ratio:.3f}x"],
+        ["Tokens per second", *(f"{one.tokens_per_second:,.0f}" for one in results), ""],
+        ["Weights in memory", *(format_bytes(one.parameter_bytes) for one in results), ""],
+    ]
+    heading = [("Model", report.model), ("Overlay", report.overlay), ("Text", report.text)]
+    heading += [("Tokens", f"{results[0].tokens:,} by {report.tokens_from}, in windows of {results[0].context}")]
+    table = _table(["", "Original", "Overlay", "Difference"], rows)
+    return Group(Text("MOE OVERLAY EVALUATION", style="bold"), _grid(heading), table)
 
 
 def to_html(renderable: Any) -> str:

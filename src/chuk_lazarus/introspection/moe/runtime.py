@@ -20,7 +20,7 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlx_lm.utils import _get_classes, load_model
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, naming
-from .reports import Report
+from .reports import Evaluation, TokensFrom
 from .weights.checkpoint import Checkpoint
 from .weights.source import Folder
 
@@ -198,21 +198,6 @@ class OverlayMoE(Module):
         return (self.experts(x, indices) * weights[..., None]).sum(axis=-2)
 
 
-class Evaluation(Report):
-    """How well and how fast a model predicts tokens: `loss` in nats per token, of the `tokens` that were predicted.
-
-    `parameter_bytes` is what the model's parameters take in memory.
-    """
-
-    loss: float
-    perplexity: float
-    tokens: int
-    context: int
-    seconds: float
-    tokens_per_second: float
-    parameter_bytes: int
-
-
 def evaluate(model: Module, tokens: Any, context: int, *, batch: int = 8) -> Evaluation:
     """Predict each of `tokens` but the first, once, in windows of `context` tokens that do not overlap.
 
@@ -244,7 +229,7 @@ def evaluate(model: Module, tokens: Any, context: int, *, batch: int = 8) -> Eva
         context=context,
         seconds=seconds,
         tokens_per_second=count / seconds,
-        parameter_bytes=tree_reduce(lambda total, array: total + array.nbytes, model.parameters(), 0),  # type: ignore[no-untyped-call]
+        parameter_bytes=_parameter_bytes(model),
     )
 
 
@@ -390,3 +375,48 @@ def _name_overlays(weights: Mapping[str, mx.array], paths: Mapping[int, str], mo
         if name not in stand_ins:
             result[name] = array
     return result
+
+
+def evaluate_pair(
+    original: Path, overlay: Path, text: str, context: int, limit: int | None
+) -> tuple[TokensFrom, Evaluation, Evaluation]:
+    """Predict the same text with a model and with its overlay, one after the other.
+
+    Returns what turned the text into tokens ("tokenizer", or "bytes" for a model of 256 tokens without one) and both
+    evaluations; of the tokens, the first `limit`. On a CPU both run in float32, as MLX's expert products there need it;
+    `parameter_bytes` is that of the stored numbers all the same. Raises ModelUnreadable where mlx-lm can't load them.
+    """
+    kind, tokens = _tokenize(original, text, limit)
+
+    def run(model: Module) -> Evaluation:
+        size = _parameter_bytes(model)
+        if mx.default_device() == mx.cpu:
+            model.set_dtype(mx.float32)
+        return evaluate(model, tokens, context).model_copy(update={"parameter_bytes": size})
+
+    with naming(str(original)):
+        try:
+            plain = run(load_model(original)[0])
+        except MoEError:
+            raise
+        except Exception as error:  # see load_overlay
+            reason = " ".join(str(error).split())[:300]
+            raise ModelUnreadable(f"mlx-lm can't run it: {reason or type(error).__name__}") from error
+    mx.clear_cache()
+    return kind, plain, run(load_overlay(overlay)[0])
+
+
+def _parameter_bytes(model: Module) -> int:
+    return int(tree_reduce(lambda total, array: total + array.nbytes, model.parameters(), 0))  # type: ignore[no-untyped-call]
+
+
+def _tokenize(folder: Path, text: str, limit: int | None) -> tuple[TokensFrom, list[int]]:
+    names = {path.name for path in folder.iterdir()}
+    if names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}:
+        from mlx_lm.utils import load_tokenizer
+
+        return "tokenizer", list(load_tokenizer(folder).encode(text))[:limit]  # type: ignore[no-untyped-call]
+    vocabulary = Checkpoint(Folder(folder)).config.get("vocab_size")
+    if vocabulary != 256:
+        raise ModelUnreadable(f"{folder} has no tokenizer", "put the model's tokenizer files beside its weights")
+    return "bytes", list(text.encode())[:limit]
