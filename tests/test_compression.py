@@ -492,3 +492,25 @@ def test_wrong_words_are_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert word in err
+
+
+def test_without_mlx_all_but_running_works(tmp_path: Path) -> None:
+    """MLX has no wheels for some platforms."""
+    code = f"""
+import sys
+for name in ("mlx", "mlx.core", "mlx_lm"):
+    sys.modules[name] = None
+from chuk_lazarus.cli.app import run
+prefix = ["introspect", "moe-expert"]
+assert run([*prefix, "moe-type-analyze", "-m", {str(FIXTURES / "gpt_oss_mxfp4")!r}]) == 0
+assert run([*prefix, "moe-overlay-estimate", "-m", "demo:native"]) == 0
+assert run([*prefix, "moe-overlay-compress", "-m", "demo:native", "-O", {str(tmp_path / "overlay")!r}]) == 0
+overlay = ["--overlay", {str(tmp_path / "overlay")!r}]
+assert run([*prefix, "moe-overlay-eval", "-m", "demo:native", *overlay, "--text", __file__]) == 2
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "MLX" in done.stderr

@@ -2,13 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .output import check_writable, print_hint, progress_bar, show
 
 EXAMPLE = "\b\nExample:\n  lazarus introspect moe-expert moe-type-analyze -m demo:native"
+
+if TYPE_CHECKING:
+    from chuk_lazarus.introspection.moe import Cost
 
 app = typer.Typer(
     help=f"Mixture-of-Experts checkpoints: how they were trained, and what can be saved.\n\n{EXAMPLE}",
@@ -96,8 +99,7 @@ def analyze(
             model, layer=layer, layers=layers, experts=parse_experts(experts), progress=progress
         )
     show(report, as_json, output)
-    if verbose:
-        print_hint(report.cost.describe())
+    hint_cost(report.cost, verbose)
 
 
 @app.command("moe-type-compare")
@@ -126,9 +128,8 @@ def compare(
             model, other, layer=layer, layers=layers, experts=parse_experts(experts), progress=progress
         )
     show(report, as_json, output)
-    if verbose:
-        for one in report.models:
-            print_hint(f"{one.model}: {one.cost.describe()}")
+    for one in report.models:
+        hint_cost(one.cost, verbose, f"{one.model}: ")
 
 
 @app.command("moe-overlay-compute", short_help="Choose ranks for an overlay, and say what it keeps and takes.")
@@ -173,8 +174,7 @@ def compute(
             progress=progress,
         )
     show(report, as_json, output)
-    if verbose:
-        print_hint(report.cost.describe())
+    hint_cost(report.cost, verbose)
 
 
 @app.command("moe-overlay-verify", short_help="Rebuild experts from an overlay, and compare with the originals.")
@@ -226,8 +226,7 @@ def verify(
             progress=progress,
         )
     show(report, as_json, output)
-    if verbose:
-        print_hint(report.cost.describe())
+    hint_cost(report.cost, verbose)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -277,8 +276,7 @@ def estimate(
             progress=progress,
         )
     show(report, as_json, output)
-    if verbose:
-        print_hint(report.cost.describe())
+    hint_cost(report.cost, verbose)
 
 
 @app.command("moe-overlay-compress", short_help="Write a model with its experts as overlays.")
@@ -326,8 +324,7 @@ def compress(
             progress=progress,
         )
     show(report, as_json, output)
-    if verbose:
-        print_hint(report.cost.describe())
+    hint_cost(report.cost, verbose)
 
 
 @app.command("moe-overlay-export", short_help="Rebuild a standard checkpoint from an overlay.")
@@ -375,6 +372,12 @@ def evaluate(
         as_json,
         output,
     )
+
+
+def hint_cost(cost: "Cost", verbose: bool, prefix: str = "") -> None:
+    """Say what it cost, if asked to."""
+    if verbose:
+        print_hint(prefix + cost.describe())
 
 
 def given_ranks(gate: int | None, up: int | None, down: int | None) -> dict[str, int]:

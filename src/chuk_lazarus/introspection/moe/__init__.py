@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .moe_compression import MoECompressionService
     from .moe_type import MoETypeService
     from .reports import (
+        Cost,
         MoEOverlay,
         MoEOverlayCompression,
         MoEOverlayEstimate,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .weights.experts import ExpertLayer, Experts
 
 __all__ = [
+    "Cost",
     "ExpertLayer",
     "Experts",
     "InvalidRequest",
@@ -49,6 +51,7 @@ _HOMES = {
     "moe_compression": ("MoECompressionService",),
     "moe_type": ("MoETypeService",),
     "reports": (
+        "Cost",
         "MoEOverlay",
         "MoEOverlayCompression",
         "MoEOverlayEstimate",

@@ -16,9 +16,12 @@ TokensFrom = Literal["tokenizer", "bytes"]
 
 
 class Report(BaseModel):
-    """A frozen result that validates its own JSON."""
+    """A frozen result that validates its own JSON, and shows itself in a notebook as it does in a terminal."""
 
     model_config = ConfigDict(frozen=True, serialize_by_alias=True, validate_by_name=True, extra="forbid")
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 class Cosine(Report):
@@ -75,7 +78,18 @@ class Cost(Report):
         return f"read {read}, of which {fetched} over the network, in {self.seconds:.1f} s"
 
 
-class MoETypeAnalysis(Report):
+class Identity(Report):
+    """Which model a report is about; `revision` is the commit on the Hub, `family` the layout's name."""
+
+    model: str
+    revision: str | None
+    family: str
+    model_type: str | None
+    storage: str
+    experts: int
+
+
+class MoETypeAnalysis(Identity):
     """How one model's experts were trained, as far as the documented rule can tell, and whether an overlay would pay.
 
     `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
@@ -85,12 +99,6 @@ class MoETypeAnalysis(Report):
     """
 
     schema_: Literal["moe-type-analysis/1"] = Field(default="moe-type-analysis/1", alias="schema")
-    model: str
-    revision: str | None
-    family: str
-    model_type: str | None
-    storage: str
-    experts: int
     moe_layers: tuple[int, ...]
     mtp_layers: tuple[int, ...]
     type: Origin
@@ -110,9 +118,6 @@ class MoETypeAnalysis(Report):
     def __rich__(self) -> "RenderableType":
         return render_analysis(self)
 
-    def _repr_html_(self) -> str:
-        return to_html(self)
-
 
 class MoETypeComparison(Report):
     """Several analyses side by side."""
@@ -122,20 +127,6 @@ class MoETypeComparison(Report):
 
     def __rich__(self) -> "RenderableType":
         return render_comparison(self)
-
-    def _repr_html_(self) -> str:
-        return to_html(self)
-
-
-class Identity(Report):
-    """Which model a report is about; `revision` is the commit on the Hub, `family` the layout's name."""
-
-    model: str
-    revision: str | None
-    family: str
-    model_type: str | None
-    storage: str
-    experts: int
 
 
 class LayerOverlay(Report):
@@ -172,9 +163,6 @@ class MoEOverlay(Identity):
 
     def __rich__(self) -> "RenderableType":
         return render_overlay(self)
-
-    def _repr_html_(self) -> str:
-        return to_html(self)
 
 
 class ErrorSpread(Report):
@@ -217,9 +205,6 @@ class MoEOverlayVerification(Identity):
 
     def __rich__(self) -> "RenderableType":
         return render_verification(self)
-
-    def _repr_html_(self) -> str:
-        return to_html(self)
 
 
 class LayerEstimate(Report):
@@ -270,9 +255,6 @@ class MoEOverlayEstimate(Identity):
     def __rich__(self) -> "RenderableType":
         return render_estimate(self)
 
-    def _repr_html_(self) -> str:
-        return to_html(self)
-
 
 class Evaluation(Report):
     """How well and how fast a model predicts tokens: `loss` in nats per token, of the `tokens` that were predicted.
@@ -306,9 +288,6 @@ class MoEOverlayCompression(Identity):
     def __rich__(self) -> "RenderableType":
         return render_compression(self)
 
-    def _repr_html_(self) -> str:
-        return to_html(self)
-
 
 class MoEOverlayExport(Report):
     """A standard checkpoint that was rebuilt from an overlay."""
@@ -340,9 +319,6 @@ class MoEOverlayEvaluation(Report):
 
     def __rich__(self) -> "RenderableType":
         return render_evaluation(self)
-
-    def _repr_html_(self) -> str:
-        return to_html(self)
 
 
 def percent(share: float) -> str:
