@@ -15,7 +15,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "cli.app": ({"cli.moe_expert", "cli.output", MOE, ""}, {"typer"}),
     "cli.moe_expert": ({"cli.output", MOE}, {"typer"}),
     "cli.output": ({MOE}, {"rich", "pydantic", "typer"}),
-    MOE: ({f"{MOE}.{name}" for name in ("errors", "moe_compression", "moe_type", "reports", "weights.experts")}, set()),
+    MOE: (
+        {
+            f"{MOE}.{name}"
+            for name in ("errors", "moe_compression", "moe_type", "reports", "runtime", "weights.experts")
+        },
+        set(),
+    ),
     f"{MOE}.errors": (set(), set()),
     f"{MOE}.moe_type": (
         {

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         MoETypeAnalysis,
         MoETypeComparison,
     )
+    from .runtime import OverlayMoE as OverlayMoE  # not in __all__: these two need MLX, which some platforms lack
+    from .runtime import load_overlay as load_overlay
     from .weights.experts import ExpertLayer, Experts
 
 __all__ = [
@@ -61,6 +63,7 @@ _HOMES = {
         "MoETypeAnalysis",
         "MoETypeComparison",
     ),
+    "runtime": ("OverlayMoE", "load_overlay"),
     "weights.experts": ("ExpertLayer", "Experts"),
 }
 
