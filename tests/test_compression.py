@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import (
@@ -26,6 +27,7 @@ from chuk_lazarus.introspection.moe import (
 )
 from chuk_lazarus.introspection.moe.forward import route, run_expert
 from chuk_lazarus.introspection.moe.overlay import Factors, as_stored, factorise, rebuild
+from chuk_lazarus.introspection.moe.reports import SameBytes
 from test_layouts import RECIPES
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -293,7 +295,7 @@ def test_errors_at_the_same_bytes_are_those_of_the_three_ways(tmp_path: Path) ->
     assert all(row.quantisation < row.svd for row in report.same_bytes)
     assert report.advice.startswith("quantisation")
     upcycled = MoECompressionService.estimate(write(tmp_path / "upcycled", planted(1, scale=0.05)))
-    assert upcycled.advice.startswith("the overlay")
+    assert upcycled.advice.startswith("the overlay: at 8-bit")
     best = upcycled.same_bytes[0]
     assert best.overlay is not None
     assert best.overlay < best.svd
@@ -370,10 +372,7 @@ def test_ranks_once_chosen_stand_for_the_rest_of_the_work(tmp_path: Path, monkey
     """A resumed run does not measure again."""
     model, folder = write(tmp_path / "m", planted(4, layers=2)), tmp_path / "overlay"
     whole = MoECompressionService.compress(model, tmp_path / "whole", max_error=0.05)
-    with monkeypatch.context() as patched:
-        patched.setattr(overlay_checkpoint, "factorise", lambda delta, rank: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            MoECompressionService.compress(model, folder, max_error=0.05)
+    stop(model, folder, monkeypatch, max_error=0.05)
     assert not folder.exists()
     monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures again"))
     resumed = MoECompressionService.compress(model, folder, max_error=0.05)
@@ -408,6 +407,100 @@ def test_what_can_not_be_written_or_run_is_one_line(
     assert err.count("\n") == 1
     assert word in err
     assert not (tmp_path / "new").exists()
+
+
+def stop(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Begin to compress, and stop once the plan is written."""
+    with monkeypatch.context() as patched:
+        patched.setattr(overlay_checkpoint, "factorise", lambda delta, rank: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            MoECompressionService.compress(model, folder, **options)
+
+
+def test_the_plan_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = write(tmp_path / "one", planted(2)), write(tmp_path / "other", planted(32))
+    stop(one, tmp_path / "overlay", monkeypatch, max_error=0.05)
+    with pytest.raises(InvalidRequest):
+        MoECompressionService.compress(other, tmp_path / "overlay", max_error=0.05)
+    forced = MoECompressionService.compress(other, tmp_path / "overlay", max_error=0.05, force=True)
+    assert forced.ranks[0] == MoECompressionService.compute(other, max_error=0.05).layers[0].ranks
+
+
+def test_a_target_that_can_not_be_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write(tmp_path / "m", planted(2))
+    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures first"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    for folder in ("there", "m/inside", "file/x"):
+        with pytest.raises(InvalidRequest):
+            MoECompressionService.compress(model, tmp_path / folder)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(InvalidRequest, match="room"):
+        MoECompressionService.compress(model, tmp_path / "new")
+
+
+def test_given_ranks_need_no_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures"))
+    ranks = {"gate": 1, "up": 2, "down": 3}
+    report = MoECompressionService.compress(write(tmp_path / "m", planted(2)), tmp_path / "overlay", ranks=ranks)
+    assert report.ranks == {0: ranks}
+
+
+def test_a_bad_overlay_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    good = MoECompressionService.compress(
+        write(tmp_path / "m", planted(2)), tmp_path / "good", ranks=dict.fromkeys(NAMES, 2)
+    )
+    assert not good.notes
+    for name, rank, word in (("rough", 0, "output error"), ("larger", 64, "no smaller")):
+        report = MoECompressionService.compress("demo:native", tmp_path / name, ranks=dict.fromkeys(NAMES, rank))
+        assert any(word in note for note in report.notes), report.notes
+
+
+def test_sampled_experts_are_said_to_be_a_sample(tmp_path: Path) -> None:
+    model = write(tmp_path / "m", planted(2))
+    assert not MoECompressionService.compute(model, max_error=0.05).notes
+    assert "3 of 6 experts" in MoECompressionService.compute(model, max_error=0.05, experts=3).notes[0]
+
+
+def test_an_overlay_of_another_model_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MoECompressionService.compress("demo:upcycled", tmp_path / "overlay", ranks=dict.fromkeys(NAMES, 1))
+    (tmp_path / "text").write_text("def words(): pass")
+    words = ["--overlay", str(tmp_path / "overlay"), "--text", str(tmp_path / "text")]
+    assert run([*COMMAND, "moe-overlay-eval", "-m", "demo:native", *words]) == 2
+    assert "no overlay of" in capsys.readouterr().err
+    for command in (["moe-type-analyze"], ["moe-overlay-verify"], ["moe-overlay-compress", "-O", str(tmp_path / "x")]):
+        assert run([*COMMAND, *command, "-m", str(tmp_path / "overlay")]) == 4
+        assert "is an overlay" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stored", [-1.0, -0.5, 0.0])
+def test_norms_that_multiply_by_one_plus_weight(tmp_path: Path, stored: float) -> None:
+    """Qwen3-Next's do; the same experts behind a norm that multiplies by the same have the same errors."""
+    weights = planted(32)[0]
+    folders = [write(tmp_path / name, [weights]) for name in ("plain", "plus")]
+    for folder, model_type, value in zip(folders, ("mixtral", "qwen3_next"), (stored + 1, stored), strict=True):
+        path = Path(folder)
+        tensors = load_file(path / "model.safetensors")
+        tensors["model.layers.0.post_attention_layernorm.weight"] = np.full(48, value, np.float32)
+        save_file(tensors, path / "model.safetensors")
+        config = {"model_type": model_type, "num_hidden_layers": 1, "num_experts_per_tok": 2}
+        (path / "config.json").write_text(json.dumps(config))
+    reports = [MoECompressionService.verify(folder, ranks=dict.fromkeys(NAMES, 3)) for folder in folders]
+    assert reports[0].layers == reports[1].layers
+    assert reports[0].layers[0].output_error.max > 0.1, "not even where the norm's weight is 0"
+
+
+def test_advice_counts_only_what_makes_the_file_smaller() -> None:
+    rows = [
+        SameBytes(bits=8, bytes=8, quantisation=0.005, overlay=0.001, svd=0.5),
+        SameBytes(bits=4, bytes=4, quantisation=0.09, overlay=0.2, svd=0.6),
+        SameBytes(bits=3, bytes=3, quantisation=0.24, overlay=0.23, svd=0.7),
+    ]
+    assert moe_compression._advice(rows, 1.0).startswith("the overlay: at 8-bit")
+    assert moe_compression._advice(rows, 0.5).startswith("quantisation: at 4-bit")
+    assert moe_compression._advice(rows, 4.25 / 16).startswith("nothing")
+    assert moe_compression._advice(rows, 0.1).startswith("nothing")
 
 
 # Contract and command line

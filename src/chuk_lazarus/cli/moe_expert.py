@@ -292,7 +292,7 @@ def compress(
     energy: Energy = 0.95,
     max_error: MaxError = None,
     target_ratio: TargetRatio = None,
-    experts: ExpertCount = "8",
+    experts: ExpertCount = "all",
     force: Force = False,
     as_json: Json = False,
     output: Output = None,

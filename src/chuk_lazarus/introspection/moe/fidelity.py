@@ -74,7 +74,7 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
     out."""
     x = np.random.default_rng(seed).standard_normal((count, layer.sizes["H"])).astype(np.float32)
     norm = layer.norm()
-    if norm is not None:
+    if norm is not None and norm.any():
         x *= norm
     router = layer.router()
     if router is None:
@@ -124,7 +124,7 @@ def check_layer(
     output_errors: list[float] = []
     rounding_errors: list[dict[int, float]] = []
     mixed = np.zeros((2, *inputs.x.shape), np.float32)
-    with worker_threads(layer) as pool:
+    with worker_threads(layer, matrices=10) as pool:
         for expert, (weights, rounding, wanted, got) in enumerate(pool.map(check, range(layer.count))):
             weight_errors.append(weights)
             output_errors.append(relative_error(got, wanted))
@@ -168,7 +168,7 @@ def compare_alternatives(
         done.add(layer.parameters // layer.count)
         return spectra, lost, sum(total_energy(matrix) for matrix in matrices.values())
 
-    with worker_threads(layer) as pool:
+    with worker_threads(layer, matrices=8) as pool:
         probes = list(pool.map(probe, chosen))
     energy = sum(found for _, _, found in probes)
     scale = layer.count / len(chosen)

@@ -168,14 +168,14 @@ class Counter:
 
 
 @contextmanager
-def worker_threads(layer: ExpertLayer | None = None) -> Iterator[ThreadPoolExecutor]:
-    """A thread per core, each with a BLAS of one thread; fewer where a layer's matrices would take too much room.
+def worker_threads(layer: ExpertLayer | None = None, matrices: int = 2) -> Iterator[ThreadPoolExecutor]:
+    """A thread per core, each with a BLAS of one thread; fewer where `matrices` for each would take too much room.
 
     Experts side by side beat one BLAS call on all cores as soon as another program wants a core.
     """
     largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
     with threadpool_limits(1, user_api="blas"):
-        pool = ThreadPoolExecutor(max(1, min(cores(), ROOM // (2 * largest))))
+        pool = ThreadPoolExecutor(max(1, min(cores(), ROOM // (matrices * largest))))
         try:
             yield pool
         finally:

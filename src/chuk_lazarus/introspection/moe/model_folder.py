@@ -158,6 +158,36 @@ def grouped(items: Iterable[Item], checkpoint: Checkpoint, progress: Progress) -
         yield Shard(tuple(other.tensor for other in group), partial(fill, group))
 
 
+def check_folder(target: Path, source: Path | None, force: bool, least: int) -> None:
+    """Refuse a folder that `write_model` would refuse, and a disk that has not got `least` bytes free."""
+    folder, unfinished, _ = _places(target, source)
+    with _explaining(unfinished):
+        _check_free(folder, force)
+        _check_room(unfinished, least)
+        parent = next(parent for parent in folder.parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InvalidRequest(f"can't write into {parent}", "choose a folder elsewhere")
+
+
+def _places(target: Path, source: Path | None) -> tuple[Path, Path, Path]:
+    """The folder, that of unfinished work, and that of what is replaced; raises InvalidRequest near the model's own."""
+    try:
+        folder = Path(os.path.realpath(os.path.expanduser(target)))
+        unfinished, replaced = (folder.with_name(f"{folder.name}.{ending}") for ending in ("partial", "replaced"))
+    except ValueError:  # the root, or a NUL
+        raise InvalidRequest(f"{target} can't be a model's folder", "choose another name") from None
+    for path in (folder, unfinished, replaced):
+        if source and (path == source or path in source.parents or source in path.parents):
+            raise InvalidRequest(f"{path} would lie in or over the model's own folder", "choose a folder elsewhere")
+    return folder, unfinished, replaced
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    if folder.exists() and not (force and folder.is_dir()):
+        hint = "choose another name" + (", or force its replacement" if folder.is_dir() else "")
+        raise InvalidRequest(f"{folder} is there already", hint)
+
+
 def write_model(
     target: Path,
     shards: Sequence[Shard],
@@ -172,14 +202,7 @@ def write_model(
     The last of `files` is written last. `plan` tells this work from any other; `source` is the model's own folder,
     which is never touched.
     """
-    try:
-        folder = Path(os.path.realpath(os.path.expanduser(target)))
-        unfinished, replaced = (folder.with_name(f"{folder.name}.{ending}") for ending in ("partial", "replaced"))
-    except ValueError:  # the root, or a NUL
-        raise InvalidRequest(f"{target} can't be a model's folder", "choose another name") from None
-    for path in (folder, unfinished, replaced):
-        if source and (path == source or path in source.parents or source in path.parents):
-            raise InvalidRequest(f"{path} would lie in or over the model's own folder", "choose a folder elsewhere")
+    folder, unfinished, replaced = _places(target, source)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
     total = sum(shard.nbytes for shard in shards)
@@ -187,9 +210,7 @@ def write_model(
     files = {INDEX: as_json(index), **files}
     written = _Written(progress, f"writing {folder.name}", total)
     with _explaining(unfinished):
-        if folder.exists() and not (force and folder.is_dir()):
-            hint = "choose another name" + (", or force its replacement" if folder.is_dir() else "")
-            raise InvalidRequest(f"{folder} is there already", hint)
+        _check_free(folder, force)
         _check_room(unfinished, sum(len(shard.header) for shard in shards) + total + sum(map(len, files.values())))
         with _claimed(unfinished, plan, files[CONFIG], force) as descriptor:
             for name, shard in zip(names, shards, strict=True):

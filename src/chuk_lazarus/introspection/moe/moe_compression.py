@@ -87,12 +87,9 @@ class RankRule:
             return self._spread(layers)
         chosen = {}
         for number, measured in layers.items():
-            chosen[number] = {
-                role: self.given.get(role, round(mean_rank(measure.spectra, self.energy)))
-                for role, measure in measured.roles.items()
-            }
+            chosen[number] = {role: self.given.get(role, natural) for role, natural in measured.natural.items()}
             for role, rank in chosen[number].items():
-                greatest = min(measured.roles[role].shape)
+                greatest = min(measured.shapes[role])
                 if not 0 <= rank <= greatest:
                     raise InvalidRequest(f"layer {number}: {role} rank {rank}", f"give one from 0 to {greatest}")
         return chosen
@@ -112,21 +109,22 @@ class RankRule:
                     f"a ratio of {self.target_ratio:g} is out of reach", f"the base alone gives {original / base:.1f}"
                 )
             ranks = spread_rank(choices, budget=budget)
-        return {number: {role: ranks[number, role] for role in found.roles} for number, found in layers.items()}
+        return {number: {role: ranks[number, role] for role in found.shapes} for number, found in layers.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What the choice of ranks needs of a layer; its sampled experts stand for all."""
+    """What the choice of ranks needs of a layer; its `sampled` experts stand for all.
 
-    roles: Mapping[str, RoleMeasure]
+    `natural` are the mean ranks at the rule's energy; `energy` is that of all experts.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    natural: Mapping[str, int]
     choices: Mapping[str, Choice]
     energy: float
     experts: int
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        return {role: measure.shape for role, measure in self.roles.items()}
+    sampled: int
 
     def bytes_at(self, ranks: Mapping[str, float]) -> int:
         return overlay_bytes(self.shapes, ranks, self.experts)
@@ -166,7 +164,7 @@ class MoECompressionService:
         rule = RankRule(ranks or {}, energy, max_error, target_ratio)
         with naming(model):
             job = _Job(model, layer, layers, progress)
-            measured = {one.number: job.measure(one, experts) for one in job.layers}
+            measured = {one.number: job.measure(one, experts, rule) for one in job.layers}
             chosen = rule.choose(measured)
             results = [_layer_overlay(one, measured[one.number], chosen[one.number]) for one in job.layers]
             original, stored, overlay = (
@@ -182,7 +180,7 @@ class MoECompressionService:
                 overlay_bytes=overlay,
                 ratio=original / overlay,
                 ratio_vs_stored=stored / overlay,
-                notes=tuple(job.experts.notes),
+                notes=tuple(job.notes(measured)),
                 cost=job.cost(),
             )
 
@@ -215,10 +213,10 @@ class MoECompressionService:
         with naming(model):
             job = _Job(model, layer, layers, progress)
             job.check_activation()
-            measured = {one.number: job.measure(one, experts) for one in job.layers}
+            measured = {one.number: job.measure(one, experts, rule) for one in job.layers}
             chosen = rule.choose(measured)
             results = [job.verify(one, chosen[one.number], inputs, seed) for one in job.layers]
-            notes = list(job.experts.notes)
+            notes = job.notes(measured)
             if any(one.norm() is None for one in job.layers):
                 notes.append("no norm before the experts was found: the inputs have unit scale")
             return MoEOverlayVerification(
@@ -257,8 +255,9 @@ class MoECompressionService:
             job = _Job(model, None, layers, progress, samples)
             measured, alternatives = {}, []
             for one in job.layers:
-                measured[one.number] = job.measure(one, experts)
-                alternatives.append(compare_alternatives(one, measured[one.number].roles, job.progress))
+                roles = job.measure_roles(one, experts)
+                measured[one.number] = job.summarise(one, roles, rule)
+                alternatives.append(compare_alternatives(one, roles, job.progress))
             chosen = rule.choose(measured)
             results = [_layer_estimate(job.experts.layer(n), measured, chosen) for n in job.experts.layers]
             original, stored, overlay = (
@@ -281,7 +280,7 @@ class MoECompressionService:
                 weight_error=error,
                 same_bytes=same,
                 advice=_advice(same, stored / original),
-                notes=tuple(job.experts.notes),
+                notes=tuple(job.notes(measured)),
                 cost=job.cost(),
             )
 
@@ -295,7 +294,7 @@ class MoECompressionService:
         energy: float = 0.95,
         max_error: float | None = None,
         target_ratio: float | None = None,
-        experts: int | None = 8,
+        experts: int | None = None,
         force: bool = False,
         progress: Progress | None = None,
     ) -> MoEOverlayCompression:
@@ -304,21 +303,27 @@ class MoECompressionService:
         Ranks as in `compute`, over all MoE layers unless `layers` says which; up to three of them are verified first,
         for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
         """
-        from .overlay_checkpoint import planned_ranks, read_overlay, write_overlay
+        from .overlay_checkpoint import check_target, planned_ranks, read_overlay, write_overlay
 
         rule, target = RankRule(ranks or {}, energy, max_error, target_ratio), Path(folder).expanduser()
         with naming(model):
             job = _Job(model, None, layers, progress)
-            if target.exists() and not force:
-                raise InvalidRequest(f"{target} is there already", "choose another name, or force its replacement")
-            text = f"{rule}; {experts or 'all'} experts of layers {spans([one.number for one in job.layers])}"
-            chosen = planned_ranks(target, text)
-            if chosen is None or chosen.keys() != {one.number for one in job.layers}:
-                chosen = rule.choose({one.number: job.measure(one, experts) for one in job.layers})
-            verified = tuple(
-                job.verify(job.layers[place], chosen[job.layers[place].number], INPUTS, 0)
-                for place in evenly_spaced(len(job.layers), 3)
-            )
+            numbers = [one.number for one in job.layers]
+            check_target(job.experts, target, numbers, force)
+            text = f"{rule}; {experts or 'all'} experts of layers {spans(numbers)}"
+            chosen = planned_ranks(job.experts, target, text)
+            if chosen is None and all(rule.given.keys() >= set(one.roles) for one in job.layers):
+                chosen = {number: dict(rule.given) for number in numbers}
+            measured: dict[int, _Measured] = {}
+            if chosen is None:
+                measured = {one.number: job.measure(one, experts, rule) for one in job.layers}
+                chosen = rule.choose(measured)
+            verified: tuple[LayerVerification, ...] = ()
+            if job.knows_activation:
+                verified = tuple(
+                    job.verify(job.layers[place], chosen[job.layers[place].number], INPUTS, 0)
+                    for place in evenly_spaced(len(job.layers), 3)
+                )
             write_overlay(
                 job.experts,
                 chosen,
@@ -342,7 +347,7 @@ class MoECompressionService:
                 bytes_after=after,
                 ratio=before / after,
                 verification=verified,
-                notes=tuple(job.experts.notes),
+                notes=(*job.notes(measured), *_compression_notes(verified, before, after)),
                 cost=job.cost(),
             )
 
@@ -424,18 +429,46 @@ class _Job:
             if one.count < 2:
                 raise NotMoE(f"layer {one.number} has a single expert: there is nothing to share")
 
-    def measure(self, layer: ExpertLayer, experts: int | None) -> _Measured:
+    def measure(self, layer: ExpertLayer, experts: int | None, rule: RankRule) -> _Measured:
+        """What the rule needs of a layer, from so many experts' spectra, None for all."""
+        return self.summarise(layer, self.measure_roles(layer, experts), rule)
+
+    def measure_roles(self, layer: ExpertLayer, experts: int | None) -> dict[str, RoleMeasure]:
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
-        roles = measure_layer(layer, evenly_spaced(layer.count, experts), self.progress)
-        energy = sum(float(np.trace(measure.gram)) for measure in roles.values())
-        return _Measured(roles, overlay_choices(roles, layer.count), energy, layer.count)
+        return measure_layer(layer, evenly_spaced(layer.count, experts), self.progress)
+
+    @staticmethod
+    def summarise(layer: ExpertLayer, roles: Mapping[str, RoleMeasure], rule: RankRule) -> _Measured:
+        """The little of a layer's figures that is kept while other layers are measured."""
+        return _Measured(
+            {role: measure.shape for role, measure in roles.items()},
+            {role: round(mean_rank(measure.spectra, rule.energy)) for role, measure in roles.items()},
+            overlay_choices(roles, layer.count),
+            sum(float(np.trace(measure.gram)) for measure in roles.values()),
+            layer.count,
+            len(next(iter(roles.values())).chosen),
+        )
+
+    def notes(self, measured: Mapping[int, _Measured]) -> list[str]:
+        """What the reader should know."""
+        sampled = {(found.sampled, found.experts) for found in measured.values() if found.sampled < found.experts}
+        return self.experts.notes + [
+            f"errors and ranks are estimated from {few} of {all_of_them} experts"
+            for few, all_of_them in sorted(sampled)
+        ]
+
+    @property
+    def knows_activation(self) -> bool:
+        """Whether the experts can be run here."""
+        return self.experts.activation in ACTIVATIONS or self.experts.activation == "swiglu_oai"
 
     def check_activation(self) -> None:
         """Raises InvalidRequest where the experts' activation is not known."""
-        activation = self.experts.activation
-        if activation not in ACTIVATIONS and activation != "swiglu_oai":
-            raise InvalidRequest(f"the experts' activation {activation} is not known", "it can't be verified")
+        if not self.knows_activation:
+            raise InvalidRequest(
+                f"the experts' activation {self.experts.activation} is not known", "it can't be verified"
+            )
 
     def verify(self, layer: ExpertLayer, ranks: Ranks, inputs: int, seed: int) -> LayerVerification:
         """What an overlay of these ranks does to a layer."""
@@ -503,11 +536,25 @@ def _layer_verification(number: int, ranks: Ranks, found: LayerFidelity) -> Laye
     )
 
 
+def _compression_notes(verified: Sequence[LayerVerification], before: int, after: int) -> list[str]:
+    notes = []
+    if after >= before:
+        notes.append("the overlay is no smaller than the model: its ranks are too high for these experts")
+    worst = max((one.output_error.max for one in verified), default=0.0)
+    if worst > TOLERANCE:
+        notes.append(f"the worst verified expert's output error is {100 * worst:.1f} %")
+    if not verified:
+        notes.append("the experts' activation is not known: nothing was verified")
+    return notes
+
+
 def _card_table(layers: Sequence[LayerVerification]) -> str:
     """Markdown for the model card."""
     rows = [
         f"| {one.layer} | {100 * one.output_error.mean:.1f} % | {100 * one.output_error.max:.1f} % |" for one in layers
     ]
+    if not rows:
+        return "Nothing was verified: the experts' activation is not known."
     return "\n".join(
         [
             "Relative error of the experts' outputs (whole expert function, seeded inputs, factors as stored):",
@@ -569,17 +616,25 @@ def _same_bytes(layers: Sequence[Sequence[Alternative]]) -> tuple[SameBytes, ...
 
 
 def _advice(same: Sequence[SameBytes], stored_share: float) -> str:
-    """What pays, by the measured errors: the overlay, quantisation, or neither."""
-    wins = [row.bits for row in same if row.overlay is not None and row.overlay < row.quantisation]
-    if wins:
-        sizes = " and ".join(f"{bits}-bit" for bits in wins)
-        return f"the overlay: at {sizes} size it has a smaller weight error than plain quantisation"
-    smaller = [row for row in same if (row.bits + 0.5) / 16 < stored_share]
-    if not smaller:
-        return "nothing: the experts are stored in 3 bits a weight or fewer, and an overlay errs more"
-    best = smaller[0]
-    other = "larger than that with its base alone" if best.overlay is None else f"at {100 * best.overlay:.1f} %"
-    return (
-        f"quantisation: at {best.bits}-bit size its weight error is {100 * best.quantisation:.1f} %, "
-        f"and the overlay is {other}"
-    )
+    """What pays, by the measured errors: the overlay, quantisation, or neither.
+
+    Only sizes below that of the file count, and only errors that are not much above those of plain 4-bit rounding.
+    """
+    usable = 1.2 * next(row.quantisation for row in same if row.bits == 4)
+    for row in same:
+        if (row.bits + 0.5) / 16 >= stored_share:
+            continue
+        overlay = inf if row.overlay is None else row.overlay
+        if min(overlay, row.quantisation) > usable:
+            break
+        other = "does not even fit its base" if row.overlay is None else f"errs by {100 * overlay:.1f} %"
+        if overlay < row.quantisation:
+            return (
+                f"the overlay: at {row.bits}-bit size its weight error is {100 * overlay:.1f} %, "
+                f"and plain quantisation errs by {100 * row.quantisation:.1f} %"
+            )
+        return (
+            f"quantisation: at {row.bits}-bit size its weight error is {100 * row.quantisation:.1f} %, "
+            f"and an overlay {other}"
+        )
+    return "nothing: at fewer bytes than the file's, overlay and quantisation both err by more than 4-bit rounding does"

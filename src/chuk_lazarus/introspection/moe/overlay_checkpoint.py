@@ -23,7 +23,20 @@ from numpy.typing import NDArray
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable
 from .measure import ROOM, worker_threads
-from .model_folder import CONFIG, PLAN, Item, Shard, ShardFile, Tensor, as_json, bf16, copied, grouped, write_model
+from .model_folder import (
+    CONFIG,
+    PLAN,
+    Item,
+    Shard,
+    ShardFile,
+    Tensor,
+    as_json,
+    bf16,
+    check_folder,
+    copied,
+    grouped,
+    write_model,
+)
 from .overlay import Factors, factorise, rebuild
 from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
 from .weights.codecs import Part, Stored, recognise
@@ -123,11 +136,24 @@ def write_overlay(
     )
 
 
-def planned_ranks(folder: Path, rule: str) -> dict[int, dict[str, int]] | None:
-    """The ranks that a stopped `write_overlay` into `folder` had chosen by this rule, or None where there is none."""
+def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: bool) -> None:
+    """Refuse, before any work, a folder that must not be written, or a disk without room for even the smallest overlay.
+
+    Raises InvalidRequest.
+    """
+    checkpoint = experts.checkpoint
+    opened = [experts.layer(number) for number in layers]
+    replaced = sum(layer.stored_bytes for layer in opened)
+    bases = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
+    everything = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    check_folder(folder, _place(checkpoint.repository), force, everything - replaced + bases)
+
+
+def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, dict[str, int]] | None:
+    """The ranks by this rule of a stopped `write_overlay` of the same model into `folder`, or None without one."""
     try:
         plan = json.loads((folder.with_name(f"{folder.name}.partial") / PLAN).read_bytes())
-        if plan["rule"] == rule and plan["version"] == VERSION:
+        if plan["rule"] == rule and plan.items() >= _origin(experts.checkpoint).items():
             return {int(layer): {str(r): int(rank) for r, rank in own.items()} for layer, own in plan["ranks"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

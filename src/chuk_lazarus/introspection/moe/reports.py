@@ -625,8 +625,17 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
     return Group(
         *blocks,
         _table(["Layer", *(f"{role} rank" for role in roles), "Error", "Ratio", "How"], rows),
-        _grid([*_byte_rows(report), ("Error", f"{percent(report.weight_error)} of the weights")]),
-        _table(["Same bytes as", "Bytes", "Quantised", "Overlay", "Plain SVD"], same),
+        _grid(
+            [
+                *_byte_rows(report),
+                ("Error", f"{percent(report.weight_error)} of the weights"),
+                (
+                    "Same bytes",
+                    f"weight errors in layers {', '.join(map(str, report.layers_measured))}, bytes of these",
+                ),
+            ]
+        ),
+        _table(["As", "Bytes", "Quantised", "Overlay", "Plain SVD"], same),
         _grid([("Advice", report.advice), *(("Note", note) for note in report.notes)]),
     )
 
@@ -640,7 +649,8 @@ def render_compression(report: MoEOverlayCompression) -> "RenderableType":
         [str(one.layer), *map(str, one.ranks.values()), percent(one.output_error.mean), percent(one.output_error.max)]
         for one in report.verification
     ]
-    headings = ["Layer", *(f"{role} rank" for role in report.verification[0].ranks), "Output error", "Worst expert"]
+    roles = _roles(next(iter(report.ranks.values())))
+    headings = ["Layer", *(f"{role} rank" for role in roles), "Output error", "Worst expert"]
     blocks = _heading("MOE OVERLAY WRITTEN", report, ("Ranks", report.rule), ("Folder", report.folder))
     rest = [("Model", size), *(("Note", note) for note in report.notes)]
     return Group(*blocks, _table(headings, rows), _grid(rest))

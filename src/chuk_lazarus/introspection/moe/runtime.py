@@ -386,6 +386,7 @@ def evaluate_pair(
     evaluations; of the tokens, the first `limit`. On a CPU both run in float32, as MLX's expert products there need it;
     `parameter_bytes` is that of the stored numbers all the same. Raises ModelUnreadable where mlx-lm can't load them.
     """
+    _check_pair(original, overlay)
     kind, tokens = _tokenize(original, text, limit)
 
     def run(model: Module) -> Evaluation:
@@ -404,6 +405,21 @@ def evaluate_pair(
             raise ModelUnreadable(f"mlx-lm can't run it: {reason or type(error).__name__}") from error
     mx.clear_cache()
     return kind, plain, run(load_overlay(overlay)[0])
+
+
+def _check_pair(original: Path, overlay: Path) -> None:
+    """Refuse an overlay of another model: what both have as it was must be the same; the smallest tensors tell."""
+    _check_folder(overlay)
+    plain, overlaid = (Checkpoint(Folder(folder)) for folder in (original, overlay))
+    common = set(plain.names) & set(overlaid.names)
+    smallest = sorted((overlaid.info(name) for name in common), key=lambda info: (info.nbytes, info.name))[:8]
+    for theirs in smallest:
+        ours = plain.info(theirs.name)
+        same = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        if not same or [*plain.chunks(theirs.name, 2**20)] != [*overlaid.chunks(theirs.name, 2**20)]:
+            raise InvalidRequest(f"{overlay} is no overlay of {original}: {theirs.name} differs")
+    if not smallest:
+        raise InvalidRequest(f"{overlay} is no overlay of {original}: they have no tensor in common")
 
 
 def _parameter_bytes(model: Module) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import Part, Stored, recognise
-from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, match_names, split_name
+from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, has_one_plus_norm, match_names, split_name
 from .source import Progress, Range, find_repository
 
 BIAS = "bias"
@@ -86,6 +86,11 @@ class Experts:
                 f"model_type is {self.model_type or 'not given'}; please report it",
             )
         roots = sorted({match.root for match in matches if not _is_mtp_root(match.root)})
+        if not roots and "overlay_config" in checkpoint.config:
+            raise UnknownFormat(
+                "the model is an overlay, whose experts are stored as base and factors",
+                "give the model that it was made from, or export it to a standard checkpoint",
+            )
         if not roots and (_config_count(self.config) or 0) > 1:
             raise UnknownFormat(
                 f"config.json says that there are {_config_count(self.config)} experts, and no tensor's name is known",
@@ -146,7 +151,8 @@ class Experts:
         router = match.routers.get(number, {}).get("weight")
         if router and match.layout.is_flattened:
             expected[router] = next(iter(self.checkpoint.info(router).shape), None)
-        return ExpertLayer(self.checkpoint, match, number, expected, self._quantization)
+        one_plus_norm = has_one_plus_norm(self.model_type)
+        return ExpertLayer(self.checkpoint, match, number, expected, self._quantization, one_plus_norm)
 
     @property
     def activation(self) -> str:
@@ -232,8 +238,10 @@ class ExpertLayer:
         number: int,
         expected: Mapping[str, int | None],
         quantization: Mapping[str, Any],
+        one_plus_norm: bool = False,
     ) -> None:
         self.number = number
+        self._one_plus_norm = one_plus_norm
         self.expected = {source: count for source, count in expected.items() if count is not None}
         self._checkpoint = checkpoint
         self._match = match
@@ -342,9 +350,11 @@ class ExpertLayer:
         )
 
     def norm(self) -> NDArray[np.float32] | None:
-        """The weight [hidden] of the norm before the experts; None where no such norm is known."""
+        """What the norm before the experts multiplies by, [hidden]; None where no such norm is known."""
         weight = self.vectors(self._match.beside.get(self.number, {}).get("norm"))
-        return weight if weight is not None and weight.shape == (self.sizes["H"],) else None
+        if weight is None or weight.shape != (self.sizes["H"],):
+            return None
+        return weight + np.float32(1.0) if self._one_plus_norm else weight
 
     def vectors(self, name: str | None) -> NDArray[np.float32] | None:
         """A small tensor beside the experts, whole, as float32; None where there is none, or not of plain numbers."""

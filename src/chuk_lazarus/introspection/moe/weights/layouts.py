@@ -162,6 +162,11 @@ def load_table() -> tuple[Layout, ...]:
     )
 
 
+def has_one_plus_norm(model_type: str | None) -> bool:
+    """Whether models of this type multiply by 1 + weight in their norms."""
+    return model_type in _load_toml()["one_plus_norm"]
+
+
 Parts = dict[str, str]
 """Part of a stored tensor ("weight", "scales", ...) -> the name of the tensor that holds it."""
 
