@@ -25,7 +25,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from chuk_lazarus.cli.app import run
-from chuk_lazarus.introspection.moe import InvalidRequest, ModelUnreadable, MoETypeAnalysis, MoETypeService
+from chuk_lazarus.introspection.moe import (
+    InvalidRequest,
+    ModelUnreadable,
+    MoECompressionService,
+    MoETypeAnalysis,
+    MoETypeService,
+)
 from chuk_lazarus.introspection.moe.weights import hub as hub_module
 from chuk_lazarus.introspection.moe.weights.hub import READ_AHEAD
 from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache, merge
@@ -775,3 +781,17 @@ def test_the_cache_never_returns_wrong_bytes(
                     reader.write("key", low, DATA[low:high])
                 data = data if data is not None else reader.read("key", start, stop)
             assert data == DATA[start:stop]
+
+
+def test_a_model_on_the_hub_is_compressed(hub: HubServer, cache: Path, made: Path, tmp_path: Path) -> None:
+    name = publish(hub, made)
+    ranks = {"gate": 2, "up": 3, "down": 4}
+    report = MoECompressionService.compress(name, tmp_path / "remote", ranks=ranks)
+    MoECompressionService.compress(str(made), tmp_path / "local", ranks=ranks)
+    assert report.revision is not None
+    config = json.loads((tmp_path / "remote/config.json").read_text())
+    assert config["overlay_config"]["source"] == name
+    assert config["overlay_config"]["revision"] == report.revision
+    for file in sorted((tmp_path / "local").glob("*.safetensors")):
+        assert (tmp_path / "remote" / file.name).read_bytes() == file.read_bytes()
+    assert report.cost.bytes_fetched == hub.body_bytes() <= (made / "model.safetensors").stat().st_size
