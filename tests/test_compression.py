@@ -33,6 +33,7 @@ from test_layouts import RECIPES
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 Weights = dict[str, NDArray[np.float32]]
+ALL_99 = [word for role in NAMES for word in (f"--{role}-rank", "99")]
 COMMAND = ["introspect", "moe-expert"]
 
 
@@ -388,6 +389,8 @@ def test_ranks_once_chosen_stand_for_the_rest_of_the_work(tmp_path: Path, monkey
         (["moe-overlay-compress", "-m", str(FIXTURES / "dense_llama"), "-O", "{new}"], 4, "Mixture"),
         (["moe-overlay-compress", "-m", "demo:native", "-O", "{new}", "--up-rank", "99"], 2, "99"),
         (["moe-overlay-compress", "-m", "demo:native", "-O", "{new}", "--layers", "9"], 2, "0-1"),
+        (["moe-overlay-compress", "-m", "demo:native", "-O", "{new}", *ALL_99], 2, "99"),
+        (["moe-overlay-verify", "-m", "demo:native", *ALL_99], 2, "99"),
         (["moe-overlay-export", "{there}", "-O", "{new}"], 3, "there"),
         (["moe-overlay-eval", "-m", "demo:native", "--overlay", "{there}", "--text", "{file}"], 3, "there"),
         (["moe-overlay-eval", "-m", "demo:native", "--overlay", "{new}", "--text", "{new}"], 2, "new"),

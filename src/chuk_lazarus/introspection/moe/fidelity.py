@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .forward import route, run_expert
-from .measure import Counter, RoleMeasure, worker_threads
+from .measure import Counter, RoleMeasure, mean_experts, worker_threads
 from .overlay import (
     BYTES_PER_NUMBER,
     Choice,
@@ -95,14 +95,14 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
 
 def check_layer(
     layer: ExpertLayer,
-    bases: Mapping[str, NDArray[np.float32]],
     ranks: Mapping[str, int],
     inputs: Inputs,
     activation: str,
     progress: Progress,
 ) -> LayerFidelity:
     """Rebuild every expert from base and factors as a file would hold them, and compare with the original."""
-    stored = {role: as_stored(base) for role, base in bases.items()}
+    layer.prefetch(progress)
+    stored: dict[str, NDArray[np.float32]] = {}
     done = Counter(progress, f"verifying layer {layer.number}", layer, layer.count)
 
     def check(expert: int) -> tuple[dict[str, float], dict[int, float], NDArray[np.float32], NDArray[np.float32]]:
@@ -125,6 +125,8 @@ def check_layer(
     rounding_errors: list[dict[int, float]] = []
     mixed = np.zeros((2, *inputs.x.shape), np.float32)
     with worker_threads(layer, matrices=10) as pool:
+        for tensor in layer.tensors:
+            stored |= {role: as_stored(mean) for role, mean in mean_experts(tensor, pool).items()}
         for expert, (weights, rounding, wanted, got) in enumerate(pool.map(check, range(layer.count))):
             weight_errors.append(weights)
             output_errors.append(relative_error(got, wanted))

@@ -22,6 +22,7 @@ from .spectra import ROUNDING, energy_spectrum, gram_matrix, total_energy
 from .weights.experts import ExpertLayer, ExpertTensor, Piece
 from .weights.source import Progress
 
+WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
 WINDOWS = 32_000_000  # weights of all experts decoded at a time, by all threads together
 KEPT = 140_000_000  # weights of chosen experts kept between the passes
 ROOM = 2**30  # bytes that the matrices which threads work on may take together
@@ -31,9 +32,9 @@ ROOM = 2**30  # bytes that the matrices which threads work on may take together
 class RoleMeasure:
     """One role's figures in one layer.
 
-    `gram` is [experts, experts], of all experts' flattened matrices; `spectra` are the energy
-    spectra of the deltas (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no
-    more than rounding; `delta_energy` is the mean share of a chosen expert's energy that its delta has.
+    `gram` is [experts, experts], of all experts' flattened matrices; `spectra` are the energy spectra of the deltas
+    (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding;
+    `delta_energy` is the mean share of a chosen expert's energy that its delta has.
     """
 
     shape: tuple[int, int]
@@ -75,17 +76,29 @@ def measure_layer(layer: ExpertLayer, chosen: Sequence[int], progress: Progress)
     return {role: result[role] for role in layer.roles}
 
 
-def mean_experts(layer: ExpertLayer, progress: Progress) -> dict[str, NDArray[np.float32]]:
-    """The base of every role of a layer: the mean of all experts, [out, in]."""
-    bases: dict[str, NDArray[np.float32]] = {}
-    layer.prefetch(progress)
-    done = Counter(progress, f"base of layer {layer.number}", layer, layer.count)
-    with worker_threads(layer) as pool:
-        for tensor in layer.tensors:
-            first = _FirstPass(tensor, ())
-            first.take_all(pool, done)
-            bases |= first.base
-    return bases
+def mean_experts(tensor: ExpertTensor, pool: ThreadPoolExecutor) -> dict[str, NDArray[np.float64]]:
+    """The mean of all experts by role, [out, in]; raises ModelUnreadable where it is not finite.
+
+    Always summed in the order of the experts, so that it does not depend on the threads.
+    """
+    layer = tensor.layer
+    sums = {role: np.zeros(layer.shape(role)) for role in tensor.spec.roles}
+
+    def add(window: tuple[int, int]) -> None:
+        for expert in range(layer.count):
+            for piece in tensor.read([expert], *window):
+                sums[piece.role][piece.index] += piece.values[0]
+
+    for _ in pool.map(add, tensor.windows(WINDOW, 1)):
+        pass
+    for role, total in sums.items():
+        total /= layer.count
+        if not np.isfinite(total).all():
+            raise ModelUnreadable(
+                f"layer {layer.number}: a {role} projection holds NaN, infinity or numbers too large for bf16",
+                "the checkpoint is broken",
+            )
+    return sums
 
 
 class _FirstPass:

@@ -20,7 +20,7 @@ from .fidelity import (
     overlay_choices,
 )
 from .forward import ACTIVATIONS
-from .measure import RoleMeasure, evenly_spaced, mean_experts, measure_layer
+from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .overlay import Choice, original_bytes, overlay_bytes, spread_rank
 from .reports import (
     Cost,
@@ -39,7 +39,7 @@ from .reports import (
 from .spectra import mean_rank
 from .weights.checkpoint import Checkpoint
 from .weights.experts import ExpertLayer, Experts, spans
-from .weights.source import Folder, Progress, find_repository
+from .weights.source import Folder, Progress, find_repository, unwatched
 
 Ranks = dict[str, int]
 TOLERANCE = 0.05
@@ -88,10 +88,7 @@ class RankRule:
         chosen = {}
         for number, measured in layers.items():
             chosen[number] = {role: self.given.get(role, natural) for role, natural in measured.natural.items()}
-            for role, rank in chosen[number].items():
-                greatest = min(measured.shapes[role])
-                if not 0 <= rank <= greatest:
-                    raise InvalidRequest(f"layer {number}: {role} rank {rank}", f"give one from 0 to {greatest}")
+            _check_ranks(number, chosen[number], measured.shapes)
         return chosen
 
     def _spread(self, layers: Mapping[int, "_Measured"]) -> dict[int, Ranks]:
@@ -110,6 +107,13 @@ class RankRule:
                 )
             ranks = spread_rank(choices, budget=budget)
         return {number: {role: ranks[number, role] for role in found.shapes} for number, found in layers.items()}
+
+
+def _check_ranks(number: int, ranks: Ranks, shapes: Mapping[str, tuple[int, int]]) -> None:
+    for role, rank in ranks.items():
+        greatest = min(shapes[role])
+        if not 0 <= rank <= greatest:
+            raise InvalidRequest(f"layer {number}: {role} rank {rank}", f"give one from 0 to {greatest}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +171,7 @@ class MoECompressionService:
             measured = {one.number: job.measure(one, experts, rule) for one in job.layers}
             chosen = rule.choose(measured)
             results = [_layer_overlay(one, measured[one.number], chosen[one.number]) for one in job.layers]
-            original, stored, overlay = (
-                sum(getattr(result, f"{what}_bytes") for result in results)
-                for what in ("original", "stored", "overlay")
-            )
+            original, stored, overlay = _total_bytes(results)
             return MoEOverlay(
                 **job.identity(),
                 rule=str(rule),
@@ -213,8 +214,7 @@ class MoECompressionService:
         with naming(model):
             job = _Job(model, layer, layers, progress)
             job.check_activation()
-            measured = {one.number: job.measure(one, experts, rule) for one in job.layers}
-            chosen = rule.choose(measured)
+            chosen, measured = job.choose_ranks(rule, experts)
             results = [job.verify(one, chosen[one.number], inputs, seed) for one in job.layers]
             notes = job.notes(measured)
             if any(one.norm() is None for one in job.layers):
@@ -260,10 +260,7 @@ class MoECompressionService:
                 alternatives.append(compare_alternatives(one, roles, job.progress))
             chosen = rule.choose(measured)
             results = [_layer_estimate(job.experts.layer(n), measured, chosen) for n in job.experts.layers]
-            original, stored, overlay = (
-                sum(getattr(result, f"{what}_bytes") for result in results)
-                for what in ("original", "stored", "overlay")
-            )
+            original, stored, overlay = _total_bytes(results)
             same = _same_bytes(alternatives)
             error = sqrt(float(np.mean([result.weight_error**2 for result in results])))
             return MoEOverlayEstimate(
@@ -312,12 +309,9 @@ class MoECompressionService:
             check_target(job.experts, target, numbers, force)
             text = f"{rule}; {experts or 'all'} experts of layers {spans(numbers)}"
             chosen = planned_ranks(job.experts, target, text)
-            if chosen is None and all(rule.given.keys() >= set(one.roles) for one in job.layers):
-                chosen = {number: dict(rule.given) for number in numbers}
             measured: dict[int, _Measured] = {}
             if chosen is None:
-                measured = {one.number: job.measure(one, experts, rule) for one in job.layers}
-                chosen = rule.choose(measured)
+                chosen, measured = job.choose_ranks(rule, experts)
             verified: tuple[LayerVerification, ...] = ()
             if job.knows_activation:
                 verified = tuple(
@@ -361,7 +355,7 @@ class MoECompressionService:
         started, source, target = time.perf_counter(), Path(overlay).expanduser(), Path(folder).expanduser()
         with naming(str(overlay)):
             found = read_overlay(source)
-            export_overlay(source, target, force=force, progress=progress or (lambda what, done, total: None))
+            export_overlay(source, target, force=force, progress=progress or unwatched)
             written = Checkpoint(Folder(target))
             return MoEOverlayExport(
                 overlay=printable(str(overlay)),
@@ -419,7 +413,7 @@ class _Job:
     ) -> None:
         self._model = model
         self._started = time.perf_counter()
-        self.progress: Progress = progress or (lambda what, done, total: None)
+        self.progress: Progress = progress or unwatched
         self.experts = Experts.open(model)
         if samples is not None and layers is None:
             places = evenly_spaced(len(self.experts.layers), samples)
@@ -437,6 +431,16 @@ class _Job:
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
         return measure_layer(layer, evenly_spaced(layer.count, experts), self.progress)
+
+    def choose_ranks(self, rule: RankRule, experts: int | None) -> tuple[dict[int, Ranks], dict[int, _Measured]]:
+        """Ranks by the rule for every layer, and what was measured for it: nothing where all ranks are given."""
+        if all(rule.given.keys() >= set(one.roles) for one in self.layers):
+            chosen = {one.number: {role: rule.given[role] for role in one.roles} for one in self.layers}
+            for one in self.layers:
+                _check_ranks(one.number, chosen[one.number], {role: one.shape(role) for role in one.roles})
+            return chosen, {}
+        measured = {one.number: self.measure(one, experts, rule) for one in self.layers}
+        return rule.choose(measured), measured
 
     @staticmethod
     def summarise(layer: ExpertLayer, roles: Mapping[str, RoleMeasure], rule: RankRule) -> _Measured:
@@ -481,8 +485,7 @@ class _Job:
             scoring=self.experts.scoring,
             normalise=self.experts.config.get("norm_topk_prob", True) is not False,
         )
-        bases = mean_experts(layer, self.progress)
-        found = check_layer(layer, bases, ranks, drawn, self.experts.activation, self.progress)
+        found = check_layer(layer, ranks, drawn, self.experts.activation, self.progress)
         return _layer_verification(layer.number, ranks, found)
 
     def identity(self) -> dict[str, Any]:
@@ -502,6 +505,15 @@ class _Job:
             bytes_fetched=self.experts.checkpoint.repository.bytes_fetched,
             seconds=time.perf_counter() - self._started,
         )
+
+
+def _total_bytes(layers: Sequence[LayerOverlay] | Sequence[LayerEstimate]) -> tuple[int, int, int]:
+    """Bytes at two a weight, as stored and as overlay, over the layers."""
+    return (
+        sum(layer.original_bytes for layer in layers),
+        sum(layer.stored_bytes for layer in layers),
+        sum(layer.overlay_bytes for layer in layers),
+    )
 
 
 def _layer_overlay(layer: ExpertLayer, measured: _Measured, ranks: Ranks) -> LayerOverlay:

@@ -12,7 +12,7 @@ from .reports import Cosine, Cost, LayerAnalysis, MoETypeAnalysis, MoETypeCompar
 from .similarity import pairwise_cosines
 from .spectra import mean_rank, noise_rank
 from .weights.experts import ExpertLayer, Experts
-from .weights.source import Progress
+from .weights.source import Progress, unwatched
 
 FRACTIONS = (0.90, 0.95, 0.99)
 DEFAULT_EXPERTS = 8
@@ -44,7 +44,7 @@ class MoETypeService:
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
         with naming(model):
-            return _analyze(model, layer, layers, experts, progress or _ignore)
+            return _analyze(model, layer, layers, experts, progress or unwatched)
 
     @staticmethod
     def compare(
@@ -153,7 +153,3 @@ def _notes(layers: Sequence[LayerAnalysis]) -> list[str]:
     if all(p.delta_energy == 0 for layer in layers for p in layer.projections.values()):
         notes.append("all sampled experts are equal to their mean: they are copies of one expert")
     return notes
-
-
-def _ignore(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

@@ -55,7 +55,7 @@ def rebuild(base: NDArray[np.float32], factors: Factors) -> NDArray[np.float32]:
     return base + factors.left @ factors.right
 
 
-def as_stored(array: NDArray[np.float32]) -> NDArray[np.float32]:
+def as_stored(array: NDArray[Any]) -> NDArray[np.float32]:
     """The numbers as a bfloat16 file would give them back."""
     return array.astype(ml_dtypes.bfloat16).astype(np.float32)
 

@@ -10,7 +10,7 @@ layer and the experts that the worker threads are busy with.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from math import lcm, prod
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable
-from .measure import ROOM, worker_threads
+from .measure import ROOM, WINDOW, mean_experts, worker_threads
 from .model_folder import (
     CONFIG,
     PLAN,
@@ -42,12 +42,11 @@ from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
 from .weights.codecs import Part, Stored, recognise
 from .weights.experts import TEXT_CONFIGS, ExpertLayer, Experts, ExpertTensor, spans, stored_rows
 from .weights.layouts import ROLES, Layout, load_table
-from .weights.source import Folder, Progress, Range, Repository
+from .weights.source import Folder, Progress, Repository
 
 VERSION = 1
 CARD = "README.md"
 
-WINDOW = 1_000_000  # weights decoded at a time in each thread while the base is formed
 SMALL = 64 * 2**20  # bytes of a file beside the weights that is copied
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -207,32 +206,13 @@ def _fill_layer(
     with worker_threads(layer) as pool:
         for tensor in layer.tensors:
             bases = {}
-            for role, total in _sum_experts(tensor, pool.map).items():
-                base = (total / layer.count).astype(BF16)
-                if not np.isfinite(base).all():
-                    raise ModelUnreadable(
-                        f"layer {layer.number}: a {role} projection holds NaN, infinity or numbers too large for bf16",
-                        "the checkpoint is broken",
-                    )
+            for role, mean in mean_experts(tensor, pool).items():
+                base = mean.astype(BF16)
                 shard.write(f"{prefix}.overlay.{role}.base", base.tobytes())
                 bases[role] = base.astype(np.float32)  # the deltas are those from the base that is stored
-            del total
+            del mean
             for _ in pool.map(partial(split, tensor, bases), range(layer.count)):
                 pass
-
-
-def _sum_experts(tensor: ExpertTensor, map_: Callable[..., Iterable[None]]) -> dict[str, NDArray[np.float64]]:
-    """The sum of all experts by role, always in the order of the experts: so it does not depend on the threads."""
-    sums = {role: np.zeros(tensor.layer.shape(role)) for role in tensor.spec.roles}
-
-    def add(window: Range) -> None:
-        for expert in range(tensor.layer.count):
-            for piece in tensor.read([expert], *window):
-                sums[piece.role][piece.index] += piece.values[0]
-
-    for _ in map_(add, tensor.windows(WINDOW, 1)):
-        pass
-    return sums
 
 
 def _card(facts: Mapping[str, Any], layers: Sequence[ExpertLayer], before: int, after: int, text: str) -> str:

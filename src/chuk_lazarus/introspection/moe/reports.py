@@ -444,25 +444,21 @@ def _layer_table(analysis: MoETypeAnalysis) -> "Table":
     from rich import box
     from rich.table import Table
 
-    roles = list(analysis.layers[0].projections)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for heading in (
-        "Layer",
-        *(f"{role} rank" for role in roles),
-        f"{analysis.rank_projection} of noise",
-        "Cosine (down)",
-        "Overlay",
-    ):
+    first, *others = analysis.layers[0].projections  # the verdict's own rank first, with its share of noise beside it
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    ranks = (f"{role} rank" for role in others)
+    for heading in ("Layer", f"{first} rank", "of noise", *ranks, "Cosine (down)", "Overlay"):
         table.add_column(heading, justify="right", overflow="fold")
+
+    def rank(layer: LayerAnalysis, role: str) -> str:
+        return f"{layer.projections[role].rank['0.95']:.0f} ({layer.projections[role].rank_ratio:.0%})"
+
     for layer in analysis.layers:
-        first = layer.projections[analysis.rank_projection]
         table.add_row(
             str(layer.layer),
-            *(
-                f"{layer.projections[role].rank['0.95']:.0f} ({layer.projections[role].rank_ratio:.0%})"
-                for role in roles
-            ),
-            percent(first.noise_rank_ratio),
+            rank(layer, first),
+            percent(layer.projections[first].noise_rank_ratio),
+            *(rank(layer, role) for role in others),
             format_cosine(layer.cosine),
             f"{layer.overlay_ratio:.1f}x",
         )
@@ -631,7 +627,7 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
                 ("Error", f"{percent(report.weight_error)} of the weights"),
                 (
                     "Same bytes",
-                    f"weight errors in layers {', '.join(map(str, report.layers_measured))}, bytes of these",
+                    f"weight errors and bytes of layers {', '.join(map(str, report.layers_measured))}",
                 ),
             ]
         ),

@@ -14,6 +14,11 @@ Range = tuple[int, int]
 Progress = Callable[[str, int, int], None]
 """Told of work as it goes on: (what, done, total)."""
 
+
+def unwatched(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
 DEMO_MODELS = ("upcycled", "native", "permuted")
 DEMO_FOLDER = Path(__file__).parents[3] / "demo"
 
