@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from math import lcm, prod
+from math import prod
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable
+from .errors import InvalidRequest, ModelUnreadable, UnknownFormat, printable
 from .measure import ROOM, WINDOW, mean_experts, worker_threads
 from .model_folder import (
     CONFIG,
@@ -39,8 +39,17 @@ from .model_folder import (
 )
 from .overlay import Factors, factorise, rebuild
 from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
-from .weights.codecs import Part, Stored, recognise
-from .weights.experts import TEXT_CONFIGS, ExpertLayer, Experts, ExpertTensor, spans, stored_rows
+from .weights.codecs import Stored
+from .weights.experts import (
+    TEXT_CONFIGS,
+    ExpertLayer,
+    Experts,
+    ExpertTensor,
+    open_stored,
+    read_rows,
+    spans,
+    stored_rows,
+)
 from .weights.layouts import ROLES, Layout, load_table
 from .weights.source import Folder, Progress, Repository
 
@@ -476,11 +485,7 @@ def _decoded(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping
                 parts[stem] = {of_main: stem + main, "weight_scale_inv" if of_main == "weight" else "scales": name}
     items = []
     for stem, own in parts.items():
-        infos = {part: checkpoint.info(name) for part, name in own.items()}
-        try:
-            stored = recognise({part: Part(info.dtype, info.shape) for part, info in infos.items()}, quantization)
-        except MoEError as error:
-            raise type(error)(f"{stem}: {error.message}", error.hint) from None
+        infos, stored = open_stored(checkpoint, own, quantization)
         # the plain form of MXFP4 has its last two axes the other way round
         *leading, rows, columns = stored.shape
         shape = (*leading, columns, rows) if stored.codec == "mxfp4" else stored.shape
@@ -498,19 +503,13 @@ def _write_decoded(
     checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], stored: Stored, name: str, shard: ShardFile
 ) -> None:
     *leading, rows, columns = stored.shape
-    granule = lcm(*stored.rows_per_row.values())
+    granule = stored.granule
     turned = stored.codec == "mxfp4"
     step = rows if turned else max(1, WINDOW // (columns * granule)) * granule
     offset = 0
     for index in range(prod(leading)):
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            raw = {}
-            for part, span in stored.rows_per_row.items():
-                first = index * -(-rows // span)
-                bounds = first + start // span, first + -(-stop // span)
-                raw[part] = checkpoint.rows(infos[part].name, *bounds, len(leading) + 1)
-            values = stored.decode(raw)
+            values = read_rows(checkpoint, infos, stored, rows, start, min(start + step, rows), index)
             data = (values.T if turned else values).astype(BF16).tobytes()
             shard.write(name, data, offset)
             offset += len(data)

@@ -43,6 +43,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 
+PACKED = frozenset({"F4"})
+"""Types whose elements share bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -100,15 +103,27 @@ class Checkpoint:
         return self._headers[file]
 
     def rows(self, name: str, start: int, stop: int, leading: int = 1) -> NDArray[Any]:
-        """Rows [start, stop) of a tensor whose first `leading` axes are seen as one; the dtype is the stored one."""
+        """Rows [start, stop) of a tensor whose first `leading` axes are seen as one.
+
+        The dtype is the stored one; elements that share bytes come as these bytes, uint8 [rows, bytes].
+        """
         info = self.info(name)
-        if info.dtype not in DTYPES:
-            raise UnknownFormat(f"{name} has elements of type {info.dtype}, which we can't decode")
+        dtype = _element(info)
         low, high = self.row_range(info, start, stop, leading)
         if high > info.stop:
             raise ModelUnreadable(f"{name} has fewer rows than the other tensors of its expert call for")
-        data = self._read(self._source(info.file), low, high)
-        return np.frombuffer(data, DTYPES[info.dtype]).reshape(stop - start, *info.shape[leading:])
+        data = np.frombuffer(self._read(self._source(info.file), low, high), dtype)
+        return (
+            data.reshape(stop - start, -1)
+            if info.dtype in PACKED
+            else data.reshape(stop - start, *info.shape[leading:])
+        )
+
+    def whole(self, name: str) -> NDArray[Any]:
+        """A tensor as it is; for small ones."""
+        info = self.info(name)
+        data = self._read(self._source(info.file), info.start, info.stop)
+        return np.frombuffer(data, _element(info)).reshape(-1 if info.dtype in PACKED else info.shape)
 
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
         """The bytes of a tensor as they are stored, whatever its dtype, at most `size` at a time."""
@@ -171,6 +186,15 @@ class Checkpoint:
         entries = parse_json_object(self._read(source, 8, 8 + length), f"the header of {file}")
         entries.pop("__metadata__", None)
         return parse_entries(entries, file, 8 + length, source.size)
+
+
+def _element(info: TensorInfo) -> np.dtype[Any]:
+    """The numpy type of a tensor's elements, bytes for packed ones; raises UnknownFormat where there is none."""
+    if info.dtype in PACKED:
+        return DTYPES["U8"]
+    if info.dtype not in DTYPES:
+        raise UnknownFormat(f"{info.name} has elements of type {info.dtype}, which we can't decode")
+    return DTYPES[info.dtype]
 
 
 def find_weight_files(files: frozenset[str]) -> list[str]:

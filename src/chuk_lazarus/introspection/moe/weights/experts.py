@@ -7,7 +7,7 @@ never part of a matrix.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
 from .checkpoint import Checkpoint, TensorInfo
-from .codecs import Part, Stored, recognise
+from .codecs import NOT_DECODED, SAME_PART, Part, Stored, recognise
 from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, has_one_plus_norm, match_names, split_name
 from .source import Progress, Range, find_repository
 
@@ -254,7 +254,7 @@ class ExpertLayer:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """The number of experts E, the intermediate size I and the hidden size H."""
-        shapes = {tensor.spec.role: tensor.stored.shape for tensor in self.tensors}
+        shapes = {tensor.spec.role: tensor.stored.plain_shape for tensor in self.tensors}
         experts = None if self.layout.is_stacked else len(self.tensors[0].parts)
         if self.layout.is_flattened:
             experts = next(reversed(self.expected.values()), None)  # the router's, if there is one
@@ -365,17 +365,18 @@ class ExpertLayer:
             return None
         return self._checkpoint.rows(name, 0, info.shape[0]).astype(np.float32)
 
-    def open_parts(self, parts: Parts) -> tuple[dict[str, TensorInfo], Stored]:
-        """The tensors that one stored tensor consists of, biases left out, and how they are to be decoded."""
-        infos = {part: self._checkpoint.info(name) for part, name in parts.items() if part != BIAS}
-        try:
-            stored = recognise({part: Part(info.dtype, info.shape) for part, info in infos.items()}, self._quantization)
-        except MoEError as error:
-            raise type(error)(f"{next(iter(parts.values()))}: {error.message}", error.hint) from None
-        return infos, stored
+    def infos(self, parts: Parts) -> dict[str, TensorInfo]:
+        """The tensors that hold a matrix, by their parts' usual names."""
+        return find_infos(self._checkpoint, parts)
 
-    def rows(self, info: TensorInfo, start: int, stop: int, leading: int) -> NDArray[Any]:
-        return self._checkpoint.rows(info.name, start, stop, leading)
+    def open_parts(self, parts: Parts) -> tuple[dict[str, TensorInfo], Stored]:
+        """The tensors that one stored tensor consists of, by their parts' usual names, and how they are decoded."""
+        return open_stored(self._checkpoint, parts, self._quantization)
+
+    def read_rows(
+        self, infos: Mapping[str, TensorInfo], stored: Stored, rows: int, start: int, stop: int, index: int
+    ) -> NDArray[np.float32]:
+        return read_rows(self._checkpoint, infos, stored, rows, start, stop, index)
 
 
 class ExpertTensor:
@@ -391,13 +392,20 @@ class ExpertTensor:
 
     @cached_property
     def _opened(self) -> list[tuple[dict[str, TensorInfo], Stored]]:
-        opened = [self.layer.open_parts(parts) for parts in self.parts]
-        first = opened[0][1]
-        for infos, stored in opened:
+        infos, first = self.layer.open_parts(self.parts[0])
+        opened = [(infos, first)]
+        alike = {part: (info.dtype, info.shape) for part, info in infos.items()}
+        for parts in self.parts[1:]:
+            infos = self.layer.infos(parts)
+            if {part: (info.dtype, info.shape) for part, info in infos.items()} == alike:
+                opened.append((infos, first))
+                continue
+            _, stored = self.layer.open_parts(parts)
             if stored.shape != first.shape or stored.codec != first.codec:
                 name = next(iter(infos.values())).name
-                one, other = (f"{each.codec} {list(each.shape)}" for each in (stored, first))
+                one, other = (f"{each.codec} {list(each.plain_shape)}" for each in (stored, first))
                 raise ModelUnreadable(f"{name} is {one}, and the first expert's is {other}")
+            opened.append((infos, stored))
         return opened
 
     @property
@@ -421,11 +429,17 @@ class ExpertTensor:
     @property
     def rows(self) -> int:
         """The number of stored rows per expert."""
-        return self._length(self.spec.axes.groups[0])
+        return self._length(self._groups[0])
 
     @property
     def columns(self) -> int:
-        return self._length(self.spec.axes.groups[1])
+        return self._length(self._groups[1])
+
+    @property
+    def _groups(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the rows and the columns are that decoding gives."""
+        first, second = self.spec.axes.groups
+        return (second, first) if self.stored.transposed else (first, second)
 
     def _length(self, group: tuple[str, ...]) -> int:
         return prod(2 if letter == "2" else self.layer.sizes[letter] for letter in group)
@@ -434,7 +448,7 @@ class ExpertTensor:
         """Runs of stored rows that cover an expert, each with at most about `values` numbers over all, or so many,
         experts."""
         step = values // ((experts or self.layer.count) * self.columns)
-        block = max(self.stored.rows_per_row.values())
+        block = self.stored.granule
         # whole blocks of rows that share a scale where they fit; else each piece of one reads the scale again
         step = step // block * block if step >= block else max(step, min(8, block))
         return [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
@@ -469,20 +483,13 @@ class ExpertTensor:
         values = np.empty((len(experts), stop - start, self.columns), np.float32)
         for place, expert in enumerate(experts):
             infos, stored = self._opened[0 if self.spec.axes.stacked else expert]
-            raw = {}
-            for part, span in stored.rows_per_row.items():
-                if self.spec.axes.flattened and self.rows % span:
-                    raise UnknownFormat(f"{infos[part].name}: blocks of {span} rows reach over two experts")
-                per_expert = -(-self.rows // span)
-                offset = expert * per_expert if self.spec.axes.stacked else 0
-                leading = 2 if self.spec.axes.stacked and not self.spec.axes.flattened else 1
-                raw[part] = self.layer.rows(infos[part], offset + start // span, offset + -(-stop // span), leading)
-            values[place] = stored.decode(raw, start % max(stored.rows_per_row.values()))
+            index = expert if self.spec.axes.stacked else 0
+            values[place] = self.layer.read_rows(infos, stored, self.rows, start, stop, index)
         return list(self._cut(values, start))
 
     def _cut(self, values: NDArray[np.float32], start: int) -> Iterator[Piece]:
         """Cut stored rows, from `start` on, into the pieces of each role, in canonical orientation."""
-        first, second = self.spec.axes.groups
+        first, second = self._groups
         size, stop, everything = self.layer.sizes["I"], start + values.shape[1], slice(None)
         for half, role in enumerate(self.spec.roles):
             rows, columns = slice(start, stop), everything
@@ -507,6 +514,55 @@ class ExpertTensor:
                 if out in first
                 else Piece(role, (columns, rows), cut.transpose(0, 2, 1))
             )
+
+
+def find_infos(checkpoint: Checkpoint, parts: Parts) -> dict[str, TensorInfo]:
+    """The tensors that hold a matrix, by their parts' usual names; biases and input scales are left out."""
+    return {SAME_PART.get(part, part): checkpoint.info(name) for part, name in parts.items() if part not in NOT_DECODED}
+
+
+def open_stored(
+    checkpoint: Checkpoint, parts: Parts, quantization: Mapping[str, Any]
+) -> tuple[dict[str, TensorInfo], Stored]:
+    """The tensors that one stored tensor consists of, by their parts' usual names, and how they are decoded.
+
+    Raises UnknownFormat or ModelUnreadable, naming the first of the tensors.
+    """
+    infos = find_infos(checkpoint, parts)
+    part, name = next(iter(parts.items()))
+    own = quantization.get(name.removesuffix(f".{part}"))  # MLX says by module what is quantised in another way
+    try:
+        described = {
+            part: Part(info.dtype, info.shape, partial(checkpoint.whole, info.name)) for part, info in infos.items()
+        }
+        return infos, recognise(described, {**quantization, **own} if isinstance(own, dict) else quantization)
+    except MoEError as error:
+        raise type(error)(f"{name}: {error.message}", error.hint) from None
+
+
+def read_rows(
+    checkpoint: Checkpoint,
+    infos: Mapping[str, TensorInfo],
+    stored: Stored,
+    rows: int,
+    start: int,
+    stop: int,
+    index: int = 0,
+) -> NDArray[np.float32]:
+    """Decoded rows [start, stop) of matrix `index` of a stored tensor whose matrices have so many rows each."""
+    leading = len(stored.shape) - 2
+    raw = {}
+    for part, span in stored.rows_per_row.items():
+        info = infos[part]
+        if span is None:
+            own = leading and info.shape[:1] == stored.shape[:1]
+            raw[part] = checkpoint.rows(info.name, index, index + 1)[0] if own else checkpoint.whole(info.name)
+            continue
+        if not leading and rows < stored.shape[0] and rows % span:
+            raise UnknownFormat(f"{info.name}: blocks of {span} rows reach over two experts")
+        first = index * -(-rows // span)
+        raw[part] = checkpoint.rows(info.name, first + start // span, first + -(-stop // span), leading + 1)
+    return stored.decode(raw, start, stop)
 
 
 def stored_rows(spec: StoredTensor, matrices: Mapping[str, NDArray[Any]]) -> NDArray[Any]:

@@ -19,9 +19,9 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`weight` in FP8 beside `weight_scale_inv` (`scale_inv` beside a stacked tensor)."""
-    scale = next((part for part in ("weight_scale_inv", "scale_inv") if part in parts), None)
-    if scale is None or parts.keys() != {"weight", scale} or parts[scale].dtype not in SCALES:
+    """`weight` in FP8 beside `weight_scale_inv`."""
+    scale = "weight_scale_inv"
+    if parts.keys() != {"weight", scale} or parts[scale].dtype not in SCALES:
         return None
     weight = parts["weight"]
     if weight.dtype not in ("F8_E4M3", "F8_E5M2") or len(weight.shape) < 2:
@@ -37,14 +37,13 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     expected = (*leading, -(-rows // block[0]), -(-columns // block[1]))
     if parts[scale].shape != expected:
         raise ModelUnreadable(f"its {scale} is {list(parts[scale].shape)}, expected {list(expected)}")
-    return Stored("fp8", weight.shape, {"weight": 1, scale: block[0]}, partial(decode, scale=scale, block=tuple(block)))
+    return Stored("fp8", weight.shape, {"weight": 1, scale: block[0]}, partial(decode, block=tuple(block)))
 
 
-def decode(
-    parts: Mapping[str, NDArray[Any]], offset: int = 0, *, scale: str, block: tuple[int, int]
-) -> NDArray[np.float32]:
-    """FP8 [rows, columns] times the scales of its blocks; `offset` rows of the first block lie before the first row."""
+def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, block: tuple[int, int]) -> NDArray[np.float32]:
+    """FP8 [rows, columns] times the scales of its blocks."""
     weight = parts["weight"].astype(np.float32)
-    per_column = np.repeat(parts[scale].astype(np.float32), block[1], axis=1)[:, : weight.shape[1]]
-    weight *= np.repeat(per_column, block[0], axis=0)[offset : offset + len(weight)]
+    per_column = np.repeat(parts["weight_scale_inv"].astype(np.float32), block[1], axis=1)[:, : weight.shape[1]]
+    skipped = start % block[0]
+    weight *= np.repeat(per_column, block[0], axis=0)[skipped : skipped + len(weight)]
     return weight

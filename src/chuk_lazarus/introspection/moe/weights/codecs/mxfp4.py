@@ -31,7 +31,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     return Stored("mxfp4", shape, {"blocks": 1, "scales": 1}, decode)
 
 
-def decode(parts: Mapping[str, NDArray[Any]], offset: int = 0) -> NDArray[np.float32]:
+def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
     """uint8 [rows, groups, 16] and [rows, groups] -> float32 [rows, groups * 32]."""
     rows, groups, _ = parts["blocks"].shape
     elements: NDArray[np.float32] = _PAIRS[parts["blocks"]].view(np.float32)

@@ -18,7 +18,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     return Stored(NAMES[weight.dtype], weight.shape, {"weight": 1}, decode)
 
 
-def decode(parts: Mapping[str, NDArray[Any]], offset: int = 0) -> NDArray[np.float32]:
+def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
     """[rows, columns] of any floating point dtype -> float32."""
     with np.errstate(over="ignore"):  # a float64 may be too large: it becomes infinite, and is reported as such
         return parts["weight"].astype(np.float32)
