@@ -11,6 +11,7 @@ demo: $(VENV)/installed
 
 test: check
 	$(BIN)/pytest
+	$(BIN)/pytest -m real
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

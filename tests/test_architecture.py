@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src/chuk_lazarus"
 MOE = "introspection.moe"
+CODECS = ("awq", "bitsandbytes", "fp8", "gguf", "gptq", "mlx", "mxfp4", "mxfp8", "nvfp4", "pack_quantized", "plain")
 
 # module -> what it may import: our own modules (below chuk_lazarus), then others beyond the standard library
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
@@ -18,7 +19,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     MOE: (
         {
             f"{MOE}.{name}"
-            for name in ("errors", "moe_compression", "moe_type", "reports", "runtime", "weights.experts")
+            for name in ("errors", "moe_compression", "moe_layout", "moe_type", "reports", "runtime", "weights.experts")
         },
         set(),
     ),
@@ -40,11 +41,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    f"{MOE}.moe_layout": (
+        {f"{MOE}.{name}" for name in ("errors", "measure", "moe_type", "reports")}
+        | {f"{MOE}.weights.{name}" for name in ("checkpoint", "experts", "layouts", "source")},
+        set(),
+    ),
     f"{MOE}.measure": (
         {f"{MOE}.{name}" for name in ("errors", "spectra", "weights.experts", "weights.source")},
         {"numpy", "threadpoolctl"},
     ),
-    f"{MOE}.reports": ({f"{MOE}.classifier"}, {"pydantic", "rich"}),
+    f"{MOE}.reports": ({f"{MOE}.classifier", f"{MOE}.errors"}, {"pydantic", "rich"}),
     f"{MOE}.classifier": (set(), set()),
     f"{MOE}.moe_compression": (
         {
@@ -92,7 +98,20 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {f"{MOE}.errors"} | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "layouts", "source")},
         {"numpy"},
     ),
-    f"{MOE}.weights.checkpoint": ({f"{MOE}.errors", f"{MOE}.weights.source"}, {"numpy", "ml_dtypes"}),
+    f"{MOE}.weights.checkpoint": (
+        {f"{MOE}.errors"}
+        | {f"{MOE}.weights.{name}" for name in ("gguf", "safetensors_header", "source", "tensor_info")},
+        {"numpy"},
+    ),
+    f"{MOE}.weights.gguf": (
+        {f"{MOE}.errors", f"{MOE}.weights.source", f"{MOE}.weights.tensor_info"},
+        {"gguf"},
+    ),
+    f"{MOE}.weights.safetensors_header": (
+        {f"{MOE}.errors", f"{MOE}.weights.source", f"{MOE}.weights.tensor_info"},
+        set(),
+    ),
+    f"{MOE}.weights.tensor_info": ({f"{MOE}.errors"}, {"numpy", "ml_dtypes"}),
     f"{MOE}.weights.layouts": (set(), set()),
     f"{MOE}.weights.source": ({f"{MOE}.errors", f"{MOE}.weights.hub"}, set()),
     f"{MOE}.weights.hub": (
@@ -101,12 +120,20 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     f"{MOE}.weights.range_cache": ({f"{MOE}.errors", f"{MOE}.weights.source"}, set()),
     f"{MOE}.weights.codecs": (
-        {f"{MOE}.errors"} | {f"{MOE}.weights.codecs.{name}" for name in ("plain", "fp8", "mxfp4")},
+        {f"{MOE}.errors"} | {f"{MOE}.weights.codecs.{name}" for name in CODECS},
         {"numpy"},
     ),
+    f"{MOE}.weights.codecs.gguf": (
+        {f"{MOE}.errors", f"{MOE}.weights.codecs", f"{MOE}.weights.codecs.plain"},
+        {"numpy", "gguf"},
+    ),
 }
-CODEC = ({f"{MOE}.errors", f"{MOE}.weights.codecs"}, {"numpy", "ml_dtypes"})
-LATE = {"huggingface_hub", "httpx2", "mlx", "mlx_lm", "matplotlib"}
+CODEC = (
+    {f"{MOE}.errors", f"{MOE}.weights.codecs"}
+    | {f"{MOE}.weights.codecs.{name}" for name in ("bits", "fp8", "gptq", "mxfp4", "small_floats")},
+    {"numpy", "ml_dtypes"},
+)
+LATE = {"gguf", "huggingface_hub", "httpx2", "mlx", "mlx_lm", "matplotlib"}
 
 
 def module_name(path: Path) -> str:
@@ -165,4 +192,4 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(ast.literal_eval(done.stderr.splitlines()[-1]))
-    assert not loaded & {"numpy", "scipy", "pydantic", "huggingface_hub", "mlx", "matplotlib", "torch", "transformers"}
+    assert not loaded & (LATE | {"numpy", "scipy", "pydantic", "torch", "transformers"})

@@ -218,7 +218,9 @@ def test_a_layer_of_multi_token_prediction_can_be_chosen(capsys: Capture) -> Non
         (["config.json", "README.md"], UNREADABLE, ["safetensors", "the-folder"]),
         (["pytorch_model.bin"], UNREADABLE, ["pytorch_model.bin", "pickle"]),
         (["model.pt"], UNREADABLE, ["model.pt", "pickle"]),
-        (["model-q4.gguf"], UNKNOWN, ["model-q4.gguf", "safetensors"]),
+        (["model-q4.gguf"], UNREADABLE, ["model-q4.gguf", "not a GGUF file"]),
+        (["model-q4.gguf", "model-q8.gguf", "mmproj-f16.gguf"], USAGE, ["model-q4.gguf, model-q8.gguf", "2 GGUF"]),
+        (["m-00001-of-00002.gguf"], UNREADABLE, ["m-00002-of-00002.gguf is missing"]),
         (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], UNREADABLE, ["shard 2 of 3"]),
     ],
 )
@@ -287,9 +289,9 @@ def test_shapes_that_fit_no_layout(capsys: Capture, tmp_path: Path) -> None:
     refused(capsys, UNKNOWN, write(tmp_path / "m", tensors, CONFIG), "layer 0", "down [7, 12]")
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.bool_, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.bool_])
 def test_weights_in_a_dtype_that_needs_more(capsys: Capture, tmp_path: Path, dtype: Any) -> None:
-    names = {"bool": "BOOL", "int8": "I8", "uint8": "U8", "int32": "I32", "float8_e4m3fn": "F8_E4M3"}
+    names = {"bool": "BOOL", "int8": "I8", "uint8": "U8", "int32": "I32"}
     model = write(tmp_path / "m", mixtral(dtype=dtype), CONFIG)
     refused(capsys, UNKNOWN, model, weight_name(0, 0, "w1"), names[np.dtype(dtype).name])
 
@@ -301,16 +303,22 @@ def test_a_dtype_from_the_future(capsys: Capture, tmp_path: Path) -> None:
     refused(capsys, UNKNOWN, write(tmp_path / "m", join(header, body), CONFIG), weight_name(0, 0, "w1"), "F3_E1M1")
 
 
-def test_gptq_is_named(capsys: Capture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["hqq", "aqlm", "quip"])
+def test_a_quantisation_that_we_can_not_decode_is_named(capsys: Capture, tmp_path: Path, method: str) -> None:
     tensors: Tensors = {}
     for name in mixtral():
         stem = name.removesuffix(".weight")
-        tensors[f"{stem}.qweight"] = np.zeros((1, 12), np.int32)
-        tensors[f"{stem}.qzeros"] = np.zeros((1, 2), np.int32)
-        tensors[f"{stem}.scales"] = np.ones((1, 12), np.float16)
-    config = CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    line = refused(capsys, UNKNOWN, write(tmp_path / "m", tensors, config), "qweight", "qzeros", "scales", "gptq")
+        tensors[f"{stem}.codes"] = np.zeros((1, 12), np.int32)
+        tensors[f"{stem}.codebooks"] = np.zeros((1, 2), np.int32)
+    config = CONFIG | {"quantization_config": {"quant_method": method, "bits": 4}}
+    line = refused(capsys, UNKNOWN, write(tmp_path / "m", tensors, config), "codes", "codebooks", method)
     assert "experts.0.w1" in line
+
+
+def test_float8_weights_without_the_scales_that_the_config_announces(capsys: Capture, tmp_path: Path) -> None:
+    config = CONFIG | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    model = write(tmp_path / "m", mixtral(dtype=ml_dtypes.float8_e4m3fn), config)
+    refused(capsys, UNKNOWN, model, weight_name(0, 0, "w1"), "FP8 without its scale")
 
 
 # Containers

@@ -208,10 +208,10 @@ def test_fp8_scales_of_narrower_floats(dtype: str, make: type) -> None:
 
 @pytest.mark.parametrize("dtype", ["U8", "I8", "I32"])
 def test_fp8_scales_that_are_no_floats_are_not_taken_for_numbers(dtype: str) -> None:
-    """MXFP8 checkpoints keep E8M0 exponents as bytes under the same name: their value is 2^(byte - 127)."""
-    parts = {"weight": Part("F8_E4M3", (4, 64)), "weight_scale_inv": Part(dtype, (4, 2))}
+    """Some checkpoints keep E8M0 exponents as bytes under the same name: their value is 2^(byte - 127)."""
+    parts = {"weight": Part("F8_E4M3", (4, 64)), "weight_scale_inv": Part(dtype, (2, 2))}
     with pytest.raises(MoEError):
-        recognise(parts, {"quant_method": "mxfp8", "weight_block_size": [1, 32]})
+        recognise(parts, {"quant_method": "fp8", "weight_block_size": [2, 32]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ FP8_PARTS = {"weight": Part("F8_E4M3", (200, 300)), "weight_scale_inv": Part("F3
         ({}, {}, UnknownFormat, "format"),
         ({"weight": Part("I8", (4, 4))}, {}, UnknownFormat, "I8"),
         ({"weight": Part("U32", (4, 4))}, {}, UnknownFormat, "U32"),
-        ({"weight": Part("F8_E4M3", (4, 4))}, {}, UnknownFormat, "F8_E4M3"),
+        ({"weight": Part("F8_E4M3", (4, 4))}, {"quant_method": "fp8"}, UnknownFormat, "without its scale"),
         ({"weight": Part("BF16", (4, 4)), "g_idx": Part("I32", (4,))}, {}, UnknownFormat, "g_idx"),
         ({"weight": Part("BF16", (4, 4)), "weight_scale_inv": Part("F32", (1, 1))}, {}, UnknownFormat, "scale_inv"),
         (
@@ -310,7 +310,7 @@ FP8_PARTS = {"weight": Part("F8_E4M3", (200, 300)), "weight_scale_inv": Part("F3
             "biases",
         ),
         (
-            {"weight": Part("F8_E4M3", (4, 4)), "weight_scale": Part("F32", (4, 1))},
+            {"weight": Part("F8_E4M3", (4, 4)), "weight_scale": Part("F32", (4,))},
             {"quant_method": "compressed-tensors"},
             UnknownFormat,
             "weight_scale",

@@ -31,11 +31,24 @@ from chuk_lazarus.introspection.moe.overlay_checkpoint import (
     write_overlay,
 )
 from chuk_lazarus.introspection.moe.weights.experts import Experts, stored_rows
-from chuk_lazarus.introspection.moe.weights.layouts import load_table, split_name
+from chuk_lazarus.introspection.moe.weights.layouts import group_quantised, load_table, split_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
-WITH_ORACLE = sorted(path.parent.name for path in FIXTURES.glob("*/oracle.npz"))
-QUANTISED = ("deepseek_v3_fp8", "gpt_oss_mxfp4", "gpt_oss_mxfp4_square")
+
+
+def one_of_each() -> dict[str, str]:
+    """A fixture of each layout in each storage format, with that format."""
+    found: dict[tuple[str, str], str] = {}
+    for path in sorted(FIXTURES.glob("*/oracle.npz")):
+        experts = Experts.open(str(path.parent))
+        if path.parent.name != "published_grok2":  # split over files: refused, see below
+            found.setdefault((experts.family, experts.layer(experts.layers[0]).storage), path.parent.name)
+    return {name: storage for (_, storage), name in found.items()}
+
+
+STORAGE = one_of_each()
+WITH_ORACLE = list(STORAGE)
+QUANTISED = [name for name, storage in STORAGE.items() if storage not in ("bf16", "f32")]
 BF16 = ml_dtypes.bfloat16
 
 Ranks = dict[int, dict[str, int]]
@@ -187,6 +200,7 @@ def test_files_beside_the_weights_are_copied(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "olmoe", model)
     wanted = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "merges.txt", "vocab.json"]
     wanted += ["tokenizer.model", "chat_template.jinja", "special_tokens_map.json", "modeling_own.py", "LICENSE"]
+    (model / "origin.json").unlink()
     unwanted = ["README.md", "pytorch_model.bin", "consolidated.safetensors.index.json", "training.log"]
     for name in wanted + unwanted:
         (model / name).write_text(f"{name} of the model")
@@ -258,7 +272,7 @@ def test_full_rank_gives_the_model_back(name: str, tmp_path: Path) -> None:
     write(FIXTURES / name, tmp_path / "overlay")
     export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
     found, experts = open_model(tmp_path / "export"), open_model(FIXTURES / name)
-    assert (found.layers, found.mtp_layers, found.notes) == (experts.layers, experts.mtp_layers, [])
+    assert (found.layers, found.mtp_layers, found.notes) == (experts.layers, experts.mtp_layers, experts.notes)
     for number, roles in oracle(name).items():
         for expert in range(found.layer(number).count):
             for role, matrix in found.layer(number).matrices(expert).items():
@@ -266,12 +280,15 @@ def test_full_rank_gives_the_model_back(name: str, tmp_path: Path) -> None:
     before, after = stored(FIXTURES / name), stored(tmp_path / "export")
     assert {"overlay_config", "quantization_config"}.isdisjoint(found.checkpoint.config)
     if name not in QUANTISED:
-        assert signature(tmp_path / "export") == signature(FIXTURES / name)
+        signed = signature(FIXTURES / name)
+        as_bf16 = {key: ("BF16", signed[key][1]) for key in expert_names(experts)}
+        assert signature(tmp_path / "export") == signed | as_bf16
         assert found.checkpoint.config == experts.checkpoint.config
         same = before.keys() - expert_names(experts)
     else:
         same = before.keys() - expert_names(experts, experts.layers + experts.mtp_layers)
         assert {dtype for dtype, _, _ in after.values()} <= {"BF16", "F32"}
+        same = {key for key in same if not set(group_quantised(before)).intersection({key}) and key in after}
     assert {key: after[key] for key in same} == {key: before[key] for key in same}
 
 
@@ -373,7 +390,9 @@ def test_mlx_lm_loads_an_export(name: str, config: Mapping[str, Any], tmp_path: 
         assert relative_error(logits(tmp_path / "export"), logits(FIXTURES / name)) < 0.02
 
 
-@pytest.mark.parametrize("layout", load_table(), ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout", [row for row in load_table() if row.kind == "routed"], ids=lambda layout: layout.name
+)
 def test_stored_rows_undo_the_cut(layout: Any) -> None:
     """Every number is in its place: with rows from a fixture of that layout."""
     names = [
@@ -385,12 +404,14 @@ def test_stored_rows_undo_the_cut(layout: Any) -> None:
         for tensor in layer.tensors:
             data = stored(FIXTURES / name)
             for expert in range(layer.count):
-                rows = stored_rows(tensor.spec, layer.matrices(expert)).astype(BF16)
+                dtype = BF16 if STORAGE[name] == "bf16" else np.float32
+                rows = stored_rows(tensor.spec, layer.matrices(expert)).astype(dtype)
                 prefix, template = tensor.place
                 whole = data[f"{prefix}.{template}".replace("{expert}", str(expert))][2]
                 start = expert * rows.nbytes if tensor.spec.axes.stacked else 0
                 assert whole[start : start + rows.nbytes] == rows.tobytes()
-    assert names or layout.name == "gpt_oss"
+    quantised_only = ("gpt_oss", "gpt_oss_original", "gguf", "gguf_fused", "gguf_per_expert", "gguf_up_down")
+    assert names or layout.name in (*quantised_only, "fc1_fc3_fc2", "switch", "nllb")  # and in stacks
 
 
 def test_split_name() -> None:

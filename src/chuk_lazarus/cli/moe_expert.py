@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 MODEL = (
-    "a folder, a .safetensors file, a Hub id (org/name or org/name@revision), "
+    "a folder, a .safetensors or .gguf file, a Hub id (org/name or org/name@revision), "
     "or demo:upcycled, demo:native, demo:permuted"
 )
 
@@ -69,6 +69,35 @@ TargetRatio = Annotated[
 
 Folder = Annotated[Path, typer.Option("--folder", "-O", help="The folder to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")]
+
+
+@app.command("moe-layout", short_help="Show what is in a checkpoint, from its headers alone.")
+def layout(
+    model: Model,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="SPEC",
+            help="Whose headers to read: 0,5,10 or 0-23/6 or all; the first and the last MoE layer's if not given.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    output: Output = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show what is in a checkpoint: layout, storage format, layers, experts, shapes and bytes. No weight is read.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-layout -m demo:upcycled
+      lazarus introspect moe-expert moe-layout -m deepseek-ai/DeepSeek-V3
+    """
+    from chuk_lazarus.introspection.moe import MoELayoutService
+
+    report = MoELayoutService.describe(model, layers=layers)
+    show(report, as_json, output)
+    hint_cost(report.cost, verbose)
 
 
 @app.command("moe-type-analyze", short_help="Tell whether an MoE was upcycled or trained natively.")

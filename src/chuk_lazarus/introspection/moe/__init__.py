@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
     from .moe_compression import MoECompressionService
+    from .moe_layout import MoELayoutService
     from .moe_type import MoETypeService
     from .reports import (
         Cost,
+        MoELayout,
         MoEOverlay,
         MoEOverlayCompression,
         MoEOverlayEstimate,
@@ -34,6 +36,8 @@ __all__ = [
     "InvalidRequest",
     "MoECompressionService",
     "MoEError",
+    "MoELayout",
+    "MoELayoutService",
     "MoEOverlay",
     "MoEOverlayCompression",
     "MoEOverlayEstimate",
@@ -51,9 +55,11 @@ __all__ = [
 _HOMES = {
     "errors": ("InvalidRequest", "ModelUnreadable", "MoEError", "NotMoE", "UnknownFormat"),
     "moe_compression": ("MoECompressionService",),
+    "moe_layout": ("MoELayoutService",),
     "moe_type": ("MoETypeService",),
     "reports": (
         "Cost",
+        "MoELayout",
         "MoEOverlay",
         "MoEOverlayCompression",
         "MoEOverlayEstimate",

@@ -76,6 +76,21 @@ def measure_layer(layer: ExpertLayer, chosen: Sequence[int], progress: Progress)
     return {role: result[role] for role in layer.roles}
 
 
+def bytes_to_measure(layer: ExpertLayer, chosen: Sequence[int]) -> int:
+    """How many bytes of the files `measure_layer` reads: every expert once, and the chosen ones again where they are
+    too large to be kept."""
+    return sum(
+        info.nbytes if _are_kept(tensor, len(chosen)) else info.nbytes * (layer.count + len(chosen)) // layer.count
+        for tensor in layer.tensors
+        for info in tensor.infos()
+    )
+
+
+def _are_kept(tensor: ExpertTensor, experts: int) -> bool:
+    """Whether so many experts' matrices fit in memory between the passes."""
+    return experts * sum(prod(tensor.layer.shape(role)) for role in tensor.spec.roles) <= KEPT
+
+
 def mean_experts(tensor: ExpertTensor, pool: ThreadPoolExecutor) -> dict[str, NDArray[np.float64]]:
     """The mean of all experts by role, [out, in]; raises ModelUnreadable where it is not finite.
 
@@ -111,7 +126,7 @@ class _FirstPass:
         self.base = {role: np.empty(shape, np.float32) for role, shape in shapes.items()}
         self._grams: dict[str, dict[int, NDArray[np.float64]]] = {role: {} for role in shapes}
         self._kept: dict[int, dict[str, NDArray[np.float32]]] = {}
-        if len(chosen) * sum(prod(shape) for shape in shapes.values()) <= KEPT:
+        if _are_kept(tensor, len(chosen)):
             self._kept = {e: {role: np.empty_like(base) for role, base in self.base.items()} for e in chosen}
 
     def take_all(self, pool: ThreadPoolExecutor, done: "Counter") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InvalidRequest, NotMoE, naming, printable
+from .errors import InvalidRequest, NotMoE, naming, printable, spans
 from .fidelity import (
     Alternative,
     LayerFidelity,
@@ -38,7 +38,7 @@ from .reports import (
 )
 from .spectra import mean_rank
 from .weights.checkpoint import Checkpoint
-from .weights.experts import ExpertLayer, Experts, spans
+from .weights.experts import ExpertLayer, Experts
 from .weights.source import Folder, Progress, find_repository, unwatched
 
 Ranks = dict[str, int]

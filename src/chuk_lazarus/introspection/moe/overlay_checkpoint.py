@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InvalidRequest, ModelUnreadable, UnknownFormat, printable
+from .errors import InvalidRequest, ModelUnreadable, UnknownFormat, printable, spans
 from .measure import ROOM, WINDOW, mean_experts, worker_threads
 from .model_folder import (
     CONFIG,
@@ -41,16 +41,17 @@ from .overlay import Factors, factorise, rebuild
 from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
 from .weights.codecs import Stored
 from .weights.experts import (
+    QUANTIZATION_KEYS,
     TEXT_CONFIGS,
     ExpertLayer,
     Experts,
     ExpertTensor,
+    Infos,
     open_stored,
     read_rows,
-    spans,
     stored_rows,
 )
-from .weights.layouts import ROLES, Layout, load_table
+from .weights.layouts import ROLES, Layout, group_quantised, load_table
 from .weights.source import Folder, Progress, Repository
 
 VERSION = 1
@@ -147,9 +148,14 @@ def write_overlay(
 def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: bool) -> None:
     """Refuse, before any work, a folder that must not be written, or a disk without room for even the smallest overlay.
 
-    Raises InvalidRequest.
+    Raises InvalidRequest, or UnknownFormat for a model whose other tensors can't be copied.
     """
     checkpoint = experts.checkpoint
+    if checkpoint.is_gguf or checkpoint.is_split:
+        what = "a GGUF" if checkpoint.is_gguf else "split over files for tensor parallelism"
+        raise UnknownFormat(
+            f"the model is {what}: an overlay of it can't be written", "use a plain safetensors version of it"
+        )
     opened = [experts.layer(number) for number in layers]
     replaced = sum(layer.stored_bytes for layer in opened)
     bases = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
@@ -368,7 +374,7 @@ class OverlayCheckpoint:
         info = self._info(layer, role, part)
         if not info.nbytes:
             return np.zeros((stop - start, info.shape[-1]), np.float32)
-        return self.checkpoint.rows(info.name, start, stop, len(info.shape) - 1).astype(np.float32)
+        return self.checkpoint.rows(info, start, stop, len(info.shape) - 1).astype(np.float32)
 
 
 def read_overlay(folder: Path) -> OverlayCheckpoint:
@@ -477,20 +483,14 @@ def _fill_experts(overlay: OverlayCheckpoint, layer: int, layout: Layout, progre
 
 def _decoded(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping[str, Any]) -> list[Item]:
     """These tensors, the quantised ones among them decoded to bf16; raises UnknownFormat where that can't be done."""
-    parts: dict[str, dict[str, str]] = {}
-    known = set(names)
-    for name in names:
-        for suffix, main, of_main in (("_scale_inv", "", "weight"), ("_scales", "_blocks", "blocks")):
-            if (stem := name.removesuffix(suffix)) != name and stem + main in known:
-                parts[stem] = {of_main: stem + main, "weight_scale_inv" if of_main == "weight" else "scales": name}
+    parts = group_quantised(names)
     items = []
-    for stem, own in parts.items():
+    for plain, own in parts.items():
         infos, stored = open_stored(checkpoint, own, quantization)
-        # the plain form of MXFP4 has its last two axes the other way round
         *leading, rows, columns = stored.shape
-        shape = (*leading, columns, rows) if stored.codec == "mxfp4" else stored.shape
+        shape = (*leading, columns, rows) if _is_turned(infos, stored) else stored.shape
         ranges = tuple((info.file, (info.start, info.stop)) for info in infos.values())
-        items.append(Item(bf16(stem, shape), ranges, partial(_write_decoded, checkpoint, infos, stored, stem)))
+        items.append(Item(bf16(plain, shape), ranges, partial(_write_decoded, checkpoint, infos, stored, plain)))
     used = {name for own in parts.values() for name in own.values()}
     for info in (checkpoint.info(name) for name in names if name not in used):
         if info.dtype not in PLAIN:
@@ -499,12 +499,15 @@ def _decoded(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping
     return sorted(items, key=lambda item: item.tensor.name)
 
 
-def _write_decoded(
-    checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], stored: Stored, name: str, shard: ShardFile
-) -> None:
+def _is_turned(infos: Infos, stored: Stored) -> bool:
+    """Whether the plain form has its last two axes the other way round: so it is with the blocks of GPT-OSS."""
+    return stored.transposed or "blocks" in infos
+
+
+def _write_decoded(checkpoint: Checkpoint, infos: Infos, stored: Stored, name: str, shard: ShardFile) -> None:
     *leading, rows, columns = stored.shape
     granule = stored.granule
-    turned = stored.codec == "mxfp4"
+    turned = _is_turned(infos, stored)
     step = rows if turned else max(1, WINDOW // (columns * granule)) * granule
     offset = 0
     for index in range(prod(leading)):
@@ -556,18 +559,18 @@ def _small_files(repository: Repository) -> dict[str, bytes]:
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without `quantization_config`, neither its own nor that of its text part."""
+    """The config without what it says about quantisation, neither its own nor that of its text part."""
     return {
         key: _without_quantization(value) if key in TEXT_CONFIGS and isinstance(value, dict) else value
         for key, value in config.items()
-        if key != "quantization_config"
+        if key not in QUANTIZATION_KEYS
     }
 
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The first `quantization_config` in the config or its text part."""
-    found = config.get("quantization_config")
-    if isinstance(found, dict):
-        return found
+    """What the config or its text part says first about quantisation."""
+    for key in QUANTIZATION_KEYS:
+        if isinstance(found := config.get(key), dict):
+            return found
     inner = (_quantization(config[key]) for key in TEXT_CONFIGS if isinstance(config.get(key), dict))
     return next((one for one in inner if one), {})

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .classifier import THRESHOLDS, Origin
+from .errors import spans
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -87,6 +88,62 @@ class Identity(Report):
     model_type: str | None
     storage: str
     experts: int
+
+
+class LayerLayout(Report):
+    """How one layer's routed experts lie in the files; shapes are [out, in] by role, bytes what the files spend."""
+
+    layer: int
+    storage: str
+    experts: int
+    shapes: dict[str, tuple[int, int]]
+    parameters: int
+    stored_bytes: int
+
+
+class SharedExperts(Report):
+    """The experts that every token passes through, in `layers`; shapes and bytes are those of one layer.
+
+    Several shared experts often lie in one matrix, and are one here.
+    """
+
+    family: str
+    storage: str
+    layers: tuple[int, ...]
+    shapes: dict[str, tuple[int, int]]
+    stored_bytes: int
+
+
+class MoELayout(Identity):
+    """What is in a checkpoint, from its headers alone.
+
+    `family` is the row of the layout table, `stack` what the tensors' names begin with, `stacks` all such beginnings
+    with experts; `tensors` names the stored tensors of the first described layer by role. `layers` are the layers whose
+    headers were read; `exact` says whether these are all, else `parameters` and `stored_bytes`, those of all routed
+    experts, take the others to be like them. `analysis_bytes` is what an analysis with default options would read of
+    the experts.
+    """
+
+    schema_: Literal["moe-layout/1"] = Field(default="moe-layout/1", alias="schema")
+    stack: str
+    stacks: tuple[str, ...]
+    top_k: int
+    activation: str
+    moe_layers: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
+    dense_layers: tuple[int, ...]
+    tensors: dict[str, str]
+    layers: tuple[LayerLayout, ...]
+    shared: SharedExperts | None
+    exact: bool
+    parameters: int
+    stored_bytes: int
+    analysis_bytes: int
+    notes: tuple[str, ...]
+    cost: Cost
+
+    def __rich__(self) -> "RenderableType":
+        return render_layout(self)
 
 
 class MoETypeAnalysis(Identity):
@@ -341,6 +398,14 @@ def format_compressible(analysis: MoETypeAnalysis) -> str:
     return f"{'yes' if analysis.compressible else 'no'} (overlay {analysis.overlay_ratio:.1f}x)"
 
 
+def format_count(number: float) -> str:
+    """A number with three digits or so and a unit: 46.7 B, 805 M, 12.3 k."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.{0 if number >= 100 * size else 1}f} {unit}"
+    return f"{number:,.0f}"
+
+
 def format_bytes(count: float) -> str:
     """For instance "1.2 GB"; decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -423,6 +488,69 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
     rows += [("Note", note) for note in analysis.notes]
     blocks.append(_grid(rows))
     return Group(*blocks)
+
+
+def render_layout(layout: MoELayout) -> "RenderableType":
+    """What is in the checkpoint, and a table of layers where they differ."""
+    from rich.console import Group
+    from rich.text import Text
+
+    name = layout.model + (f" @ {layout.revision[:12]}" if layout.revision else "")
+    about = "" if layout.exact else "about "
+    per_layer = layout.layers[0].stored_bytes
+
+    def shapes(found: dict[str, tuple[int, int]]) -> str:
+        return ", ".join(f"{role} {out} x {inner}" for role, (out, inner) in found.items())
+
+    rows: list[tuple[str, Any]] = [
+        ("Model", name),
+        ("Family", f"{layout.family} ({layout.model_type or 'unknown type'})"),
+        ("Storage", layout.storage),
+        ("MoE layers", f"{len(layout.moe_layers)} ({spans(layout.moe_layers)})"),
+    ]
+    if layout.dense_layers:
+        rows.append(("Dense layers", f"{len(layout.dense_layers)} ({spans(layout.dense_layers)})"))
+    if layout.mtp_layers:
+        rows.append(("MTP layers", spans(layout.mtp_layers)))
+    rows += [
+        ("Experts", f"{layout.experts}, {layout.top_k} for each token, {layout.activation}"),
+        ("Shapes", f"{shapes(layout.layers[0].shapes)} (out x in)"),
+        ("Tensors", "\n".join(layout.tensors.values())),
+    ]
+    if layout.shared:
+        rows.append(
+            (
+                "Shared",
+                f"{shapes(layout.shared.shapes)}, {layout.shared.storage}, in {len(layout.shared.layers)} layers",
+            )
+        )
+    rows += [
+        ("A layer", f"{format_bytes(per_layer)}, {format_count(layout.layers[0].parameters)} weights"),
+        ("All layers", f"{about}{format_bytes(layout.stored_bytes)}, {format_count(layout.parameters)} weights"),
+        ("An analysis", f"reads {format_bytes(layout.analysis_bytes)}"),
+    ]
+    blocks: list[Any] = [Text("MOE LAYOUT", style="bold"), _grid(rows)]
+    if len({(layer.storage, layer.stored_bytes) for layer in layout.layers}) > 1:
+        blocks.append(_storage_table(layout))
+    if layout.notes:
+        blocks.append(_grid([("Note", note) for note in layout.notes]))
+    return Group(*blocks)
+
+
+def _storage_table(layout: MoELayout) -> "Table":
+    """The layers of each kind of storage, where they are not all stored alike."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("Layers", "Storage", "Bytes a layer"):
+        table.add_column(heading)
+    alike: dict[tuple[str, int], list[int]] = {}
+    for layer in layout.layers:
+        alike.setdefault((layer.storage, layer.stored_bytes), []).append(layer.layer)
+    for (storage, nbytes), numbers in alike.items():
+        table.add_row(spans(numbers), storage, format_bytes(nbytes))
+    return table
 
 
 def _projection_table(layer: LayerAnalysis) -> "Table":

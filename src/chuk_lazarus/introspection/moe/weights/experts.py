@@ -9,21 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
+from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable, spans
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import NOT_DECODED, SAME_PART, Part, Stored, recognise
-from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, has_one_plus_norm, match_names, split_name
+from .layouts import ROLES, Kind, Layout, Matches, Parts, StoredTensor, has_feature, is_listed, match_names, split_name
 from .source import Progress, Range, find_repository
 
 BIAS = "bias"
 MATRIX_WINDOW = 4_000_000  # weights of one expert decoded at a time
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+ACTIVATION_KEYS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "dense_act_fn")
+QUANTIZATION_KEYS = ("quantization_config", "quantization")
 TOP_K_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -31,8 +33,14 @@ TOP_K_KEYS = (
     "moe_k",
     "top_k_experts",
     "moe_top_k",
+    "moe_num_active_primary_experts",
+    "experts_per_token",
 )
-EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "moe_num_primary_experts")
+
+
+Infos = Mapping[str, TensorInfo]
+"""The tensors of the files that hold one matrix, or a slice of it, by their parts' usual names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,68 +65,64 @@ class Router:
 
 
 class Experts:
-    """The routed experts of a model.
+    """The routed experts of a model, or its shared ones, or its dense feed-forwards: then a layer has one expert.
 
-    `layers` are the numbers of its MoE layers, `mtp_layers` those of multi-token prediction, `family` the layout's
-    name, `model_type` what the config says, `notes` what the user should know about how the layout was found.
-    Raises NotMoE, UnknownFormat or ModelUnreadable.
+    `stack` says which one to read of a model with several stacks of layers, such as "encoder"; the largest if None.
+    `layers` are the numbers of the layers that have such experts, `mtp_layers` those of multi-token prediction,
+    `stacks` the names of all stacks, `family` the layout's name, `model_type` what the config says, `notes` what the
+    user should know about how the experts were found. Raises InvalidRequest, NotMoE, UnknownFormat or ModelUnreadable.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, kind: Kind = "routed", stack: str | None = None) -> None:
         self.checkpoint = checkpoint
+        self.kind = kind
         self.config = _text_config(checkpoint.config)
-        model_type = self.config.get("model_type", checkpoint.config.get("model_type"))
-        self.model_type = printable(model_type) if isinstance(model_type, str) else None
         self.notes: list[str] = []
-        matches, partial, unmatched = match_names(checkpoint.names)
-        for match in partial if unmatched else ():
-            if match.names.issuperset(unmatched):
-                roles = {role for experts in match.layers.values() for role in experts}
-                lacking = next(tensor for tensor in match.layout.tensors if tensor.role not in roles)
-                raise ModelUnreadable(
-                    f"no layer has its {lacking.role} projections ({lacking.leaf}), as layout {match.layout.name} has",
-                    "the checkpoint is incomplete: download it again",
-                )
+        matches, partial, unmatched = match_names(checkpoint.names, kind)
         if unmatched:
-            listing = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
-            raise UnknownFormat(
-                f"no layout in our table holds these tensors, which look like routed experts: {listing}",
-                f"model_type is {self.model_type or 'not given'}; please report it",
-            )
-        roots = sorted({match.root for match in matches if not _is_mtp_root(match.root)})
-        if not roots and "overlay_config" in checkpoint.config:
-            raise UnknownFormat(
-                "the model is an overlay, whose experts are stored as base and factors",
-                "give the model that it was made from, or export it to a standard checkpoint",
-            )
-        if not roots and (_config_count(self.config) or 0) > 1:
-            raise UnknownFormat(
-                f"config.json says that there are {_config_count(self.config)} experts, and no tensor's name is known",
-                f"model_type is {self.model_type or 'not given'}; please report it",
-            )
-        if not roots:
-            raise NotMoE(
-                "the model has no routed experts: it is not a Mixture of Experts",
-                "give the original MoE checkpoint, not a dense one or an adapter",
-            )
-        if len(roots) > 1:
-            raise UnknownFormat(f"the model has {len(roots)} stacks of MoE layers ({', '.join(roots)}); we read one")
-        self._match = self._choose([match for match in matches if match.root == roots[0]])
+            self._refuse(partial, unmatched)
+        sizes: dict[str, int] = {}
+        for match in matches:
+            if not _is_mtp_root(match.root):
+                sizes[match.root] = max(sizes.get(match.root, 0), len(match.layers))
+        if not sizes:
+            raise self._nothing()
+        self.stacks = tuple(sorted(sizes, key=lambda root: (-sizes[root], root)))
+        root = self._choose_stack(stack)
+        self.config = _stack_config(checkpoint.config, root)
+        self._match = self._choose([match for match in matches if match.root == root])
         depth = self.config.get("num_hidden_layers")
-        last = depth if type(depth) is int else max(self._match.layers) + 1
+        last = depth if type(depth) is int and len(self.stacks) == 1 else max(self._match.layers) + 1
         self.layers = tuple(sorted(layer for layer in self._match.layers if layer < last))
         self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= last))
+        if left_out := self._open(self._match, min(self._match.layers)).left_out:
+            self.notes.append(
+                f"experts {spans(left_out)} of a layer have no weights, or other shapes, and are left out"
+            )
         if not self.layers:
-            raise ModelUnreadable(f"config.json says num_hidden_layers is {depth}, and no MoE layer lies below that")
+            raise ModelUnreadable(
+                f"{checkpoint.config_file} says num_hidden_layers is {depth}, and no MoE layer lies below that"
+            )
 
     @classmethod
-    def open(cls, model: str) -> "Experts":
-        """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`."""
-        return cls(Checkpoint(find_repository(model)))
+    def open(cls, model: str, kind: Kind = "routed") -> "Experts":
+        """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`, where `#STACK` may follow."""
+        name, stack = split_model(model)
+        return cls(Checkpoint(find_repository(name)), kind, stack)
 
     @property
     def family(self) -> str:
         return self._match.layout.name
+
+    @property
+    def model_type(self) -> str | None:
+        found = self.config.get("model_type") or self.checkpoint.config.get("model_type")
+        return printable(found) if isinstance(found, str) else None
+
+    @property
+    def stack(self) -> str:
+        """The name of the stack that is read: what its tensors' names begin with."""
+        return self._match.root
 
     def layer(self, number: int) -> "ExpertLayer":
         """One MoE layer; raises InvalidRequest, naming the layers there are, when it is none."""
@@ -147,11 +151,13 @@ class Experts:
         return tuple(dict.fromkeys(chosen))
 
     def _open(self, match: Matches, number: int) -> "ExpertLayer":
-        expected = {"config.json": _config_count(self.config)}
-        router = match.routers.get(number, {}).get("weight")
-        if router and match.layout.is_flattened:
-            expected[router] = next(iter(self.checkpoint.info(router).shape), None)
-        one_plus_norm = has_one_plus_norm(self.model_type)
+        expected: dict[str, int | None] = {}
+        if self.kind == "routed":
+            expected[self.checkpoint.config_file] = _config_count(_layer_config(self.config, number))
+            router = match.beside.get(number, {}).get("router", {}).get("weight")
+            if router and match.layout.is_flattened:
+                expected[router] = next(iter(self.checkpoint.info(router).shape), None)
+        one_plus_norm = has_feature(self.model_type, "one_plus_norm")
         return ExpertLayer(self.checkpoint, match, number, expected, self._quantization, one_plus_norm)
 
     @property
@@ -160,7 +166,8 @@ class Experts:
         function = self._ffn_config.get("ffn_act_fn")
         names = [self.config.get(key) for key in ACTIVATION_KEYS]
         names += [function.get("name")] if isinstance(function, dict) else []
-        return self._match.layout.activation or next((name for name in names if isinstance(name, str)), "silu")
+        own = "swiglu_oai" if has_feature(self.model_type, "swiglu_oai") else self._match.layout.activation
+        return own or next((name for name in names if isinstance(name, str)), "silu")
 
     @property
     def top_k(self) -> int:
@@ -171,10 +178,10 @@ class Experts:
     @property
     def scoring(self) -> str:
         """softmax or sigmoid; a router with a bias that corrects its scores, as DeepSeek-V3's, takes the sigmoid."""
-        corrected = any("correction" in names for names in self._match.beside.values())
+        corrected = any("correction" in found for found in self._match.beside.values())
         said = self.config.get("scoring_func")
-        default = "sigmoid" if corrected else "softmax"
-        return self._match.layout.scoring or (said if said in ("sigmoid", "softmax") else default)
+        default = "sigmoid" if corrected or has_feature(self.model_type, "sigmoid") else "softmax"
+        return said if said in ("sigmoid", "softmax") else default
 
     @property
     def _ffn_config(self) -> dict[str, Any]:
@@ -183,11 +190,68 @@ class Experts:
 
     @property
     def _quantization(self) -> Mapping[str, Any]:
-        found = self.checkpoint.config.get("quantization_config") or self.config.get("quantization_config")
-        return found if isinstance(found, dict) else {}
+        configs = (self.checkpoint.config, self.config)
+        found = (config.get(key) for config in configs for key in QUANTIZATION_KEYS)
+        return next((one for one in found if isinstance(one, dict) and one), {})
+
+    def _refuse(self, partial: list[Matches], unmatched: list[str]) -> NoReturn:
+        """Raise for tensors that look like routed experts and are in no layout."""
+        for match in partial:
+            if match.names.issuperset(unmatched):
+                roles = {role for experts in match.layers.values() for role in experts}
+                lacking = next(tensor for tensor in match.layout.tensors if tensor.role not in roles)
+                raise ModelUnreadable(
+                    f"no layer has its {lacking.role} projections ({lacking.leaf}), as layout {match.layout.name} has",
+                    "the checkpoint is incomplete: download it again",
+                )
+        listing = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
+        raise UnknownFormat(
+            f"no layout in our table holds these tensors, which look like routed experts: {listing}",
+            f"model_type is {self.model_type or 'not given'}; please report it",
+        )
+
+    def _nothing(self) -> MoEError:
+        """What to raise when nothing in the checkpoint is of the wanted kind."""
+        if self.kind != "routed":
+            return UnknownFormat(
+                f"no layout in our table holds {'shared experts' if self.kind == 'shared' else 'dense feed-forwards'}",
+                f"model_type is {self.model_type or 'not given'}",
+            )
+        if "overlay_config" in self.checkpoint.config:
+            return UnknownFormat(
+                "the model is an overlay, whose experts are stored as base and factors",
+                "give the model that it was made from, or export it to a standard checkpoint",
+            )
+        if (count := _config_count(self.config) or 0) > 1:
+            return UnknownFormat(
+                f"{self.checkpoint.config_file} says that there are {count} experts, and no tensor's name is known",
+                f"model_type is {self.model_type or 'not given'}; please report it",
+            )
+        return NotMoE(
+            "the model has no routed experts: it is not a Mixture of Experts",
+            "give the original MoE checkpoint, not a dense one or an adapter",
+        )
+
+    def _choose_stack(self, wanted: str | None) -> str:
+        """The root of the stack to read; raises InvalidRequest, naming those there are, when the wanted one is none."""
+        others = ", ".join(root or "(no name)" for root in self.stacks)
+        if wanted is None:
+            if len(self.stacks) > 1:
+                self.notes.append(
+                    f"the model has {len(self.stacks)} stacks of layers ({others}): {self.stacks[0]} was read; "
+                    f"#{self.stacks[1]} behind the model's name reads another"
+                )
+            return self.stacks[0]
+        found = [root for root in self.stacks if root == wanted] or [
+            root for root in self.stacks if wanted in root.split(".")
+        ]
+        if len(found) != 1:
+            raise InvalidRequest(f"the model has no stack of layers named {wanted}", f"there are {others}")
+        return found[0]
 
     def _choose(self, candidates: list[Matches]) -> Matches:
-        """The one match whose layout fits the shapes; where several do, the config's model_type decides."""
+        """The one match whose layout fits the shapes and leaves no tensor over; where several do, the config's
+        model_type decides."""
         fitting = []
         for match in candidates:
             try:
@@ -197,22 +261,26 @@ class Experts:
                 reason = error
         if not fitting:
             raise UnknownFormat(reason.message, reason.hint)
-        known = [match for match in fitting if self.model_type in match.layout.model_types]
-        if len(fitting) > 1 and len(known) != 1:
-            names = ", ".join(match.layout.name for match in fitting)
+        everything = set().union(*(match.names for match in candidates))
+        if not (whole := [match for match in fitting if match.names == everything]):
+            left = min(everything - fitting[0].names)
+            raise UnknownFormat(f"layout {fitting[0].layout.name} fits, and does not account for {left}")
+        if is_listed(self.model_type):  # and lies in turns only where its row says so
+            whole = [m for m in whole if self.model_type in m.layout.model_types or not m.layout.may_be_halves] or whole
+        known = [match for match in whole if self.model_type in match.layout.model_types]
+        if len(whole) > 1 and len(known) != 1:
+            names = ", ".join(match.layout.name for match in whole)
             raise UnknownFormat(
                 f"the expert tensors fit several layouts ({names}) and model_type is {self.model_type or 'not given'}",
                 "put the model's config.json beside its weights, or report the model type",
             )
-        chosen = known[0] if known else fitting[0]
-        if not known and chosen.layout.has_turns:
+        chosen = known[0] if known else whole[0]
+        if chosen.layout.may_be_halves and not known:
             raise UnknownFormat(
                 f"gates and ups may lie in halves or in turns, and model_type is {self.model_type or 'not given'}",
                 "put the model's config.json beside its weights, or report the model type",
             )
-        if left := set().union(*(match.names for match in candidates)) - chosen.names:
-            raise UnknownFormat(f"layout {chosen.layout.name} fits, and does not account for {min(left)}")
-        if not known:
+        if chosen.layout.model_types and not is_listed(self.model_type) and self.kind == "routed":
             self.notes.append(
                 f"model_type {self.model_type or '(none)'} is not in our table: "
                 f"layout {chosen.layout.name} was found by names"
@@ -254,8 +322,8 @@ class ExpertLayer:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """The number of experts E, the intermediate size I and the hidden size H."""
-        shapes = {tensor.spec.role: tensor.stored.plain_shape for tensor in self.tensors}
-        experts = None if self.layout.is_stacked else len(self.tensors[0].parts)
+        shapes = {tensor.spec.role: tensor.plain_shape for tensor in self.tensors}
+        experts = None if self.layout.is_stacked else len(self.tensors[0].parts)  # 1 in a dense layer
         if self.layout.is_flattened:
             experts = next(reversed(self.expected.values()), None)  # the router's, if there is one
         sizes = self.layout.solve(shapes, experts)
@@ -294,10 +362,10 @@ class ExpertLayer:
                     f"layer {self.number} lacks its {tensor.role} projections ({tensor.leaf})",
                     "the checkpoint is incomplete: download it again",
                 )
-        if self.layout.is_stacked:
+        if self.layout.is_single:
             return tuple(ExpertTensor(self, tensor, [found[tensor.role][None]]) for tensor in self.layout.tensors)
         numbers = {expert for experts in found.values() for expert in experts if expert is not None}
-        everyone = range(max(max(numbers) + 1, *self.expected.values(), 0))
+        everyone = range(max(max(numbers) + 1 - len(self.left_out), *self.expected.values(), 0))
         for role, experts in found.items():
             missing = next((expert for expert in everyone if expert not in experts), None)
             if missing is not None:
@@ -309,6 +377,24 @@ class ExpertLayer:
             ExpertTensor(self, tensor, [found[tensor.role][expert] for expert in everyone])
             for tensor in self.layout.tensors
         )
+
+    @cached_property
+    def left_out(self) -> tuple[int, ...]:
+        """The experts beyond those that the config counts, where they are of another kind: identity experts, which have
+        no down projection, or those of another modality, which have another size."""
+        found = self._match.layers[self.number]
+        count, down = self.expected.get(self._checkpoint.config_file, 0), found.get("down", {})
+        others = sorted({e for experts in found.values() for e in experts if e is not None and e >= count > 0})
+        if (
+            not others
+            or 0 not in down
+            or any(e in down and self._shapes(down[e]) == self._shapes(down[0]) for e in others)
+        ):
+            return ()
+        return tuple(others)
+
+    def _shapes(self, parts: Parts) -> set[tuple[int, ...]]:
+        return {self._checkpoint.info(name).shape for name in parts.values()}
 
     @property
     def storage(self) -> str:
@@ -325,6 +411,13 @@ class ExpertLayer:
         """What the routed experts' matrices occupy in the files, scales included and biases not."""
         return sum(info.nbytes for tensor in self.tensors for info in tensor.infos())
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the headers that describe the layer have been read already."""
+        found = self._match.layers[self.number]
+        parts = (parts for experts in found.values() for parts in experts.values())
+        return all(self._checkpoint.is_at_hand(name) for each in parts for name in each.values())
+
     def prefetch(self, progress: Progress) -> None:
         """Bring all the layer's experts near in few, long reads."""
         spans = ((info.file, (info.start, info.stop)) for tensor in self.tensors for info in tensor.infos())
@@ -340,21 +433,24 @@ class ExpertLayer:
 
     def router(self) -> Router | None:
         """The router of the layer; None where none is known."""
-        parts = self._match.routers.get(self.number, {})
+        parts = self._beside("router")
         weight = self.vectors(parts.get("weight"))
         if weight is None or weight.shape != (self.count, self.sizes["H"]):
             return None
-        correction = self.vectors(self._match.beside.get(self.number, {}).get("correction"))
+        correction = self.vectors(next(iter(self._beside("correction").values()), None))
         return Router(
             weight, self.vectors(parts.get("bias")), correction.reshape(-1) if correction is not None else None
         )
 
     def norm(self) -> NDArray[np.float32] | None:
         """What the norm before the experts multiplies by, [hidden]; None where no such norm is known."""
-        weight = self.vectors(self._match.beside.get(self.number, {}).get("norm"))
+        weight = self.vectors(self._beside("norm").get("weight"))
         if weight is None or weight.shape != (self.sizes["H"],):
             return None
         return weight + np.float32(1.0) if self._one_plus_norm else weight
+
+    def _beside(self, what: str) -> Parts:
+        return self._match.beside.get(self.number, {}).get(what, {})
 
     def vectors(self, name: str | None) -> NDArray[np.float32] | None:
         """A small tensor beside the experts, whole, as float32; None where there is none, or not of plain numbers."""
@@ -363,18 +459,29 @@ class ExpertLayer:
         info = self._checkpoint.info(name)
         if info.dtype not in ("BF16", "F16", "F32", "F64") or not info.shape:
             return None
-        return self._checkpoint.rows(name, 0, info.shape[0]).astype(np.float32)
+        return self._checkpoint.rows(info, 0, info.shape[0]).astype(np.float32)
 
-    def infos(self, parts: Parts) -> dict[str, TensorInfo]:
-        """The tensors that hold a matrix, by their parts' usual names."""
-        return find_infos(self._checkpoint, parts)
-
-    def open_parts(self, parts: Parts) -> tuple[dict[str, TensorInfo], Stored]:
-        """The tensors that one stored tensor consists of, by their parts' usual names, and how they are decoded."""
-        return open_stored(self._checkpoint, parts, self._quantization)
+    def open_tensor(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
+        """The slices of a stored tensor for each of its parts, and how they are decoded."""
+        slices = find_slices(self._checkpoint, parts[0])
+        _, first = open_stored(self._checkpoint, parts[0], self._quantization)
+        opened = [(slices, first)]
+        alike = {part: (info.dtype, info.shape) for part, info in slices[0].items()}
+        for own in parts[1:]:
+            slices = find_slices(self._checkpoint, own)
+            if all({part: (info.dtype, info.shape) for part, info in one.items()} == alike for one in slices):
+                opened.append((slices, first))  # which spares reading what would be needed to recognise it
+                continue
+            _, stored = open_stored(self._checkpoint, own, self._quantization)
+            if stored.shape != first.shape or stored.codec != first.codec:
+                name = next(iter(slices[0].values())).name
+                one, other = (f"{each.codec} {list(each.plain_shape)}" for each in (stored, first))
+                raise ModelUnreadable(f"{name} is {one}, and the first expert's is {other}")
+            opened.append((slices, stored))
+        return opened
 
     def read_rows(
-        self, infos: Mapping[str, TensorInfo], stored: Stored, rows: int, start: int, stop: int, index: int
+        self, infos: Infos, stored: Stored, rows: int, start: int, stop: int, index: int
     ) -> NDArray[np.float32]:
         return read_rows(self._checkpoint, infos, stored, rows, start, stop, index)
 
@@ -391,40 +498,35 @@ class ExpertTensor:
         self.parts = parts
 
     @cached_property
-    def _opened(self) -> list[tuple[dict[str, TensorInfo], Stored]]:
-        infos, first = self.layer.open_parts(self.parts[0])
-        opened = [(infos, first)]
-        alike = {part: (info.dtype, info.shape) for part, info in infos.items()}
-        for parts in self.parts[1:]:
-            infos = self.layer.infos(parts)
-            if {part: (info.dtype, info.shape) for part, info in infos.items()} == alike:
-                opened.append((infos, first))
-                continue
-            _, stored = self.layer.open_parts(parts)
-            if stored.shape != first.shape or stored.codec != first.codec:
-                name = next(iter(infos.values())).name
-                one, other = (f"{each.codec} {list(each.plain_shape)}" for each in (stored, first))
-                raise ModelUnreadable(f"{name} is {one}, and the first expert's is {other}")
-            opened.append((infos, stored))
+    def _opened(self) -> list[tuple[list[Infos], Stored]]:
+        opened = self.layer.open_tensor(self.parts)
+        if len({len(slices) for slices, _ in opened}) > 1 or (len(opened[0][0]) > 1 and len(self.spec.roles) > 1):
+            name = next(iter(self.parts[0].values()))
+            raise UnknownFormat(f"{name} is cut into {len(opened[0][0])} slices in a way that we don't know")
         return opened
 
     @property
     def stored(self) -> Stored:
-        """How it is stored; the shape includes the experts' axis where they are stacked."""
+        """How it is stored, a slice of it where it is cut; the shape includes the experts' axis if they are stacked."""
         return self._opened[0][1]
+
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """The shape that it has as plain numbers, its slices put together."""
+        shape, count = self.stored.plain_shape, len(self._opened[0][0])
+        axes = [*[()] * len(shape), *self.spec.axes.groups][2:]  # those before the last two are not cut
+        return tuple(length * (count if "I" in group else 1) for length, group in zip(shape, axes, strict=True))
 
     def infos(self) -> Iterator[TensorInfo]:
         """Every tensor of the files that it consists of."""
-        return (info for infos, _ in self._opened for info in infos.values())
+        return (info for slices, _ in self._opened for infos in slices for info in infos.values())
 
     @property
     def place(self) -> tuple[str, str]:
         """Its layer, such as "model.layers.3", and the name there of a plain weight, with {expert} for the number."""
-        parts = self.parts[0]
-        layer, name = split_name(next(iter(parts.values())))
-        if "weight" in parts:
-            return layer, split_name(parts["weight"])[1]
-        return layer, next(template for template in self.spec.names if name.startswith(template))
+        layer, name = split_name(next(iter(self.parts[0].values())))
+        template = max((one for one in self.spec.names if name.startswith(one)), key=len)
+        return layer, f"{template}.weight" if name.startswith(f"{template}.") else template
 
     @property
     def rows(self) -> int:
@@ -482,10 +584,23 @@ class ExpertTensor:
         """Stored rows [start, stop) of the given experts, decoded and cut by role."""
         values = np.empty((len(experts), stop - start, self.columns), np.float32)
         for place, expert in enumerate(experts):
-            infos, stored = self._opened[0 if self.spec.axes.stacked else expert]
-            index = expert if self.spec.axes.stacked else 0
-            values[place] = self.layer.read_rows(infos, stored, self.rows, start, stop, index)
+            values[place] = self._read_expert(expert, start, stop)
         return list(self._cut(values, start))
+
+    def _read_expert(self, expert: int, start: int, stop: int) -> NDArray[np.float32]:
+        """Stored rows [start, stop) of one expert; slices are cut along its intermediate axis."""
+        stacked = self.spec.axes.stacked
+        slices, stored = self._opened[0 if stacked else expert]
+        read = partial(self.layer.read_rows, index=expert if stacked else 0)
+        if len(slices) == 1:
+            return read(slices[0], stored, self.rows, start, stop)
+        if "I" in self._groups[1]:
+            return np.concatenate([read(infos, stored, self.rows, start, stop) for infos in slices], axis=1)
+        rows = self.rows // len(slices)
+        ranges = [(max(0, start - i * rows), min(rows, stop - i * rows)) for i in range(len(slices))]
+        return np.concatenate(
+            [read(infos, stored, rows, *own) for infos, own in zip(slices, ranges, strict=True) if own[0] < own[1]]
+        )
 
     def _cut(self, values: NDArray[np.float32], start: int) -> Iterator[Piece]:
         """Cut stored rows, from `start` on, into the pieces of each role, in canonical orientation."""
@@ -516,33 +631,40 @@ class ExpertTensor:
             )
 
 
-def find_infos(checkpoint: Checkpoint, parts: Parts) -> dict[str, TensorInfo]:
-    """The tensors that hold a matrix, by their parts' usual names; biases and input scales are left out."""
-    return {SAME_PART.get(part, part): checkpoint.info(name) for part, name in parts.items() if part not in NOT_DECODED}
+def find_slices(checkpoint: Checkpoint, parts: Parts) -> list[Infos]:
+    """The tensors that hold a matrix, one group for each slice of it; biases and input scales are left out.
 
-
-def open_stored(
-    checkpoint: Checkpoint, parts: Parts, quantization: Mapping[str, Any]
-) -> tuple[dict[str, TensorInfo], Stored]:
-    """The tensors that one stored tensor consists of, by their parts' usual names, and how they are decoded.
-
-    Raises UnknownFormat or ModelUnreadable, naming the first of the tensors.
+    Raises ModelUnreadable where the parts are not all cut into as many slices.
     """
-    infos = find_infos(checkpoint, parts)
+    slices = {
+        SAME_PART.get(part, part): checkpoint.slices(name) for part, name in parts.items() if part not in NOT_DECODED
+    }
+    if len({len(infos) for infos in slices.values()}) > 1:
+        raise ModelUnreadable(f"{next(iter(parts.values()))} has parts that are not cut into as many slices")
+    return [dict(zip(slices, infos, strict=True)) for infos in zip(*slices.values(), strict=True)]
+
+
+def open_stored(checkpoint: Checkpoint, parts: Parts, quantization: Mapping[str, Any]) -> tuple[Infos, Stored]:
+    """The tensors that one stored tensor, or the first slice of it, consists of, and how they are decoded.
+
+    Raises UnknownFormat or ModelUnreadable, naming the first of the parts.
+    """
     part, name = next(iter(parts.items()))
     own = quantization.get(name.removesuffix(f".{part}"))  # MLX says by module what is quantised in another way
+    infos = find_slices(checkpoint, parts)[0]
+    described = {part: Part(info.dtype, info.shape, partial(checkpoint.whole, info)) for part, info in infos.items()}
     try:
-        described = {
-            part: Part(info.dtype, info.shape, partial(checkpoint.whole, info.name)) for part, info in infos.items()
-        }
-        return infos, recognise(described, {**quantization, **own} if isinstance(own, dict) else quantization)
+        # what such an entry leaves out is not what the others have: no mode means affine
+        return infos, recognise(
+            described, {**quantization, "mode": "affine", **own} if isinstance(own, dict) else quantization
+        )
     except MoEError as error:
         raise type(error)(f"{name}: {error.message}", error.hint) from None
 
 
 def read_rows(
     checkpoint: Checkpoint,
-    infos: Mapping[str, TensorInfo],
+    infos: Infos,
     stored: Stored,
     rows: int,
     start: int,
@@ -556,12 +678,12 @@ def read_rows(
         info = infos[part]
         if span is None:
             own = leading and info.shape[:1] == stored.shape[:1]
-            raw[part] = checkpoint.rows(info.name, index, index + 1)[0] if own else checkpoint.whole(info.name)
+            raw[part] = checkpoint.rows(info, index, index + 1)[0] if own else checkpoint.whole(info)
             continue
         if not leading and rows < stored.shape[0] and rows % span:
             raise UnknownFormat(f"{info.name}: blocks of {span} rows reach over two experts")
         first = index * -(-rows // span)
-        raw[part] = checkpoint.rows(info.name, first + start // span, first + -(-stop // span), leading + 1)
+        raw[part] = checkpoint.rows(info, first + start // span, first + -(-stop // span), leading + 1)
     return stored.decode(raw, start, stop)
 
 
@@ -590,15 +712,10 @@ def parse_layers(text: str) -> list[int]:
     return chosen
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """Whole numbers in short: [0, 1, 2, 5] -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{low}-{high}" if high > low else f"{low}" for low, high in runs)
+def split_model(model: str) -> tuple[str, str | None]:
+    """A model's name and the stack that follows it behind a #, if one does: "org/name#encoder"."""
+    name, mark, stack = model.rpartition("#")
+    return (name, stack) if mark and name and not Path(model).exists() else (model, None)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -606,6 +723,20 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     while inner := next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None):
         config = inner
     return config
+
+
+def _stack_config(config: dict[str, Any], root: str) -> dict[str, Any]:
+    """The part of a multimodal config that describes a stack of layers: "talker.model" has a `talker_config`."""
+    first = root.partition(".")[0].removesuffix("_encoder")
+    inner = config.get(f"{first}_config")
+    return _text_config(inner if isinstance(inner, dict) else config)
+
+
+def _layer_config(config: dict[str, Any], number: int) -> dict[str, Any]:
+    """The config with what it says about one layer."""
+    by_layer = config.get("per_layer_config")
+    own = by_layer.get(str(number)) if isinstance(by_layer, dict) else None
+    return {**config, **own} if isinstance(own, dict) else config
 
 
 def _config_count(config: Mapping[str, Any]) -> int | None:

@@ -38,7 +38,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from ..errors import ModelUnreadable, MoEError
 from .range_cache import RangeCache, cache_folder, cache_limit, merge, write_whole
-from .source import ByteSource, LocalFile, Progress, Range
+from .source import ByteSource, LocalFile, Progress, Range, list_parts
 
 PARALLEL = 4
 CHUNK = 16 * 2**20  # bytes of one request, so of one cached range
@@ -54,12 +54,12 @@ T = TypeVar("T")
 
 
 class HubRepository:
-    """A model repository at one commit; raises ModelUnreadable when it can't be had.
+    """A model repository at one commit, or one GGUF file of it; raises ModelUnreadable when it can't be had.
 
     `bytes_fetched` counts the bytes of weight files that came over the network.
     """
 
-    def __init__(self, name: str, revision: str | None) -> None:
+    def __init__(self, name: str, revision: str | None, file: str | None = None) -> None:
         self.name = name
         self.bytes_fetched = 0
         self.cache = RangeCache(cache_folder(), cache_limit())
@@ -67,7 +67,13 @@ class HubRepository:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._open: dict[str, ByteSource] = {}
+        self._wanted_file = file
         self.revision, self.files = self._resolve()
+        if file:
+            if file not in self.files:
+                there = ", ".join(sorted(other for other in self.files if other.endswith(".gguf"))[:20])
+                raise ModelUnreadable(f"{name} has no file {file}", f"its GGUF files are {there}" if there else "")
+            self.files &= {file, *list_parts(file)}
 
     def open(self, filename: str) -> ByteSource:
         """A file of the repository: a downloaded one if there is, else one that fetches what is read."""
@@ -199,14 +205,17 @@ class HubRepository:
         note = self.recall("refs", self._wanted_revision)
         commit, listed = note.get("commit"), note.get("files")
         noted = (commit, frozenset(map(str, listed))) if isinstance(commit, str) and isinstance(listed, list) else None
-        for filename in ("config.json", "model.safetensors.index.json", "model.safetensors"):
+        known = ("config.json", "model.safetensors.index.json", "model.safetensors", self._wanted_file)
+        for filename in filter(None, known):
             path = try_to_load_from_cache(self.name, filename, revision=self._wanted_revision)
             if isinstance(path, str):
-                snapshot = Path(path).parent
-                files = frozenset(file.name for file in snapshot.iterdir())
+                snapshot = Path(path.removesuffix(filename))
+                files = frozenset(
+                    file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if not file.is_dir()
+                )
                 if noted and noted[0] == snapshot.name:
                     return noted
-                if not noted or any(file.endswith(".safetensors") for file in files):
+                if not noted or any(file.endswith((".safetensors", ".gguf")) for file in files):
                     return snapshot.name, files
         return noted
 

@@ -10,18 +10,32 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from math import prod
-from typing import Any
+from typing import Any, Literal
+
+Kind = Literal["routed", "shared", "dense"]
+"""Routed experts, shared experts, or the feed-forward of a dense layer."""
 
 ROLES = ("gate", "up", "down")
-_WITH_PARTS = (*ROLES, "gate_up")  # stored tensors, whose parts may be set off by an underscore
 
 _LAYER = re.compile(
     r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
 )
-_EXPERT = re.compile(r"(?<=\.)\d{1,18}(?=\.)")
-_PART = re.compile(r"[._](?P<part>[A-Za-z][\w.]*)")
-_LOOKS_ROUTED = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)")
-_NOT_ROUTED = re.compile(r"shared_expert|share_expert|shared_mlp|self_attention|e_score_correction_bias|residual_mlp")
+# what storage formats put beside a weight, or in its place
+_QUANTISED = re.compile(
+    r"(?P<stem>.+?)[._](?P<part>weight_(?:scale(?:_inv|_2)?|global_scale|packed|shape|zero_point|g_idx|format)|q?scales?"
+    r"|scale_inv|biases|blocks|qweight|qzeros|g_idx|SCB|global_scale"
+    r"|weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+))"
+)
+# set off by a dot where a module holds the tensor; a bare parameter's name goes on with an underscore
+_PART = re.compile(
+    r"\.(?P<part>[A-Za-z][\w.]*)"
+    r"|_(?P<suffix>bias|blocks|scales|scale(?:_inv|_2)?|weight_(?:scale(?:_inv|_2)?|packed)|\w+_scale)"
+)
+_LOOKS_ROUTED = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)|(?:^|\.)moe\.\d|^ffn_\w+_exps\.")
+_NOT_ROUTED = re.compile(
+    r"shared_expert|share_expert|shared_mlp|shared_w\d|chunk_experts|vision_moe|self_attention|residual_mlp"
+    r"|e_score_correction_bias|post_expert_norm|experts\.bias$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +89,7 @@ class StoredAxes:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a layout: `role` is gate, up, down or gate_up (both in one)."""
+    """One tensor of a layout: `role` is gate, up or down, or gate_up or up_gate (both in one, in this order)."""
 
     role: str
     names: tuple[str, ...]
@@ -96,11 +110,10 @@ class Layout:
     """One row of the table."""
 
     name: str
+    kind: Kind
     model_types: frozenset[str]
     tensors: tuple[StoredTensor, ...]
-    routers: tuple[str, ...]
     activation: str | None
-    scoring: str | None
     plain: str | None
 
     @property
@@ -109,14 +122,27 @@ class Layout:
         return self.tensors[0].axes.flattened
 
     @property
-    def has_turns(self) -> bool:
-        """Whether a tensor holds gates and ups in turns."""
-        return any(("I", "2") in tensor.axes.groups for tensor in self.tensors)
+    def may_be_halves(self) -> bool:
+        """Whether gates and ups lie in turns, and in halves in another row that fits the same names."""
+        turns = {name for tensor in self.tensors if ("I", "2") in tensor.axes.groups for name in tensor.names}
+        halves = {
+            name
+            for row in load_table()
+            for tensor in row.tensors
+            if ("2", "I") in tensor.axes.groups
+            for name in tensor.names
+        }
+        return bool(turns & halves)
 
     @property
     def is_stacked(self) -> bool:
         """Whether each tensor holds all experts, and not one."""
         return self.tensors[0].axes.stacked
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one tensor of each role in a layer, and not one per expert."""
+        return not any("{expert}" in name for tensor in self.tensors for name in tensor.names)
 
     def solve(self, shapes: Mapping[str, Sequence[int]], experts: int | None) -> dict[str, int] | None:
         """The sizes E, I, H for stored tensors of these shapes (by role), or None where the layout does not fit
@@ -138,14 +164,14 @@ def _load_toml() -> dict[str, Any]:
 @cache
 def load_table() -> tuple[Layout, ...]:
     """The rows of layouts.toml; raises ValueError or KeyError when the table itself is wrong."""
-    rows = _load_toml()["layout"]
 
     def expand(template: str, blocks: list[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(template.replace("{block}", block) for block in blocks))
+        return tuple(dict.fromkeys(template.replace("{block}.", block and f"{block}.") for block in blocks))
 
     return tuple(
         Layout(
             row["name"],
+            row.get("kind", "routed"),
             frozenset(row["model_types"]),
             tuple(
                 StoredTensor(
@@ -153,40 +179,63 @@ def load_table() -> tuple[Layout, ...]:
                 )
                 for entry in row["tensors"]
             ),
-            tuple(name for router in row["routers"] for name in expand(router, row.get("blocks", [""]))),
             row.get("activation"),
-            row.get("scoring"),
             row.get("plain"),
         )
-        for row in rows
+        for row in _load_toml()["layout"]
     )
 
 
-def has_one_plus_norm(model_type: str | None) -> bool:
-    """Whether models of this type multiply by 1 + weight in their norms."""
-    return model_type in _load_toml()["one_plus_norm"]
+def is_listed(model_type: str | None) -> bool:
+    """Whether some row of the table is known to be used by models of this type."""
+    return any(model_type in row.model_types for row in load_table())
+
+
+def has_feature(model_type: str | None, feature: Literal["one_plus_norm", "swiglu_oai", "sigmoid"]) -> bool:
+    """Whether the table says that models of this type have the feature."""
+    return model_type in _load_toml()[feature]
 
 
 Parts = dict[str, str]
 """Part of a stored tensor ("weight", "scales", ...) -> the name of the tensor that holds it."""
 
 
+def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
+    """The tensors that belong together because a storage format splits a weight up: by the weight's plain name."""
+    known = set(names)
+    groups: dict[str, Parts] = {}
+    for name in sorted(known):
+        if not (match := _QUANTISED.fullmatch(name)):
+            continue
+        stem, part = match["stem"], match["part"]
+        as_module = name[len(stem)] == "."
+        group = groups.setdefault(f"{stem}.weight" if as_module else stem, {})
+        group[part] = name
+        if (weight := f"{stem}.weight" if as_module else stem) in known:
+            group["weight"] = weight
+    return {
+        plain: parts
+        for plain, parts in groups.items()
+        if parts.keys() & {"weight", "weight_packed", "qweight", "blocks"}
+    }
+
+
 @dataclass(slots=True)
 class Matches:
-    """What the names of a checkpoint hold for one layout below one root, such as "model".
+    """What the names of a checkpoint hold for one row of the table below one root, such as "model".
 
     `layers[layer][role][expert]` are the parts of a stored tensor; the expert is None where one tensor holds them all.
+    `beside[layer][what]` are the parts of router, norm and correction.
     """
 
     layout: Layout
     root: str
+    beside: dict[int, dict[str, Parts]]
     layers: dict[int, dict[str, dict[int | None, Parts]]] = field(default_factory=dict)
-    routers: dict[int, Parts] = field(default_factory=dict)
-    beside: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
-        """Every tensor that is matched as part of a routed expert."""
+        """Every tensor that is matched as part of an expert."""
         return {
             name
             for roles in self.layers.values()
@@ -202,6 +251,19 @@ class Matches:
         return any(roles.keys() == wanted for roles in self.layers.values())
 
 
+@cache
+def _expert_number() -> re.Pattern[str]:
+    """Where an expert's number is in a name: behind what stands before {expert} in the table."""
+    before = {
+        name.partition("{expert}")[0].rpartition(".")[2] or name.partition("{expert}")[0].split(".")[-2] + "."
+        for row in load_table()
+        for tensor in row.tensors
+        for name in tensor.names
+        if "{expert}" in name
+    }
+    return re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(sorted(map(re.escape, before)))})(\d{{1,18}})(?=\.|$)")
+
+
 def split_name(name: str) -> tuple[str, str]:
     """A tensor's layer, such as "model.layers.3", and its name there, with {expert} for the expert's number.
 
@@ -209,52 +271,66 @@ def split_name(name: str) -> tuple[str, str]:
     """
     if not (match := _LAYER.fullmatch(name)):
         raise ValueError(f"{name} is in no layer")
-    return name[: match.start("rest") - 1], _EXPERT.sub("{expert}", match["rest"], count=1)
+    return name[: match.start("rest") - 1], _split_number(match["rest"])[0]
+
+
+def _split_number(rest: str) -> tuple[str, int | None]:
+    """A name with {expert} for the expert's number, and this number."""
+    if not (number := _expert_number().search(rest)):
+        return rest, None
+    return f"{rest[: number.start(1)]}{{expert}}{rest[number.end(1) :]}", int(number[1])
 
 
 @cache
-def _places(pattern: str) -> tuple[tuple[int, str, str], ...]:
-    """All (row, role, part) that a name with {expert} for its number can be; router and the like are roles here."""
+def _places(pattern: str, kind: Kind) -> tuple[tuple[int, str, str], ...]:
+    """All (row, role, part) that a name with {expert} for its number can be."""
     found = []
     for row, layout in enumerate(load_table()):
-        for name, role in (
-            *((name, tensor.role) for tensor in layout.tensors for name in tensor.names),
-            *((router, "router") for router in layout.routers),
-            *((name, kind) for kind, names in _load_toml()["beside"].items() for name in names),
-        ):
-            rest = pattern.removeprefix(name)
-            if rest == "":
-                found.append((row, role, "weight"))
-            elif rest != pattern and (match := _PART.fullmatch(rest)) and (role in _WITH_PARTS or rest[0] == "."):
-                found.append((row, role, match["part"]))
+        for tensor in layout.tensors if layout.kind == kind else ():
+            for name in tensor.names:
+                rest = pattern.removeprefix(name)
+                if rest == "":
+                    found.append((row, tensor.role, "weight"))
+                elif rest != pattern and (match := _PART.fullmatch(rest)):
+                    found.append((row, tensor.role, match["part"] or match["suffix"]))
     return tuple(found)
 
 
-def match_names(names: Iterable[str]) -> tuple[list[Matches], list[Matches], list[str]]:
+@cache
+def _place_beside(pattern: str) -> tuple[str, str] | None:
+    """Which of the small tensors beside the experts a name is, and its part."""
+    for what, names in _load_toml()["beside"].items():
+        for name in names:
+            rest = pattern.removeprefix(name)
+            if rest == "" or (rest != pattern and rest[0] == "." and "." not in rest[1:]):
+                return what, rest[1:] or "weight"
+    return None
+
+
+def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[Matches], list[Matches], list[str]]:
     """All matches of the names with rows of the table: complete ones, then others, then the names that stay over.
 
     Those that stay over look like routed experts and are in no complete match.
     """
     matches: dict[tuple[int, str], Matches] = {}
+    beside: dict[str, dict[int, dict[str, Parts]]] = {}
     suspects: list[str] = []
     for name in names:
         if not (match := _LAYER.fullmatch(name)):
             continue
-        root, layer, rest = match["root"] or "", int(match["layer"]), match["rest"]
-        number = _EXPERT.search(rest)
-        pattern = f"{rest[: number.start()]}{{expert}}{rest[number.end() :]}" if number else rest
-        if _LOOKS_ROUTED.search(rest) and not _NOT_ROUTED.search(rest):
+        root, layer = match["root"] or "", int(match["layer"])
+        pattern, number = _split_number(match["rest"])
+        if kind == "routed" and _LOOKS_ROUTED.search(match["rest"]) and not _NOT_ROUTED.search(match["rest"]):
             suspects.append(name)
-        for row, role, part in _places(pattern):
-            found = matches.setdefault((row, root), Matches(load_table()[row], root))
-            if role == "router":
-                found.routers.setdefault(layer, {})[part] = name
-            elif role in _load_toml()["beside"]:
-                found.beside.setdefault(layer, {})[role] = name
-            else:
-                experts = found.layers.setdefault(layer, {}).setdefault(role, {})
-                experts.setdefault(int(number[0]) if number else None, {})[part] = name
+        if place := _place_beside(pattern):
+            what, part = place
+            beside.setdefault(root, {}).setdefault(layer, {}).setdefault(what, {})[part] = name
+        for row, role, part in _places(pattern, kind):
+            if (row, root) not in matches:
+                matches[row, root] = Matches(load_table()[row], root, beside.setdefault(root, {}))
+            experts = matches[row, root].layers.setdefault(layer, {}).setdefault(role, {})
+            experts.setdefault(number, {})[part] = name
     complete = [found for found in matches.values() if found.is_complete]
-    partial = [found for found in matches.values() if found.layers and not found.is_complete]
+    partial = [found for found in matches.values() if not found.is_complete]
     matched = set().union(*(found.names for found in complete))
     return complete, partial, [name for name in suspects if name not in matched]

@@ -19,8 +19,17 @@ def unwatched(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+MAX_PARTS = 1000  # of a split GGUF file
 DEMO_MODELS = ("upcycled", "native", "permuted")
 DEMO_FOLDER = Path(__file__).parents[3] / "demo"
+
+
+def list_parts(file: str) -> list[str]:
+    """The names of all parts of the GGUF file that `file` is a part of; itself alone where it is not split."""
+    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file)
+    if not match or not 0 < int(match[2]) <= MAX_PARTS:
+        return [file]
+    return [f"{match[1]}-{number:05}-of-{match[2]}.gguf" for number in range(1, int(match[2]) + 1)]
 
 
 class ByteSource(Protocol):
@@ -87,7 +96,7 @@ class LocalFile:
 
 
 class Folder:
-    """The files of a local folder, or a single file of it with the `config.json` beside it."""
+    """The files of a local folder, or a single file of it with its other parts and the `config.json` beside it."""
 
     revision = None
     bytes_fetched = 0
@@ -98,7 +107,8 @@ class Folder:
             names = {entry.name for entry in self.path.iterdir() if not entry.is_dir()}
         except OSError as error:
             raise ModelUnreadable(f"{self.path}: {error.strerror}") from None
-        self.files = frozenset(names) if path.is_dir() else frozenset({path.name} | (names & {"config.json"}))
+        beside = {"config.json", *list_parts(path.name)}
+        self.files = frozenset(names if path.is_dir() else {path.name} | (names & beside))
 
     def open(self, filename: str) -> LocalFile:
         return LocalFile(self.path / filename)
@@ -110,8 +120,8 @@ class Folder:
 def find_repository(model: str) -> Repository:
     """The repository that the user means by `model`.
 
-    `demo:NAME` is an embedded model; then an existing folder or file; then a Hub id, `org/name` or `org/name@revision`.
-    Raises ModelUnreadable when it is none of these.
+    `demo:NAME` is an embedded model; then an existing folder or file; then a Hub id, `org/name` or `org/name@revision`,
+    or a GGUF file of it, `org/name/path/file.gguf`. Raises ModelUnreadable when it is none of these.
     """
     if model.startswith("demo:"):
         name = model.removeprefix("demo:")
@@ -127,12 +137,12 @@ def find_repository(model: str) -> Repository:
         found = False
     if found:
         return Folder(path.parent if path.name.endswith(".safetensors.index.json") else path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", model) and not model.endswith((".safetensors", ".gguf")):
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([^@]+\.gguf))?(?:@([\w./-]+))?", model)
+    if match and not match[1].endswith((".safetensors", ".gguf")):
         from .hub import HubRepository
 
-        repository, _, revision = model.partition("@")
-        return HubRepository(repository, revision or None)
+        return HubRepository(match[1], match[3], match[2])
     raise ModelUnreadable(
         f"{model}: no such folder or file" if model else "no model was given",
-        "give a folder, a .safetensors file, a Hub id such as org/name, or demo:upcycled",
+        "give a folder, a .safetensors or .gguf file, a Hub id such as org/name, or demo:upcycled",
     )

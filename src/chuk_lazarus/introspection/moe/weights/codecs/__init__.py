@@ -72,8 +72,7 @@ class Stored:
     @property
     def plain_shape(self) -> tuple[int, ...]:
         """The shape of the same tensor stored as plain numbers."""
-        *leading, rows, columns = self.shape
-        return (*leading, columns, rows) if self.transposed else self.shape
+        return (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored:
@@ -82,9 +81,22 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     Parts go by their usual names (`SAME_PART`), without those that are not decoded. `quantization` is what the config
     says about the quantisation of this tensor, {} when nothing.
     """
-    from . import fp8, mxfp4, plain
+    from . import awq, bitsandbytes, fp8, gguf, gptq, mlx, mxfp4, mxfp8, nvfp4, pack_quantized, plain
 
-    for recognise_one in (plain.recognise, fp8.recognise, mxfp4.recognise):
+    recognisers: tuple[Callable[[Mapping[str, Part], Mapping[str, Any]], Stored | None], ...] = (
+        plain.recognise,
+        mxfp8.recognise,
+        fp8.recognise,
+        mxfp4.recognise,
+        nvfp4.recognise,
+        mlx.recognise,
+        pack_quantized.recognise,
+        gptq.recognise,
+        awq.recognise,
+        bitsandbytes.recognise,
+        gguf.recognise,
+    )
+    for recognise_one in recognisers:
         if stored := recognise_one(parts, quantization):
             return stored
     listing = ", ".join(f"{name} ({part.dtype})" for name, part in sorted(parts.items()))

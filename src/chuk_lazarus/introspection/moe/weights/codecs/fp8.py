@@ -1,8 +1,17 @@
-"""FP8 with one scale per block, as DeepSeek-V3 publishes it.
+"""FP8 with scales: one per block, row, column or matrix, or none at all.
 
-`weight` [M, N] in E4M3 or E5M2, `weight_scale_inv` [ceil(M / b0), ceil(N / b1)]; despite its name the scale is
-*multiplied* (README_WEIGHTS.md of deepseek-ai/DeepSeek-V3). Blocks at the right and lower edge may be ragged. The
-block's size comes from the config: it can't be told from the shapes.
+`weight` [M, N] in E4M3 or E5M2 beside `weight_scale` or `weight_scale_inv`, which is *multiplied* despite that name
+(README_WEIGHTS.md of deepseek-ai/DeepSeek-V3). By the shape of the scale, for matrices that may be stacked [E, ...]:
+
+- one per block: [ceil(M / b0), ceil(N / b1)], where blocks at the right and lower edge may be ragged (DeepSeek-V3;
+  compressed-tensors, strategies `block` and `group`), or [M / b0, 1, N / b1, 1] (`fp8_pb_wo` of ModelOpt);
+- one per row: [M, 1] or [M] (compressed-tensors, strategy `channel`);
+- one per column: [1, N] or [N] (stacks of transposed matrices, as Llama 4 has them; `to_quantized_weight` in
+  modelopt/torch/export/quant_utils.py tells these from the former by the shapes, and refuses square matrices);
+- one per matrix: [], [1], [1, 1], or for a stack [E], [E, 1], [E, 1, 1].
+
+A block's size comes from the config: it can't be told from the shapes. Where a shape has two meanings, the config
+decides. Scales are floats, or E8M0 exponents: as such, or as bytes where the config says `scale_fmt` ue8m0.
 """
 
 from collections.abc import Mapping
@@ -14,36 +23,139 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from . import Part, Stored
+from .small_floats import E8M0, is_one_per_matrix, scale_groups, widen
 
-SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+WEIGHTS = ("F8_E4M3", "F8_E5M2")
+SCALES = ("F64", "F32", "BF16", "F16", "F8_E8M0", "U8")
+SCALE_NAMES = ("weight_scale", "weight_scale_inv")
+HINT = "put the config.json that belongs to the model beside its weights"
+
+Block = tuple[int, int]
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`weight` in FP8 beside `weight_scale_inv`."""
-    scale = "weight_scale_inv"
-    if parts.keys() != {"weight", scale} or parts[scale].dtype not in SCALES:
+    """`weight` in FP8, alone or beside one part of scales."""
+    weight = parts.get("weight")
+    if weight is None or weight.dtype not in WEIGHTS or len(weight.shape) < 2:
         return None
-    weight = parts["weight"]
-    if weight.dtype not in ("F8_E4M3", "F8_E5M2") or len(weight.shape) < 2:
+    if len(parts) == 1:
+        return _recognise_unscaled(weight, quantization)
+    scale = next((name for name in SCALE_NAMES if parts.keys() == {"weight", name}), None)
+    if scale is None or parts[scale].dtype not in SCALES:
         return None
-    block = quantization.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+    is_exponent = parts[scale].dtype == "U8"
+    if is_exponent and quantization.get("scale_fmt") != "ue8m0":
+        raise UnknownFormat(f"FP8 whose {scale} is bytes, and config.json does not say that scale_fmt is ue8m0", HINT)
+    block, span = _find_block(weight.shape, scale, parts[scale].shape, quantization)
+    decoder = partial(decode, scale=scale, block=block, kind=E8M0 if is_exponent else None)
+    return Stored("fp8", weight.shape, {"weight": 1, scale: span}, decoder)
+
+
+def decode(
+    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, scale: str, block: Block, kind: type | None
+) -> NDArray[np.float32]:
+    """FP8 [rows, columns] times the scales of its blocks; a block has all rows where the scales are a whole part."""
+    values, scales = widen(parts["weight"]), widen(parts[scale], kind)
+    height, width = block
+    scales = scales.reshape(-1, -(-values.shape[1] // width))
+    if height == 1:
+        scale_groups(values, scales, width)
+        return values
+    skipped = start % height
+    for number, row in enumerate(scales):
+        low, high = max(0, number * height - skipped), (number + 1) * height - skipped
+        scale_groups(values[low:high], np.broadcast_to(row, (len(values[low:high]), len(row))), width)
+    return values
+
+
+def find_blocks(quantization: Mapping[str, Any]) -> tuple[set[str], list[Block]]:
+    """What the config says that a scale may span (channel, tensor, block, or unknown), and the blocks' sizes."""
+    kinds: set[str] = set()
+    blocks = []
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict) or weights.get("num_bits", 8) != 8:
+            continue
+        strategy, structure = weights.get("strategy"), weights.get("block_structure")
+        if strategy == "group":
+            structure = [1, weights.get("group_size")]
+        elif strategy != "block":
+            kinds.add(strategy if strategy in ("channel", "tensor") else "unknown")
+            continue
+        if isinstance(structure, str):
+            structure = [int(size) for size in structure.split("x") if size.isdecimal()]
+        blocks.append(structure)
+    algorithm = str(quantization.get("quant_algo")).lower()
+    if algorithm.startswith("fp8_pb"):
+        blocks.append([128, 128])  # the only size that ModelOpt's recipes have, and it does not say it
+    elif algorithm == "fp8_per_channel_per_token" or quantization.get("quant_method") == "fbgemm_fp8":
+        kinds.add("channel")
+    blocks.append(quantization.get("weight_block_size"))
+    usable = [(block[0], block[1]) for block in blocks if isinstance(block, list) and _is_block(block)]
+    return kinds | ({"block"} if usable else set()), usable
+
+
+def _is_block(block: list[object]) -> bool:
+    return len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+
+
+def grid(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """How many blocks there are along the last two axes of a weight of this shape, after its leading ones."""
+    *leading, rows, columns = shape
+    return (*leading, -(-rows // block[0]), -(-columns // block[1]))
+
+
+def _recognise_unscaled(weight: Part, quantization: Mapping[str, Any]) -> Stored:
+    if method := quantization.get("quant_method") or quantization.get("quant_algo"):
+        raise UnknownFormat(f"FP8 without its scale, and config.json says that it is quantised ({method})")
+    return Stored("fp8", weight.shape, {"weight": 1}, _decode_unscaled)
+
+
+def _decode_unscaled(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
+    return widen(parts["weight"])
+
+
+def _find_block(
+    shape: tuple[int, ...], name: str, scale: tuple[int, ...], quantization: Mapping[str, Any]
+) -> tuple[Block, int | None]:
+    """The size of the block that a scale spans, and how many rows a row of scales does: None for all of them."""
+    *stack, rows, columns = shape
+    leading = tuple(stack)
+    kinds, declared = find_blocks(quantization)
+    matrix, row, column = (rows, columns), (1, columns), (rows, 1)
+    # what the shape may mean: the block, the kind, and whether the scales are a whole part
+    readings = [
+        (matrix, "tensor", True, is_one_per_matrix(scale, leading)),
+        (row, "channel", False, scale in ((*leading, rows, 1), (*leading, rows))),
+        (column, "channel", True, scale in ((*leading, 1, columns), (*leading, columns))),
+    ]
+    for block in declared:
+        *_, down, across = expected = grid(shape, block)
+        is_fitting = scale in (expected, (*leading, down, 1, across, 1))
+        readings.append(((min(block[0], rows), min(block[1], columns)), "block", False, is_fitting))
+    fitting: dict[Block, bool] = {}
+    for (height, width), kind, whole, is_fitting in readings:
+        if is_fitting and (not kinds or kind in kinds or "unknown" in kinds):
+            fitting.setdefault((max(1, height), max(1, width)), whole)
+    if len(fitting) > 1 and scale == (rows,) and kinds == {"channel"}:
+        fitting = {(1, columns): False}  # a weight by itself is [out, in], and a channel is an output
+    if len(fitting) == 1:
+        block, whole = fitting.popitem()
+        return block, None if whole else block[0]
+    if fitting:
+        meanings = " or ".join(f"{height} x {width}" for height, width in sorted(fitting))
         raise UnknownFormat(
-            "FP8 with block scales, and config.json has no quantization_config.weight_block_size",
-            "put the config.json that belongs to the model beside its weights",
+            f"FP8 whose {name} {list(scale)} may belong to blocks of {meanings} of {list(shape)}, and config.json "
+            "does not say which"
         )
-    *leading, rows, columns = weight.shape
-    block = [min(block[0], max(1, rows)), min(block[1], max(1, columns))]
-    expected = (*leading, -(-rows // block[0]), -(-columns // block[1]))
-    if parts[scale].shape != expected:
-        raise ModelUnreadable(f"its {scale} is {list(parts[scale].shape)}, expected {list(expected)}")
-    return Stored("fp8", weight.shape, {"weight": 1, scale: block[0]}, partial(decode, block=tuple(block)))
-
-
-def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, block: tuple[int, int]) -> NDArray[np.float32]:
-    """FP8 [rows, columns] times the scales of its blocks."""
-    weight = parts["weight"].astype(np.float32)
-    per_column = np.repeat(parts["weight_scale_inv"].astype(np.float32), block[1], axis=1)[:, : weight.shape[1]]
-    skipped = start % block[0]
-    weight *= np.repeat(per_column, block[0], axis=0)[skipped : skipped + len(weight)]
-    return weight
+    if declared:
+        expected_shapes = " or ".join(str(list(grid(shape, block))) for block in declared)
+        raise ModelUnreadable(f"its {name} is {list(scale)}, expected {expected_shapes}")
+    if any(is_fitting for *_, is_fitting in readings):
+        raise UnknownFormat(
+            f"FP8 whose {name} is {list(scale)}, and config.json says one scale per {' or '.join(sorted(kinds))}"
+        )
+    if len(scale) == len(shape):
+        raise UnknownFormat("FP8 with block scales, and config.json has no quantization_config.weight_block_size", HINT)
+    raise ModelUnreadable(f"its weight is {list(shape)} and its {name} {list(scale)}: they do not fit together")

@@ -1,40 +1,74 @@
-"""MXFP4 as GPT-OSS publishes it: E2M1 elements in groups of 32 with an E8M0 scale each.
+"""MXFP4: E2M1 elements, two a byte with the even one in the low nibble, in groups of 32 inputs with an E8M0 scale each.
 
-`blocks` uint8 [..., rows, groups, 16] with two elements a byte, the even one in the low nibble; `scales` uint8
-[..., rows, groups], a scale being 2^(byte - 127), 255 being NaN (OCP Microscaling Formats v1.0, sections 5.3.3 and
-5.4.1).
+A scale is 2^(byte - 127), 255 being NaN (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1). Published as
+
+- `blocks` uint8 [..., rows, groups, 16] and `scales` uint8 [..., rows, groups]: GPT-OSS;
+- `weight_packed` uint8 [..., rows, columns / 2] and `weight_scale` [..., rows, columns / 32]: compressed-tensors,
+  `mxfp4-pack-quantized`;
+- `weight` int8 or uint8 [..., rows, columns / 2], or of the safetensors dtype F4, whose shape counts elements
+  [..., rows, columns], beside the same scales: DeepSeek-V4, ModelOpt.
+
+Scales are E8M0 or its bytes.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable
 from . import Part, Stored
+from .fp8 import SCALE_NAMES
+from .small_floats import E8M0, scale_groups, unpack_e2m1, widen
 
-_NIBBLES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-# the two elements of each byte as one 8-byte item, so that decoding is a single look-up
-_PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1).view(np.uint64).ravel()
+GROUP = 32
+MXFP6_RATIO = 48  # nibbles of six-bit elements per scale: another format, with the same parts and dtypes
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`blocks` and `scales`, both uint8."""
-    if parts.keys() != {"blocks", "scales"} or {part.dtype for part in parts.values()} != {"U8"}:
+    """E2M1 pairs beside exponents."""
+    if parts.keys() == {"blocks", "scales"}:
+        return _recognise_blocks(parts["blocks"], parts["scales"])
+    scale = next((name for name in SCALE_NAMES if name in parts), None)
+    packed = find_pairs(parts)
+    if len(parts) != 2 or scale is None or packed is None or parts[scale].dtype not in ("U8", "F8_E8M0"):
         return None
-    blocks, scales = parts["blocks"], parts["scales"]
-    if len(blocks.shape) < 3 or blocks.shape[-1] != 16 or scales.shape != blocks.shape[:-1]:
+    shape, scales = pairs_shape(parts[packed]), parts[scale].shape
+    if scales == (*shape[:-1], shape[-1] // MXFP6_RATIO):
+        return None
+    if scales != (*shape[:-1], shape[-1] // GROUP) or shape[-1] % GROUP:
+        raise ModelUnreadable(f"its {packed} is {list(parts[packed].shape)} and its {scale} {list(scales)}: not MXFP4")
+    return Stored("mxfp4", shape, {packed: 1, scale: 1}, partial(decode, elements=packed, scale=scale))
+
+
+def decode(
+    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, elements: str, scale: str
+) -> NDArray[np.float32]:
+    """Bytes [rows, ...] and exponents [rows, groups] -> float32 [rows, groups * 32]."""
+    values = unpack_e2m1(parts[elements].reshape(len(parts[elements]), -1))
+    scale_groups(values, widen(parts[scale], E8M0), GROUP)
+    return values
+
+
+def find_pairs(parts: Mapping[str, Part]) -> str | None:
+    """The part that may hold pairs of E2M1 elements."""
+    for name, dtypes in (("weight_packed", ("U8",)), ("weight", ("U8", "I8", "F4"))):
+        if name in parts and parts[name].dtype in dtypes and len(parts[name].shape) > 1:
+            return name
+    return None
+
+
+def pairs_shape(part: Part) -> tuple[int, ...]:
+    """The shape of the elements in a part of pairs: F4 counts elements, and bytes are counted otherwise."""
+    return part.shape if part.dtype == "F4" else (*part.shape[:-1], part.shape[-1] * 2)
+
+
+def _recognise_blocks(blocks: Part, scales: Part) -> Stored | None:
+    if {blocks.dtype, scales.dtype} != {"U8"}:
+        return None
+    if len(blocks.shape) < 3 or blocks.shape[-1] != GROUP // 2 or scales.shape != blocks.shape[:-1]:
         raise ModelUnreadable(f"its blocks are {list(blocks.shape)} and its scales {list(scales.shape)}: not MXFP4")
-    shape = (*blocks.shape[:-2], blocks.shape[-2] * 32)
-    return Stored("mxfp4", shape, {"blocks": 1, "scales": 1}, decode)
-
-
-def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
-    """uint8 [rows, groups, 16] and [rows, groups] -> float32 [rows, groups * 32]."""
-    rows, groups, _ = parts["blocks"].shape
-    elements: NDArray[np.float32] = _PAIRS[parts["blocks"]].view(np.float32)
-    with np.errstate(over="ignore"):
-        elements *= parts["scales"].view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[..., None]
-    return elements.reshape(rows, groups * 32)
+    shape = (*blocks.shape[:-2], blocks.shape[-2] * GROUP)
+    return Stored("mxfp4", shape, {"blocks": 1, "scales": 1}, partial(decode, elements="blocks", scale="scales"))

@@ -1,0 +1,65 @@
+"""Unsigned integers of 1 to 8 bits, packed into 32-bit words as one dense stream, lowest bit first.
+
+Value i of a row lies in the bits [i * bits, (i + 1) * bits) of that row, counted from the lowest bit of its first word;
+where the width does not divide 32, values reach over into the next word.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def unpack(words: NDArray[np.uint32], bits: int, count: int) -> NDArray[np.uint8]:
+    """uint32 [..., words] -> the first `count` values of each row, uint8 [..., count]."""
+    data = np.ascontiguousarray(words, "<u4").view(np.uint8)[..., : -(-count * bits // 8)]
+    if bits == 8:
+        return data
+    if bits == 4:
+        pairs = data.astype("<u2")
+        pairs |= pairs << 4
+        pairs &= 0x0F0F
+        return pairs.view(np.uint8)[..., :count]
+    if bits == 2:
+        fours = data.astype("<u4")
+        fours |= fours << 6  # bits 2 and 3 to the second byte, 4 and 5 to the lower half of the third ...
+        fours |= fours << 12
+        fours &= 0x03030303
+        return fours.view(np.uint8)[..., :count]
+    if bits == 1:
+        return np.unpackbits(data, axis=-1, count=count, bitorder="little")
+    return _unpack_eights(data, bits, count)
+
+
+def unpack_rows(words: NDArray[np.uint32], bits: int, first: int, count: int) -> NDArray[np.uint8]:
+    """uint32 [words, columns], each column a stream -> `count` of its values from bit `first` on, uint8 [count,
+    columns]."""
+    result = np.empty((count, words.shape[1]), np.uint8)
+    mask = np.uint32((1 << bits) - 1)
+    period = 1 if 32 % bits == 0 else bits  # so many words on, values lie at the same bits
+    apart = period * 32 // bits
+    for turn in range(min(apart, count)):
+        place, shift = divmod(first + turn * bits, 32)
+        rows = len(range(turn, count, apart))
+        value = words[place::period][:rows] >> np.uint32(shift)
+        if shift + bits > 32:
+            value |= words[place + 1 :: period][:rows] << np.uint32(32 - shift)
+        value &= mask
+        result[turn::apart] = value
+    return result
+
+
+def _unpack_eights(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+    """uint8 [..., bytes] -> uint8 [..., count]: eight values lie in as many bytes as they have bits."""
+    eights = -(-count // 8)
+    if missing := eights * bits - data.shape[-1]:
+        data = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, missing)])
+    grouped = data.reshape(*data.shape[:-1], eights, bits)
+    result: NDArray[Any] = np.empty((*grouped.shape[:-1], 8), np.uint8)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        value = grouped[..., byte] >> shift
+        if shift + bits > 8:
+            value |= grouped[..., byte + 1] << (8 - shift)
+        np.bitwise_and(value, (1 << bits) - 1, out=result[..., place])
+    return result.reshape(*data.shape[:-1], eights * 8)[..., :count]

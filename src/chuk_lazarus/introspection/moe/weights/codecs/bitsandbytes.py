@@ -1,0 +1,178 @@
+"""bitsandbytes: NF4 and FP4, with double quantisation or without, and LLM.int8().
+
+4-bit: the matrix [out, in], flattened, is one stream of codes, two a byte, the even one in the *high* four bits;
+`weight` [n / 2, 1] holds the bytes, U8 or seen as another type (`bnb_4bit_quant_storage`). A code means an entry of
+`weight.quant_map` F32 [16], times the `weight.absmax` of its block of so many codes. With double quantisation, absmax
+is U8: an entry of `weight.nested_quant_map` F32 [256], times `weight.nested_absmax` of its block of absmaxes, plus
+`nested_offset`. That and the sizes are JSON in `weight.quant_state.bitsandbytes__nf4` or `__fp4` (functional.py,
+`QuantState`, and backends/default/ops.py of bitsandbytes 0.50).
+
+8-bit: `weight` I8 [out, in], `SCB` F32 [out], the largest magnitude of each row: a weight is weight * SCB / 127
+(backends/default/ops.py, `int8_vectorwise_dequant`). `weight_format` must be 0, rows.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ModelUnreadable, UnknownFormat
+from . import Part, Stored
+
+STATE = "weight.quant_state.bitsandbytes__"
+STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+"""What the bytes may be stored as -> how many are one element."""
+
+MAX_STATE = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What the JSON of one matrix says; the nested values are 0 without double quantisation."""
+
+    shape: tuple[int, ...]
+    block: int
+    nested_block: int
+    offset: float
+
+
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
+    """`weight` beside `weight.absmax` and `weight.quant_state.bitsandbytes__*`, or I8 beside `SCB`."""
+    if parts.keys() - {"weight_format"} == {"weight", "SCB"}:
+        return _recognise_int8(parts)
+    kinds = [name for name in parts if name.startswith(STATE)]
+    if not kinds:
+        return None
+    kind = kinds[0].removeprefix(STATE)
+    if len(kinds) > 1 or kind not in ("nf4", "fp4"):
+        raise UnknownFormat(f"bitsandbytes in {' and '.join(name.removeprefix(STATE) for name in kinds)}")
+    nested = "weight.nested_absmax" in parts
+    names = {"weight", "weight.absmax", "weight.quant_map", kinds[0]}
+    names |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
+    if parts.keys() != names:
+        odd = ", ".join(sorted(parts.keys() ^ names))
+        raise ModelUnreadable(f"bitsandbytes {kind} has or lacks a part: {odd}")
+    described = parts[kinds[0]]
+    if described.dtype != "U8" or not 0 < prod(described.shape) <= MAX_STATE:
+        raise ModelUnreadable(f"its quant_state is {described.dtype} {list(described.shape)}")
+    state = _read_state(described.load(), nested)
+    *leading, _, columns = state.shape
+    count, item = prod(state.shape), STORAGE.get(parts["weight"].dtype)
+    if item is None:
+        raise UnknownFormat(f"bitsandbytes {kind} in elements of type {parts['weight'].dtype}")
+    blocks = -(-count // state.block)
+    expected: dict[str, tuple[tuple[str, ...], int]] = {
+        "weight": ((parts["weight"].dtype,), -(-count // (2 * item))),
+        "weight.absmax": (("U8",) if nested else ("F32", "F16", "BF16"), blocks),
+        "weight.quant_map": (("F32",), 16),
+    }
+    spans: dict[str, int | Fraction | None] = {
+        "weight": Fraction(2 * item, columns),
+        "weight.absmax": Fraction(state.block, columns),
+        "weight.quant_map": None,
+        kinds[0]: None,
+    }
+    if nested:
+        expected["weight.nested_absmax"] = (("F32",), -(-blocks // state.nested_block))
+        expected["weight.nested_quant_map"] = (("F32",), 256)
+        spans["weight.nested_absmax"] = Fraction(state.block * state.nested_block, columns)
+        spans["weight.nested_quant_map"] = None
+    for name, (dtypes, size) in expected.items():
+        part = parts[name]
+        if part.dtype not in dtypes or prod(part.shape) != size or part.shape[:1] != (size,):
+            raise ModelUnreadable(f"its {name} is {part.dtype} {list(part.shape)}, expected {dtypes[0]} [{size}]")
+    if leading:
+        raise UnknownFormat(f"bitsandbytes {kind} of {len(state.shape)} axes")
+    return Stored(f"bnb-{kind}", state.shape, spans, partial(decode, state=kinds[0], expected=state))
+
+
+def decode(
+    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, state: str, expected: "_State"
+) -> NDArray[np.float32]:
+    """The codes of rows [start, stop), by the quant map, times the absmax of their blocks."""
+    own = _read_state(parts[state], "weight.nested_absmax" in parts)
+    if (own.shape, own.block, own.nested_block) != (expected.shape, expected.block, expected.nested_block):
+        raise ModelUnreadable(f"its quant_state says {list(own.shape)} in blocks of {own.block}, unlike other experts'")
+    columns = own.shape[-1]
+    first, last = start * columns, stop * columns
+    packed = parts["weight"].reshape(-1)
+    per_item = 2 * packed.dtype.itemsize
+    data = packed.view(np.uint8)
+    # the pair of values of each byte as one 8-byte item, so that decoding is a single look-up
+    codebook = parts["weight.quant_map"].astype(np.float32)
+    pairs = np.stack([np.repeat(codebook, 16), np.tile(codebook, 16)], axis=1).view(np.uint64).ravel()
+    skipped = first - first // per_item * per_item
+    with np.errstate(over="ignore", invalid="ignore"):
+        values: NDArray[np.float32] = pairs[data].view(np.float32)[skipped : skipped + last - first]
+        absmax = _absmax(parts, first // own.block, own)
+        _scale_blocks(values, absmax, first % own.block, own.block)
+    return values.reshape(stop - start, columns)
+
+
+def _scale_blocks(values: NDArray[np.float32], factors: NDArray[np.float32], skip: int, block: int) -> None:
+    """Multiply a stream of values, in place, by the factors of its blocks, the first of which lacks `skip` values."""
+    if skip:
+        head = min(block - skip, len(values))
+        values[:head] *= factors[0]
+        values, factors = values[head:], factors[1:]
+    whole = len(values) // block
+    blocks = values[: whole * block].reshape(whole, block)
+    blocks *= factors[:whole, None]
+    if len(values) % block:
+        values[whole * block :] *= factors[whole]
+
+
+def _absmax(parts: Mapping[str, NDArray[Any]], first: int, state: _State) -> NDArray[np.float32]:
+    """The absmaxes from number `first` on, as far as they come."""
+    stored = parts["weight.absmax"].reshape(-1)
+    if not state.nested_block:
+        return stored.astype(np.float32)
+    factors: NDArray[np.float32] = parts["weight.nested_quant_map"].astype(np.float32)[stored]
+    _scale_blocks(factors, parts["weight.nested_absmax"].reshape(-1), first % state.nested_block, state.nested_block)
+    factors += np.float32(state.offset)
+    return factors
+
+
+def _read_state(data: NDArray[Any], nested: bool) -> _State:
+    """The JSON in `data`, checked."""
+    try:
+        found = json.loads(data.tobytes())
+        shape, block = tuple(found["shape"]), found["blocksize"]
+        nested_block, offset = (found["nested_blocksize"], found["nested_offset"]) if nested else (0, 0.0)
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else "no JSON object with a shape"
+        raise ModelUnreadable(f"its quant_state can't be read: {reason}", "download it again") from None
+    if len(shape) < 2 or not all(type(size) is int and 0 < size < 2**40 for size in shape):
+        raise ModelUnreadable(f"its quant_state says that the shape is {str(list(shape))[:100]}")
+    for name, size in (("blocksize", block), *((("nested_blocksize", nested_block),) if nested else ())):
+        if type(size) is not int or not 0 < size < 2**31:
+            raise ModelUnreadable(f"its quant_state says that {name} is {str(size)[:100]}")
+    if type(offset) not in (int, float) or not math.isfinite(offset):
+        raise ModelUnreadable(f"its quant_state says that nested_offset is {str(offset)[:100]}")
+    return _State(shape, block, nested_block, float(offset))
+
+
+def _recognise_int8(parts: Mapping[str, Part]) -> Stored:
+    weight, largest = parts["weight"], parts["SCB"]
+    if weight.dtype != "I8" or largest.dtype != "F32" or weight.shape[:-1] != largest.shape or len(weight.shape) < 2:
+        raise ModelUnreadable(
+            f"its weight is {weight.dtype} {list(weight.shape)} and its SCB {largest.dtype} {list(largest.shape)}"
+        )
+    if (order := parts.get("weight_format")) and (prod(order.shape) != 1 or order.load().reshape(-1)[0] != 0):
+        raise UnknownFormat("LLM.int8() whose weight_format is not rows")
+    return Stored("bnb-int8", weight.shape, {"weight": 1, "SCB": 1}, decode_int8)
+
+
+def decode_int8(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
+    """I8 [rows, columns] times SCB / 127 of each row."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = parts["weight"].astype(np.float32)
+        values *= (parts["SCB"] / np.float32(127))[:, None]
+    return values

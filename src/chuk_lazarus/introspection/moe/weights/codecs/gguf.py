@@ -1,0 +1,69 @@
+"""The types of llama.cpp's GGML: blocks of 32 to 256 elements with their scales inside, decoded by the gguf package.
+
+Rows of blocks arrive as bytes, uint8 [..., rows, row bytes]. NVFP4 has a second scale beside the blocks, `weight_scale`
+F32 [experts] or a single number, by which the elements are multiplied; a part of that name beside any other type is
+none of the matrix (Gemma 4 keeps the router's scale of each expert there).
+"""
+
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ModelUnreadable, UnknownFormat
+from . import Part, Stored, plain
+
+SCALE = "weight_scale"
+
+
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
+    """`weight` of a GGML type in blocks, or of plain numbers in a GGUF file, and perhaps `weight_scale`."""
+    if "weight" not in parts or not parts.keys() <= {"weight", SCALE}:
+        return None
+    weight, scale = parts["weight"], parts.get(SCALE)
+    if weight.dtype in plain.NAMES:
+        return plain.recognise({"weight": weight}, {}) if quantization.get("quant_method") == "gguf" else None
+    if not _is_blocks(weight.dtype):
+        return None
+    if not _is_decoded(weight.dtype):
+        raise UnknownFormat(f"stored as {weight.dtype}, a GGML type that the gguf package does not decode")
+    rows_per_row: dict[str, int | None] = {"weight": 1}
+    if scale and weight.dtype == "NVFP4":
+        if scale.dtype not in plain.NAMES or scale.shape not in ((), (1,), weight.shape[:-2]):
+            raise ModelUnreadable(f"its weight is {list(weight.shape)} and its scale {scale.dtype} {list(scale.shape)}")
+        rows_per_row[SCALE] = None
+    return Stored(weight.dtype, weight.shape, rows_per_row, partial(decode, weight.dtype))
+
+
+def decode(dtype: str, parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
+    """uint8 [rows, row bytes], and perhaps a single scale -> float32 [rows, columns]."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    with np.errstate(over="ignore", invalid="ignore"):  # a scale may be infinite or NaN, and is reported as such
+        values: NDArray[np.float32] = dequantize(parts["weight"], GGMLQuantizationType[dtype])
+        if SCALE in parts:
+            values *= parts[SCALE].astype(np.float32)
+    return values
+
+
+def _is_blocks(dtype: str) -> bool:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return dtype in GGMLQuantizationType.__members__ and GGML_QUANT_SIZES[GGMLQuantizationType[dtype]][0] > 1
+
+
+@cache
+def _is_decoded(dtype: str) -> bool:
+    """Whether the gguf package decodes the type: tried with one block."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType[dtype]
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

@@ -1,0 +1,207 @@
+"""GPTQ: unsigned integers in groups of inputs, each group with a scale and a zero point for every output.
+
+The stored matrix is [in, out]. `qweight` I32 [in * bits / 32, out]: each column is a dense stream from the lowest bit
+on, also of 3 bits. `qzeros` I32 [groups, out * bits / 32], rows packed likewise; `scales` [groups, out]; `g_idx` I32
+[in], the group of each input, which act-order makes any. A weight is (integer - zero point) * scale
+(nn_modules/qlinear/__init__.py of GPTQModel 7.7, `pack_original` and `dequantize_weight`).
+
+Format "gptq" stores the zero points less one, "gptq_v2" as they are. GPTQModel takes that one from the words, so that a
+zero borrows from its neighbour, and adds it to them (`convert_gptq_v1_to_v2_format_module` in utils/model.py); where
+no zero point was 0, adding it to each is the same. AutoRound's "auto_gptq" is the first of the two, its "gptqmodel" the
+second (GPTQ_FORMAT and GPTQ_FORMAT_NO_ZP in inference/backend.py of auto-round 0.16).
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ModelUnreadable, UnknownFormat
+from . import Part, Stored
+from .bits import unpack, unpack_rows
+
+WIDTHS = (2, 3, 4, 8)
+FORMATS = {"gptq": 1, "gptq_v2": 0}
+"""A checkpoint's format -> what its zero points lack."""
+
+AUTO_ROUND_FORMATS = {
+    "auto_round:auto_gptq": 1,
+    "auto_round:gptq": 1,
+    "auto_round": 0,
+    "auto_round:gptqmodel": 0,
+}
+CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
+
+
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
+    """`qweight`, `qzeros` and `scales`, perhaps with `g_idx`, unless the config or the shapes say that it is AWQ."""
+    if parts.keys() - {"g_idx"} != {"qweight", "qzeros", "scales"}:
+        return None
+    qweight, qzeros, scales, order = parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx")
+    types = {part.dtype for part in (qweight, qzeros)} | ({order.dtype} if order else set())
+    if types != {"I32"} or scales.dtype not in ("F16", "BF16", "F32") or len(qweight.shape) < 2:
+        return None
+    *leading, words, outputs = qweight.shape
+    is_awq_shape = order is None and scales.shape[-1:] == (outputs * 8,)
+    offset = _zero_offset(quantization, is_awq_shape)
+    if offset is None:
+        return None
+    groups = scales.shape[-2] if len(scales.shape) > 1 else 0
+    inputs = order.shape[-1] if order and order.shape else None
+    listing = ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
+    if (
+        not groups
+        or scales.shape != (*leading, groups, outputs)
+        or qzeros.shape[:-1] != (*leading, groups)
+        or (order and order.shape != (*leading, inputs))
+        or not words * outputs
+    ):
+        raise ModelUnreadable(f"not the shapes of GPTQ: {listing}")
+    bits = _find_bits(words, outputs, qzeros.shape[-1], inputs, listing, quantization)
+    if inputs is None:
+        inputs, rest = divmod(words * 32, bits)
+        if rest:
+            raise ModelUnreadable(f"not the shapes of GPTQ in {bits} bits: {listing}")
+    size = _group_size(inputs, groups, order is not None, quantization)
+    in_turn = size is not None
+    if order:
+        # with act-order any input may be of any group; that a later expert is so where the first is not, decode sees
+        in_turn = in_turn and quantization.get("desc_act") is not True
+        in_turn = in_turn and bool(
+            np.array_equal(order.load(), np.broadcast_to(np.arange(inputs) // (size or 1), order.shape))
+        )
+    spans: dict[str, int | Fraction | None] = {"qweight": Fraction(32, bits)}
+    spans |= dict.fromkeys(("qzeros", "scales"), size if in_turn else None)
+    spans |= {"g_idx": 1} if order else {}
+    known = partial(decode, bits=bits, offset=offset, groups=groups, size=size if in_turn else None)
+    return Stored("gptq", (*leading, inputs, outputs), spans, known, transposed=True)
+
+
+def decode(
+    parts: Mapping[str, NDArray[Any]],
+    start: int,
+    stop: int,
+    *,
+    bits: int,
+    offset: int,
+    groups: int,
+    size: int | None,
+) -> NDArray[np.float32]:
+    """The window's inputs [rows, outputs]; `size` where the groups follow each other, and only some of them come."""
+    zeros = _zero_points(parts["qzeros"], bits, offset, parts["scales"].shape[1])
+    scales = parts["scales"].astype(np.float32)
+    codes = unpack_rows(parts["qweight"].view(np.uint32), bits, start * bits % 32, stop - start)
+    first = start // size if size else 0
+    if "g_idx" in parts:
+        index = parts["g_idx"].astype(np.int64)
+        if index.size and not 0 <= index.min() <= index.max() < groups:
+            raise ModelUnreadable(f"its g_idx names groups from {index.min()} to {index.max()}, and there are {groups}")
+        index -= first
+        if index.size and not 0 <= index.min() <= index.max() < len(scales):
+            raise UnknownFormat(
+                "its g_idx is in another order than the first expert's, and config.json does not say desc_act"
+            )
+    else:
+        index = np.arange(start, stop) // (size or 1) - first
+    return scale_rows(codes, zeros, scales, index)
+
+
+def scale_rows(
+    codes: NDArray[np.uint8], zeros: NDArray[np.float32], scales: NDArray[np.float32], index: NDArray[np.integer[Any]]
+) -> NDArray[np.float32]:
+    """(codes - zeros[index]) * scales[index] for codes [rows, columns], zeros and scales [groups, columns]."""
+    values = np.empty(codes.shape, np.float32)
+    # a run of rows of one group at a time, or, where those are short, a few rows with each their own
+    starts = np.flatnonzero(np.diff(index, prepend=-1))
+    in_runs = len(starts) * 4 <= len(index)
+    edges = {*range(0, len(index), 16), *(starts.tolist() if in_runs else ()), len(index)}
+    with np.errstate(over="ignore", invalid="ignore"):
+        for low, high in pairwise(sorted(edges)):
+            group = index[low] if in_runs else index[low:high]
+            window = values[low:high]
+            np.subtract(codes[low:high], zeros[group], out=window, dtype=np.float32)
+            window *= scales[group]
+    return values
+
+
+def _zero_points(packed: NDArray[Any], bits: int, offset: int, outputs: int) -> NDArray[np.float32]:
+    """I32 [groups, words] -> [groups, outputs], with what the file's format took away."""
+    words = packed.view(np.uint32)
+    if offset and 32 % bits == 0:
+        words = words + np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+    zeros = unpack(words, bits, outputs)
+    if offset and 32 % bits:
+        zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
+    return zeros.astype(np.float32)
+
+
+def _zero_offset(quantization: Mapping[str, Any], is_awq_shape: bool) -> int | None:
+    """What the zero points lack, by the config; None when the tensors are not GPTQ's."""
+    method = quantization.get("quant_method")
+    if method in ("auto-round", "auto_round"):
+        packing = quantization.get("packing_format")
+        if isinstance(packing, str) and "awq" in packing:
+            return None
+        if packing not in AUTO_ROUND_FORMATS:
+            raise UnknownFormat(f"AutoRound in packing_format {packing}")
+        return AUTO_ROUND_FORMATS[packing]
+    named = quantization.get("checkpoint_format", quantization.get("format"))
+    if method is None and named is None:
+        if is_awq_shape:
+            return None
+        raise UnknownFormat("GPTQ, and config.json has no quantization_config that says which kind", CONFIG_HINT)
+    if method not in ("gptq", None):
+        return None
+    named = "gptq" if named is None else named
+    if quantization.get("is_marlin_format") is True:
+        named = "marlin"
+    if named not in FORMATS:
+        raise UnknownFormat(f"GPTQ in checkpoint_format {named}")
+    return FORMATS[named]
+
+
+def _find_bits(
+    words: int, outputs: int, zero_words: int, inputs: int | None, listing: str, quantization: Mapping[str, Any]
+) -> int:
+    """The width, from the config if the shapes fit it; single modules may differ where the config says so."""
+    fitting = {
+        bits
+        for bits in range(1, 9)
+        if zero_words == -(-outputs * bits // 32) and (inputs is None or words == -(-inputs * bits // 32))
+    }
+    if not fitting:
+        raise ModelUnreadable(f"not the shapes of GPTQ: {listing}")
+    said = quantization.get("bits")
+    varied = said is None or bool(quantization.get("dynamic") or quantization.get("extra_config"))
+    if said in fitting:
+        bits = int(said)
+    elif varied and len(fitting) == 1:
+        bits = fitting.pop()
+    else:
+        if said is None:
+            raise UnknownFormat(
+                "stored as gptq, and neither its shapes nor config.json say in how many bits", CONFIG_HINT
+            )
+        widths = " or ".join(str(bits) for bits in sorted(fitting))
+        raise UnknownFormat(f"stored as gptq in {widths} bits by its shapes, and config.json says {said}", CONFIG_HINT)
+    if bits not in WIDTHS:
+        raise UnknownFormat(f"GPTQ in {bits} bits")
+    return bits
+
+
+def _group_size(inputs: int, groups: int, has_order: bool, quantization: Mapping[str, Any]) -> int | None:
+    """How many inputs share a scale where the groups follow each other; None when only g_idx can tell."""
+    said = quantization.get("group_size")
+    size = inputs if said == -1 else said
+    if type(size) is int and size > 0 and -(-inputs // size) == groups:
+        return size
+    varied = said is None or bool(quantization.get("dynamic") or quantization.get("extra_config"))
+    if (varied or has_order) and inputs % groups == 0:
+        return inputs // groups
+    if has_order:
+        return None
+    raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {said}", CONFIG_HINT)

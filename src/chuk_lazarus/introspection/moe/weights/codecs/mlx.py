@@ -1,0 +1,112 @@
+"""MLX's quantised matrices: `weight` uint32 and `scales`, with `biases` in the affine mode.
+
+By `mode` (documentation of `mlx.core.quantize`; mlx/ops.cpp), for matrices that may be stacked:
+
+- affine: elements of 1 to 8 bits in one dense stream, lowest bit first; `scales` and `biases` float [..., rows,
+  columns / group_size]; a weight is scale * element + bias. A config without a mode means this one;
+- mxfp4, mxfp8: E2M1 or E4M3 elements, `scales` uint8 E8M0 for groups of 32;
+- nvfp4: E2M1 elements, `scales` uint8 E4M3 for groups of 16, and at times `global_scale`, the largest magnitude of the
+  matrix: the scales are for a matrix whose largest is 6 * 448.
+
+`bits`, `group_size` and `mode` come from the config: they can't be told from the shapes.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ModelUnreadable, UnknownFormat
+from . import Part, Stored
+from .bits import unpack
+from .small_floats import E4M3, E8M0, is_one_per_matrix, scale_groups, unpack_e2m1, widen
+
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+LARGEST = np.float32(6 * 448)
+HINT = "put the config.json that belongs to the model beside its weights"
+
+
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
+    """`weight` in uint32 beside `scales`."""
+    weight, scales = parts.get("weight"), parts.get("scales")
+    if weight is None or scales is None or weight.dtype != "U32" or len(weight.shape) < 2:
+        return None
+    others = parts.keys() - {"weight", "scales"}
+    if others not in (set(), {"biases"}, {"global_scale"}):
+        return None
+    mode, bits, group = _settings(quantization, sorted(parts))
+    is_affine = mode == "affine"
+    if is_affine != (others == {"biases"}) or (others == {"global_scale"} and mode != "nvfp4"):
+        raise UnknownFormat(f"MLX's {', '.join(sorted(parts))}, and config.json says that the mode is {mode}")
+    shape = (*weight.shape[:-1], scales.shape[-1] * group if scales.shape else 0)
+    if scales.shape[:-1] != shape[:-1] or weight.shape[-1] * 32 != shape[-1] * bits:
+        raise ModelUnreadable(
+            f"its weight is {list(weight.shape)} and its scales {list(scales.shape)}: not {bits} bits in groups of "
+            f"{group}, as config.json says"
+        )
+    beside = parts.get("biases", scales)
+    dtypes = ("F32", "BF16", "F16") if is_affine else ("U8",)
+    if scales.dtype not in dtypes or beside.dtype not in dtypes or beside.shape != scales.shape:
+        listing = ", ".join(f"{name} {parts[name].dtype} {list(parts[name].shape)}" for name in sorted(parts))
+        raise ModelUnreadable(f"its parts are {listing}: they do not fit MLX's mode {mode}")
+    spans: dict[str, int | None] = {"weight": 1, "scales": 1}
+    if is_affine:
+        return Stored(f"mlx-{bits}bit", shape, spans | {"biases": 1}, partial(_decode_affine, bits=bits, group=group))
+    if "global_scale" in parts:
+        whole = parts["global_scale"]
+        if whole.dtype != "F32" or not is_one_per_matrix(whole.shape, shape[:-2]):
+            raise ModelUnreadable(f"its global_scale is {whole.dtype} {list(whole.shape)}: not one number per matrix")
+        spans["global_scale"] = None
+    return Stored(f"mlx-{mode}", shape, spans, partial(_decode_float, mode=mode, group=group))
+
+
+def _settings(quantization: Mapping[str, Any], parts: list[str]) -> tuple[str, int, int]:
+    """The mode, the bits of an element and the columns of a group, by the config."""
+    mode = quantization.get("mode", "affine")
+    bits, group = quantization.get("bits"), quantization.get("group_size")
+    if mode in FLOAT_MODES:
+        usual = FLOAT_MODES[mode]
+        bits, group = usual[0] if bits is None else bits, usual[1] if group is None else group
+        if (bits, group) != usual:
+            raise UnknownFormat(
+                f"MLX's mode {mode} with {bits} bits in groups of {group}: it has {usual[0]} in {usual[1]}"
+            )
+    elif mode != "affine":
+        raise UnknownFormat(f"MLX's quantisation mode {mode!r}, which we can't decode")
+    if bits is None or group is None:
+        raise UnknownFormat(
+            f"MLX's {', '.join(parts)}, and config.json has no quantization with bits and group_size", HINT
+        )
+    if bits not in AFFINE_BITS or type(bits) is not int or type(group) is not int or group < 1:
+        raise UnknownFormat(f"MLX's quantisation to {bits!r} bits in groups of {group!r}, which we can't decode")
+    return mode, bits, group
+
+
+def _decode_affine(
+    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, bits: int, group: int
+) -> NDArray[np.float32]:
+    """uint32 [rows, words], scales and biases [rows, groups] -> float32."""
+    scales, biases = widen(parts["scales"]), widen(parts["biases"])
+    rows, groups = scales.shape
+    values = unpack(parts["weight"], bits, groups * group).astype(np.float32)
+    scale_groups(values, scales, group)
+    grouped = values.reshape(rows, groups, group)
+    with np.errstate(over="ignore", invalid="ignore"):
+        grouped += biases[:, :, None]
+    return values
+
+
+def _decode_float(
+    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, mode: str, group: int
+) -> NDArray[np.float32]:
+    """uint32 [rows, words] and scales [rows, groups] -> float32."""
+    data = np.ascontiguousarray(parts["weight"], "<u4").view(np.uint8)
+    values = widen(data, E4M3) if mode == "mxfp8" else unpack_e2m1(data)
+    scales = widen(parts["scales"], E4M3 if mode == "nvfp4" else E8M0)
+    if "global_scale" in parts:
+        scales *= widen(parts["global_scale"]).reshape(-1) / LARGEST
+    scale_groups(values, scales, group)
+    return values

@@ -1,0 +1,98 @@
+"""NVFP4: E2M1 elements in groups of 16 inputs with an E4M3 scale each, and one more scale for the whole matrix.
+
+Two elements lie in a byte, the even one in the low nibble; `weight_scale` E4M3 [..., rows, columns / 16]. Published as
+
+- `weight_packed` uint8 [..., rows, columns / 2] and `weight_global_scale`, which *divides*: compressed-tensors,
+  `nvfp4-pack-quantized` (compressors/nvfp4 and quantization/lifecycle/forward_helpers.py);
+- `weight` uint8 [..., rows, columns / 2], or of the safetensors dtype F4, and `weight_scale_2`, which multiplies:
+  ModelOpt (modelopt/torch/quantization/qtensor/nvfp4_tensor.py).
+
+The scale of the matrix is one number, or one for each of a stack ([E], [E, 1] or [E, 1, 1]); or two, [2] or [E, 2],
+where a gate and its up lie in one matrix: the first is for the first half of the rows. ModelOpt stores the stacked,
+transposed matrices of Llama 4 and GPT-OSS with all this turned, as [E, columns / 2, rows] and [E, columns / 16, rows]
+(`maybe_transpose_expert_weight_dimensions` in modelopt/torch/export/quant_utils.py).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ModelUnreadable
+from . import Part, Stored
+from .mxfp4 import find_pairs, pairs_shape
+from .small_floats import is_one_per_matrix, scale_groups, unpack_e2m1, widen
+
+GROUP = 16
+SECOND_SCALES = {"weight_packed": "weight_global_scale", "weight": "weight_scale_2"}
+
+
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
+    """E2M1 pairs beside E4M3 scales; in need of a second scale."""
+    packed = find_pairs(parts)
+    scale = parts.get("weight_scale")
+    if packed is None or scale is None or scale.dtype != "F8_E4M3":
+        return None
+    second = SECOND_SCALES[packed]
+    if parts.keys() != {packed, "weight_scale", second} or parts[second].dtype not in ("F32", "F16", "BF16", "F64"):
+        return None
+    *leading, rows, columns = shape = pairs_shape(parts[packed])
+    halves = False
+    if not is_one_per_matrix(parts[second].shape, tuple(leading)):
+        halves = parts[second].shape in ((*leading, 2), (*leading, 2, 1)) and rows % 2 == 0
+        if not halves:
+            raise ModelUnreadable(
+                f"its {second} is {list(parts[second].shape)} and its {packed} {list(parts[packed].shape)}: "
+                "neither one number per matrix nor two"
+            )
+    decoder = partial(decode, packed=packed, second=second, half=rows // 2 if halves else None)
+    if scale.shape == (*leading, rows, columns // GROUP) and columns % GROUP == 0:
+        return Stored("nvfp4", shape, {packed: 1, "weight_scale": 1, second: None}, decoder)
+    width, inputs = parts[packed].shape[-1], 2 * rows
+    is_turned = parts[packed].dtype == "U8" and scale.shape == (*leading, inputs // GROUP, width)
+    if is_turned and not inputs % GROUP and not halves and leading:
+        turned = partial(_decode_turned, packed=packed, second=second)
+        spans = {packed: 2, "weight_scale": GROUP, second: None}
+        return Stored("nvfp4", (*leading, inputs, width), spans, turned)
+    raise ModelUnreadable(
+        f"its {packed} is {list(parts[packed].shape)} and its weight_scale {list(scale.shape)}: not NVFP4"
+    )
+
+
+def decode(
+    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, packed: str, second: str, half: int | None
+) -> NDArray[np.float32]:
+    """Bytes [rows, columns / 2] and their scales -> float32; from row `half` on, the other second scale holds."""
+    values = unpack_e2m1(parts[packed])
+    scales = widen(parts["weight_scale"])
+    of_matrix = widen(parts[second]).reshape(-1)
+    if half is not None:
+        of_matrix = of_matrix[(np.arange(start, stop) >= half).astype(np.intp)][:, None]
+    _apply_second(scales, of_matrix, second)
+    scale_groups(values, scales, GROUP)
+    return values
+
+
+def _decode_turned(
+    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, packed: str, second: str
+) -> NDArray[np.float32]:
+    """Bytes [rows / 2, columns] and scales [rows / 16, columns] -> float32 [rows, columns]."""
+    count, columns = parts[packed].shape
+    values = unpack_e2m1(parts[packed]).reshape(count, columns, 2).swapaxes(1, 2).reshape(2 * count, columns)
+    values = values[start % 2 :][: stop - start]
+    scales = widen(parts["weight_scale"])
+    _apply_second(scales, widen(parts[second]).reshape(-1), second)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values *= np.repeat(scales, GROUP, axis=0)[start % GROUP :][: stop - start]
+    return values
+
+
+def _apply_second(scales: NDArray[np.float32], second: NDArray[np.float32], name: str) -> None:
+    """Put the matrix's scale into those of the groups, in place."""
+    with np.errstate(all="ignore"):
+        if name == "weight_global_scale":
+            scales /= second
+        else:
+            scales *= second

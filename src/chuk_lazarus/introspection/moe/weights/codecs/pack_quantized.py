@@ -1,0 +1,210 @@
+"""Integers as compressed-tensors stores them: `pack-quantized` and `int-quantized`.
+
+Packed: `weight_packed` I32 [out, ceil(in * bits / 32)], each row a dense stream from the lowest bit on of the integers
+plus 2^(bits - 1), and `weight_shape`, which is [out, in]. Not packed: `weight` I8 [out, in]. In both,
+`weight_scale` is [out, in / group], [out, 1] or a single number, and `weight_zero_point` is as large; beside packed
+weights it is packed too, but along the outputs: I32 [ceil(out * bits / 32), in / group]. A weight is
+(integer - zero point) * scale. `weight_g_idx` [in] says which group each input belongs to; a -1 in it says that it was
+never filled and the groups follow each other (of compressed-tensors: compressors/pack_quantized/helpers.py,
+compressors/naive_quantized/base.py and quantization/lifecycle/forward.py; for g_idx the last as of version 0.12).
+
+Of 3, 5, 6 and 7 bits, older versions packed as many as fit in a word and newer ones pack densely, and no file says
+which.
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ModelUnreadable, UnknownFormat
+from . import Part, Stored
+from .bits import unpack, unpack_rows
+
+FLOATS = ("BF16", "F16", "F32")
+WIDTHS = (1, 2, 4, 8)
+CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
+
+
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
+    """`weight_packed` I32 beside `weight_shape`, or `weight` I8, with a `weight_scale` of floats."""
+    own = parts.keys() - {"weight_scale", "weight_zero_point", "weight_g_idx"}
+    if "weight_scale" not in parts or parts["weight_scale"].dtype not in FLOATS:
+        return None
+    if own == {"weight_packed", "weight_shape"} and parts["weight_packed"].dtype == "I32":
+        packed = parts["weight_packed"]
+        if len(packed.shape) < 2:
+            raise ModelUnreadable(f"its weight_packed is {list(packed.shape)}, which is no matrix")
+        *leading, rows, words = packed.shape
+        columns = _count_columns(parts["weight_shape"], packed)
+        bits = _find_bits(words, columns, quantization)
+        spans: dict[str, int | Fraction | None] = {"weight_packed": 1}
+        codec = f"int{bits}"
+    elif own == {"weight"} and parts["weight"].dtype == "I8" and len(parts["weight"].shape) > 1:
+        if quantization.get("quant_method") not in (None, "compressed-tensors", "modelopt"):
+            return None
+        *leading, rows, columns = parts["weight"].shape
+        bits = 8
+        spans = {"weight": 1}
+        codec = "int8"
+    else:
+        return None
+    shape = (*leading, rows, columns)
+    if not prod(shape):
+        raise ModelUnreadable(f"it is empty: {list(shape)}")
+    spans["weight_scale"], groups = _find_span("weight_scale", parts["weight_scale"], shape, quantization)
+    if zero := parts.get("weight_zero_point"):
+        per_row = spans["weight_scale"] is not None
+        packed_shape = (*leading, -(-rows * bits // 32), groups)
+        if zero.dtype == "I32" and "weight" not in parts and per_row and zero.shape == packed_shape:
+            spans["weight_zero_point"] = Fraction(32, bits)
+        elif zero.dtype == "I8":
+            span, others = _find_span("weight_zero_point", zero, shape, quantization)
+            if others != groups:
+                raise ModelUnreadable(f"its weight_zero_point has {others} groups and its weight_scale {groups}")
+            spans["weight_zero_point"] = span
+        else:
+            raise ModelUnreadable(
+                f"its weight_zero_point is {zero.dtype} {list(zero.shape)}, expected I32 {list(packed_shape)} or I8"
+            )
+    elif (described := _int_weights(quantization)) and all(each.get("symmetric") is False for each in described):
+        raise ModelUnreadable("config.json says that it is not symmetric, and there is no weight_zero_point")
+    if order := parts.get("weight_g_idx"):
+        if order.dtype not in ("I32", "I64") or order.shape != (*leading, columns):
+            raise ModelUnreadable(f"its weight_g_idx is {order.dtype} {list(order.shape)} for {columns} inputs")
+        spans["weight_g_idx"] = None
+    group = _group_size(columns, groups, quantization)
+    return Stored(codec, shape, spans, partial(decode, bits=bits, columns=columns, group=group))
+
+
+def decode(
+    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, bits: int, columns: int, group: int
+) -> NDArray[np.float32]:
+    """Integers [rows, columns] less their zero points, times the scales of their groups."""
+    if "weight" in parts:
+        values = parts["weight"].astype(np.float32)
+    else:
+        values = _signed(unpack(parts["weight_packed"].view(np.uint32), bits, columns), bits).astype(np.float32)
+    order = parts.get("weight_g_idx")
+    if order is not None and (order.size == 0 or order.min() < 0):
+        order = None
+    with np.errstate(over="ignore", invalid="ignore"):
+        if (zero := parts.get("weight_zero_point")) is not None:
+            if zero.dtype.itemsize == 4:
+                first = start * bits % 32
+                zero = _signed(unpack_rows(zero.view(np.uint32), bits, first, stop - start), bits)
+            _apply(np.subtract, values, zero.astype(np.float32), group, order)
+        _apply(np.multiply, values, parts["weight_scale"].astype(np.float32), group, order)
+    return values
+
+
+def _signed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
+    """Integers less 2^(bits - 1)."""
+    if bits == 8:
+        return (codes ^ np.uint8(0x80)).view(np.int8)
+    return codes.view(np.int8) - np.int8(1 << (bits - 1))
+
+
+def _apply(
+    operation: np.ufunc,
+    values: NDArray[np.float32],
+    factors: NDArray[np.float32],
+    group: int,
+    order: NDArray[np.integer[Any]] | None,
+) -> None:
+    """Combine values [rows, columns], in place, with the factors of their groups, [rows or 1, groups]."""
+    rows, columns = values.shape
+    factors = factors.reshape(rows if factors.ndim and len(factors) == rows else 1, -1)
+    groups = factors.shape[1]
+    if groups == 1:
+        operation(values, factors, out=values)
+    elif order is not None:
+        if order.max() >= groups:
+            raise ModelUnreadable(f"its weight_g_idx names group {int(order.max())} of {groups}")
+        operation(values, np.take(factors, order, axis=1), out=values)
+    elif groups * group == columns:
+        grouped = values.reshape(rows, groups, group)
+        operation(grouped, factors[:, :, None], out=grouped)
+    else:
+        operation(values, np.repeat(factors, group, axis=1)[:, :columns], out=values)
+
+
+def _count_columns(described: Part, packed: Part) -> int:
+    """The number of inputs, from `weight_shape`."""
+    if described.dtype not in ("I64", "I32") or not 1 < prod(described.shape) <= 2 * prod(packed.shape[:-2]) + 1:
+        raise ModelUnreadable(f"its weight_shape is {described.dtype} {list(described.shape)}")
+    sizes = [int(size) for size in described.load().reshape(-1)]
+    expected = list(packed.shape[:-1])
+    if sizes[:-1] == expected or sizes[:-1] == expected[-1:]:
+        columns = sizes[-1]
+    elif sizes == sizes[:2] * prod(expected[:-1]) and sizes[0] == expected[-1]:
+        columns = sizes[1]  # [out, in] once for each expert
+    else:
+        raise ModelUnreadable(f"its weight_shape says {sizes}, and its weight_packed is {list(packed.shape)}")
+    if columns < 1:
+        raise ModelUnreadable(f"its weight_shape says {sizes}")
+    return columns
+
+
+def _int_weights(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the config's groups say about their weights, those that are integers."""
+    groups = quantization.get("config_groups")
+    schemes = groups.values() if isinstance(groups, dict) else ()
+    described = [scheme.get("weights") for scheme in schemes if isinstance(scheme, dict)]
+    return [each for each in described if isinstance(each, dict) and each.get("type", "int") == "int"]
+
+
+def _find_bits(words: int, columns: int, quantization: Mapping[str, Any]) -> int:
+    """The width that the shapes tell, or what the config says where they fit several."""
+    fitting = {bits for bits in range(1, 9) if words in (-(-columns * bits // 32), -(-columns // (32 // bits)))}
+    said = {each["num_bits"] for each in _int_weights(quantization) if type(each.get("num_bits")) is int}
+    found = fitting & said if said else fitting
+    if not fitting:
+        raise ModelUnreadable(f"its weight_packed has {words} words a row for {columns} integers of at most 8 bits")
+    listing = " or ".join(str(bits) for bits in sorted(said or fitting))
+    if not found:
+        raise UnknownFormat(f"{words} words a row hold {columns} integers, and config.json says {listing} bits")
+    if len(found) > 1:
+        raise UnknownFormat(f"packed integers of {listing} bits: the shapes do not tell which", CONFIG_HINT)
+    bits = found.pop()
+    if bits not in WIDTHS:
+        raise UnknownFormat(f"packed integers of {bits} bits: compressed-tensors has packed those in two ways")
+    return bits
+
+
+def _find_span(
+    name: str, part: Part, shape: tuple[int, ...], quantization: Mapping[str, Any]
+) -> tuple[int | None, int]:
+    """How many decoded rows a row of scales or zero points covers, and how many groups it has."""
+    *leading, rows, columns = shape
+    tail = part.shape[len(leading) :] if part.shape[: len(leading)] == tuple(leading) else part.shape
+    if prod(tail) == 1 and (rows > 1 or len(tail) < 2):
+        return None, 1
+    if (*leading, *tail) == part.shape:
+        if tail == (rows,):
+            return 1, 1
+        if len(tail) == 2 and tail[0] == rows and 0 < tail[1] <= columns:
+            return 1, tail[1]
+    if any(each.get("strategy") == "block" for each in _int_weights(quantization)):
+        raise UnknownFormat("integers with one scale for each block of rows and columns")
+    raise ModelUnreadable(f"its {name} is {list(part.shape)} for a matrix {list(shape)}")
+
+
+def _group_size(columns: int, groups: int, quantization: Mapping[str, Any]) -> int:
+    """How many columns share a scale; the last group may have fewer."""
+    described = _int_weights(quantization)
+    if not described and columns % groups == 0:
+        return columns // groups
+    said = {each.get("group_size") for each in described}
+    sizes = {size if type(size) is int and size > 0 else columns for size in said}
+    fitting = [size for size in sizes if -(-columns // size) == groups]
+    if len(fitting) == 1 or (fitting and groups == 1):
+        return fitting[0]
+    raise UnknownFormat(
+        f"{groups} scales for {columns} columns, and config.json says group_size {' or '.join(sorted(map(str, said)))}",
+        CONFIG_HINT,
+    )

@@ -1,0 +1,285 @@
+"""The GGUF container of llama.cpp: metadata, the tensors' table, then the tensors' bytes.
+
+Versions 2 and 3, little-endian, as https://github.com/ggml-org/ggml/blob/master/docs/gguf.md has them. A file may be
+split into parts named "-00001-of-00003.gguf", each a file of its own with `split.*` in its metadata.
+"""
+
+import struct
+from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from ..errors import ModelUnreadable, UnknownFormat
+from .source import ByteSource
+from .tensor_info import MAX_HEADER, TensorInfo, check_apart
+
+PIECE = 2**20  # read at once while the header goes on; the first time a quarter of it
+MAX_METADATA = 4096  # keys
+MAX_TENSORS = 200_000
+MAX_NAME = 1024  # bytes of a key, and of a name, which llama.cpp keeps below 64
+MAX_ITEMS = 1024  # longer arrays, such as a vocabulary, are passed over
+MAX_STRING = 65_535  # bytes; longer values are passed over
+MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+DEFAULT_ALIGNMENT = 32
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+CONFIG_KEYS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_shared_count": "n_shared_experts",
+}
+"""What the metadata calls, behind the architecture's name, what a config calls by these words."""
+
+SCORING = {1: "softmax", 2: "sigmoid"}
+ACTIVATIONS = {
+    "gemma4": "gelu_pytorch_tanh",
+    "grok": "gelu",
+    "nemotron_h_moe": "relu2",
+    "nomic-bert-moe": "gelu",
+    "smallthinker": "relu",
+}
+"""The architectures whose experts have another activation than silu; no metadata says it."""
+
+
+def read_model(sources: Mapping[str, ByteSource]) -> tuple[dict[str, Any], dict[str, dict[str, TensorInfo]]]:
+    """The config of a model, and the tensors of each of the files that make it up.
+
+    Raises ModelUnreadable, or UnknownFormat for a version of GGUF that we can't read.
+    """
+    first: dict[str, Any] = {}
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    owner: dict[str, str] = {}
+    for file, source in sources.items():
+        metadata, tensors = read_header(file, source)
+        first = first or metadata
+        count = metadata.get("split.count", 0)
+        if count not in (0, len(sources)):
+            raise ModelUnreadable(
+                f"{file} says that it is one of {str(count)[:20]} parts, and {len(sources)} are here",
+                "put all parts into one folder, under the names they were published with",
+            )
+        for name in tensors:
+            if name in owner:
+                raise ModelUnreadable(f"{name} is in {owner[name]} and again in {file}", "download the model again")
+            owner[name] = file
+        headers[file] = tensors
+    total = first.get("split.tensors.count", len(owner))
+    if total != len(owner):
+        raise ModelUnreadable(
+            f"the model has {len(owner)} tensors, and says that it has {str(total)[:20]}", "download it again"
+        )
+    kind = str(first.get("general.type", "model"))
+    if kind != "model":
+        raise ModelUnreadable(f"{next(iter(sources))} holds no model but, by its own word, this: {kind[:100]}")
+    return make_config(first), headers
+
+
+def make_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the metadata says of the model in the words of the Hub's `config.json`."""
+    architecture = metadata.get("general.architecture")
+    config: dict[str, Any] = {"quantization_config": {"quant_method": "gguf"}}
+    if not isinstance(architecture, str):
+        return config
+
+    def number(key: str) -> int:
+        value = metadata.get(f"{architecture}.{key}")
+        return value if type(value) is int and value > 0 else 0
+
+    config["model_type"] = architecture
+    config |= {word: number(key) for key, word in CONFIG_KEYS.items() if number(key)}
+    if number("nextn_predict_layers") < number("block_count"):  # the last blocks are for multi-token prediction
+        config["num_hidden_layers"] = number("block_count") - number("nextn_predict_layers")
+    if scoring := SCORING.get(number("expert_gating_func")):
+        config["scoring_func"] = scoring
+    normalised = metadata.get(f"{architecture}.expert_weights_norm")
+    if isinstance(normalised, bool):
+        config["norm_topk_prob"] = normalised
+    if architecture in ACTIVATIONS:
+        config["hidden_act"] = ACTIVATIONS[architecture]
+    return config
+
+
+def read_header(file: str, source: ByteSource) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The metadata of a file, but for long arrays, and its tensors.
+
+    Raises ModelUnreadable for a header that is broken or at odds with the file, UnknownFormat for another version.
+    """
+    reader = _Reader(file, source)
+    magic, version, tensor_count, metadata_count = reader.unpack("<4sIQQ") if source.size >= 24 else (b"", 0, 0, 0)
+    if magic != b"GGUF":
+        raise ModelUnreadable(f"{file} is not a GGUF file", "it is cut short or something else: download it again")
+    if version & 0xFFFF == 0:
+        raise UnknownFormat(f"{file} is a GGUF file in big-endian byte order, which we can't read")
+    if version not in (2, 3):
+        raise UnknownFormat(f"{file} is of GGUF version {version}, and we can read 2 and 3", "convert the model anew")
+    for count, limit, what in ((tensor_count, MAX_TENSORS, "tensors"), (metadata_count, MAX_METADATA, "metadata")):
+        if count > limit:
+            raise reader.broken(f"announces {count:,} {what}")
+    metadata: dict[str, Any] = {}
+    keys: set[str] = set()
+    for _ in range(metadata_count):
+        key = reader.name()
+        if key in keys:
+            raise reader.broken(f"has {key} twice")
+        keys.add(key)
+        if (value := reader.value(key)) is not None:
+            metadata[key] = value
+    entries = [reader.tensor() for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+        raise reader.broken("has a general.alignment that can't be")
+    return metadata, _place(reader, entries, -(-reader.position // alignment) * alignment, alignment)
+
+
+_Entry = tuple[str, tuple[int, ...], int, int]
+"""Name, shape in numpy's order, the number of the type, offset."""
+
+
+def _place(reader: "_Reader", entries: list[_Entry], data_start: int, alignment: int) -> dict[str, TensorInfo]:
+    """Where the tensors lie in the file, checked."""
+    size = reader.source.size
+    starts = sorted({offset for _, _, _, offset in entries})
+    following = dict(pairwise([*starts, size - data_start]))
+    tensors: dict[str, TensorInfo] = {}
+    for name, shape, number, offset in entries:
+        if name in tensors:
+            raise reader.broken(f"has {name} twice")
+        if offset % alignment:
+            raise reader.broken(f"has {name} at {offset:,}, which is no multiple of {alignment}")
+        dtype, block, block_bytes = _types().get(number, (f"GGML type {number}", 0, 0))
+        columns = shape[-1] if shape else 1
+        if block and columns % block:
+            raise reader.broken(f"has {name} as {dtype}, in blocks of {block}, with rows of {columns:,}")
+        # the length of a type that we don't know is up to the next tensor
+        length = prod(shape) // block * block_bytes if block else max(following[offset] - offset, 0)
+        start, stop = data_start + offset, data_start + offset + length
+        if stop > size:
+            raise ModelUnreadable(
+                f"{reader.file}: {name} ends at byte {stop:,} and the file at {size:,}",
+                "the file is cut short or broken: download it again",
+            )
+        tensors[name] = TensorInfo(name, dtype, shape, reader.file, start, stop, packed=block > 1)
+    check_apart(tensors.values(), reader.file)
+    return tensors
+
+
+@cache
+def _types() -> dict[int, tuple[str, int, int]]:
+    """Number of a type -> its name, how many elements a block of it has, and how many bytes."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+class _Reader:
+    """Reads a header from its beginning on, a piece of the file at a time."""
+
+    def __init__(self, file: str, source: ByteSource) -> None:
+        self.file = file
+        self.source = source
+        self._data = b""
+        self._start = 0  # where in the file the piece begins
+        self._at = 0  # where in the piece we are; beyond its end where something was passed over
+
+    @property
+    def position(self) -> int:
+        return self._start + self._at
+
+    def broken(self, why: str) -> ModelUnreadable:
+        return ModelUnreadable(f"{self.file}: the header {why}", "the file is cut short or broken: download it again")
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        size = struct.calcsize(form)
+        self._need(size)
+        values = struct.unpack_from(form, self._data, self._at)
+        self._at += size
+        return values
+
+    def name(self) -> str:
+        """A key, or a tensor's name."""
+        (length,) = self.unpack("<Q")
+        if length > MAX_NAME:
+            raise self.broken(f"has a name of {length:,} bytes")
+        return self._text(length)
+
+    def value(self, key: str) -> Any:
+        """The value of a metadata key; None where it is too long to be of interest."""
+        (kind,) = self.unpack("<I")
+        if kind == STRING:
+            return self._string()
+        if kind in SCALARS:
+            return self.unpack(f"<{SCALARS[kind]}")[0]
+        if kind != ARRAY:
+            raise self.broken(f"has {key} as a value of type {kind}, which is none")
+        kind, count = self.unpack("<IQ")
+        if kind == STRING:
+            if count <= MAX_ITEMS:
+                return [self._string() for _ in range(count)]
+            return self._skip_strings(count)
+        if kind not in SCALARS:
+            raise self.broken(f"has {key} as an array of values of type {kind}, which is none")
+        if count <= MAX_ITEMS:
+            return list(self.unpack(f"<{count}{SCALARS[kind]}"))
+        return self._skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
+
+    def tensor(self) -> _Entry:
+        """One entry of the tensors' table."""
+        name = self.name()
+        (dimensions,) = self.unpack("<I")
+        if dimensions > MAX_DIMENSIONS:
+            raise self.broken(f"has {name} with {dimensions:,} dimensions")
+        *shape, kind, offset = self.unpack(f"<{dimensions}QIQ")
+        if max(*shape, prod(shape), offset) >= 2**62:
+            raise self.broken(f"has {name} with a shape or an offset that can't be")
+        return name, tuple(reversed(shape)), kind, offset
+
+    def _string(self) -> str | None:
+        (length,) = self.unpack("<Q")
+        if length <= MAX_STRING:
+            return self._text(length)
+        self._skip(length)
+        return None
+
+    def _text(self, length: int) -> str:
+        self._need(length)
+        self._at += length
+        return self._data[self._at - length : self._at].decode(errors="replace")
+
+    def _skip(self, length: int) -> None:
+        self._at += length
+        self._need(0)
+
+    def _skip_strings(self, count: int) -> None:
+        unpack = struct.Struct("<Q").unpack_from
+        while count:
+            self._need(8)
+            data, at, last = self._data, self._at, len(self._data) - 8
+            while count and at <= last:
+                at += 8 + unpack(data, at)[0]
+                count -= 1
+            self._at = at
+        self._need(0)
+
+    def _need(self, length: int) -> None:
+        """Have the next `length` bytes in the piece; raises ModelUnreadable where the file or our patience ends."""
+        if self._at + length <= len(self._data):
+            return
+        position = self.position
+        if position + length > self.source.size:
+            raise self.broken(f"goes on to byte {position + length:,} and the file ends at {self.source.size:,}")
+        if position + length > MAX_HEADER:
+            raise self.broken(f"is longer than {MAX_HEADER:,} bytes")
+        if length:
+            ahead = PIECE if self._data else PIECE // 4
+            rest = self._data[self._at :]
+            reached = position + len(rest)
+            data = self.source.read(reached, min(max(position + length, reached + ahead), self.source.size))
+            self._data, self._start, self._at = rest + data, position, 0

@@ -1,0 +1,74 @@
+"""The safetensors container: 8 bytes of header length, a JSON header, then the tensors' bytes.
+
+These are row-major and little-endian (https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+from math import prod
+from typing import Any
+
+from ..errors import ModelUnreadable
+from .source import ByteSource
+from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_apart
+
+PACKED = frozenset({"F4"})
+"""Types whose elements share bytes."""
+
+
+def read_header(file: str, source: ByteSource) -> dict[str, TensorInfo]:
+    """The tensors of a file; raises ModelUnreadable for a header that is broken or at odds with the file."""
+    if source.size < 8:
+        raise ModelUnreadable(f"{file} is {source.size} bytes long: not a safetensors file", "download it again")
+    length = int.from_bytes(source.read(0, 8), "little")
+    if length > source.size - 8:
+        hint = "it is cut short or not a safetensors file: download it again"
+        raise ModelUnreadable(f"{file} announces a header of {length:,} bytes and has {source.size:,}", hint)
+    if length > MAX_HEADER:
+        raise ModelUnreadable(f"{file} announces a header of {length:,} bytes; {MAX_HEADER:,} is the limit")
+    entries = parse_json_object(source.read(8, 8 + length), f"the header of {file}")
+    entries.pop("__metadata__", None)
+    return parse_entries(entries, file, 8 + length, source.size)
+
+
+def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `data`; raises ModelUnreadable, naming `what`, for anything else, duplicate keys included."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        return result
+
+    try:
+        value = json.loads(data, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)[:200]
+        raise ModelUnreadable(f"{what} is not valid JSON: {reason}", "download it again") from None
+    if not isinstance(value, dict):
+        raise ModelUnreadable(f"{what} is not a JSON object", "download it again")
+    return value
+
+
+def parse_entries(entries: dict[str, Any], file: str, data_start: int, size: int) -> dict[str, TensorInfo]:
+    """The tensors of a header, checked: offsets in the file, in keeping with the shapes, not overlapping."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise ModelUnreadable(f"{file}: the header's entry for {name} lacks its dtype, shape or offsets") from None
+        if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
+            raise ModelUnreadable(f"{file}: the header's entry for {name} has a dtype, shape or offset that is none")
+        if not start <= stop <= size - data_start:
+            raise ModelUnreadable(
+                f"{file}: {name} ends at byte {data_start + stop:,} and the file at {size:,}",
+                "the file is cut short or broken: download it again",
+            )
+        if dtype in DTYPES and prod(shape) * DTYPES[dtype].itemsize != stop - start:
+            raise ModelUnreadable(f"{file}: {name} is {dtype} {list(shape)}, and that is not {stop - start:,} bytes")
+        tensors[name] = TensorInfo(
+            name, dtype, shape, file, data_start + start, data_start + stop, packed=dtype in PACKED
+        )
+    check_apart(tensors.values(), file)
+    return tensors

@@ -1,0 +1,60 @@
+"""Where a tensor lies in a file and what its elements are, whatever the container."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import ModelUnreadable
+
+MAX_HEADER = 100_000_000  # the safetensors library's own limit
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `stop` are byte offsets in `file`.
+
+    `shape` counts elements; `packed` says that these share bytes, so that only whole rows of them can be had.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+    packed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def check_apart(tensors: Iterable[TensorInfo], file: str) -> None:
+    """Raise ModelUnreadable when two tensors of a file share bytes."""
+    in_order = sorted((info for info in tensors if info.nbytes), key=lambda info: info.start)
+    for before, after in pairwise(in_order):
+        if after.start < before.stop:
+            raise ModelUnreadable(f"{file}: {before.name} and {after.name} share bytes: the header is broken")
