@@ -471,7 +471,7 @@ def test_mlx_lm_reads_the_same_matrices(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_axes_parse(text: str, groups: tuple[Any, Any], stacked: bool, flattened: bool) -> None:
-    assert StoredAxes.parse(text) == StoredAxes(groups, stacked, flattened)
+    assert StoredAxes.parse(text) == StoredAxes(text, groups, stacked, flattened)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ class StoredAxes:
     and `flattened` whether its first axis is experts times rows.
     """
 
+    text: str
     groups: tuple[tuple[str, ...], tuple[str, ...]]
     stacked: bool
     flattened: bool
@@ -60,7 +61,7 @@ class StoredAxes:
             groups = [groups[0][1:], *groups[1:]] if flattened else groups[1:]
         if len(groups) != 2 or ("H",) not in groups or not {("I",), ("2", "I"), ("I", "2")} & set(groups):
             raise ValueError(f"not the axes of an expert: {text}")
-        return cls((groups[0], groups[1]), stacked, flattened)
+        return cls(text, (groups[0], groups[1]), stacked, flattened)
 
     def solve(self, shape: Sequence[int], sizes: Mapping[str, int]) -> dict[str, int] | None:
         """The sizes of E, I and H that a tensor of this shape tells beyond those given, or None if it can't be such a
