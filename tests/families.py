@@ -2,8 +2,8 @@
 
     python tests/families.py
 
-Nothing is listed that no test reads: families come from the test checkpoints with an oracle, formats from those and from
-the tensors below tests/fixtures/formats.
+Nothing is listed that no test reads: families come from the test checkpoints with an oracle, formats from those and
+from the tensors below tests/fixtures/formats.
 """
 
 import json
@@ -32,10 +32,10 @@ LIBRARIES = {
 }
 
 # what the gguf package decodes besides plain floating point numbers
-GGML_TYPES = (
-    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS "
-    "TQ1_0 TQ2_0 MXFP4 NVFP4"
-).split()
+GGML_TYPES = [
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS",
+    "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+]  # fmt: skip
 
 INTRODUCTION = """# Families and storage formats
 
