@@ -97,7 +97,7 @@ def fp8(
         stored = wanted.astype(FLOATS[scale_dtype])
         scales = stored.astype(np.float32)
     each = spread(scales, block, matrix.shape)
-    weight = round_fp8(matrix / each, dtype)
+    weight = round_fp8(matrix / np.where(each == 0, np.float32(1), each), dtype)
     values = weight.astype(np.float32) * each
     stored = stored if shape is None else stored.reshape(shape)
     return Encoded({"weight": (dtype, weight), part: (scale_dtype, stored)}, values, quantization)

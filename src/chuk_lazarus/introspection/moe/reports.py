@@ -91,10 +91,12 @@ class Identity(Report):
 
 
 class LayerLayout(Report):
-    """How one layer's routed experts lie in the files; shapes are [out, in] by role, bytes what the files spend."""
+    """How one layer's routed experts lie in the files; `formats` are the storage formats by role, shapes [out, in] by
+    role, bytes what the files spend."""
 
     layer: int
     storage: str
+    formats: dict[str, str]
     experts: int
     shapes: dict[str, tuple[int, int]]
     parameters: int
@@ -118,10 +120,11 @@ class MoELayout(Identity):
     """What is in a checkpoint, from its headers alone.
 
     `family` is the row of the layout table, `stack` what the tensors' names begin with, `stacks` all such beginnings
-    with experts; `tensors` names the stored tensors of the first described layer by role. `layers` are the layers whose
-    headers were read; `exact` says whether these are all, else `parameters` and `stored_bytes`, those of all routed
-    experts, take the others to be like them. `analysis_bytes` is what an analysis with default options would read of
-    the experts.
+    with experts; `tensors` names the stored tensors of the first described layer by what they hold. `layers` are the
+    layers whose headers were read; `exact` says whether these are all, else `parameters` and `stored_bytes`, those of
+    all routed experts of `moe_layers`, take the others to be like them. `dense_layers` have a dense feed-forward, in
+    the place of experts or beside them. `analysis_bytes` is what an analysis with default options would read of the
+    experts.
     """
 
     schema_: Literal["moe-layout/1"] = Field(default="moe-layout/1", alias="schema")
@@ -132,7 +135,7 @@ class MoELayout(Identity):
     moe_layers: tuple[int, ...]
     mtp_layers: tuple[int, ...]
     dense_layers: tuple[int, ...]
-    tensors: dict[str, str]
+    tensors: dict[str, tuple[str, ...]]
     layers: tuple[LayerLayout, ...]
     shared: SharedExperts | None
     exact: bool
@@ -495,61 +498,101 @@ def render_layout(layout: MoELayout) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    name = layout.model + (f" @ {layout.revision[:12]}" if layout.revision else "")
-    about = "" if layout.exact else "about "
-    per_layer = layout.layers[0].stored_bytes
+    first = layout.layers[0]
+    many = len({(_storage(layer), layer.experts, layer.stored_bytes) for layer in layout.layers}) > 1
+    counts = sorted({layer.experts for layer in layout.layers})
+    experts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    formats = dict.fromkeys(name for layer in layout.layers for name in layer.formats.values())
+    bits = 8 * first.stored_bytes / first.parameters
+    read = "" if layout.exact else f" (by the headers of {_layers(layout.layers)})"
 
     def shapes(found: dict[str, tuple[int, int]]) -> str:
         return ", ".join(f"{role} {out} x {inner}" for role, (out, inner) in found.items())
 
     rows: list[tuple[str, Any]] = [
-        ("Model", name),
+        ("Model", layout.model + (f" @ {layout.revision[:12]}" if layout.revision else "")),
         ("Family", f"{layout.family} ({layout.model_type or 'unknown type'})"),
-        ("Storage", layout.storage),
+        (
+            "Storage",
+            f"{', '.join(formats)}, by layer below" if len(set(map(_storage, layout.layers))) > 1 else _storage(first),
+        ),
         ("MoE layers", f"{len(layout.moe_layers)} ({spans(layout.moe_layers)})"),
     ]
-    if layout.dense_layers:
-        rows.append(("Dense layers", f"{len(layout.dense_layers)} ({spans(layout.dense_layers)})"))
+    for where, numbers in (
+        ("", set(layout.dense_layers).difference(layout.moe_layers)),
+        (", beside the experts", set(layout.dense_layers).intersection(layout.moe_layers)),
+    ):
+        if numbers:
+            rows.append(("Dense layers", f"{len(numbers)} ({spans(sorted(numbers))}){where}"))
     if layout.mtp_layers:
-        rows.append(("MTP layers", spans(layout.mtp_layers)))
+        rows.append(("MTP layers", f"{len(layout.mtp_layers)} ({spans(layout.mtp_layers)}), not in the sums"))
     rows += [
-        ("Experts", f"{layout.experts}, {layout.top_k} for each token, {layout.activation}"),
-        ("Shapes", f"{shapes(layout.layers[0].shapes)} (out x in)"),
-        ("Tensors", "\n".join(layout.tensors.values())),
+        ("Experts", f"{experts}, {layout.top_k} for each token, {layout.activation}"),
+        ("Shapes", f"{shapes(first.shapes)} (out x in)"),
+        ("Tensors", _tensor_names(layout.tensors)),
     ]
-    if layout.shared:
-        rows.append(
-            (
-                "Shared",
-                f"{shapes(layout.shared.shapes)}, {layout.shared.storage}, in {len(layout.shared.layers)} layers",
-            )
-        )
+    if shared := layout.shared:
+        where = f"in {_count(len(shared.layers), 'layer')} of {format_bytes(shared.stored_bytes)}"
+        rows.append(("Shared", f"{shapes(shared.shapes)}, {shared.storage}, {where}"))
     rows += [
-        ("A layer", f"{format_bytes(per_layer)}, {format_count(layout.layers[0].parameters)} weights"),
-        ("All layers", f"{about}{format_bytes(layout.stored_bytes)}, {format_count(layout.parameters)} weights"),
-        ("An analysis", f"reads {format_bytes(layout.analysis_bytes)}"),
+        (
+            f"Layer {first.layer}" if many else "A layer",
+            f"{format_bytes(first.stored_bytes)}, {format_count(first.parameters)} weights of {bits:.3g} bits",
+        ),
+        (
+            "All layers",
+            f"{'' if layout.exact else 'about '}{format_bytes(layout.stored_bytes)}, "
+            f"{format_count(layout.parameters)} weights{read}",
+        ),
+        ("An analysis", f"reads {format_bytes(layout.analysis_bytes)} (moe-type-analyze, by default)"),
+        *(("Note", note) for note in layout.notes),
     ]
     blocks: list[Any] = [Text("MOE LAYOUT", style="bold"), _grid(rows)]
-    if len({(layer.storage, layer.stored_bytes) for layer in layout.layers}) > 1:
+    if many:
         blocks.append(_storage_table(layout))
-    if layout.notes:
-        blocks.append(_grid([("Note", note) for note in layout.notes]))
     return Group(*blocks)
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _layers(layers: Sequence[LayerLayout]) -> str:
+    return f"layer{'' if len(layers) == 1 else 's'} {spans([layer.layer for layer in layers])}"
+
+
+def _storage(layer: LayerLayout) -> str:
+    """For instance "bf16", or "mlx-4bit (gate, up), mlx-6bit (down)"."""
+    roles: dict[str, list[str]] = {}
+    for role, name in layer.formats.items():
+        roles.setdefault(name, []).append(role)
+    return ", ".join(f"{name} ({', '.join(of)})" if len(roles) > 1 else name for name, of in roles.items())
+
+
+def _tensor_names(tensors: dict[str, tuple[str, ...]]) -> str:
+    """What the names begin with, and below it how they go on, a line for what a tensor holds."""
+    everything = [name for names in tensors.values() for name in names]
+    low, high = min(everything), max(everything)
+    same = next((i for i, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))
+    start = low[: low.rfind(".", 0, same) + 1]
+    width = max(map(len, tensors))
+    lines = (f"{role:{width}}  {', '.join(n.removeprefix(start) for n in names)}" for role, names in tensors.items())
+    return "\n".join([start, *lines])
+
+
 def _storage_table(layout: MoELayout) -> "Table":
-    """The layers of each kind of storage, where they are not all stored alike."""
+    """The layers of each kind, where they are not all stored alike."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("Layers", "Storage", "Bytes a layer"):
-        table.add_column(heading)
-    alike: dict[tuple[str, int], list[int]] = {}
+    for heading in ("Layers", "Experts", "Storage", "Bytes a layer"):
+        table.add_column(heading, overflow="fold")
+    alike: dict[tuple[str, int, int], list[int]] = {}
     for layer in layout.layers:
-        alike.setdefault((layer.storage, layer.stored_bytes), []).append(layer.layer)
-    for (storage, nbytes), numbers in alike.items():
-        table.add_row(spans(numbers), storage, format_bytes(nbytes))
+        alike.setdefault((_storage(layer), layer.experts, layer.stored_bytes), []).append(layer.layer)
+    for (storage, experts, nbytes), numbers in alike.items():
+        table.add_row(spans(numbers), str(experts), storage, format_bytes(nbytes))
     return table
 
 

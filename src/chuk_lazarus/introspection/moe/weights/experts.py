@@ -18,7 +18,19 @@ from numpy.typing import NDArray
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable, spans
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import NOT_DECODED, SAME_PART, Part, Stored, recognise
-from .layouts import ROLES, Kind, Layout, Matches, Parts, StoredTensor, has_feature, is_listed, match_names, split_name
+from .layouts import (
+    ROLES,
+    Kind,
+    Layout,
+    Matches,
+    Parts,
+    StoredTensor,
+    has_feature,
+    is_listed,
+    match_names,
+    split_name,
+    usual_activation,
+)
 from .source import Progress, Range, find_repository
 
 BIAS = "bias"
@@ -35,6 +47,7 @@ TOP_K_KEYS = (
     "moe_top_k",
     "moe_num_active_primary_experts",
     "experts_per_token",
+    "router_topk",
 )
 EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "moe_num_primary_experts")
 
@@ -162,18 +175,21 @@ class Experts:
 
     @property
     def activation(self) -> str:
-        """The name of the experts' activation: the layout's own, or what the config says, or silu."""
+        """The name of the experts' activation: what the config says, or the layout's own, or silu."""
         function = self._ffn_config.get("ffn_act_fn")
         names = [self.config.get(key) for key in ACTIVATION_KEYS]
         names += [function.get("name")] if isinstance(function, dict) else []
-        own = "swiglu_oai" if has_feature(self.model_type, "swiglu_oai") else self._match.layout.activation
-        return own or next((name for name in names if isinstance(name, str)), "silu")
+        if has_feature(self.model_type, "swiglu_oai"):
+            return "swiglu_oai"
+        names += [usual_activation(self.model_type), self._match.layout.activation]
+        return next((name for name in names if isinstance(name, str)), "silu")
 
     @property
     def top_k(self) -> int:
         """How many experts a token is sent to, by the config; 1 where it does not say."""
         found = [config.get(key) for config in (self.config, self._ffn_config) for key in TOP_K_KEYS]
-        return next((count for count in found if type(count) is int and count > 0), 1)
+        first = [count[0] if isinstance(count, list) and count else count for count in found]  # one for each layer
+        return next((count for count in first if type(count) is int and count > 0), 1)
 
     @property
     def scoring(self) -> str:
@@ -463,13 +479,12 @@ class ExpertLayer:
 
     def open_tensor(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
         """The slices of a stored tensor for each of its parts, and how they are decoded."""
-        slices = find_slices(self._checkpoint, parts[0])
         _, first = open_stored(self._checkpoint, parts[0], self._quantization)
-        opened = [(slices, first)]
-        alike = {part: (info.dtype, info.shape) for part, info in slices[0].items()}
+        slices = find_slices(self._checkpoint, parts[0])
+        opened, alike = [(slices, first)], _look(slices[0])
         for own in parts[1:]:
             slices = find_slices(self._checkpoint, own)
-            if all({part: (info.dtype, info.shape) for part, info in one.items()} == alike for one in slices):
+            if all(_look(infos) == alike for infos in slices):
                 opened.append((slices, first))  # which spares reading what would be needed to recognise it
                 continue
             _, stored = open_stored(self._checkpoint, own, self._quantization)
@@ -642,6 +657,11 @@ def find_slices(checkpoint: Checkpoint, parts: Parts) -> list[Infos]:
     if len({len(infos) for infos in slices.values()}) > 1:
         raise ModelUnreadable(f"{next(iter(parts.values()))} has parts that are not cut into as many slices")
     return [dict(zip(slices, infos, strict=True)) for infos in zip(*slices.values(), strict=True)]
+
+
+def _look(infos: Infos) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a matrix is recognised by; the text that bitsandbytes adds is as long as its numbers are."""
+    return {part: (info.dtype, info.shape) for part, info in infos.items() if "quant_state" not in part}
 
 
 def open_stored(checkpoint: Checkpoint, parts: Parts, quantization: Mapping[str, Any]) -> tuple[Infos, Stored]:

@@ -197,6 +197,12 @@ def has_feature(model_type: str | None, feature: Literal["one_plus_norm", "swigl
     return model_type in _load_toml()[feature]
 
 
+def usual_activation(model_type: str | None) -> str | None:
+    """The activation of models of this type, where their configs may leave it out."""
+    found = _load_toml()["activation"].get(model_type)
+    return found if isinstance(found, str) else None
+
+
 Parts = dict[str, str]
 """Part of a stored tensor ("weight", "scales", ...) -> the name of the tensor that holds it."""
 
