@@ -78,6 +78,10 @@ FORMATS = """
 The storage is what reports print. Every format is also tested with random bytes and sizes against an encoder of its own
 (`tests/encoders_float.py`, `tests/encoders_packed.py`), in every layout in which it can occur.
 
+How the weights are quantised is what `config.json` says, or, where it says nothing, `hf_quant_config.json` (ModelOpt),
+`quantize_config.json` (AutoGPTQ) or `quant_config.json` (AutoAWQ) beside it. MLX's `quantization` goes before the
+`quantization_config` of a model that was converted.
+
 | storage | oracle |
 |---|---|
 """

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+import encoders_float
+import encoders_packed
 from chuk_lazarus.cli.app import run
+from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
+from chuk_lazarus.introspection.moe.weights.experts import Experts
+from chuk_lazarus.introspection.moe.weights.source import find_repository
+from hub_server import HubServer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ANALYZE = ["introspect", "moe-expert", "moe-type-analyze"]
@@ -688,6 +694,161 @@ def test_the_router_of_dbrx_without_a_shape(capsys: Capture, tmp_path: Path) -> 
     refused(capsys, UNKNOWN, write(tmp_path / "m", join(header, body)), "dbrx")
 
 
+# What says how the weights are quantised, where config.json does not
+
+ENCODERS = encoders_float.ENCODERS | encoders_packed.ENCODERS
+GPTQ_FILE: Config = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": False}
+AWQ_FILE: Config = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+
+
+def modelopt(algorithm: str | None, **more: Any) -> Config:
+    inner = {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"], **more}
+    return {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": inner}
+
+
+SIDE_FILES = [
+    ("fp8_block_modelopt", "hf_quant_config.json", modelopt("FP8_PB_WO")),
+    ("fp8_tensor", "hf_quant_config.json", modelopt("FP8")),
+    ("nvfp4_modelopt", "hf_quant_config.json", modelopt("NVFP4", group_size=16)),
+    ("gptq_4", "quantize_config.json", GPTQ_FILE),
+    ("gptq_4_v2", "quantize_config.json", GPTQ_FILE | {"checkpoint_format": "gptq_v2", "quant_method": "gptq"}),
+    ("gptq_3_act_order", "quantize_config.json", GPTQ_FILE | {"bits": 3, "desc_act": True, "quant_method": None}),
+    ("awq_4", "quant_config.json", AWQ_FILE),
+    ("awq_4", "quantize_config.json", GPTQ_FILE | {"quant_method": "awq", "checkpoint_format": "gemm"}),
+]
+side_files = pytest.mark.parametrize(("name", "file", "said"), SIDE_FILES)
+
+
+def write_encoded(folder: Path, name: str, config: Config | None = CONFIG) -> dict[str, NDArray[np.float32]]:
+    """A model of one layer and two experts in this storage format; returns its matrices by expert and weight."""
+    rng, body, header = np.random.default_rng(0), b"", {}
+    truth = {}
+    for expert in range(2):
+        for weight, shape in {"w1": (32, 64), "w3": (32, 64), "w2": (64, 32)}.items():
+            encoded = ENCODERS[name][0](rng.standard_normal(shape).astype(np.float32), rng)
+            truth[f"{expert}.{weight}"] = encoded.values
+            for part, (dtype, array) in encoded.parts.items():
+                start, body = len(body), body + array.tobytes()
+                shape_stored = [*array.shape[:-1], array.shape[-1] * (2 if dtype == "F4" else 1)] if array.shape else []
+                header[weight_name(0, expert, weight).removesuffix("weight") + part] = {
+                    "dtype": dtype,
+                    "shape": shape_stored,
+                    "data_offsets": [start, len(body)],
+                }
+    config = None if config is None else config | {"num_hidden_layers": 1, "num_local_experts": 2}
+    write(folder, join(header, body), config)
+    return truth
+
+
+def check_read(model: str, truth: dict[str, NDArray[np.float32]]) -> None:
+    layer = Experts.open(model).layer(0)
+    for expert in range(2):
+        found = layer.matrices(expert)
+        for role, weight in {"gate": "w1", "up": "w3", "down": "w2"}.items():
+            np.testing.assert_array_equal(found[role], truth[f"{expert}.{weight}"])
+
+
+@side_files
+@pytest.mark.parametrize("config", [CONFIG, CONFIG | {"quantization_config": {}}, None], ids=["said", "empty", "none"])
+def test_the_quantisation_is_read_from_a_file_beside_the_config(
+    tmp_path: Path, name: str, file: str, said: Config, config: Config | None
+) -> None:
+    truth = write_encoded(tmp_path / "m", name, config)
+    (tmp_path / "m" / file).write_text(json.dumps(said))
+    check_read(str(tmp_path / "m"), truth)
+    check_read(str(tmp_path / "m/model.safetensors"), truth)
+
+
+@side_files
+def test_the_quantisation_is_read_from_a_file_on_the_hub(
+    tmp_path: Path, hub: HubServer, cache: Path, name: str, file: str, said: Config
+) -> None:
+    truth = write_encoded(tmp_path / "m", name)
+    (tmp_path / "m" / file).write_text(json.dumps(said))
+    repository = f"tests/side-{name}-{file.partition('.')[0]}"
+    hub.add(repository, tmp_path / "m")
+    check_read(repository, truth)
+
+
+@pytest.mark.parametrize("where", ["outside", "text_config"])
+def test_what_the_config_says_of_quantisation_goes_before_other_files(tmp_path: Path, where: str) -> None:
+    said = {"quant_method": "gptq", **GPTQ_FILE}
+    config = {"quantization_config": said} if where == "outside" else {"text_config": {"quantization_config": said}}
+    truth = write_encoded(tmp_path / "m", "gptq_4", CONFIG | config)
+    (tmp_path / "m/quantize_config.json").write_text(json.dumps(GPTQ_FILE | {"checkpoint_format": "gptq_v2"}))
+    (tmp_path / "m/hf_quant_config.json").write_text("{broken")
+    check_read(str(tmp_path / "m"), truth)
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+@pytest.mark.parametrize("text", ["{}", '{"quantization": 7}', '{"quantization": {}}', '{"w_bit": "four"}'])
+def test_files_on_quantisation_that_say_nothing(capsys: Capture, tmp_path: Path, file: str, text: str) -> None:
+    model = write(tmp_path / "m", mixtral(), CONFIG)
+    (tmp_path / "m" / file).write_text(text)
+    assert run([*ANALYZE, "-m", model]) == 0
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+@pytest.mark.parametrize("text", ["", "{broken", "[]", '{"a": 1, "a": 2}'])
+def test_files_on_quantisation_that_are_none(capsys: Capture, tmp_path: Path, file: str, text: str) -> None:
+    model = write(tmp_path / "m", mixtral(), CONFIG)
+    (tmp_path / "m" / file).write_text(text)
+    refused(capsys, UNREADABLE, model, file)
+
+
+def test_a_model_whose_cache_alone_is_quantised(tmp_path: Path) -> None:
+    write(tmp_path / "m", mixtral(), CONFIG)
+    (tmp_path / "m/hf_quant_config.json").write_text(json.dumps(modelopt(None) | {"kv_cache_quant_algo": "FP8"}))
+    assert Checkpoint(find_repository(str(tmp_path / "m"))).config == CONFIG
+
+
+def test_an_mlx_model_that_was_converted_from_a_quantised_one(tmp_path: Path) -> None:
+    """Older versions of MLX LM left the original's quantization_config beside their own."""
+    header, body, config = load("mlx_qwen3_moe_3bit")
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    layer = Experts.open(write(tmp_path / "m", join(header, body), config)).layer(0)
+    with np.load(FIXTURES / "mlx_qwen3_moe_3bit/oracle.npz") as oracle:
+        for role in layer.roles:
+            np.testing.assert_array_equal(layer.matrices(1)[role], oracle[f"0.{role}"][1])
+
+
+# Adapters
+
+
+def lora(names: list[str], mark: str = "lora_A.weight", other: str = "lora_B.weight") -> Tensors:
+    return {f"{name}.{part}": np.ones((4, 4), np.float32) for name in names for part in (mark, other)}
+
+
+EXPERT_MODULES = [weight_name(0, expert, weight).removesuffix(".weight") for expert in range(4) for weight in SHAPES]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        lora([f"base_model.model.{name}" for name in EXPERT_MODULES]),
+        lora(["base_model.model.model.layers.0.self_attn.q_proj"]),
+        lora(EXPERT_MODULES, "lora_A.default.weight", "lora_B.default.weight"),
+        lora(["model.layers.0.block_sparse_moe.switch_mlp.gate_proj"], "lora_a", "lora_b"),
+        lora(["q_proj"]) | {"q_proj.bias": np.ones(4), "q_proj.lora_magnitude_vector": np.ones(4)},
+        lora(["base_model.model.model.layers.0.self_attn.q_proj"]) | {"base_model.model.lm_head.weight": np.eye(4)},
+    ],
+)
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapters.safetensors", "model.safetensors"])
+def test_an_adapter_is_refused_as_such(capsys: Capture, tmp_path: Path, tensors: Tensors, file: str) -> None:
+    (tmp_path / file).write_bytes(save(tensors))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(capsys, UNKNOWN, str(tmp_path), "LoRA adapter", "merged")
+    refused(capsys, UNKNOWN, str(tmp_path / file), "LoRA adapter", "merged")
+
+
+@pytest.mark.parametrize("base", ["", ".weight", ".base_layer.weight", ".base_layer.gate_up"])
+def test_adapters_beside_other_weights_of_a_model_do_no_harm(capsys: Capture, tmp_path: Path, base: str) -> None:
+    """Phi-4-multimodal has them in its attention, for speech and vision."""
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = mixtral() | lora([name]) | {f"{name}{base}": np.ones((4, 4), np.float32)}
+    assert run([*ANALYZE, "-m", write(tmp_path / "m", tensors, CONFIG)]) == 0
+
+
 # Quantised storage
 
 FP8_CONFIG: Config = {"model_type": "mixtral"}
@@ -902,7 +1063,9 @@ def test_identical_experts(capsys: Capture, tmp_path: Path, experts: int, dtype:
     analysis = analyse(capsys, write(tmp_path / "m", tensors))
     projections = analysis["layers"][0]["projections"].values()
     assert [(p["rank"]["0.95"], p["delta_energy"]) for p in projections] == [(0.0, 0.0)] * 3
-    assert (analysis["type"], analysis["confidence"]) == ("UPCYCLED", 1.0)
+    assert analysis["type"] == "UPCYCLED"
+    rule = analysis["documented_rule"]
+    assert (rule["type"], rule["confidence"]) == ("UPCYCLED", 1.0)
     assert analysis["cosine"] == pytest.approx(1.0, abs=1e-6)
 
 

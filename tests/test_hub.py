@@ -670,8 +670,9 @@ def test_a_job_larger_than_the_limit_ends_well(
     name = publish(hub, made)
     report = MoETypeService.analyze(name, layers="all")
     assert figures(report) == figures(MoETypeService.analyze(str(made), layers="all"))
-    assert report.cost.bytes_fetched == hub.body_bytes() <= (made / "model.safetensors").stat().st_size
-    assert cached_bytes(cache) <= LAYER_BYTES * 1.01 + READ_AHEAD  # a layer stays, and no more
+    # each layer's neurons are also compared with one expert of the next, which was not kept
+    assert report.cost.bytes_fetched == hub.body_bytes() <= 1.13 * (made / "model.safetensors").stat().st_size
+    assert cached_bytes(cache) <= LAYER_BYTES * 1.13 + 2 * READ_AHEAD  # a layer stays, an expert of the next, no more
 
 
 @pytest.mark.parametrize("limit", ["much", "-1GB", "20 parsecs", "1e9", "GB", "nan"])

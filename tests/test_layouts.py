@@ -688,6 +688,11 @@ def test_a_multi_token_prediction_root_is_kept_apart(root: str, main: str) -> No
     )
     assert (experts.family, experts.layers, experts.mtp_layers) == (main, (0,), ())
     assert_same(read_all(experts.layer(0)), MATRICES)
+    (note,) = experts.notes
+    assert f"#{root} " in note
+    apart = Experts(experts.checkpoint, stack=root)
+    assert apart.stack == root
+    assert_same(read_all(apart.layer(0)), random_experts(*SIZES, seed=1))
 
 
 def test_two_stacks_are_kept_apart() -> None:
@@ -831,7 +836,7 @@ def fp8_tensor(rows: int, columns: int, block: int, seed: int) -> tuple[Array, A
 
 
 @pytest.mark.parametrize("budget", [1, 10**9])
-@pytest.mark.parametrize(("intermediate", "hidden", "block"), [(4, 6, 4), (6, 6, 4), (5, 7, 3)])
+@pytest.mark.parametrize(("intermediate", "hidden", "block"), [(4, 6, 4), (6, 6, 4), (4, 7, 3)])
 def test_stacked_fp8_with_blocks_across_gate_and_up(intermediate: int, hidden: int, block: int, budget: int) -> None:
     shapes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
     tensors: dict[str, Array] = {}
@@ -851,6 +856,43 @@ def test_stacked_fp8_with_blocks_across_gate_and_up(intermediate: int, hidden: i
     for tensor in layer.tensors:
         for role, found in assemble(tensor, range(3), tensor.windows(budget)).items():
             np.testing.assert_array_equal(found, truth[role])
+
+
+def test_blocks_that_may_end_between_gate_and_up_are_refused() -> None:
+    """With 5 rows each and blocks of 3, two grids of 2 rows and one grid of 4 look the same."""
+    tensors = {
+        "model.layers.0.mlp.experts.gate_up_proj": np.ones((2, 10, 6), ml_dtypes.float8_e4m3fn),
+        "model.layers.0.mlp.experts.gate_up_proj_scale_inv": np.ones((2, 4, 2), "<f4"),
+        "model.layers.0.mlp.experts.down_proj": np.ones((2, 6, 5), ml_dtypes.float8_e4m3fn),
+        "model.layers.0.mlp.experts.down_proj_scale_inv": np.ones((2, 2, 2), "<f4"),
+    }
+    config = {"model_type": "qwen3_moe", "quantization_config": {"weight_block_size": [3, 3]}}
+    with pytest.raises(UnknownFormat, match="gate and up"):
+        open_made(tensors, config)
+
+
+def test_an_expert_without_its_scales_is_refused() -> None:
+    tensors: dict[str, Array] = {}
+    for name, array in as_stored(ROWS["gate_up_down"], MATRICES).items():
+        tensors[name] = np.zeros(array.shape, ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale"] = np.ones((array.shape[0], 1), "<f4")
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight_scale"]
+    with pytest.raises(ModelUnreadable, match=r"experts\.2\.up_proj.*fp8-unscaled"):
+        open_made(tensors, {"model_type": "olmoe"}).layer(0).sizes  # noqa: B018
+
+
+LISTED_ELSEWHERE = sorted({kind for row in TABLE.values() if row.kind != "routed" for kind in row.model_types})
+
+
+@pytest.mark.parametrize("model_type", [*LISTED_ELSEWHERE, "llama", "mistral"])
+@pytest.mark.parametrize("axes", [TURNS, TURNS_TRANSPOSED])
+def test_what_is_known_of_other_layers_says_nothing_of_halves_or_turns(
+    axes: Mapping[str, str], model_type: str
+) -> None:
+    if is_listed(model_type):
+        return
+    with pytest.raises(UnknownFormat):
+        open_made(stack(axes), {"model_type": model_type})
 
 
 @pytest.mark.parametrize("intermediate", [4, 6])

@@ -21,6 +21,8 @@ import safetensors
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+import encoders_float
+import encoders_packed
 from chuk_lazarus.introspection.moe import model_folder
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, UnknownFormat
 from chuk_lazarus.introspection.moe.overlay import relative_error
@@ -86,6 +88,16 @@ def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         for file in sorted(folder.glob("*.safetensors"))
         for name, tensor in parse(file)
     }
+
+
+def save_stored(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    """Write what `stored` reads, whatever the dtypes."""
+    body, entries = b"", {}
+    for name, (dtype, shape, data) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    header = json.dumps(entries).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + body)
 
 
 def signature(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -327,18 +339,9 @@ def test_mxfp4_beside_the_overlay_is_decoded(tmp_path: Path, monkeypatch: pytest
     """A copy of the layer, as another one that is no overlay."""
     model, export = tmp_path / "model", tmp_path / "export"
     shutil.copytree(FIXTURES / "gpt_oss_mxfp4", model)
-    parts = parse(model / "model.safetensors")
-    more = [(name.replace("layers.0", "layers.1"), tensor) for name, tensor in parts if "layers.0" in name]
-    data, entries = b"", {}
-    for name, tensor in parts + more:
-        entries[name] = {
-            "dtype": tensor["dtype"],
-            "shape": tensor["shape"],
-            "data_offsets": [len(data), len(data) + len(tensor["data"])],
-        }
-        data += bytes(tensor["data"])
-    header = json.dumps(entries).encode()
-    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    tensors = stored(model)
+    more = {name.replace("layers.0", "layers.1"): tensor for name, tensor in tensors.items() if "layers.0" in name}
+    save_stored(model / "model.safetensors", tensors | more)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     ranks = {0: {"gate": 9, "up": 9, "down": 9}}
@@ -361,6 +364,168 @@ def test_what_cannot_be_decoded_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(UnknownFormat, match="qweight"):
         export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
     assert not (tmp_path / "export").exists()
+
+
+ENCODERS = encoders_float.ENCODERS | encoders_packed.ENCODERS
+NEED_NO_CONFIG = [
+    "nvfp4_modelopt", "mxfp4_packed", "mxfp4_f4", "fp8_unscaled", "fp8_channel", "fp8_tensor", "int8_channel",
+    "awq_4", "bnb_nf4", "bnb_nf4_bf16_storage", "bnb_int8",
+]  # fmt: skip
+ACTIVATION_SCALES = ("input_scale", "input_global_scale", "activation_scale")
+
+
+def make_encoded(folder: Path, name: str, config: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """A model of two layers whose experts and attention are in this storage format; returns what is stored, by module.
+
+    Every module has scales for its inputs, and every expert a bias.
+    """
+    rng, encoder = np.random.default_rng(0), ENCODERS[name][0]
+    shapes = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
+    modules = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{leaf}": shape
+        for layer in range(2)
+        for expert in range(2)
+        for leaf, shape in shapes.items()
+    } | {f"model.layers.{layer}.self_attn.q_proj": (32, 64) for layer in range(2)}
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    truth = {}
+    for module, shape in modules.items():
+        encoded = encoder(rng.standard_normal(shape).astype(np.float32), rng)
+        truth[module] = encoded.values
+        for part, (dtype, array) in encoded.parts.items():
+            wide = 2 if dtype == "F4" else 1
+            tensors[f"{module}.{part}"] = (
+                dtype,
+                (*array.shape[:-1], wide * array.shape[-1]) if array.shape else (),
+                array.tobytes(),
+            )
+        for part in ACTIVATION_SCALES:
+            tensors[f"{module}.{part}"] = ("F32", (1,), np.ones(1, np.float32).tobytes())
+        tensors[f"{module}.bias"] = ("F32", shape[:1], rng.standard_normal(shape[0]).astype(np.float32).tobytes())
+    folder.mkdir()
+    save_stored(folder / "model.safetensors", tensors)
+    facts = {"model_type": "olmoe", "num_experts": 2, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps({**facts, **config}))
+    return truth
+
+
+def overlay_second(model: Path, folder: Path) -> None:
+    """An overlay of layer 1 alone."""
+    write_overlay(open_model(model), {1: {"gate": 32, "up": 32, "down": 32}}, folder, progress=quiet)
+
+
+@pytest.mark.parametrize("name", NEED_NO_CONFIG)
+def test_whatever_is_quantised_is_decoded_without_a_word_in_the_config(name: str, tmp_path: Path) -> None:
+    truth = make_encoded(tmp_path / "model", name, {})
+    overlay_second(tmp_path / "model", tmp_path / "overlay")
+    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    after = stored(tmp_path / "export")
+    assert after.keys() == {f"{module}.{part}" for module in truth for part in ("weight", "bias")}
+    for module, matrix in truth.items():
+        dtype, shape, data = after[f"{module}.weight"]
+        assert dtype == "BF16"
+        found = np.frombuffer(data, BF16).reshape(shape).astype(np.float32)
+        if "layers.1.mlp" in module:
+            assert relative_error(found, matrix) < 0.004
+        else:
+            stands = matrix.T if found.shape != matrix.shape else matrix
+            np.testing.assert_array_equal(found, round_bf16(stands))
+
+
+def test_scales_of_the_inputs_go_with_their_experts(tmp_path: Path) -> None:
+    """And biases stay: they are no part of the matrices that the overlay replaces."""
+    make_encoded(tmp_path / "model", "fp8_tensor", {})
+    before = stored(tmp_path / "model")
+    overlay_second(tmp_path / "model", tmp_path / "overlay")
+    after = {name for name in stored(tmp_path / "overlay") if ".overlay." not in name}
+    assert after == {name for name in before if "layers.1.mlp" not in name or name.endswith(".bias")}
+
+
+def test_fp8_without_scales_is_decoded_whatever_its_shape(tmp_path: Path) -> None:
+    make_encoded(tmp_path / "model", "fp8_unscaled", {"quantization_config": {}})
+    tensors, rng = stored(tmp_path / "model"), np.random.default_rng(0)
+    for name, shape in {"norm.weight": (64,), "scalar": (), "conv.weight": (3, 4, 5), "empty.weight": (5, 0)}.items():
+        for kind, dtype in (("F8_E4M3", ml_dtypes.float8_e4m3fn), ("F8_E5M2", ml_dtypes.float8_e5m2)):
+            tensors[f"{kind}.{name}"] = (kind, shape, np.array(rng.standard_normal(shape)).astype(dtype).tobytes())
+    save_stored(tmp_path / "model/model.safetensors", tensors)
+    overlay_second(tmp_path / "model", tmp_path / "overlay")
+    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    after = stored(tmp_path / "export")
+    for kind, dtype in (("F8_E4M3", ml_dtypes.float8_e4m3fn), ("F8_E5M2", ml_dtypes.float8_e5m2)):
+        for name, (_, shape, data) in tensors.items():
+            if name.startswith(kind):
+                assert after[name] == ("BF16", shape, np.frombuffer(data, dtype).astype(BF16).tobytes())
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8,)])
+def test_fp8_that_lacks_its_scale_is_not_exported(shape: tuple[int, ...], tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 24]}}
+    make_encoded(tmp_path / "model", "fp8_block", config)
+    alone = {"lm_head.weight": ("F8_E4M3", shape, bytes(int(np.prod(shape))))}
+    save_stored(tmp_path / "model/model.safetensors", stored(tmp_path / "model") | alone)
+    overlay_second(tmp_path / "model", tmp_path / "overlay")
+    with pytest.raises(UnknownFormat, match=r"lm_head.weight: FP8 without its scale"):
+        export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    assert not (tmp_path / "export").exists()
+
+
+def test_plain_tensors_that_are_only_named_like_quantised_ones_are_copied(tmp_path: Path) -> None:
+    extra: dict[str, NDArray[Any]] = {
+        "vision.norm.weight": np.ones(4, np.float32),
+        "vision.norm.scale": np.ones(4, np.float32),
+        "vision.position_ids": np.arange(4, dtype=np.int32),
+        "vision.mask": np.ones((1, 4), np.uint8),
+    }
+    make_model(tmp_path / "model", extra=extra)
+    write(tmp_path / "model", tmp_path / "overlay", 1)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    before, after = stored(tmp_path / "model"), stored(tmp_path / "export")
+    assert {name: after[name] for name in extra} == {name: before[name] for name in extra}
+
+
+def test_a_weight_of_integers_alone_is_not_exported(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", extra={"model.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.int8)})
+    write(tmp_path / "model", tmp_path / "overlay", 1)
+    with pytest.raises(UnknownFormat, match=r"q_proj.weight.*I8"):
+        export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+
+
+@pytest.mark.parametrize("where", ["quantization_config", "text_config"])
+def test_an_empty_word_on_quantisation_is_none(where: str, tmp_path: Path) -> None:
+    """What the experts are read by, the export is made by."""
+    said: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [16, 24]}
+    inner = {"model_type": "olmoe", "num_experts": 2, "num_hidden_layers": 2}
+    config: dict[str, Any] = {
+        "quantization_config": {},
+        "text_config": {**inner, "quantization_config": {}, "quantization": said},
+    }
+    if where == "quantization_config":
+        config = {"quantization_config": {}, "quantization": said}
+    truth = make_encoded(tmp_path / "model", "fp8_block", config)
+    overlay_second(tmp_path / "model", tmp_path / "overlay")
+    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    name = "model.layers.0.self_attn.q_proj"
+    _, shape, data = stored(tmp_path / "export")[f"{name}.weight"]
+    found = np.frombuffer(data, BF16).reshape(shape).astype(np.float32)
+    np.testing.assert_array_equal(found, round_bf16(truth[name]))
+
+
+@pytest.mark.parametrize("name", ["fp8_block_modelopt", "gptq_4"])
+def test_an_overlay_keeps_what_a_file_beside_the_config_says_of_quantisation(name: str, tmp_path: Path) -> None:
+    truth = make_encoded(tmp_path / "model", name, {})
+    said = ENCODERS[name][0](np.ones((32, 64), np.float32), np.random.default_rng(0)).quantization
+    side = {"quantization": said} if name.startswith("fp8") else said
+    file = "hf_quant_config.json" if name.startswith("fp8") else "quantize_config.json"
+    (tmp_path / "model" / file).write_text(json.dumps(side))
+    overlay_second(tmp_path / "model", tmp_path / "overlay")
+    assert json.loads((tmp_path / "overlay/config.json").read_text())["quantization_config"].items() >= said.items()
+    assert not (tmp_path / "overlay" / file).exists()
+    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    assert "quantization_config" not in json.loads((tmp_path / "export/config.json").read_text())
+    found = open_model(tmp_path / "export").layer(0)
+    for role in ("gate", "up", "down"):
+        matrix = truth[f"model.layers.0.mlp.experts.1.{role}_proj"]
+        np.testing.assert_array_equal(found.matrices(1)[role], round_bf16(matrix))
 
 
 @pytest.mark.parametrize(

@@ -495,7 +495,7 @@ class _Job:
             "revision": self.experts.checkpoint.repository.revision,
             "family": self.experts.family,
             "model_type": self.experts.model_type,
-            "storage": self.layers[0].storage,
+            "storage": ", ".join(dict.fromkeys(layer.storage for layer in self.layers)),
             "experts": self.layers[0].count,
         }
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InvalidRequest, ModelUnreadable, UnknownFormat, printable, spans
+from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable, spans
 from .measure import ROOM, WINDOW, mean_experts, worker_threads
 from .model_folder import (
     CONFIG,
@@ -38,10 +39,10 @@ from .model_folder import (
     write_model,
 )
 from .overlay import Factors, factorise, rebuild
-from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
-from .weights.codecs import Stored
+from .weights.checkpoint import INDEX, QUANTIZATION_KEYS, Checkpoint, TensorInfo
+from .weights.codecs import NOT_DECODED, Part, Stored, recognise
 from .weights.experts import (
-    QUANTIZATION_KEYS,
+    BIAS,
     TEXT_CONFIGS,
     ExpertLayer,
     Experts,
@@ -52,7 +53,7 @@ from .weights.experts import (
     stored_rows,
 )
 from .weights.layouts import ROLES, Layout, group_quantised, load_table
-from .weights.source import Folder, Progress, Repository
+from .weights.source import QUANTIZATION_FILES, Folder, Progress, Repository
 
 VERSION = 1
 CARD = "README.md"
@@ -61,6 +62,7 @@ SMALL = 64 * 2**20  # bytes of a file beside the weights that is copied
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})  # dtypes that no quantised weight has
+INTEGERS = frozenset({"I32", "I16", "I8", "U64", "U32", "U16", "U8"})  # a quantised weight, or a plain mask or table
 
 # What loaders want beside the weights: tokenizers, templates, generation settings, a model's own code; and licences.
 _WANTED = re.compile(r"[^/]+\.(?:json|jinja|model|txt|tiktoken|py)|(?:LICEN[CS]E|NOTICE)[^/]*")
@@ -107,8 +109,7 @@ def write_overlay(
     if len({str(names) for _, _, (_, names) in overlaid}) > 1:
         raise UnknownFormat("the layers' experts are not all named alike")
 
-    replaced = {info.name for layer in layers for tensor in layer.tensors for info in tensor.infos()}
-    others = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - replaced)]
+    others = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - _replaced(layers))]
     shards = [
         *grouped([copied(checkpoint, info) for info in others], checkpoint, progress),
         *(
@@ -157,7 +158,7 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
             f"the model is {what}: an overlay of it can't be written", "use a plain safetensors version of it"
         )
     opened = [experts.layer(number) for number in layers]
-    replaced = sum(layer.stored_bytes for layer in opened)
+    replaced = sum(checkpoint.info(name).nbytes for name in _replaced(opened))
     bases = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
     everything = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     check_folder(folder, _place(checkpoint.repository), force, everything - replaced + bases)
@@ -187,6 +188,12 @@ def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> Exp
         if not isinstance(rank, int) or not 0 <= rank <= most:
             raise InvalidRequest(f"layer {number}: {role} can't have rank {rank}", f"give 0 to {most}")
     return layer
+
+
+def _replaced(layers: Iterable[ExpertLayer]) -> set[str]:
+    """Every tensor of the files that belongs to the layers' matrices, the scales of their inputs included."""
+    tensors = (tensor for layer in layers for tensor in layer.tensors)
+    return {name for tensor in tensors for own in tensor.parts for part, name in own.items() if part != BIAS}
 
 
 def _templates(layer: ExpertLayer) -> tuple[str, dict[str, str]]:
@@ -417,18 +424,14 @@ def export_overlay(folder: Path, target: Path, *, force: bool = False, progress:
     rows = {row.name: row for row in load_table()}
     layout = rows[rows[overlay.family].plain or overlay.family]
     names = sorted(set(checkpoint.names) - overlay.names)
-    config = _without_quantization(overlay.config)
-    if config == overlay.config:
-        items = [copied(checkpoint, checkpoint.info(name)) for name in names]
-    else:
-        items = _decoded(checkpoint, names, _quantization(overlay.config))
     shards = [
-        *grouped(items, checkpoint, progress),
+        *grouped(_decoded(checkpoint, names, _quantization(overlay.config)), checkpoint, progress),
         *(
             Shard(_expert_tensors(overlay, layer, layout), partial(_fill_experts, overlay, layer, layout, progress))
             for layer in overlay.layers
         ),
     ]
+    config = _without_quantization(overlay.config)
     del config["overlay_config"]
     write_model(
         target,
@@ -482,21 +485,50 @@ def _fill_experts(overlay: OverlayCheckpoint, layer: int, layout: Layout, progre
 
 
 def _decoded(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping[str, Any]) -> list[Item]:
-    """These tensors, the quantised ones among them decoded to bf16; raises UnknownFormat where that can't be done."""
-    parts = group_quantised(names)
-    items = []
-    for plain, own in parts.items():
-        infos, stored = open_stored(checkpoint, own, quantization)
-        *leading, rows, columns = stored.shape
-        shape = (*leading, columns, rows) if _is_turned(infos, stored) else stored.shape
-        ranges = tuple((info.file, (info.start, info.stop)) for info in infos.values())
-        items.append(Item(bf16(plain, shape), ranges, partial(_write_decoded, checkpoint, infos, stored, plain)))
-    used = {name for own in parts.values() for name in own.values()}
-    for info in (checkpoint.info(name) for name in names if name not in used):
-        if info.dtype not in PLAIN:
-            raise UnknownFormat(f"{info.name} ({info.dtype}) is quantised in a way that we can't decode")
-        items.append(copied(checkpoint, info))
+    """These tensors, the quantised ones among them decoded to bf16; raises UnknownFormat where that can't be done.
+
+    Without a word on `quantization`, plain tensors are what they are, whatever their names, and so are integers that
+    are no weight.
+    """
+    infos = {name: checkpoint.info(name) for name in names}
+    groups = {
+        plain: own
+        for plain, own in group_quantised(names).items()
+        if quantization or any(infos[name].dtype not in PLAIN for name in own.values())
+    }
+    used = {name for own in groups.values() for name in own.values()}
+    items = [
+        _decoded_item(checkpoint, plain, *open_stored(checkpoint, own, quantization)) for plain, own in groups.items()
+    ]
+    for name, info in infos.items():
+        is_table = not quantization and info.dtype in INTEGERS and not name.endswith(".weight")
+        if name not in used and info.dtype not in PLAIN and not is_table:
+            items.append(_decoded_item(checkpoint, name, *_open_alone(info, quantization), info.shape))
+            used.add(name)
+    modules = [item.tensor.name.removesuffix(".weight") for item in items]
+    used |= {f"{module}{mark}{part}" for module in modules for mark in "._" for part in NOT_DECODED - {BIAS}}
+    items += [copied(checkpoint, info) for name, info in infos.items() if name not in used]
     return sorted(items, key=lambda item: item.tensor.name)
+
+
+def _open_alone(info: TensorInfo, quantization: Mapping[str, Any]) -> tuple[Infos, Stored]:
+    """As `open_stored` for a tensor without scales, where a vector is seen as one row."""
+    seen = info if len(info.shape) > 1 else replace(info, shape=(1, prod(info.shape)))
+    try:
+        return {"weight": seen}, recognise({"weight": Part(seen.dtype, seen.shape)}, quantization)
+    except MoEError as error:
+        raise type(error)(f"{info.name}: {error.message}", error.hint) from None
+
+
+def _decoded_item(
+    checkpoint: Checkpoint, name: str, infos: Infos, stored: Stored, shape: tuple[int, ...] | None = None
+) -> Item:
+    """A tensor that is decoded to bf16 when it is written; `shape` is that which it then has, its own if None."""
+    *leading, rows, columns = stored.shape
+    turned = (*leading, columns, rows) if _is_turned(infos, stored) else stored.shape
+    ranges = tuple((info.file, (info.start, info.stop)) for info in infos.values())
+    write = partial(_write_decoded, checkpoint, infos, stored, name)
+    return Item(bf16(name, turned if shape is None else shape), ranges, write)
 
 
 def _is_turned(infos: Infos, stored: Stored) -> bool:
@@ -508,7 +540,7 @@ def _write_decoded(checkpoint: Checkpoint, infos: Infos, stored: Stored, name: s
     *leading, rows, columns = stored.shape
     granule = stored.granule
     turned = _is_turned(infos, stored)
-    step = rows if turned else max(1, WINDOW // (columns * granule)) * granule
+    step = rows if turned else max(1, WINDOW // max(1, columns * granule)) * granule
     offset = 0
     for index in range(prod(leading)):
         for start in range(0, rows, step):
@@ -535,7 +567,9 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     """What tells this state of the model from any other: where it is, its revision, its files' sizes and times."""
     repository = checkpoint.repository
     place = _place(repository)
-    names = {checkpoint.info(name).file for name in checkpoint.names} | ({CONFIG, INDEX} & repository.files)
+    names = {checkpoint.info(name).file for name in checkpoint.names} | (
+        {CONFIG, INDEX, *QUANTIZATION_FILES} & repository.files
+    )
     return {
         "version": VERSION,
         "source": str(place or _name(repository)),
@@ -570,7 +604,7 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config or its text part says first about quantisation."""
     for key in QUANTIZATION_KEYS:
-        if isinstance(found := config.get(key), dict):
+        if isinstance(found := config.get(key), dict) and found:
             return found
     inner = (_quantization(config[key]) for key in TEXT_CONFIGS if isinstance(config.get(key), dict))
     return next((one for one in inner if one), {})

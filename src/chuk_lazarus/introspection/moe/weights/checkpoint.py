@@ -16,21 +16,24 @@ from numpy.typing import NDArray
 from ..errors import InvalidRequest, ModelUnreadable, UnknownFormat
 from . import gguf
 from .safetensors_header import parse_json_object, read_header
-from .source import ByteSource, Progress, Range, Repository, list_parts
+from .source import QUANTIZATION_FILES, ByteSource, Progress, Range, Repository, list_parts
 from .tensor_info import DTYPES, MAX_HEADER, TensorInfo
 
-__all__ = ["DTYPES", "INDEX", "Checkpoint", "TensorInfo", "find_weight_files"]
+__all__ = ["DTYPES", "INDEX", "QUANTIZATION_KEYS", "Checkpoint", "TensorInfo", "find_weight_files"]
 
 INDEX = "model.safetensors.index.json"
+QUANTIZATION_KEYS = ("quantization_config", "quantization")
+_LORA = re.compile(r"(?P<stem>.+?)[.]lora_[aAbB](?:[.].+)?")
 _RANK = re.compile(r"-TP-\d+\.safetensors$")  # a file of one tensor parallel rank, as Grok-2 has them
 
 
 class Checkpoint:
     """The tensors of a model, read row by row.
 
-    `names` are all its tensors, `config` is its `config.json` ({} without one) or what a GGUF file says in its place,
-    `config_file` the file that says it; `bytes_read` counts every byte asked of the repository. Raises ModelUnreadable
-    for a broken index, header or config, InvalidRequest where the repository holds several models.
+    `names` are all its tensors, `config` is its `config.json` ({} without one), with what a file beside it says of the
+    quantisation where it says nothing, or what a GGUF file says in its place, `config_file` the file that says it;
+    `bytes_read` counts every byte asked of the repository. Raises ModelUnreadable for a broken index, header or config,
+    InvalidRequest where the repository holds several models, UnknownFormat where it holds an adapter.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -45,11 +48,16 @@ class Checkpoint:
             self.config_file = files[0]
             self.config, self._headers = gguf.read_model({file: self._source(file) for file in files})
         else:
-            self.config = self._json("config.json") if "config.json" in repository.files else {}
+            self.config = self._read_config()
         self._files = self._read_headers(files) if files else self._read_index()
         self.names = tuple(self._files)
         if not self.names:
             raise ModelUnreadable("the model's files hold no tensors", "download it again")
+        if self._is_adapter():
+            raise UnknownFormat(
+                "this is a LoRA adapter: it holds changes to a model's weights, and not the weights",
+                "give the merged model, or the one that the adapter is for",
+            )
 
     @property
     def is_gguf(self) -> bool:
@@ -138,6 +146,31 @@ class Checkpoint:
             raise ModelUnreadable(f"{file} is {source.size:,} bytes long, far more than such a file can be")
         return parse_json_object(source.read(0, source.size), file)
 
+    def _read_config(self) -> dict[str, Any]:
+        """config.json, with `quantization_config` as it holds for these weights."""
+        config = self._json("config.json") if "config.json" in self.repository.files else {}
+        own = config.get("quantization")
+        if isinstance(own, dict) and {"bits", "group_size"} <= own.keys() and "quantization_config" in config:
+            # MLX's; the other may be that of the model it was converted from, whose format is gone
+            return {**config, "quantization_config": own}
+        said = (part.get(key) for part in _objects(config) for key in QUANTIZATION_KEYS)
+        if any(isinstance(one, dict) and one for one in said):
+            return config
+        for file in QUANTIZATION_FILES:
+            if file in self.repository.files and (found := _read_quantization(file, self._json(file))):
+                return {**config, "quantization_config": found}
+        return config
+
+    def _is_adapter(self) -> bool:
+        """Whether there are LoRA's factors of a weight, and not the weight; a model may have adapters beside it."""
+        match = next((match for name in self.names if ".lora_" in name and (match := _LORA.fullmatch(name))), None)
+        if match is None:
+            return False
+        stem, below = match["stem"], f"{match['stem']}."
+        return stem not in self._files and not any(
+            name.startswith(below) and ".lora_" not in name and not name.endswith(".bias") for name in self.names
+        )
+
     def _read_headers(self, files: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Which file each tensor is in, or which files hold its slices: those of tensor parallel ranks do."""
         places: dict[str, tuple[str, ...]] = {}
@@ -179,6 +212,28 @@ class _Counted:
     def read(self, start: int, stop: int) -> bytes:
         self._count(stop - start)
         return self._source.read(start, stop)
+
+
+def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config and every object in it."""
+    found = [config]
+    for one in found:
+        yield one
+        found += [value for value in one.values() if isinstance(value, dict)]
+
+
+def _read_quantization(file: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What one of QUANTIZATION_FILES says, as a config's quantization_config would; {} for nothing."""
+    method, renamed = {
+        "hf_quant_config.json": ("modelopt", {}),
+        "quantize_config.json": ("gptq", {}),
+        "quant_config.json": ("awq", {"w_bit": "bits", "q_group_size": "group_size"}),
+    }[file]
+    if method == "modelopt":
+        inner = found.get("quantization")
+        found = inner if isinstance(inner, dict) and inner.get("quant_algo") else {}
+    found = {renamed.get(key, key): value for key, value in found.items()}
+    return {**found, "quant_method": found.get("quant_method") or method} if found else {}
 
 
 def _element(info: TensorInfo) -> np.dtype[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable, spans
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import QUANTIZATION_KEYS, Checkpoint, TensorInfo
 from .codecs import NOT_DECODED, SAME_PART, Part, Stored, recognise
 from .layouts import (
     ROLES,
@@ -37,7 +37,6 @@ BIAS = "bias"
 MATRIX_WINDOW = 4_000_000  # weights of one expert decoded at a time
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 ACTIVATION_KEYS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "dense_act_fn")
-QUANTIZATION_KEYS = ("quantization_config", "quantization")
 TOP_K_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -96,16 +95,18 @@ class Experts:
             self._refuse(partial, unmatched)
         sizes: dict[str, int] = {}
         for match in matches:
-            if not _is_mtp_root(match.root):
-                sizes[match.root] = max(sizes.get(match.root, 0), len(match.layers))
+            sizes[match.root] = max(sizes.get(match.root, 0), len(match.layers))
         if not sizes:
             raise self._nothing()
-        self.stacks = tuple(sorted(sizes, key=lambda root: (-sizes[root], root)))
+        self.stacks = tuple(sorted(sizes, key=lambda root: (_is_mtp_root(root), -sizes[root], root)))
         root = self._choose_stack(stack)
-        self.config = _stack_config(checkpoint.config, root)
+        self.config, is_own = _stack_config(checkpoint.config, root)
         self._match = self._choose([match for match in matches if match.root == root])
         depth = self.config.get("num_hidden_layers")
-        last = depth if type(depth) is int and len(self.stacks) == 1 else max(self._match.layers) + 1
+        main = [one for one in self.stacks if not _is_mtp_root(one)]
+        last = max(self._match.layers) + 1
+        if type(depth) is int and (is_own or main == [root]):
+            last = depth
         self.layers = tuple(sorted(layer for layer in self._match.layers if layer < last))
         self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= last))
         if left_out := self._open(self._match, min(self._match.layers)).left_out:
@@ -252,10 +253,15 @@ class Experts:
         """The root of the stack to read; raises InvalidRequest, naming those there are, when the wanted one is none."""
         others = ", ".join(root or "(no name)" for root in self.stacks)
         if wanted is None:
-            if len(self.stacks) > 1:
+            main = [root for root in self.stacks if not _is_mtp_root(root)]
+            if len(main) > 1:
                 self.notes.append(
-                    f"the model has {len(self.stacks)} stacks of layers ({others}): {self.stacks[0]} was read; "
-                    f"#{self.stacks[1]} behind the model's name reads another"
+                    f"the model has {len(main)} stacks of layers ({', '.join(main)}): {main[0]} was read; "
+                    f"#{main[1]} behind the model's name reads another"
+                )
+            for root in self.stacks[len(main) :] if self.kind == "routed" else ():
+                self.notes.append(
+                    f"layers for multi-token prediction lie apart: #{root} behind the model's name reads them"
                 )
             return self.stacks[0]
         found = [root for root in self.stacks if root == wanted] or [
@@ -350,7 +356,7 @@ class ExpertLayer:
             if sizes["E"] != count:
                 raise ModelUnreadable(
                     f"layer {self.number} has {sizes['E']} experts, and {source} says {count}",
-                    "the checkpoint is incomplete or its config.json is not its own",
+                    "the checkpoint is incomplete, or this is said of another model",
                 )
         return sizes
 
@@ -491,7 +497,7 @@ class ExpertLayer:
             if stored.shape != first.shape or stored.codec != first.codec:
                 name = next(iter(slices[0].values())).name
                 one, other = (f"{each.codec} {list(each.plain_shape)}" for each in (stored, first))
-                raise ModelUnreadable(f"{name} is {one}, and the first expert's is {other}")
+                raise ModelUnreadable(f"{name} is {one}, and the first expert's is {other}: they must be stored alike")
             opened.append((slices, stored))
         return opened
 
@@ -518,7 +524,21 @@ class ExpertTensor:
         if len({len(slices) for slices, _ in opened}) > 1 or (len(opened[0][0]) > 1 and len(self.spec.roles) > 1):
             name = next(iter(self.parts[0].values()))
             raise UnknownFormat(f"{name} is cut into {len(opened[0][0])} slices in a way that we don't know")
+        if self.spec.axes.flattened and opened[0][1].transposed:
+            raise UnknownFormat(f"{next(iter(self.parts[0].values()))}: {opened[0][1].codec} of several experts in one")
+        self._check_blocks(*opened[0])
         return opened
+
+    def _check_blocks(self, slices: Sequence[Infos], stored: Stored) -> None:
+        """Raise where a block of scales may reach over gate and up, or not: fused once they had scales of their own."""
+        for part, span in stored.rows_per_row.items():
+            if self.spec.axes.groups[0] == ("2", "I") and not stored.transposed and isinstance(span, int):
+                half, rest = divmod(stored.shape[-2], 2)
+                if not rest and half % span and 2 * -(-half // span) == -(-2 * half // span):
+                    name = slices[0][part].name
+                    raise UnknownFormat(
+                        f"{name}: a block of {span} rows may reach over gate and up, or end between them"
+                    )
 
     @property
     def stored(self) -> Stored:
@@ -745,11 +765,12 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _stack_config(config: dict[str, Any], root: str) -> dict[str, Any]:
-    """The part of a multimodal config that describes a stack of layers: "talker.model" has a `talker_config`."""
+def _stack_config(config: dict[str, Any], root: str) -> tuple[dict[str, Any], bool]:
+    """The part of a multimodal config that describes a stack of layers ("talker.model" has a `talker_config`), and
+    whether it is this stack's own."""
     first = root.partition(".")[0].removesuffix("_encoder")
     inner = config.get(f"{first}_config")
-    return _text_config(inner if isinstance(inner, dict) else config)
+    return (_text_config(inner), True) if isinstance(inner, dict) else (_text_config(config), False)
 
 
 def _layer_config(config: dict[str, Any], number: int) -> dict[str, Any]:

@@ -188,8 +188,8 @@ def load_table() -> tuple[Layout, ...]:
 
 
 def is_listed(model_type: str | None) -> bool:
-    """Whether some row of the table is known to be used by models of this type."""
-    return any(model_type in row.model_types for row in load_table())
+    """Whether some row of routed experts is known to be used by models of this type."""
+    return any(model_type in row.model_types for row in load_table() if row.kind == "routed")
 
 
 def has_feature(model_type: str | None, feature: Literal["one_plus_norm", "swiglu_oai", "sigmoid"]) -> bool:

@@ -19,8 +19,11 @@ def unwatched(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""What ModelOpt, AutoGPTQ and AutoAWQ say of the quantisation where config.json says nothing."""
+
 MAX_PARTS = 1000  # of a split GGUF file
-DEMO_MODELS = ("upcycled", "native", "permuted")
+DEMO_MODELS = ("upcycled", "native", "permuted", "parent")
 DEMO_FOLDER = Path(__file__).parents[3] / "demo"
 
 
@@ -96,7 +99,7 @@ class LocalFile:
 
 
 class Folder:
-    """The files of a local folder, or a single file of it with its other parts and the `config.json` beside it."""
+    """The files of a local folder, or a single file of it with its other parts and the configs beside it."""
 
     revision = None
     bytes_fetched = 0
@@ -107,7 +110,7 @@ class Folder:
             names = {entry.name for entry in self.path.iterdir() if not entry.is_dir()}
         except OSError as error:
             raise ModelUnreadable(f"{self.path}: {error.strerror}") from None
-        beside = {"config.json", *list_parts(path.name)}
+        beside = {"config.json", *QUANTIZATION_FILES, *list_parts(path.name)}
         self.files = frozenset(names if path.is_dir() else {path.name} | (names & beside))
 
     def open(self, filename: str) -> LocalFile:

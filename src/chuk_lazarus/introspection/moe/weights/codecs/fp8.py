@@ -109,7 +109,7 @@ def grid(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 def _recognise_unscaled(weight: Part, quantization: Mapping[str, Any]) -> Stored:
     if method := quantization.get("quant_method") or quantization.get("quant_algo"):
         raise UnknownFormat(f"FP8 without its scale, and config.json says that it is quantised ({method})")
-    return Stored("fp8", weight.shape, {"weight": 1}, _decode_unscaled)
+    return Stored("fp8-unscaled", weight.shape, {"weight": 1}, _decode_unscaled)
 
 
 def _decode_unscaled(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
