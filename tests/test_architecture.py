@@ -30,6 +30,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             for name in (
                 "classifier",
                 "errors",
+                "lineage",
                 "measure",
                 "overlay",
                 "reports",
@@ -39,15 +40,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "weights.source",
             )
         },
-        set(),
+        {"numpy", "scipy"},
     ),
+    f"{MOE}.lineage": (set(), {"numpy", "scipy"}),
     f"{MOE}.moe_layout": (
         {f"{MOE}.{name}" for name in ("errors", "measure", "moe_type", "reports")}
         | {f"{MOE}.weights.{name}" for name in ("checkpoint", "experts", "layouts", "source")},
         set(),
     ),
     f"{MOE}.measure": (
-        {f"{MOE}.{name}" for name in ("errors", "spectra", "weights.experts", "weights.source")},
+        {f"{MOE}.{name}" for name in ("errors", "lineage", "spectra", "weights.experts", "weights.source")},
         {"numpy", "threadpoolctl"},
     ),
     f"{MOE}.reports": ({f"{MOE}.classifier", f"{MOE}.errors"}, {"pydantic", "rich"}),

@@ -180,7 +180,7 @@ def test_layers(capsys: Capture, options: list[str], layers: list[int]) -> None:
         assert rows == [str(layer) for layer in layers]
 
 
-@pytest.mark.parametrize(("experts", "chosen"), [("1", 1), ("3", 3), ("8", 8), ("99", 8), ("all", 8)])
+@pytest.mark.parametrize(("experts", "chosen"), [("1", 2), ("3", 3), ("8", 8), ("99", 8), ("all", 8)])
 def test_experts(capsys: Capture, experts: str, chosen: int) -> None:
     analysis = json.loads(run_ok(capsys, [*NATIVE, "--json", "--experts", experts]))
     assert len(analysis["layers"][0]["projections"]["gate"]["experts"]) == chosen
@@ -361,7 +361,7 @@ def test_reports_in_a_program(capsys: Capture, tmp_path: Path, monkeypatch: pyte
     assert "NATIVE" in repr(report)
     assert "\n" not in str(report)
     rich.print(report)
-    assert f"Model   {name}" in capsys.readouterr().out
+    assert f"Model    {name}" in capsys.readouterr().out
 
 
 def test_public_names() -> None:

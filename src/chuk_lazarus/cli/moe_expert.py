@@ -43,6 +43,9 @@ ExpertCount = Annotated[
         "--experts", metavar="N|all", help="Of how many experts to take spectra; base and cosines always use all."
     ),
 ]
+Thorough = Annotated[
+    bool, typer.Option("--thorough", help="Match all neurons of all experts, not a sample; takes time and memory.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Output = Annotated[
     Path | None,
@@ -106,6 +109,11 @@ def analyze(
     layer: Layer = None,
     layers: Layers = None,
     experts: ExpertCount = "8",
+    parent: Annotated[
+        str | None,
+        typer.Option("--parent", help="A dense model: are the experts' neurons from it?", show_default=False),
+    ] = None,
+    thorough: Thorough = False,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -125,7 +133,13 @@ def analyze(
 
     with progress_bar(quiet) as progress:
         report = MoETypeService.analyze(
-            model, layer=layer, layers=layers, experts=parse_experts(experts), progress=progress
+            model,
+            layer=layer,
+            layers=layers,
+            experts=parse_experts(experts),
+            parent=parent,
+            thorough=thorough,
+            progress=progress,
         )
     show(report, as_json, output)
     hint_cost(report.cost, verbose)
@@ -138,6 +152,7 @@ def compare(
     layer: Layer = None,
     layers: Layers = None,
     experts: ExpertCount = "8",
+    thorough: Thorough = False,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -154,7 +169,13 @@ def compare(
 
     with progress_bar(quiet) as progress:
         report = MoETypeService.compare(
-            model, other, layer=layer, layers=layers, experts=parse_experts(experts), progress=progress
+            model,
+            other,
+            layer=layer,
+            layers=layers,
+            experts=parse_experts(experts),
+            thorough=thorough,
+            progress=progress,
         )
     show(report, as_json, output)
     for one in report.models:

@@ -1,4 +1,4 @@
-"""From evidence to verdict: the documented rule."""
+"""From evidence to verdict: by matched neurons, and the documented rule beside it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -55,3 +55,39 @@ def classify(rank_ratio: float, cosine: float, thresholds: Thresholds = THRESHOL
     if confidence < t.decided:
         return Verdict("UNDETERMINED", confidence)
     return Verdict("NATIVE" if native > upcycled else "UPCYCLED", confidence)
+
+
+@dataclass(frozen=True, slots=True)
+class LineageThresholds:
+    """What share of neurons, beyond chance, must be found again in another expert.
+
+    Calibrated on models whose history is known (experiments/02_training_history): natives stay below `native`, the
+    least of the upcycled ones is above `upcycled`. More `chance` than that means neurons too few to judge by.
+    """
+
+    upcycled: float = 0.03
+    native: float = 0.02
+    p_value: float = 1e-6
+    chance: float = 0.05
+
+
+LINEAGE = LineageThresholds()
+
+# How often such a verdict was right on held-out models of known history: the lower ends of 95 % intervals
+# (experiments/02_training_history/results.json, "held_out"). Undetermined has no likelier origin.
+MEASURED: dict[Origin, float] = {"UPCYCLED": 0.95, "NATIVE": 0.9, "UNDETERMINED": 0.5}
+
+
+def judge(kept: float, chance: float, p_value: float, thresholds: LineageThresholds = LINEAGE) -> Verdict:
+    """The verdict by the share of neurons that are found again in another expert.
+
+    `chance` is the share to be expected of unrelated experts, `p_value` the probability of `kept` or more by that
+    chance. The confidence is a measured rate: how often such verdicts were right.
+    """
+    t, excess = thresholds, kept - chance
+    origin: Origin = "UNDETERMINED"
+    if excess >= t.upcycled and p_value < t.p_value:
+        origin = "UPCYCLED"
+    elif excess < t.native and chance <= t.chance:
+        origin = "NATIVE"
+    return Verdict(origin, MEASURED[origin])

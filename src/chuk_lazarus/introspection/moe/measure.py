@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from .errors import ModelUnreadable
+from .lineage import Nearest, as_neurons, draw_neurons, find_nearest, join
 from .spectra import ROUNDING, energy_spectrum, gram_matrix, total_energy
 from .weights.experts import ExpertLayer, ExpertTensor, Piece
 from .weights.source import Progress
@@ -34,7 +35,9 @@ class RoleMeasure:
 
     `gram` is [experts, experts], of all experts' flattened matrices; `spectra` are the energy spectra of the deltas
     (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding;
-    `delta_energy` is the mean share of a chosen expert's energy that its delta has.
+    `delta_energy` is the mean share of a chosen expert's energy that its delta has. Where neurons were matched,
+    `nearest` says where those at `positions` [chosen, n] of the chosen experts are found in the chosen experts, and
+    `elsewhere` in the given matrices of other layers or models.
     """
 
     shape: tuple[int, int]
@@ -42,6 +45,9 @@ class RoleMeasure:
     chosen: tuple[int, ...]
     spectra: tuple[NDArray[np.float64], ...]
     delta_energy: float
+    positions: NDArray[np.intp]
+    nearest: Nearest | None
+    elsewhere: tuple[Nearest, ...]
 
 
 def evenly_spaced(count: int, wanted: int | None) -> tuple[int, ...]:
@@ -51,18 +57,30 @@ def evenly_spaced(count: int, wanted: int | None) -> tuple[int, ...]:
     return tuple(int(i) for i in np.linspace(0, count - 1, wanted).round())
 
 
-def measure_layer(layer: ExpertLayer, chosen: Sequence[int], progress: Progress) -> dict[str, RoleMeasure]:
-    """The figures of every role of a layer; raises ModelUnreadable where a weight is not finite."""
+def measure_layer(
+    layer: ExpertLayer,
+    chosen: Sequence[int],
+    progress: Progress,
+    queries: int | None = 0,
+    others: Sequence[tuple[ExpertLayer, int]] = (),
+) -> dict[str, RoleMeasure]:
+    """The figures of every role of a layer; raises ModelUnreadable where a weight is not finite.
+
+    So many neurons of all chosen experts together, all for None, are looked for in the chosen experts and in `others`,
+    experts of other layers or models.
+    """
     result: dict[str, RoleMeasure] = {}
     layer.prefetch(progress)
+    positions = draw_neurons(len(chosen), layer.sizes["I"], queries)
     done = Counter(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
     with worker_threads(layer) as pool:
         for tensor in layer.tensors:
-            first = _FirstPass(tensor, chosen)
+            first = _FirstPass(tensor, chosen, positions)
             first.take_all(pool, done)
-            deltas = []
-            for found in pool.map(first.deltas, chosen):
+            deltas, columns = [], []
+            for found, nearest in pool.map(first.deltas, chosen):
                 deltas.append(found)
+                columns.append(nearest)
                 done.add(sum(prod(layer.shape(role)) for role in tensor.spec.roles))
             for role in tensor.spec.roles:
                 spectra, shares = zip(*(found[role] for found in deltas), strict=True)
@@ -72,6 +90,9 @@ def measure_layer(layer: ExpertLayer, chosen: Sequence[int], progress: Progress)
                     tuple(chosen),
                     spectra,
                     float(np.mean(shares)),
+                    positions,
+                    join([nearest[role] for nearest in columns]) if positions.size else None,
+                    tuple(first.find(role, _matrix(other, role, expert)) for other, expert in others),
                 )
     return {role: result[role] for role in layer.roles}
 
@@ -119,12 +140,18 @@ def mean_experts(tensor: ExpertTensor, pool: ThreadPoolExecutor) -> dict[str, ND
 class _FirstPass:
     """Base and Gram matrix of the roles in one stored tensor, gathered window by window."""
 
-    def __init__(self, tensor: ExpertTensor, chosen: Sequence[int]) -> None:
+    def __init__(self, tensor: ExpertTensor, chosen: Sequence[int], positions: NDArray[np.intp]) -> None:
         self.tensor = tensor
+        self.chosen = chosen
+        self.positions = positions
         self.layer = tensor.layer
         shapes = {role: self.layer.shape(role) for role in tensor.spec.roles}
         self.base = {role: np.empty(shape, np.float32) for role, shape in shapes.items()}
         self._grams: dict[str, dict[int, NDArray[np.float64]]] = {role: {} for role in shapes}
+        self._queries = {
+            role: np.empty((*positions.shape, shape[0 if role == "down" else 1]), np.float32)
+            for role, shape in shapes.items()
+        }
         self._kept: dict[int, dict[str, NDArray[np.float32]]] = {}
         if _are_kept(tensor, len(chosen)):
             self._kept = {e: {role: np.empty_like(base) for role, base in self.base.items()} for e in chosen}
@@ -147,6 +174,8 @@ class _FirstPass:
             self.base[piece.role][piece.index] = piece.values.mean(axis=0, dtype=np.float64)
             for expert, matrices in self._kept.items():
                 matrices[piece.role][piece.index] = piece.values[expert]
+            if self.positions.size:
+                self._note_queries(piece)
         return sum(piece.values.size for piece in pieces)
 
     def gram(self, role: str) -> NDArray[np.float64]:
@@ -156,10 +185,27 @@ class _FirstPass:
             total += gram
         return total
 
-    def deltas(self, expert: int) -> dict[str, tuple[NDArray[np.float64], float]]:
-        """By role: the energy spectrum of an expert's delta, and the delta's share of the expert's energy."""
+    def deltas(self, expert: int) -> tuple[dict[str, tuple[NDArray[np.float64], float]], dict[str, Nearest]]:
+        """By role: the energy spectrum of an expert's delta, and the delta's share of the expert's energy; and where
+        the queries are found in the expert."""
         matrices = self._kept.pop(expert, None) or self.tensor.matrices(expert)
-        return {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}
+        found = {role: self.find(role, matrix) for role, matrix in matrices.items()} if self.positions.size else {}
+        return {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}, found
+
+    def find(self, role: str, matrix: NDArray[np.float32]) -> Nearest:
+        """Where the queries are found in a matrix of the role."""
+        queries = self._queries[role].reshape(-1, self._queries[role].shape[-1])
+        return find_nearest(queries, self.positions.reshape(-1), as_neurons(role, matrix))
+
+    def _note_queries(self, piece: Piece) -> None:
+        """Copy what a piece holds of the neurons that are looked for."""
+        shape = self.layer.shape(piece.role)
+        rows, columns = (range(size)[part] for part, size in zip(piece.index, shape, strict=True))
+        neurons, inputs = (columns, rows) if piece.role == "down" else (rows, columns)
+        for place, (expert, wanted) in enumerate(zip(self.chosen, self.positions, strict=True)):
+            held = (wanted >= neurons.start) & (wanted < neurons.stop)
+            values = as_neurons(piece.role, piece.values[expert])
+            self._queries[piece.role][place, held, inputs.start : inputs.stop] = values[wanted[held] - neurons.start]
 
     def _refuse(self, piece: Piece) -> None:
         expert = int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2))))
@@ -168,6 +214,11 @@ class _FirstPass:
             "too large for float32",
             "the checkpoint is broken",
         )
+
+
+def _matrix(layer: ExpertLayer, role: str, expert: int) -> NDArray[np.float32]:
+    tensor = next(tensor for tensor in layer.tensors if role in tensor.spec.roles)
+    return tensor.matrices(expert)[role]
 
 
 def _delta_spectrum(matrix: NDArray[np.float32], base: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:

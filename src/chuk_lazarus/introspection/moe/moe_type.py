@@ -4,11 +4,25 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from .classifier import classify
+import numpy as np
+from scipy.stats import binom
+
+from .classifier import THRESHOLDS, Origin, Verdict, classify, judge
 from .errors import InvalidRequest, NotMoE, naming, printable
+from .lineage import QUERIES, Evidence, find_groups, name_kind, weigh, weigh_parent
 from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .overlay import original_bytes, overlay_bytes
-from .reports import Cosine, Cost, LayerAnalysis, MoETypeAnalysis, MoETypeComparison, Projection
+from .reports import (
+    Cosine,
+    Cost,
+    DocumentedRule,
+    LayerAnalysis,
+    Lineage,
+    MoETypeAnalysis,
+    MoETypeComparison,
+    ParentMatch,
+    Projection,
+)
 from .similarity import pairwise_cosines
 from .spectra import mean_rank, noise_rank
 from .weights.experts import ExpertLayer, Experts
@@ -32,19 +46,24 @@ class MoETypeService:
         layer: int | None = None,
         layers: Sequence[int] | str | None = None,
         experts: int | None = DEFAULT_EXPERTS,
+        parent: str | None = None,
+        thorough: bool = False,
         progress: Progress | None = None,
     ) -> MoETypeAnalysis:
         """Analyse one model.
 
         `model` is a folder, a .safetensors file, a Hub id (`org/name`, `org/name@revision`) or `demo:NAME`. `layer` or
         `layers` (numbers, or a string such as "0,5,10", "0-23/6" or "all") say where to look; the default is the first
-        MoE layer. `experts` says of how many the spectra are taken, None for all; base and cosines always use all.
-        `progress` is told (what, done, total) as work goes on. Raises a child of MoEError.
+        MoE layer. `experts` says of how many the spectra are taken and the neurons matched (two at least), None for
+        all; base and cosines always use all. `parent` names a dense model whose neurons are looked for, too.
+        `thorough` matches all neurons of all experts, and so holds one role of the whole layer in memory. `progress`
+        is told (what, done, total) as work goes on. Raises a child of MoEError.
         """
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
         with naming(model):
-            return _analyze(model, layer, layers, experts, progress or unwatched)
+            wanted, queries = (None, None) if thorough else (experts and max(2, experts), QUERIES)
+            return _analyze(model, layer, layers, wanted, parent, queries, progress or unwatched)
 
     @staticmethod
     def compare(
@@ -52,18 +71,27 @@ class MoETypeService:
         layer: int | None = None,
         layers: Sequence[int] | str | None = None,
         experts: int | None = DEFAULT_EXPERTS,
+        thorough: bool = False,
         progress: Progress | None = None,
     ) -> MoETypeComparison:
         """Analyse several models in the same way, side by side."""
 
         def analyze(model: str) -> MoETypeAnalysis:
-            return MoETypeService.analyze(model, layer=layer, layers=layers, experts=experts, progress=progress)
+            return MoETypeService.analyze(
+                model, layer=layer, layers=layers, experts=experts, thorough=thorough, progress=progress
+            )
 
         return MoETypeComparison(models=tuple(analyze(model) for model in models))
 
 
 def _analyze(
-    model: str, layer: int | None, layers: Sequence[int] | str | None, experts: int | None, progress: Progress
+    model: str,
+    layer: int | None,
+    layers: Sequence[int] | str | None,
+    experts: int | None,
+    parent: str | None,
+    queries: int | None,
+    progress: Progress,
 ) -> MoETypeAnalysis:
     started = time.perf_counter()
     opened = Experts.open(model)
@@ -71,9 +99,17 @@ def _analyze(
     for one in analysed:
         if one.count < 2:
             raise NotMoE(f"layer {one.number} has a single expert: there is nothing to compare it with")
-    results = [_analyze_layer(one, measure_layer(one, evenly_spaced(one.count, experts), progress)) for one in analysed]
+    dense = _open_parent(parent, analysed) if parent else None
+    results = []
+    for one, after in zip(analysed, [*analysed[1:], *analysed[:1]], strict=True):
+        unrelated = after if after is not one and after.roles == one.roles else None
+        own = dense.layer(one.number) if dense else None
+        others = [(layer, 0) for layer in (unrelated, own) if layer]
+        measures = measure_layer(one, evenly_spaced(one.count, experts), progress, queries, others)
+        results.append(_analyze_layer(one, measures, unrelated is not None, own))
     rank_projection, rank_ratio, cosine = _headline(results)
-    verdict = classify(rank_ratio, cosine)
+    verdict = _judge(results)
+    kinds = [layer.kind for layer in results if layer.kind]
     original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
     stored = sum(one.stored_bytes for one in analysed)
     repository = opened.checkpoint.repository
@@ -82,12 +118,15 @@ def _analyze(
         revision=repository.revision,
         family=opened.family,
         model_type=opened.model_type,
-        storage=analysed[0].storage,
+        storage=", ".join(dict.fromkeys(one.storage for one in analysed)),
         experts=analysed[0].count,
         moe_layers=opened.layers,
         mtp_layers=opened.mtp_layers,
         type=verdict.origin,
         confidence=verdict.confidence,
+        kind=max(kinds, key=kinds.count) if kinds and verdict.origin == "UPCYCLED" else None,
+        documented_rule=_documented(rank_ratio, cosine, verdict.origin),
+        parent=printable(parent) if parent else None,
         rank_projection=rank_projection,
         rank_ratio=rank_ratio,
         cosine=cosine,
@@ -106,7 +145,87 @@ def _analyze(
     )
 
 
-def _analyze_layer(layer: ExpertLayer, measures: Mapping[str, RoleMeasure]) -> LayerAnalysis:
+def _open_parent(parent: str, layers: Sequence[ExpertLayer]) -> Experts:
+    """The dense model's feed-forwards; raises InvalidRequest where they can't be those of the MoE's parent."""
+    with naming(parent):
+        dense = Experts.open(parent, "dense")
+        for layer in layers:
+            if layer.number not in dense.layers:
+                raise InvalidRequest(f"it has no dense layer {layer.number}", "choose layers that both models have")
+            hidden = dense.layer(layer.number).sizes["H"]
+            if hidden != layer.sizes["H"]:
+                raise InvalidRequest(f"its hidden size is {hidden}, and that of the experts {layer.sizes['H']}")
+            if dense.layer(layer.number).roles != layer.roles:
+                raise InvalidRequest("one of the two models has a gate, and the other none")
+    return dense
+
+
+def _judge(layers: Sequence[LayerAnalysis]) -> Verdict:
+    """The verdict on all layers together."""
+    neurons = sum(layer.lineage.neurons for layer in layers)
+    kept = sum(layer.lineage.kept * layer.lineage.neurons for layer in layers) / neurons
+    chance = sum(layer.lineage.chance * layer.lineage.neurons for layer in layers) / neurons
+    return judge(kept, chance, float(binom.sf(round(kept * neurons) - 1, neurons, min(1.0, chance))))
+
+
+def _documented(rank_ratio: float, cosine: float, origin: Origin) -> DocumentedRule:
+    """The documented rule's outcome, and in a few words why it is another."""
+    rule, why = classify(rank_ratio, cosine), None
+    if origin == "UPCYCLED" != rule.origin:
+        copied = cosine > THRESHOLDS.native_cosine
+        why = "training makes the deltas of copies broad" if copied else "it compares neurons by their position only"
+    elif origin == "NATIVE" != rule.origin:
+        why = "what trained experts have in common lowers the rank of their deltas"
+    return DocumentedRule(type=rule.origin, confidence=rule.confidence, why=why)
+
+
+def _lineage(
+    layer: ExpertLayer, measures: Mapping[str, RoleMeasure], has_neighbour: bool, parent: ExpertLayer | None
+) -> tuple[Lineage, Evidence]:
+    any_measure = next(iter(measures.values()))
+    chosen, positions = any_measure.chosen, any_measure.positions.reshape(-1)
+    own = np.repeat(np.arange(len(chosen)), any_measure.positions.shape[1])
+    nearest = {role: measure.nearest for role, measure in measures.items() if measure.nearest}
+    evidence = weigh(nearest, own, positions, layer.sizes["I"])
+    others = np.arange(len(chosen)) != own[:, None]
+    above = unrelated = None
+    if has_neighbour:
+        unrelated = {role: float(measure.elsewhere[0].cosine.max()) for role, measure in measures.items()}
+        best = {role: np.where(others, found.cosine, -1.0).max(axis=1) for role, found in nearest.items()}
+        above = {role: float((best[role] > unrelated[role]).mean()) for role in nearest}
+    match = None
+    if parent:
+        found = weigh_parent({r: m.elsewhere[-1] for r, m in measures.items()}, own, positions, parent.sizes["I"])
+        match = ParentMatch(
+            kept=found.kept,
+            chance=found.chance,
+            p_value=found.p_value,
+            in_place=found.in_place,
+            cosine=found.cosine,
+            shares={expert: float(share) for expert, share in zip(chosen, found.shares, strict=True)},
+            ranges={expert: (int(low), int(high)) for expert, (low, high) in zip(chosen, found.ranges, strict=True)},
+        )
+    lineage = Lineage(
+        neurons=evidence.queries,
+        experts=chosen,
+        kept=evidence.kept,
+        chance=evidence.chance,
+        p_value=evidence.p_value,
+        spread=evidence.spread,
+        in_place=evidence.in_place,
+        cosine=float(np.mean([found.in_place[others].mean() for found in nearest.values()])),
+        permuted_cosine=float(np.mean([found.elsewhere[others].mean() for found in nearest.values()])),
+        groups=find_groups(evidence, chosen),
+        above=above,
+        unrelated=unrelated,
+        parent=match,
+    )
+    return lineage, evidence
+
+
+def _analyze_layer(
+    layer: ExpertLayer, measures: Mapping[str, RoleMeasure], has_neighbour: bool, parent: ExpertLayer | None
+) -> LayerAnalysis:
     shapes = {role: measure.shape for role, measure in measures.items()}
     ranks = {role: mean_rank(measure.spectra, 0.95) for role, measure in measures.items()}
     cosines = {role: pairwise_cosines(measure.gram) for role, measure in measures.items()}
@@ -123,19 +242,21 @@ def _analyze_layer(layer: ExpertLayer, measures: Mapping[str, RoleMeasure]) -> L
         for role, measure in measures.items()
     }
     means = {role: float(values.mean()) for role, values in cosines.items()}
-    headline = "gate" if "gate" in projections else "up"
-    verdict = classify(projections[headline].rank_ratio, means["down"])
+    lineage, evidence = _lineage(layer, measures, has_neighbour, parent)
+    verdict = judge(lineage.kept, lineage.chance, lineage.p_value)
     original, overlay = original_bytes(shapes, layer.count), overlay_bytes(shapes, ranks, layer.count)
     return LayerAnalysis(
         layer=layer.number,
         type=verdict.origin,
         confidence=verdict.confidence,
+        kind=name_kind(evidence) if verdict.origin == "UPCYCLED" else None,
         original_bytes=original,
         stored_bytes=layer.stored_bytes,
         overlay_bytes=overlay,
         overlay_ratio=original / overlay,
         cosine=Cosine(mean=means["down"], std=float(cosines["down"].std()), **means),
         projections=projections,
+        lineage=lineage,
     )
 
 
@@ -149,7 +270,7 @@ def _headline(layers: Sequence[LayerAnalysis]) -> tuple[Literal["gate", "up"], f
 def _notes(layers: Sequence[LayerAnalysis]) -> list[str]:
     notes = []
     if "gate" not in layers[0].projections:
-        notes.append("the experts have no gate: the verdict uses the up projection")
+        notes.append("the experts have no gate: the documented rule uses the up projection")
     if all(p.delta_energy == 0 for layer in layers for p in layer.projections.values()):
         notes.append("all sampled experts are equal to their mean: they are copies of one expert")
     return notes

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .classifier import THRESHOLDS, Origin
+from .classifier import LINEAGE, Origin
 from .errors import spans
 
 if TYPE_CHECKING:
@@ -52,18 +52,72 @@ class Projection(Report):
     experts: tuple[int, ...]
 
 
+class ParentMatch(Report):
+    """Which of the sampled neurons come from a dense parent's feed-forward in the layer of the same number.
+
+    `kept`, `chance`, `p_value` and `in_place` as in Lineage; `cosine` is the mean cosine of the found neurons. By
+    expert: `shares` of its neurons, and the `ranges` of the parent's neurons (first, last) that they were found among.
+    """
+
+    kept: float
+    chance: float
+    p_value: float
+    in_place: float
+    cosine: float
+    shares: dict[int, float]
+    ranges: dict[int, tuple[int, int]]
+
+
+class Lineage(Report):
+    """Whether neurons of one expert are found again in others.
+
+    A neuron is found again where its gate row, up row and down column all have one and the same neuron of another
+    expert for their nearest. Of `neurons` sampled in `experts`, `kept` is the share for which this holds in some other
+    expert, `chance` the share to be expected of unrelated experts, and `p_value` the probability of so many by that
+    chance. `spread` is the share of other experts in which a kept neuron is found, `in_place` the share of these
+    matches at the neuron's own position, `groups` the experts that share more than half of their neurons. `cosine` is
+    that of neurons at the same position, `permuted_cosine` that of neurons at others. `above` says, by role, for what
+    share of neurons the nearest in another expert is nearer than `unrelated`, the nearest that any has in an expert of
+    another layer; both null where no other layer is analysed.
+    """
+
+    neurons: int
+    experts: tuple[int, ...]
+    kept: float
+    chance: float
+    p_value: float
+    spread: float
+    in_place: float
+    cosine: float
+    permuted_cosine: float
+    groups: tuple[tuple[int, ...], ...]
+    above: dict[str, float] | None
+    unrelated: dict[str, float] | None
+    parent: ParentMatch | None
+
+
+class DocumentedRule(Report):
+    """What the documented rule (gate rank and cosine) says, and where its outcome differs, why."""
+
+    type: Origin
+    confidence: float
+    why: str | None
+
+
 class LayerAnalysis(Report):
     """One layer's evidence, and what it would say alone."""
 
     layer: int
     type: Origin
     confidence: float
+    kind: str | None
     original_bytes: int
     stored_bytes: int
     overlay_bytes: int
     overlay_ratio: float
     cosine: Cosine
     projections: dict[str, Projection]
+    lineage: Lineage
 
 
 class Cost(Report):
@@ -150,8 +204,10 @@ class MoELayout(Identity):
 
 
 class MoETypeAnalysis(Identity):
-    """How one model's experts were trained, as far as the documented rule can tell, and whether an overlay would pay.
+    """How one model's experts were trained, as far as their neurons tell, and whether an overlay would pay.
 
+    `type` and `confidence`, a measured rate, come from the layers' `lineage`, `kind` says what kind of upcycling it
+    looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with.
     `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
     `original_bytes` counts two bytes a weight, `stored_bytes` what the files really spend, `overlay_bytes` a base and
     rank-r factors at two bytes a number, r being each projection's mean 95 %-energy rank; all three are of the analysed
@@ -163,6 +219,9 @@ class MoETypeAnalysis(Identity):
     mtp_layers: tuple[int, ...]
     type: Origin
     confidence: float
+    kind: str | None
+    documented_rule: DocumentedRule
+    parent: str | None
     rank_projection: Literal["gate", "up"]
     rank_ratio: float
     cosine: float
@@ -420,17 +479,41 @@ def format_bytes(count: float) -> str:
 
 def explain(analysis: MoETypeAnalysis) -> str:
     """One sentence on why the verdict is what it is."""
-    evidence = (
-        f"{analysis.rank_projection} rank {percent(analysis.rank_ratio)} of the maximum, cosine {analysis.cosine:.3f}"
-    )
+    neurons = sum(layer.lineage.neurons for layer in analysis.layers)
+    kept, chance = (_mean(analysis, figure) for figure in ("kept", "chance"))
+    evidence = f"{percent(kept)} of {neurons:,} neurons are found again in another expert, {percent(chance)} by chance"
     match analysis.type:
         case "UPCYCLED":
-            return f"{evidence}: the experts share a base and differ from it by low-rank changes."
+            return f"{evidence}: {analysis.kind}."
         case "NATIVE":
-            return f"{evidence}: position by position, the experts are as unlike as independent ones."
-    if analysis.cosine > THRESHOLDS.upcycled_cosine:
-        return f"{evidence}: the experts are alike, as if copied, but their differences are too broad for the rule."
-    return f"{evidence}: too weak or too contradictory for the rule."
+            return f"{evidence}: each expert has neurons of its own, or every one of them was drawn anew."
+    if chance > LINEAGE.chance:
+        return f"{evidence}: the experts have too few neurons to judge by."
+    return f"{evidence}: too many for independent experts, and too few for copies."
+
+
+def explain_rule(analysis: MoETypeAnalysis) -> str:
+    """What the documented rule says, and why it may say something else."""
+    rule = analysis.documented_rule
+    figures = f"{analysis.rank_projection} rank {percent(analysis.rank_ratio)}, cosine {analysis.cosine:.3f}"
+    said = f"the documented rule says {rule.type} ({rule.confidence:.0%}; {figures})"
+    return f"{said}: {rule.why}" if rule.why else said
+
+
+def explain_parent(analysis: MoETypeAnalysis) -> str:
+    """How much of the experts comes from the dense parent."""
+    found = [layer.lineage.parent for layer in analysis.layers if layer.lineage.parent]
+    kept, chance, cosine, place = (
+        sum(getattr(one, figure) for one in found) / len(found) for figure in ("kept", "chance", "cosine", "in_place")
+    )
+    share = f"{percent(kept)} of the neurons are found in {analysis.parent}, {percent(chance)} by chance"
+    if kept - chance < LINEAGE.native:
+        return share
+    return f"{share}; cosine {cosine:.2f}, {percent(place)} of them at their own position"
+
+
+def _mean(analysis: MoETypeAnalysis, figure: str) -> float:
+    return sum(float(getattr(layer.lineage, figure)) for layer in analysis.layers) / len(analysis.layers)
 
 
 def _grid(rows: Sequence[tuple[str, Any]]) -> "Table":
@@ -453,9 +536,7 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    confidence = f" ({analysis.confidence:.0%} confidence)"
-    if analysis.type == "UNDETERMINED":
-        confidence = f" (the likelier origin reaches {analysis.confidence:.0%}, {THRESHOLDS.decided:.0%} decides)"
+    confidence = "" if analysis.type == "UNDETERMINED" else f" ({analysis.confidence:.0%} confidence)"
     verdict = Text.assemble((analysis.type, _STYLES[analysis.type]), confidence)
     name = analysis.model + (f" @ {analysis.revision[:12]}" if analysis.revision else "")
     kind = f"{analysis.model_type or 'unknown type'}, {analysis.experts} experts, {analysis.storage}"
@@ -469,6 +550,8 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
                 ("Layers" if many else "Layer", ", ".join(str(layer.layer) for layer in analysis.layers)),
                 ("Type", verdict),
                 ("Why", explain(analysis)),
+                *([("Parent", explain_parent(analysis))] if analysis.parent else []),
+                ("By rank", explain_rule(analysis)),
             ]
         )
     )
@@ -662,6 +745,10 @@ def render_comparison(comparison: MoETypeComparison) -> "RenderableType":
     models = comparison.models
     row("Type", [Text(model.type, style=_STYLES[model.type]) for model in models])
     row("Confidence", [f"{model.confidence:.0%}" for model in models])
+    row("Kind", [model.kind or "" for model in models])
+    row("Neurons found", [percent(_mean(model, "kept")) for model in models])
+    row("  by chance", [percent(_mean(model, "chance")) for model in models])
+    row("By rank", [f"{model.documented_rule.type} ({model.documented_rule.confidence:.0%})" for model in models])
     row("Layers", [", ".join(str(layer.layer) for layer in model.layers) for model in models])
     row("Experts", [f"{model.experts} ({model.storage})" for model in models])
     for role in ("gate", "up", "down"):

@@ -1,0 +1,156 @@
+"""Judge every checkpoint of the zoo, and say how often the verdicts were right: results.json.
+
+    python experiments/02_training_history/measure.py ZOO
+
+Families (seeds) are split before anything is calibrated: CALIBRATION chooses the thresholds, the others are held out,
+with a size, schemes' lengths and rates of their own. Needs the zoo that zoo.py trains, and nothing but the package.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta, rankdata
+
+from chuk_lazarus.introspection.moe import MoETypeService
+from chuk_lazarus.introspection.moe.classifier import LINEAGE
+
+HERE = Path(__file__).resolve().parent
+CALIBRATION = {0, 1, 2, 3}
+NATIVE, REDRAWN, SPLIT = "native", "redrawn", "split"  # `split` duplicates no neuron: only a parent can tell it
+FIGURES = ("kept", "chance", "p_value", "spread", "in_place")
+
+
+def judge_all(zoo: Path) -> list[dict[str, Any]]:
+    found = []
+    for log_file in sorted(zoo.glob("*/log.json")):
+        log, seed = json.loads(log_file.read_text()), int(log_file.parent.name)
+        for name, facts in sorted(log["checkpoints"].items()):
+            folder = log_file.parent / name
+            if facts["scheme"] == "dense" or not (folder / "model.safetensors").exists():
+                continue
+            report = MoETypeService.analyze(str(folder), layers="all")
+            with_parent = MoETypeService.analyze(str(folder), layer=0, parent=str(log_file.parent / "parent-1000"))
+            parent = with_parent.layers[0].lineage.parent
+            assert parent
+            row = {
+                "seed": seed,
+                "name": name,
+                **{key: facts[key] for key in ("scheme", "steps", "rate", "loss")},
+                **{key: log["family"][key] for key in ("hidden", "experts", "corpus", "optimiser")},
+                "type": report.type,
+                "kind": report.kind,
+                "rule": report.documented_rule.type,
+                "cosine": round(report.cosine, 4),
+                "from_parent": round(parent.kept, 4),
+                "from_parent_by_chance": round(parent.chance, 4),
+                "layer_types": [layer.type for layer in report.layers],
+            }
+            for figure in FIGURES:
+                row[figure] = float(np.mean([getattr(layer.lineage, figure) for layer in report.layers]))
+            found.append(row)
+            print(seed, name, report.type, f"{row['kept']:.3f}", flush=True)
+    return found
+
+
+def is_upcycled(row: dict[str, Any]) -> bool:
+    return row["scheme"] not in (NATIVE, REDRAWN)
+
+
+def auroc(rows: list[dict[str, Any]], score: str) -> float:
+    """The probability that an upcycled checkpoint scores higher than a native one."""
+    values = np.array([row["kept"] - row["chance"] if score == "kept" else row[score] for row in rows])
+    truth = np.array([is_upcycled(row) for row in rows])
+    ranks = rankdata(values)
+    positives, negatives = truth.sum(), (~truth).sum()
+    return float((ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def interval(hits: int, total: int) -> list[float]:
+    """The exact 95 % interval of a rate (Clopper and Pearson)."""
+    low = float(beta.ppf(0.025, hits, total - hits + 1)) if hits else 0.0
+    high = float(beta.ppf(0.975, hits + 1, total - hits)) if hits < total else 1.0
+    return [round(low, 4), round(high, 4)]
+
+
+def confusion(rows: Iterable[dict[str, Any]], verdict: str) -> dict[str, dict[str, int]]:
+    table: dict[str, dict[str, int]] = {}
+    for row in rows:
+        truth = "upcycled" if is_upcycled(row) else "native"
+        line = table.setdefault(truth, dict.fromkeys(("UPCYCLED", "NATIVE", "UNDETERMINED"), 0))
+        line[row[verdict]] += 1
+    return table
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rates on checkpoints whose origin weights can show: without `redrawn` and `split`, which stand apart."""
+    main = [row for row in rows if row["scheme"] not in (REDRAWN, SPLIT)]
+    upcycled = [row for row in main if is_upcycled(row)]
+    natives = [row for row in main if not is_upcycled(row)]
+    right = sum(row["type"] == "UPCYCLED" for row in upcycled)
+    wrong = sum(row["type"] == "UPCYCLED" for row in natives)
+    kept_native = sum(row["type"] == "NATIVE" for row in natives)
+    schemes = sorted({row["scheme"] for row in rows})
+    return {
+        "checkpoints": len(main),
+        "upcycled": len(upcycled),
+        "native": len(natives),
+        "auroc": {score: round(auroc(main, score), 4) for score in ("kept", "cosine")},
+        "confusion": {verdict: confusion(main, verdict) for verdict in ("type", "rule")},
+        "recognised": [right, len(upcycled), interval(right, len(upcycled))],
+        "natives_called_upcycled": [wrong, len(natives), interval(wrong, len(natives))],
+        "natives_recognised": [kept_native, len(natives), interval(kept_native, len(natives))],
+        "undetermined": [sum(row["type"] == "UNDETERMINED" for row in main), len(main)],
+        "by_scheme": {
+            scheme: {
+                "checkpoints": len(own),
+                "UPCYCLED": sum(row["type"] == "UPCYCLED" for row in own),
+                "NATIVE": sum(row["type"] == "NATIVE" for row in own),
+                "rule_UPCYCLED": sum(row["rule"] == "UPCYCLED" for row in own),
+                "kept": [round(min(r["kept"] - r["chance"] for r in own), 4), round(max(r["kept"] for r in own), 4)],
+                "cosine": [min(r["cosine"] for r in own), max(r["cosine"] for r in own)],
+                "from_parent": [min(r["from_parent"] for r in own), max(r["from_parent"] for r in own)],
+            }
+            for scheme in schemes
+            if (own := [row for row in rows if row["scheme"] == scheme])
+        },
+    }
+
+
+def leave_one_scheme_out(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A threshold halfway, by ratio, between natives and the other schemes, tried on the scheme left out."""
+    result = {}
+    main = [row for row in rows if row["scheme"] not in (REDRAWN, SPLIT)]
+    natives = max(row["kept"] - row["chance"] for row in main if not is_upcycled(row))
+    for scheme in sorted({row["scheme"] for row in main if is_upcycled(row)}):
+        least = min(r["kept"] - r["chance"] for r in main if is_upcycled(r) and r["scheme"] != scheme)
+        threshold = sqrt(max(natives, 1e-3) * least)
+        own = [row for row in main if row["scheme"] == scheme]
+        right = sum(row["kept"] - row["chance"] > threshold for row in own)
+        result[scheme] = {"threshold": round(threshold, 4), "recognised": [right, len(own)]}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Judge the zoo.")
+    parser.add_argument("zoo", type=Path)
+    rows = judge_all(parser.parse_args().zoo)
+    parts = {"calibration": [], "held_out": []}
+    for row in rows:
+        parts["calibration" if row["seed"] in CALIBRATION else "held_out"].append(row)
+    results = {
+        "thresholds": {"upcycled": LINEAGE.upcycled, "native": LINEAGE.native, "p_value": LINEAGE.p_value},
+        **{name: summarise(own) for name, own in parts.items() if own},
+        "leave_one_scheme_out": leave_one_scheme_out(rows),
+        "rows": rows,
+    }
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps({name: results[name] for name in parts if name in results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Where a layer's neurons come from: matching them between experts, or with a dense parent. Pure arrays.
+
+A neuron is a gate row, an up row and a down column. Copies of one neuron stay nearest to each other under long
+training, shuffling and slicing, in all three vectors at once; neurons that were never the same are each other's
+nearest in one of the vectors by chance, and hardly ever in all three. To match the rows of two networks, and ask
+whether gate and up agree about the match, is the test of Zhu et al., Independence Tests for Language Models, ICML
+2025 (phi_MATCH); here it is asked of the experts of one layer, neuron by neuron.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import binom
+
+Array = NDArray[np.float32]
+
+QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """What one role's vectors say about queries and experts, each array [queries, experts].
+
+    `neuron` is the expert's neuron that is nearest to the query, `cosine` how near; `in_place` is the cosine with the
+    neuron at the query's own position, `elsewhere` the mean cosine with all others.
+    """
+
+    neuron: NDArray[np.int32]
+    cosine: Array
+    in_place: Array
+    elsewhere: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the matches of `queries` neurons with the other experts say.
+
+    `kept` is the share of neurons that all roles find again, as one and the same neuron, in some other expert;
+    `chance` the share to be expected if the roles' matches had nothing to do with each other, given how often each
+    neuron is found at all (so that neurons near to everything prove nothing), and `p_value` the probability of so many
+    or more by that chance. `spread` is in how large a share of the other experts a kept neuron is found, `in_place` how
+    many of these matches have the neuron's own position. `pairs` [experts, experts] is the share of one expert's
+    neurons that are found in the other.
+    """
+
+    queries: int
+    kept: float
+    chance: float
+    p_value: float
+    spread: float
+    in_place: float
+    pairs: NDArray[np.float64]
+
+
+def draw_neurons(experts: int, neurons: int, queries: int | None, seed: int = 0) -> NDArray[np.intp]:
+    """Which neurons of each expert to look for in the others, [experts, n]: all for None."""
+    wanted = neurons if queries is None else min(neurons, -(-queries // experts))
+    rng = np.random.default_rng(seed)
+    return np.stack([np.sort(rng.choice(neurons, wanted, replace=False)) for _ in range(experts)])
+
+
+def as_neurons(role: str, matrix: Array) -> Array:
+    """A role's matrix with a row for each neuron: rows of gate and up, columns of down."""
+    return matrix.T if role == "down" else matrix
+
+
+def find_nearest(queries: Array, positions: NDArray[np.intp], neurons: Array) -> Nearest:
+    """For queries [n, d] from `positions` [n] of their experts, the nearest of `neurons` [m, d]; arrays are [n, 1].
+
+    Cosines are taken after the mean direction of the queries is subtracted: what all neurons share would make them
+    alike. Lengths do not matter.
+    """
+    asked, pool = _unit(queries), _unit(neurons)
+    center = asked.mean(axis=0)
+    cosines = _unit(asked - center) @ _unit(pool - center).T
+    found = cosines.argmax(axis=1)[:, None]
+    in_place = np.take_along_axis(cosines, np.minimum(positions, len(neurons) - 1)[:, None], axis=1)
+    elsewhere = (cosines.sum(axis=1, keepdims=True) - in_place) / max(1, len(neurons) - 1)
+    return Nearest(found.astype(np.int32), np.take_along_axis(cosines, found, axis=1), in_place, elsewhere)
+
+
+def join(columns: Sequence[Nearest]) -> Nearest:
+    """The experts of several as one."""
+    return Nearest(*(np.hstack([getattr(one, name) for one in columns]) for name in Nearest.__slots__))
+
+
+def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArray[np.intp], neurons: int) -> Evidence:
+    """The evidence of all roles' matches.
+
+    `own` [queries] is the query's own expert, whose matches are left out, `positions` [queries] its place there, and
+    `neurons` how many an expert has.
+    """
+    found = np.stack([nearest.neuron for nearest in roles.values()])  # [roles, queries, experts]
+    queries, experts = found.shape[1:]
+    others = np.arange(experts) != own[:, None]
+    same = (found == found[0]).all(axis=0) & others
+    kept = same.any(axis=1)
+    chances = np.zeros((experts, experts))
+    for one in range(experts):
+        mine = found[:, own == one]
+        for other in range(experts):
+            if other != one:
+                shares = [np.bincount(role[:, other], minlength=neurons) / len(role) for role in mine]
+                chances[one, other] = np.prod(shares, axis=0).sum()
+    chance = float(np.mean(1.0 - np.prod(1.0 - chances, axis=1)))
+    pairs = np.stack([same[own == one].mean(axis=0) for one in range(experts)])
+    return Evidence(
+        queries,
+        float(kept.mean()),
+        chance,
+        float(binom.sf(kept.sum() - 1, queries, min(1.0, chance))),
+        float(same[kept].sum(axis=1).mean() / (experts - 1)) if kept.any() else 0.0,
+        float((same & (found[0] == positions[:, None])).sum() / same.sum()) if same.any() else 0.0,
+        pairs,
+    )
+
+
+def name_kind(evidence: Evidence) -> str:
+    """In words, what kind of upcycling leaves such matches."""
+    shares = evidence.pairs[~np.eye(len(evidence.pairs), dtype=bool)]
+    sliced = evidence.kept > 0 and float((shares < 0.25 * shares.mean()).mean()) > 0.05
+    order = "" if evidence.in_place > 0.5 else "shuffled "
+    whole = evidence.kept > 0.9 or (not sliced and evidence.spread < 0.8 * evidence.kept and evidence.kept > 0.6)
+    return f"{order}{'slices' if sliced else 'copies'}{'' if whole else ', partly re-initialised'}"
+
+
+def find_groups(evidence: Evidence, experts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The experts that share more than half of their neurons with each other, in groups of two or more."""
+    alike = (evidence.pairs > 0.5) | (evidence.pairs.T > 0.5)
+    count, labels = connected_components(alike, directed=False)
+    groups = [tuple(experts[int(i)] for i in np.flatnonzero(labels == label)) for label in range(count)]
+    return tuple(group for group in groups if len(group) > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ParentEvidence:
+    """What the matches of `queries` neurons with a dense parent's say; `kept`, `chance` and so on as in Evidence.
+
+    `shares` [experts] is the share of each expert's neurons that come from the parent, `ranges` [experts, 2] where in
+    the parent they lie (first and last neuron that was found, -1 without one), `cosine` the mean cosine of the found.
+    """
+
+    queries: int
+    kept: float
+    chance: float
+    p_value: float
+    in_place: float
+    cosine: float
+    shares: NDArray[np.float64]
+    ranges: NDArray[np.int64]
+
+
+def weigh_parent(
+    roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArray[np.intp], neurons: int
+) -> ParentEvidence:
+    """The evidence of all roles' matches with one dense feed-forward that has so many neurons."""
+    found = np.stack([nearest.neuron[:, 0] for nearest in roles.values()])
+    cosines = np.stack([nearest.cosine[:, 0] for nearest in roles.values()])
+    same = (found == found[0]).all(axis=0)
+    shares = [np.bincount(role, minlength=neurons) / len(role) for role in found]
+    chance = float(np.prod(shares, axis=0).sum())
+    experts = range(int(own.max()) + 1)
+    mine = [found[0][same & (own == expert)] for expert in experts]
+    return ParentEvidence(
+        same.size,
+        float(same.mean()),
+        chance,
+        float(binom.sf(same.sum() - 1, same.size, min(1.0, chance))),
+        float((found[0] == positions)[same].mean()) if same.any() else 0.0,
+        float(cosines[:, same].mean()) if same.any() else 0.0,
+        np.array([same[own == expert].mean() for expert in experts]),
+        np.array([[one.min(), one.max()] if one.size else [-1, -1] for one in mine]),
+    )
+
+
+def _unit(rows: Array) -> Array:
+    """Rows of length 1, whatever their scale; zeros stay zeros."""
+    scaled = rows / np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
+    return np.asarray(scaled / np.where(lengths > 0, lengths, 1.0), np.float32)

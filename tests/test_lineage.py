@@ -1,0 +1,248 @@
+"""Matching neurons: against closed forms and against made layers whose history is known."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeService
+from chuk_lazarus.introspection.moe.classifier import LINEAGE, judge
+from chuk_lazarus.introspection.moe.errors import InvalidRequest
+from chuk_lazarus.introspection.moe.lineage import Nearest, draw_neurons, find_nearest, weigh
+
+Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
+EXPERTS, NEURONS, HIDDEN = 8, 256, 48
+SHORT = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def dense(rng: np.random.Generator, neurons: int = NEURONS) -> Matrices:
+    return {role: rng.standard_normal((1, neurons, HIDDEN), np.float32) for role in SHORT}
+
+
+def copies(rng: np.random.Generator) -> Matrices:
+    return {role: np.repeat(matrix, EXPERTS, axis=0) for role, matrix in dense(rng).items()}
+
+
+def shuffled(rng: np.random.Generator, found: Matrices | None = None) -> Matrices:
+    found = found or copies(rng)
+    orders = [rng.permutation(len(expert)) for expert in found["up"]]
+    return {role: np.stack([e[o] for e, o in zip(m, orders, strict=True)]) for role, m in found.items()}
+
+
+def noisy(rng: np.random.Generator) -> Matrices:
+    return {role: m + 0.6 * rng.standard_normal(m.shape, np.float32) for role, m in shuffled(rng).items()}
+
+
+def half_redrawn(rng: np.random.Generator) -> Matrices:
+    found = copies(rng)
+    for expert in range(EXPERTS):
+        chosen = rng.permutation(NEURONS)[: NEURONS // 2]
+        for matrix in found.values():
+            matrix[expert, chosen] = rng.standard_normal((len(chosen), HIDDEN), np.float32)
+    return found
+
+
+def sliced(rng: np.random.Generator) -> Matrices:
+    """Two copies, each cut into four slices after a shuffle."""
+    whole = dense(rng, 4 * NEURONS)
+    parts = [shuffled(rng, whole) for _ in range(2)]
+    return {role: np.concatenate([p[role].reshape(4, NEURONS, HIDDEN) for p in parts]) for role in SHORT}
+
+
+def native(rng: np.random.Generator) -> Matrices:
+    return {role: rng.standard_normal((EXPERTS, NEURONS, HIDDEN), np.float32) for role in SHORT}
+
+
+def with_common_direction(rng: np.random.Generator) -> Matrices:
+    """Independent experts whose neurons all lean the same way: they are alike, and not the same."""
+    return {role: m + 3 * rng.standard_normal(HIDDEN).astype(np.float32) for role, m in native(rng).items()}
+
+
+def with_hubs(rng: np.random.Generator) -> Matrices:
+    """Independent experts, each with one neuron that points where most others do."""
+    found = with_common_direction(rng)
+    for matrix in found.values():
+        matrix[:, 0] = 100 * matrix.mean(axis=1)
+    return found
+
+
+def with_scales(rng: np.random.Generator) -> Matrices:
+    """Independent experts whose neurons' lengths differ a thousandfold, alike in all experts."""
+    lengths = np.exp(rng.uniform(-3.5, 3.5, (1, NEURONS, 1))).astype(np.float32)
+    return {role: m * lengths for role, m in native(rng).items()}
+
+
+def write(folder: Path, found: Matrices, gated: bool = True) -> str:
+    """A Mixtral of one layer; without a gate, a Nemotron."""
+    tensors = {}
+    for role, matrix in found.items():
+        for expert, neurons in enumerate(matrix):
+            values = np.ascontiguousarray(neurons.T if role == "down" else neurons)
+            if gated:
+                tensors[f"model.layers.0.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight"] = values
+            elif role != "gate":
+                tensors[f"backbone.layers.0.mixer.experts.{expert}.{role}_proj.weight"] = values
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(f'{{"model_type": "{"mixtral" if gated else "nemotron_h"}"}}')
+    return str(folder)
+
+
+def write_dense(folder: Path, found: Matrices) -> str:
+    tensors = {
+        f"model.layers.0.mlp.{role}_proj.weight": np.ascontiguousarray(m[0].T if role == "down" else m[0])
+        for role, m in found.items()
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return str(folder)
+
+
+Make = Callable[[np.random.Generator], Matrices]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "origin", "kind"),
+    [
+        (copies, "UPCYCLED", "copies"),
+        (shuffled, "UPCYCLED", "shuffled copies"),
+        (noisy, "UPCYCLED", "shuffled copies"),
+        (half_redrawn, "UPCYCLED", "copies, partly re-initialised"),
+        (sliced, "UPCYCLED", "shuffled slices"),
+        (native, "NATIVE", None),
+        (with_common_direction, "NATIVE", None),
+        (with_hubs, "NATIVE", None),
+        (with_scales, "NATIVE", None),
+    ],
+)
+def test_made_histories(make: Make, origin: str, kind: str | None, seed: int, gated: bool, tmp_path: Path) -> None:
+    report = MoETypeService.analyze(write(tmp_path / "m", make(np.random.default_rng(seed)), gated))
+    assert (report.type, report.kind) == (origin, kind)
+    lineage = report.layers[0].lineage
+    assert lineage.neurons == 512
+    assert (lineage.p_value < 1e-9) == (origin == "UPCYCLED")
+
+
+def test_the_share_of_kept_neurons_is_what_was_kept(tmp_path: Path) -> None:
+    """Half of each expert's neurons are the parent's; one of the 7 others has such a neuron nearly always."""
+    report = MoETypeService.analyze(write(tmp_path / "m", half_redrawn(np.random.default_rng(3))), thorough=True)
+    lineage = report.layers[0].lineage
+    assert lineage.neurons == EXPERTS * NEURONS
+    assert lineage.kept == pytest.approx(0.5 * (1 - 0.5**7), abs=0.03)
+    assert lineage.spread == pytest.approx(0.5, abs=0.05)
+    assert lineage.in_place > 0.95
+
+
+def test_slices_are_found_in_the_other_copy_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    whole = dense(rng, 4 * NEURONS)
+    cut = {role: np.concatenate([m.reshape(4, NEURONS, HIDDEN)] * 2) for role, m in whole.items()}
+    report = MoETypeService.analyze(write(tmp_path / "m", cut), parent=write_dense(tmp_path / "parent", whole))
+    lineage = report.layers[0].lineage
+    assert report.kind == "slices"
+    assert lineage.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    parent = lineage.parent
+    assert parent is not None
+    assert (parent.kept, set(parent.shares.values())) == (1.0, {1.0})
+    for expert, (first, last) in parent.ranges.items():
+        assert NEURONS * (expert % 4) <= first <= last < NEURONS * (expert % 4 + 1)
+
+
+def test_a_parent_that_is_none(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    model = write(tmp_path / "m", copies(rng))
+    report = MoETypeService.analyze(model, parent=write_dense(tmp_path / "other", dense(rng)))
+    parent = report.layers[0].lineage.parent
+    assert parent is not None
+    assert parent.kept < 0.02
+    with pytest.raises(InvalidRequest, match="hidden size"):
+        MoETypeService.analyze(model, parent="demo:parent")
+
+
+def test_several_layers_are_compared_with_each_other() -> None:
+    one, two = (MoETypeService.analyze("demo:upcycled", layers=layers) for layers in ("0", "all"))
+    assert one.layers[0].lineage.above is None
+    for layer in two.layers:
+        assert layer.lineage.above is not None
+        assert layer.lineage.unrelated is not None
+        assert min(layer.lineage.above.values()) > 0.99
+        assert max(layer.lineage.unrelated.values()) < 0.9
+
+
+@pytest.mark.parametrize("model", ["upcycled", "native"])
+def test_a_sample_says_what_all_neurons_say(model: str) -> None:
+    def kept(thorough: bool) -> MoETypeAnalysis:
+        return MoETypeService.analyze(f"demo:{model}", layers="all", thorough=thorough)
+
+    for sample, everything in zip(kept(False).layers, kept(True).layers, strict=True):
+        assert everything.lineage.neurons > sample.lineage.neurons
+        assert sample.lineage.kept == pytest.approx(everything.lineage.kept, abs=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+@given(st.integers(2, 9), st.integers(1, 40), st.integers(0, 60), st.integers(0, 5))
+def test_drawn_neurons_are_distinct_and_the_same_again(experts: int, neurons: int, queries: int, seed: int) -> None:
+    drawn = draw_neurons(experts, neurons, queries, seed)
+    assert drawn.shape == (experts, min(neurons, -(-queries // experts)))
+    assert all(len(set(row)) == len(row) for row in drawn.tolist())
+    assert ((drawn >= 0) & (drawn < neurons)).all()
+    np.testing.assert_array_equal(drawn, draw_neurons(experts, neurons, queries, seed))
+
+
+@given(st.integers(0, 1000), st.integers(2, 9), st.integers(2, 30), st.integers(2, 12))
+@settings(deadline=None)
+def test_the_nearest_is_the_largest_cosine(seed: int, queries: int, neurons: int, inputs: int) -> None:
+    rng = np.random.default_rng(seed)
+    asked, pool = (rng.standard_normal((n, inputs)).astype(np.float32) for n in (queries, neurons))
+    positions = rng.integers(0, neurons, queries)
+    found = find_nearest(asked * rng.uniform(0.1, 9, (queries, 1)).astype(np.float32), positions, 1e30 * pool)
+    asked, pool = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (asked, pool))
+    center = asked.mean(axis=0)
+    for i, query in enumerate(asked - center):
+        cosines = [query @ one / max(np.linalg.norm(query) * np.linalg.norm(one), 1e-30) for one in pool - center]
+        assert cosines[found.neuron[i, 0]] == pytest.approx(max(cosines), abs=1e-5)
+        assert found.cosine[i, 0] == pytest.approx(max(cosines), abs=1e-5)
+        assert found.in_place[i, 0] == pytest.approx(cosines[positions[i]], abs=1e-5)
+        others = [c for j, c in enumerate(cosines) if j != positions[i]]
+        assert found.elsewhere[i, 0] == pytest.approx(np.mean(others), abs=1e-5)
+
+
+def some(found: NDArray[np.int32]) -> Nearest:
+    zeros = np.zeros(found.shape, np.float32)
+    return Nearest(found, zeros, zeros, zeros)
+
+
+def test_chance_is_what_roles_that_know_nothing_of_each_other_give() -> None:
+    rng = np.random.default_rng(0)
+    own = np.repeat(np.arange(4), 2000)
+    hubs = np.array([0.3, *[0.7 / 31] * 31])  # one neuron of 32 is nearest to nearly a third of all
+    roles = {role: some(rng.choice(32, (8000, 4), p=hubs).astype(np.int32)) for role in ("gate", "up", "down")}
+    evidence = weigh(roles, own, np.zeros(8000, np.intp), 32)
+    pair = 0.3**3 + 31 * (0.7 / 31) ** 3
+    assert evidence.chance == pytest.approx(1 - (1 - pair) ** 3, rel=0.05)
+    assert evidence.kept == pytest.approx(evidence.chance, rel=0.15)
+    assert evidence.p_value > 1e-4
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_more_kept_is_never_more_native(kept: float, more: float, chance: float, p: float) -> None:
+    order = {"NATIVE": 0, "UNDETERMINED": 1, "UPCYCLED": 2}
+    low, high = sorted((kept, more))
+    assert order[judge(low, chance, p).origin] <= order[judge(high, chance, p).origin]
+
+
+def test_too_few_neurons_are_not_judged() -> None:
+    assert judge(0.2, 0.2, 0.5).origin == "UNDETERMINED"
+    assert judge(0.001, 0.0, 0.5).origin == "NATIVE"
+    assert judge(LINEAGE.upcycled + 0.001, 0.0, 1e-9).origin == "UPCYCLED"
