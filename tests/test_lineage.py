@@ -235,14 +235,26 @@ def test_chance_is_what_roles_that_know_nothing_of_each_other_give() -> None:
     assert evidence.p_value > 1e-4
 
 
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_more_kept_is_never_more_native(kept: float, more: float, chance: float, p: float) -> None:
+@given(*[st.floats(0, 1)] * 6)
+def test_more_kept_is_never_more_native(
+    kept: float, more: float, close: float, closer: float, chance: float, p: float
+) -> None:
     order = {"NATIVE": 0, "UNDETERMINED": 1, "UPCYCLED": 2}
-    low, high = sorted((kept, more))
-    assert order[judge(low, chance, p).origin] <= order[judge(high, chance, p).origin]
+    (low, high), (far, near) = sorted((kept, more)), sorted((close, closer))
+    assert order[judge(low, far, chance, p).origin] <= order[judge(high, near, chance, p).origin]
 
 
-def test_too_few_neurons_are_not_judged() -> None:
-    assert judge(0.2, 0.2, 0.5).origin == "UNDETERMINED"
-    assert judge(0.001, 0.0, 0.5).origin == "NATIVE"
-    assert judge(LINEAGE.upcycled + 0.001, 0.0, 1e-9).origin == "UPCYCLED"
+@pytest.mark.parametrize(
+    ("kept", "close", "chance", "p", "origin"),
+    [
+        (0.2, 0.0, 0.2, 0.5, "UNDETERMINED"),  # too few neurons
+        (0.001, 0.0, 0.0, 0.5, "NATIVE"),
+        (LINEAGE.upcycled + 0.001, 0.0, 0.0, 1e-9, "UPCYCLED"),
+        (LINEAGE.upcycled + 0.001, 0.0, 0.0, 1e-3, "UNDETERMINED"),
+        (0.06, 0.001, 0.0, 1e-9, "NATIVE"),  # as layers of one trained model are to each other
+        (0.06, 0.06, 0.0, 1e-9, "UPCYCLED"),
+        (0.08, 0.0, 0.0, 1e-9, "UNDETERMINED"),
+    ],
+)
+def test_verdicts(kept: float, close: float, chance: float, p: float, origin: str) -> None:
+    assert judge(kept, close, chance, p).origin == origin

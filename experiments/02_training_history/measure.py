@@ -9,6 +9,7 @@ with a size, schemes' lengths and rates of their own. Needs the zoo that zoo.py 
 import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from chuk_lazarus.introspection.moe.classifier import LINEAGE
 HERE = Path(__file__).resolve().parent
 CALIBRATION = {0, 1, 2, 3}
 NATIVE, REDRAWN, SPLIT = "native", "redrawn", "split"  # `split` duplicates no neuron: only a parent can tell it
-FIGURES = ("kept", "chance", "p_value", "spread", "in_place")
+FIGURES = ("kept", "close", "chance", "p_value", "spread", "in_place")
 
 
 def judge_all(zoo: Path) -> list[dict[str, Any]]:
@@ -143,7 +144,7 @@ def main() -> None:
     for row in rows:
         parts["calibration" if row["seed"] in CALIBRATION else "held_out"].append(row)
     results = {
-        "thresholds": {"upcycled": LINEAGE.upcycled, "native": LINEAGE.native, "p_value": LINEAGE.p_value},
+        "thresholds": asdict(LINEAGE),
         **{name: summarise(own) for name, own in parts.items() if own},
         "leave_one_scheme_out": leave_one_scheme_out(rows),
         "rows": rows,

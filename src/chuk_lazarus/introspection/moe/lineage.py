@@ -17,6 +17,7 @@ from scipy.stats import binom
 
 Array = NDArray[np.float32]
 
+CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
 
 
@@ -38,16 +39,17 @@ class Nearest:
 class Evidence:
     """What the matches of `queries` neurons with the other experts say.
 
-    `kept` is the share of neurons that all roles find again, as one and the same neuron, in some other expert;
-    `chance` the share to be expected if the roles' matches had nothing to do with each other, given how often each
-    neuron is found at all (so that neurons near to everything prove nothing), and `p_value` the probability of so many
-    or more by that chance. `spread` is in how large a share of the other experts a kept neuron is found, `in_place` how
-    many of these matches have the neuron's own position. `pairs` [experts, experts] is the share of one expert's
-    neurons that are found in the other.
+    `kept` is the share of neurons that all roles find again, as one and the same neuron, in some other expert, and
+    `close` that for which the mean cosine over the roles is then at least CLOSE; `chance` the share to be expected if
+    the roles' matches had nothing to do with each other, given how often each neuron is found at all (so that neurons
+    near to everything prove nothing), and `p_value` the probability of so many or more by that chance. `spread` is in
+    how large a share of the other experts a kept neuron is found, `in_place` how many of these matches have the
+    neuron's own position. `pairs` [experts, experts] is the share of one expert's neurons that are found in the other.
     """
 
     queries: int
     kept: float
+    close: float
     chance: float
     p_value: float
     spread: float
@@ -98,6 +100,7 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
     others = np.arange(experts) != own[:, None]
     same = (found == found[0]).all(axis=0) & others
     kept = same.any(axis=1)
+    close = same & (np.mean([nearest.cosine for nearest in roles.values()], axis=0) >= CLOSE)
     chances = np.zeros((experts, experts))
     for one in range(experts):
         mine = found[:, own == one]
@@ -110,6 +113,7 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
     return Evidence(
         queries,
         float(kept.mean()),
+        float(close.any(axis=1).mean()),
         chance,
         float(binom.sf(kept.sum() - 1, queries, min(1.0, chance))),
         float(same[kept].sum(axis=1).mean() / (experts - 1)) if kept.any() else 0.0,
@@ -119,12 +123,18 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
 
 
 def name_kind(evidence: Evidence) -> str:
-    """In words, what kind of upcycling leaves such matches."""
+    """In words, what kind of upcycling leaves such matches.
+
+    Slices of one layer share neurons with some experts and none with others, copies with all of them alike; where
+    there are too few matches for a pair of experts to tell, both are named.
+    """
     shares = evidence.pairs[~np.eye(len(evidence.pairs), dtype=bool)]
-    sliced = evidence.kept > 0 and float((shares < 0.25 * shares.mean()).mean()) > 0.05
+    expected = shares.mean() * evidence.queries / len(evidence.pairs)  # matches of a pair of experts
+    sliced = float((shares < 0.25 * shares.mean()).mean()) > 0.05
+    what = "copies or slices" if expected < 8 else "slices" if sliced else "copies"
     order = "" if evidence.in_place > 0.5 else "shuffled "
-    whole = evidence.kept > 0.9 or (not sliced and evidence.spread < 0.8 * evidence.kept and evidence.kept > 0.6)
-    return f"{order}{'slices' if sliced else 'copies'}{'' if whole else ', partly re-initialised'}"
+    whole = evidence.kept > 0.9 or (evidence.spread < 0.8 * evidence.kept and evidence.kept > 0.6)
+    return f"{order}{what}{'' if whole else ', partly re-initialised'}"
 
 
 def find_groups(evidence: Evidence, experts: Sequence[int]) -> tuple[tuple[int, ...], ...]:

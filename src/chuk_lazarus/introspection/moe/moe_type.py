@@ -164,8 +164,9 @@ def _judge(layers: Sequence[LayerAnalysis]) -> Verdict:
     """The verdict on all layers together."""
     neurons = sum(layer.lineage.neurons for layer in layers)
     kept = sum(layer.lineage.kept * layer.lineage.neurons for layer in layers) / neurons
+    close = sum(layer.lineage.close * layer.lineage.neurons for layer in layers) / neurons
     chance = sum(layer.lineage.chance * layer.lineage.neurons for layer in layers) / neurons
-    return judge(kept, chance, float(binom.sf(round(kept * neurons) - 1, neurons, min(1.0, chance))))
+    return judge(kept, close, chance, float(binom.sf(round(kept * neurons) - 1, neurons, min(1.0, chance))))
 
 
 def _documented(rank_ratio: float, cosine: float, origin: Origin) -> DocumentedRule:
@@ -209,6 +210,7 @@ def _lineage(
         neurons=evidence.queries,
         experts=chosen,
         kept=evidence.kept,
+        close=evidence.close,
         chance=evidence.chance,
         p_value=evidence.p_value,
         spread=evidence.spread,
@@ -243,7 +245,7 @@ def _analyze_layer(
     }
     means = {role: float(values.mean()) for role, values in cosines.items()}
     lineage, evidence = _lineage(layer, measures, has_neighbour, parent)
-    verdict = judge(lineage.kept, lineage.chance, lineage.p_value)
+    verdict = judge(lineage.kept, lineage.close, lineage.chance, lineage.p_value)
     original, overlay = original_bytes(shapes, layer.count), overlay_bytes(shapes, ranks, layer.count)
     return LayerAnalysis(
         layer=layer.number,

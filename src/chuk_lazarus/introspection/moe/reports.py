@@ -73,17 +73,18 @@ class Lineage(Report):
 
     A neuron is found again where its gate row, up row and down column all have one and the same neuron of another
     expert for their nearest. Of `neurons` sampled in `experts`, `kept` is the share for which this holds in some other
-    expert, `chance` the share to be expected of unrelated experts, and `p_value` the probability of so many by that
-    chance. `spread` is the share of other experts in which a kept neuron is found, `in_place` the share of these
-    matches at the neuron's own position, `groups` the experts that share more than half of their neurons. `cosine` is
-    that of neurons at the same position, `permuted_cosine` that of neurons at others. `above` says, by role, for what
-    share of neurons the nearest in another expert is nearer than `unrelated`, the nearest that any has in an expert of
-    another layer; both null where no other layer is analysed.
+    expert, `close` that for which the mean cosine is then at least 0.5, `chance` the share to be expected of unrelated
+    experts, and `p_value` the probability of so many by that chance. `spread` is the share of other experts in which a
+    kept neuron is found, `in_place` the share of these matches at the neuron's own position, `groups` the experts that
+    share more than half of their neurons. `cosine` is that of neurons at the same position, `permuted_cosine` that of
+    neurons at others. `above` says, by role, for what share of neurons the nearest in another expert is nearer than
+    `unrelated`, the nearest that any has in an expert of another layer; both null where no other layer is analysed.
     """
 
     neurons: int
     experts: tuple[int, ...]
     kept: float
+    close: float
     chance: float
     p_value: float
     spread: float
@@ -480,13 +481,16 @@ def format_bytes(count: float) -> str:
 def explain(analysis: MoETypeAnalysis) -> str:
     """One sentence on why the verdict is what it is."""
     neurons = sum(layer.lineage.neurons for layer in analysis.layers)
-    kept, chance = (_mean(analysis, figure) for figure in ("kept", "chance"))
-    evidence = f"{percent(kept)} of {neurons:,} neurons are found again in another expert, {percent(chance)} by chance"
+    kept, close, chance = (_mean(analysis, figure) for figure in ("kept", "close", "chance"))
+    evidence = (
+        f"{percent(kept)} of {neurons:,} neurons are found again in another expert ({percent(close)} closely), "
+        f"{percent(chance)} by chance"
+    )
     match analysis.type:
         case "UPCYCLED":
             return f"{evidence}: {analysis.kind}."
         case "NATIVE":
-            return f"{evidence}: each expert has neurons of its own, or every one of them was drawn anew."
+            return f"{evidence}: each expert has neurons of its own, or all of them were drawn anew."
     if chance > LINEAGE.chance:
         return f"{evidence}: the experts have too few neurons to judge by."
     return f"{evidence}: too many for independent experts, and too few for copies."
@@ -747,6 +751,7 @@ def render_comparison(comparison: MoETypeComparison) -> "RenderableType":
     row("Confidence", [f"{model.confidence:.0%}" for model in models])
     row("Kind", [model.kind or "" for model in models])
     row("Neurons found", [percent(_mean(model, "kept")) for model in models])
+    row("  closely", [percent(_mean(model, "close")) for model in models])
     row("  by chance", [percent(_mean(model, "chance")) for model in models])
     row("By rank", [f"{model.documented_rule.type} ({model.documented_rule.confidence:.0%})" for model in models])
     row("Layers", [", ".join(str(layer.layer) for layer in model.layers) for model in models])
