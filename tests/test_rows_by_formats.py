@@ -447,7 +447,10 @@ def assert_beside(experts: Experts, layer: ExpertLayer, written: Written) -> Non
 
 
 def is_cut(row: Layout, name: str, case: Case) -> bool:
-    """Whether rows of two experts share something, so that a flattened tensor is refused."""
+    """Whether rows of two experts, or of gate and up, share something or might, so that the tensor is refused."""
+    if any(tensor.axes.groups[0] == ("2", "I") for tensor in row.tensors):
+        size, span = case.intermediate, min(TALL.get(name, 1), 2 * case.intermediate)
+        return size % span != 0 and 2 * -(-size // span) == -(-2 * size // span)
     if "flattened" not in traits(row):
         return False
     if name in ELEMENTS:

@@ -21,7 +21,7 @@ from chuk_lazarus.introspection.moe import MoETypeService
 from chuk_lazarus.introspection.moe.classifier import LINEAGE
 
 HERE = Path(__file__).resolve().parent
-CALIBRATION = {0, 1, 2, 3}
+CALIBRATION = {0, 1, 2, 3, 7}
 NATIVE, REDRAWN, SPLIT = "native", "redrawn", "split"  # `split` duplicates no neuron: only a parent can tell it
 FIGURES = ("kept", "close", "chance", "p_value", "spread", "in_place")
 

@@ -78,7 +78,7 @@ LINEAGE = LineageThresholds()
 
 # How often such a verdict was right on held-out models of known history: the lower ends of 95 % intervals
 # (experiments/02_training_history/results.json, "held_out"). Undetermined has no likelier origin.
-MEASURED: dict[Origin, float] = {"UPCYCLED": 0.95, "NATIVE": 0.9, "UNDETERMINED": 0.5}
+MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.87, "UNDETERMINED": 0.5}
 
 
 def judge(kept: float, close: float, chance: float, p_value: float, thresholds: LineageThresholds = LINEAGE) -> Verdict:

@@ -526,11 +526,13 @@ class ExpertTensor:
             raise UnknownFormat(f"{name} is cut into {len(opened[0][0])} slices in a way that we don't know")
         if self.spec.axes.flattened and opened[0][1].transposed:
             raise UnknownFormat(f"{next(iter(self.parts[0].values()))}: {opened[0][1].codec} of several experts in one")
-        self._check_blocks(*opened[0])
         return opened
 
-    def _check_blocks(self, slices: Sequence[Infos], stored: Stored) -> None:
-        """Raise where a block of scales may reach over gate and up, or not: fused once they had scales of their own."""
+    @cached_property
+    def _is_unambiguous(self) -> bool:
+        """Raises UnknownFormat where a block of scales may reach over gate and up, or not: fused once they had scales
+        of their own."""
+        slices, stored = self._opened[0]
         for part, span in stored.rows_per_row.items():
             if self.spec.axes.groups[0] == ("2", "I") and not stored.transposed and isinstance(span, int):
                 half, rest = divmod(stored.shape[-2], 2)
@@ -539,6 +541,7 @@ class ExpertTensor:
                     raise UnknownFormat(
                         f"{name}: a block of {span} rows may reach over gate and up, or end between them"
                     )
+        return True
 
     @property
     def stored(self) -> Stored:
@@ -617,6 +620,7 @@ class ExpertTensor:
 
     def read(self, experts: Sequence[int], start: int, stop: int) -> list[Piece]:
         """Stored rows [start, stop) of the given experts, decoded and cut by role."""
+        assert self._is_unambiguous
         values = np.empty((len(experts), stop - start, self.columns), np.float32)
         for place, expert in enumerate(experts):
             values[place] = self._read_expert(expert, start, stop)
