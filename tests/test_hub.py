@@ -672,7 +672,7 @@ def test_a_job_larger_than_the_limit_ends_well(
     assert figures(report) == figures(MoETypeService.analyze(str(made), layers="all"))
     # each layer's neurons are also compared with one expert of the next, which was not kept
     assert report.cost.bytes_fetched == hub.body_bytes() <= 1.13 * (made / "model.safetensors").stat().st_size
-    assert cached_bytes(cache) <= LAYER_BYTES * 1.13 + 2 * READ_AHEAD  # a layer stays, an expert of the next, no more
+    assert cached_bytes(cache) <= LAYER_BYTES * 1.26 + READ_AHEAD  # a layer stays, experts of its neighbours, no more
 
 
 @pytest.mark.parametrize("limit", ["much", "-1GB", "20 parsecs", "1e9", "GB", "nan"])

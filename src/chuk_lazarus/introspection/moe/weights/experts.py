@@ -533,14 +533,12 @@ class ExpertTensor:
         """Raises UnknownFormat where a block of scales may reach over gate and up, or not: fused once they had scales
         of their own."""
         slices, stored = self._opened[0]
-        for part, span in stored.rows_per_row.items():
-            if self.spec.axes.groups[0] == ("2", "I") and not stored.transposed and isinstance(span, int):
-                half, rest = divmod(stored.shape[-2], 2)
-                if not rest and half % span and 2 * -(-half // span) == -(-2 * half // span):
-                    name = slices[0][part].name
-                    raise UnknownFormat(
-                        f"{name}: a block of {span} rows may reach over gate and up, or end between them"
-                    )
+        halved = self.spec.axes.groups[0] == ("2", "I") and not stored.transposed
+        half, rest = divmod(stored.shape[-2], 2)
+        for part, span in stored.rows_per_row.items() if halved and not rest else ():
+            if span and span == int(span) and half % span and 2 * -(-half // span) == -(-2 * half // span):
+                name = slices[0][part].name
+                raise UnknownFormat(f"{name}: a block of {span} rows may reach over gate and up, or end between them")
         return True
 
     @property
