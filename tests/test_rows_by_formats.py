@@ -488,7 +488,7 @@ def ids(pairs: list[tuple[str, str]]) -> list[str]:
 
 def fuzz(examples: int, cases: st.SearchStrategy[Case], run: Callable[[Case], None]) -> None:
     """Run with some cases; a case that fails is printed."""
-    # no database: it would be one for all rows and formats
+    # the same cases in every run: so many combinations, drawn anew each time, would find a rare one now and then
     how = settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     how(given(case=cases)(lambda case: run(case)))()
 
