@@ -529,9 +529,9 @@ class ExpertTensor:
         return opened
 
     @cached_property
-    def _is_unambiguous(self) -> bool:
-        """Raises UnknownFormat where a block of scales may reach over gate and up, or not: fused once they had scales
-        of their own."""
+    def _readable(self) -> list[tuple[list[Infos], Stored]]:
+        """The opened tensors; raises UnknownFormat where a block of scales may reach over gate and up, or not, because
+        they were fused once they had scales of their own."""
         slices, stored = self._opened[0]
         halved = self.spec.axes.groups[0] == ("2", "I") and not stored.transposed
         half, rest = divmod(stored.shape[-2], 2)
@@ -541,7 +541,7 @@ class ExpertTensor:
             if span and span == int(span) and half % span and 2 * -(-half // span) == -(-2 * half // span):
                 name = slices[0][part].name
                 raise UnknownFormat(f"{name}: a block of {span} rows may reach over gate and up, or end between them")
-        return True
+        return self._opened
 
     @property
     def stored(self) -> Stored:
@@ -620,7 +620,6 @@ class ExpertTensor:
 
     def read(self, experts: Sequence[int], start: int, stop: int) -> list[Piece]:
         """Stored rows [start, stop) of the given experts, decoded and cut by role."""
-        assert self._is_unambiguous
         values = np.empty((len(experts), stop - start, self.columns), np.float32)
         for place, expert in enumerate(experts):
             values[place] = self._read_expert(expert, start, stop)
@@ -629,7 +628,7 @@ class ExpertTensor:
     def _read_expert(self, expert: int, start: int, stop: int) -> NDArray[np.float32]:
         """Stored rows [start, stop) of one expert; slices are cut along its intermediate axis."""
         stacked = self.spec.axes.stacked
-        slices, stored = self._opened[0 if stacked else expert]
+        slices, stored = self._readable[0 if stacked else expert]
         read = partial(self.layer.read_rows, index=expert if stacked else 0)
         if len(slices) == 1:
             return read(slices[0], stored, self.rows, start, stop)
