@@ -36,11 +36,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "reports",
                 "similarity",
                 "spectra",
+                "sweep",
                 "weights.experts",
                 "weights.source",
             )
         },
         {"numpy", "scipy"},
+    ),
+    f"{MOE}.sweep": (
+        {"", *(f"{MOE}.weights.{name}" for name in ("checkpoint", "experts", "range_cache", "source"))},
+        set(),
     ),
     f"{MOE}.lineage": (set(), {"numpy", "scipy"}),
     f"{MOE}.moe_layout": (
@@ -52,7 +57,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {f"{MOE}.{name}" for name in ("errors", "lineage", "spectra", "weights.experts", "weights.source")},
         {"numpy", "threadpoolctl"},
     ),
-    f"{MOE}.reports": ({f"{MOE}.classifier", f"{MOE}.errors"}, {"pydantic", "rich"}),
+    f"{MOE}.reports": ({f"{MOE}.{name}" for name in ("classifier", "tables", "wording")}, {"pydantic", "rich"}),
+    f"{MOE}.tables": ({f"{MOE}.{name}" for name in ("errors", "reports", "wording")}, {"rich"}),
+    f"{MOE}.wording": ({f"{MOE}.{name}" for name in ("classifier", "reports")}, set()),
     f"{MOE}.classifier": (set(), set()),
     f"{MOE}.moe_compression": (
         {
@@ -67,6 +74,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "reports",
                 "runtime",
                 "spectra",
+                "sweep",
                 "weights.checkpoint",
                 "weights.experts",
                 "weights.source",

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeService
 from chuk_lazarus.introspection.moe.classifier import LINEAGE, judge
 from chuk_lazarus.introspection.moe.errors import InvalidRequest
-from chuk_lazarus.introspection.moe.lineage import Nearest, draw_neurons, find_nearest, weigh
+from chuk_lazarus.introspection.moe.lineage import Nearest, draw_neurons, find_nearest, join, weigh
 
 Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
 EXPERTS, NEURONS, HIDDEN = 8, 256, 48
@@ -214,13 +214,14 @@ def test_the_nearest_is_the_largest_cosine(seed: int, queries: int, neurons: int
         assert cosines[found.neuron[i, 0]] == pytest.approx(max(cosines), abs=1e-5)
         assert found.cosine[i, 0] == pytest.approx(max(cosines), abs=1e-5)
         assert found.in_place[i, 0] == pytest.approx(cosines[positions[i]], abs=1e-5)
-        others = [c for j, c in enumerate(cosines) if j != positions[i]]
-        assert found.elsewhere[i, 0] == pytest.approx(np.mean(others), abs=1e-5)
+        assert found.runner_up[i, 0] == pytest.approx(sorted(cosines)[-2], abs=1e-5)
+        assert found.mean[i, 0] == pytest.approx(np.mean(cosines), abs=1e-5)
+        assert found.deviation[i, 0] == pytest.approx(np.std(cosines), abs=1e-5)
 
 
 def some(found: NDArray[np.int32]) -> Nearest:
     zeros = np.zeros(found.shape, np.float32)
-    return Nearest(found, zeros, zeros, zeros)
+    return Nearest(found, zeros, zeros, zeros, zeros, zeros)
 
 
 def test_chance_is_what_roles_that_know_nothing_of_each_other_give() -> None:
@@ -258,3 +259,25 @@ def test_more_kept_is_never_more_native(
 )
 def test_verdicts(kept: float, close: float, chance: float, p: float, origin: str) -> None:
     assert judge(kept, close, chance, p).origin == origin
+
+
+def cosine_p_value(base: NDArray[np.float32], copies: list[NDArray[np.float32]]) -> float:
+    """Of a layer whose first expert is `base`, in one role."""
+    positions = np.tile(np.arange(len(base)), len(copies) + 1)
+    experts = [base, *copies]
+    found = join([find_nearest(np.concatenate(experts), positions, expert) for expert in experts])
+    return weigh({"up": found}, np.repeat(np.arange(len(experts)), len(base)), positions, len(base)).cosine_p_value
+
+
+def test_the_p_value_of_the_positional_cosine_is_that_of_shuffled_neurons() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((40, 16)).astype(np.float32)
+    shuffled = [cosine_p_value(base, [base[rng.permutation(40)]]) for _ in range(400)]
+    for level in (
+        0.05,
+        0.2,
+        0.5,
+    ):
+        assert np.mean(np.array(shuffled) < level) < 2 * level
+    assert min(shuffled) > 1e-6
+    assert cosine_p_value(base, [base + 0.5 * rng.standard_normal(base.shape).astype(np.float32)]) < 1e-12

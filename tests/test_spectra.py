@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues, symmetric_eigenvectors
 from chuk_lazarus.introspection.moe.similarity import pairwise_cosines
-from chuk_lazarus.introspection.moe.spectra import effective_rank, energy_spectrum, noise_rank
+from chuk_lazarus.introspection.moe.spectra import (
+    effective_rank,
+    energy_spectrum,
+    noise_decay,
+    noise_rank,
+    sample_decay,
+)
 
 SHAPES = [(48, 96), (96, 48), (64, 64), (1, 40), (40, 1), (1, 1)]
 
@@ -135,3 +141,18 @@ def test_eigenvalues_of_many_threads_at_once_are_the_same() -> None:
         found = list(pool.map(symmetric_eigenvalues, grams))
     for gram, values in zip(grams, found, strict=True):
         np.testing.assert_array_equal(values, symmetric_eigenvalues(gram))
+
+
+@pytest.mark.parametrize("shape", [(200, 400), (300, 300), (400, 120)])
+def test_the_decay_of_noise_is_that_of_a_gaussian_matrix(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(3)
+    drawn = [sample_decay(energy_spectrum(rng.standard_normal(shape).astype(np.float32))) for _ in range(5)]
+    assert np.mean(drawn, axis=0) == pytest.approx(np.array(noise_decay(shape)), abs=0.03)
+
+
+def test_the_decay_goes_from_the_largest_to_the_smallest_singular_value() -> None:
+    values = np.linspace(9.0, 1.0, 200)
+    found = sample_decay(values**2)
+    assert found[0] == pytest.approx(9 / np.sqrt(np.mean(values**2)))
+    assert found[-1] == pytest.approx(1 / np.sqrt(np.mean(values**2)))
+    assert not sample_decay(np.zeros(10)).any()

@@ -43,6 +43,14 @@ ExpertCount = Annotated[
         "--experts", metavar="N|all", help="Of how many experts to take spectra; base and cosines always use all."
     ),
 ]
+Variance = Annotated[
+    str,
+    typer.Option(
+        "--variance",
+        metavar="SHARES",
+        help="At which shares of the deltas' energy to take ranks.",
+    ),
+]
 Thorough = Annotated[
     bool, typer.Option("--thorough", help="Match all neurons of all experts, not a sample; takes time and memory.")
 ]
@@ -52,7 +60,7 @@ Output = Annotated[
     typer.Option("--output", "-o", help="Write the JSON object to this file, too.", callback=check_writable),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no hints.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what it cost.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: the cost, and the ranks of single experts.")]
 
 
 GateRank = Annotated[int | None, typer.Option("--gate-rank", min=0, help="The rank of the gate deltas.")]
@@ -109,6 +117,7 @@ def analyze(
     layer: Layer = None,
     layers: Layers = None,
     experts: ExpertCount = "8",
+    variance: Variance = "0.90,0.95,0.99",
     parent: Annotated[
         str | None,
         typer.Option("--parent", help="A dense model: are the experts' neurons from it?", show_default=False),
@@ -137,11 +146,12 @@ def analyze(
             layer=layer,
             layers=layers,
             experts=parse_experts(experts),
+            variance=parse_shares(variance),
             parent=parent,
             thorough=thorough,
             progress=progress,
         )
-    show(report, as_json, output)
+    show(report, as_json, output, [report.details()] if verbose else [])
     hint_cost(report.cost, verbose)
 
 
@@ -152,6 +162,7 @@ def compare(
     layer: Layer = None,
     layers: Layers = None,
     experts: ExpertCount = "8",
+    variance: Variance = "0.90,0.95,0.99",
     thorough: Thorough = False,
     as_json: Json = False,
     output: Output = None,
@@ -174,6 +185,7 @@ def compare(
             layer=layer,
             layers=layers,
             experts=parse_experts(experts),
+            variance=parse_shares(variance),
             thorough=thorough,
             progress=progress,
         )
@@ -440,6 +452,14 @@ def parse_layer(text: str) -> int:
     if not re.fullmatch(r"-?\d{1,9}", text):
         raise typer.BadParameter(f"{text!r} is not the number of a layer")
     return int(text)
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 0.9,0.99", param_hint="--variance") from None
 
 
 def parse_experts(text: str) -> int | None:

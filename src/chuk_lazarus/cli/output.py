@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,9 @@ def check_writable(path: Path | None) -> Path | None:
     return path
 
 
-def show(report: "BaseModel", as_json: bool, output: Path | None) -> None:
-    """Print a report on stdout, as JSON or as its table, and write its JSON to `output` if given."""
-    text = report.model_dump_json(indent=2)
+def show(report: "BaseModel", as_json: bool, output: Path | None, more: Sequence[Any] = ()) -> None:
+    """Print a report on stdout, as JSON or as its table with `more` below, and write its JSON to `output` if given."""
+    text = format_json(report.model_dump(mode="json"))
     if output:
         write(output, text + "\n")
     if as_json:
@@ -42,8 +42,19 @@ def show(report: "BaseModel", as_json: bool, output: Path | None) -> None:
 
         console = Console(highlight=False)
         with console.capture() as capture:
-            console.print(report)
+            console.print(report, *more, sep="\n")
         sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+
+
+def format_json(value: Any, indent: str = "") -> str:
+    """JSON with a key a line, and lists of plain values on a line of their own."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        lines = (f"{json.dumps(key, ensure_ascii=False)}: {format_json(one, inner)}" for key, one in value.items())
+        return "{\n" + inner + f",\n{inner}".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        return "[\n" + inner + f",\n{inner}".join(format_json(one, inner) for one in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def write(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
 Array = NDArray[np.float32]
 
@@ -25,14 +25,17 @@ QUERIES = 512  # neurons of all chosen experts together that are looked for in t
 class Nearest:
     """What one role's vectors say about queries and experts, each array [queries, experts].
 
-    `neuron` is the expert's neuron that is nearest to the query, `cosine` how near; `in_place` is the cosine with the
-    neuron at the query's own position, `elsewhere` the mean cosine with all others.
+    `neuron` is the expert's neuron that is nearest to the query, `cosine` how near, and `runner_up` how near the second
+    nearest is; `in_place` is the cosine with the neuron at the query's own position, `mean` and `deviation` are those
+    of the cosines with all neurons of the expert.
     """
 
     neuron: NDArray[np.int32]
     cosine: Array
+    runner_up: Array
     in_place: Array
-    elsewhere: Array
+    mean: Array
+    deviation: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,11 @@ class Evidence:
     near to everything prove nothing), and `p_value` the probability of so many or more by that chance. `spread` is in
     how large a share of the other experts a kept neuron is found, `in_place` how many of these matches have the
     neuron's own position. `pairs` [experts, experts] is the share of one expert's neurons that are found in the other.
+
+    `cosine` is the mean over roles and other experts of the cosine with the neuron at the same position,
+    `permuted_cosine` what to expect of it if each expert's neurons were shuffled, and `cosine_p_value` the probability
+    of so much or more if they were. `nearest` [queries] is, in the other expert where it is greatest, the mean over
+    roles of the cosine with the nearest neuron, and `runner_up` the same of the second nearest.
     """
 
     queries: int
@@ -55,6 +63,11 @@ class Evidence:
     spread: float
     in_place: float
     pairs: NDArray[np.float64]
+    cosine: float
+    permuted_cosine: float
+    cosine_p_value: float
+    nearest: Array
+    runner_up: Array
 
 
 def draw_neurons(experts: int, neurons: int, queries: int | None, seed: int = 0) -> NDArray[np.intp]:
@@ -80,8 +93,10 @@ def find_nearest(queries: Array, positions: NDArray[np.intp], neurons: Array) ->
     cosines = _unit(asked - center) @ _unit(pool - center).T
     found = cosines.argmax(axis=1)[:, None]
     in_place = np.take_along_axis(cosines, np.minimum(positions, len(neurons) - 1)[:, None], axis=1)
-    elsewhere = (cosines.sum(axis=1, keepdims=True) - in_place) / max(1, len(neurons) - 1)
-    return Nearest(found.astype(np.int32), np.take_along_axis(cosines, found, axis=1), in_place, elsewhere)
+    mean, deviation = cosines.mean(axis=1, keepdims=True), cosines.std(axis=1, keepdims=True)
+    best = np.take_along_axis(cosines, found, axis=1)
+    np.put_along_axis(cosines, found, -1.0, axis=1)
+    return Nearest(found.astype(np.int32), best, cosines.max(axis=1, keepdims=True), in_place, mean, deviation)
 
 
 def join(columns: Sequence[Nearest]) -> Nearest:
@@ -110,6 +125,16 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
                 chances[one, other] = np.prod(shares, axis=0).sum()
     chance = float(np.mean(1.0 - np.prod(1.0 - chances, axis=1)))
     pairs = np.stack([same[own == one].mean(axis=0) for one in range(experts)])
+
+    def over_roles(figure: str) -> Array:
+        return np.where(others, np.mean([getattr(nearest, figure) for nearest in roles.values()], axis=0), 0.0)
+
+    # Shuffled, a position's cosine is one drawn from the query's with all neurons. The mean of the roles' deviations is
+    # at least the deviation of their mean, and a pair of neurons may be seen from both sides, which doubles the
+    # variance: the p-value errs upwards.
+    in_place, permuted, deviation = over_roles("in_place"), over_roles("mean"), over_roles("deviation")
+    excess = float((in_place - permuted).sum(dtype=np.float64))
+    scatter = float(np.sqrt(2 * np.square(deviation, dtype=np.float64).sum()))
     return Evidence(
         queries,
         float(kept.mean()),
@@ -119,6 +144,11 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
         float(same[kept].sum(axis=1).mean() / (experts - 1)) if kept.any() else 0.0,
         float((same & (found[0] == positions[:, None])).sum() / same.sum()) if same.any() else 0.0,
         pairs,
+        float(in_place[others].mean()),
+        float(permuted[others].mean()),
+        float(norm.sf(excess / scatter)) if scatter > 0 else 1.0,
+        over_roles("cosine").max(axis=1),
+        over_roles("runner_up").max(axis=1),
     )
 
 

@@ -1,8 +1,9 @@
 """What would an overlay save, and what would it cost? `MoECompressionService` computes, verifies and estimates it."""
 
+import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import exp, inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .reports import (
     SameBytes,
 )
 from .spectra import mean_rank
+from .sweep import Sweep
 from .weights.checkpoint import Checkpoint
 from .weights.experts import ExpertLayer, Experts
 from .weights.source import Folder, Progress, find_repository, unwatched
@@ -130,6 +132,23 @@ class _Measured:
     experts: int
     sampled: int
 
+    def dump(self) -> str:
+        """As JSON, whose numbers come back as they were."""
+        choices = {role: [choice.spectrum.tolist(), choice.cost] for role, choice in self.choices.items()}
+        rest = {name: getattr(self, name) for name in ("shapes", "natural", "energy", "experts", "sampled")}
+        return json.dumps({**rest, "choices": choices})
+
+    @classmethod
+    def load(cls, text: str) -> "_Measured":
+        """What `dump` gave; raises ValueError for anything else."""
+        try:
+            found = json.loads(text)
+            shapes = {role: (int(out), int(inner)) for role, (out, inner) in found.pop("shapes").items()}
+            choices = {role: Choice(np.array(values), cost) for role, (values, cost) in found.pop("choices").items()}
+            return cls(shapes=shapes, choices=choices, **found)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError("not what was kept") from error
+
     def bytes_at(self, ranks: Mapping[str, float]) -> int:
         return overlay_bytes(self.shapes, ranks, self.experts)
 
@@ -168,8 +187,9 @@ class MoECompressionService:
         rule = RankRule(ranks or {}, energy, max_error, target_ratio)
         with naming(model):
             job = _Job(model, layer, layers, progress)
-            measured = {one.number: job.measure(one, experts, rule) for one in job.layers}
+            measured = job.measure_all(rule, experts)
             chosen = rule.choose(measured)
+            job.end()
             results = [_layer_overlay(one, measured[one.number], chosen[one.number]) for one in job.layers]
             original, stored, overlay = _total_bytes(results)
             return MoEOverlay(
@@ -215,7 +235,8 @@ class MoECompressionService:
             job = _Job(model, layer, layers, progress)
             job.check_activation()
             chosen, measured = job.choose_ranks(rule, experts)
-            results = [job.verify(one, chosen[one.number], inputs, seed) for one in job.layers]
+            results = job.verify_all(chosen, inputs, seed)
+            job.end()
             notes = job.notes(measured)
             if any(one.norm() is None for one in job.layers):
                 notes.append("no norm before the experts was found: the inputs have unit scale")
@@ -253,11 +274,8 @@ class MoECompressionService:
         rule = RankRule(ranks or {}, energy, max_error, target_ratio)
         with naming(model):
             job = _Job(model, None, layers, progress, samples)
-            measured, alternatives = {}, []
-            for one in job.layers:
-                roles = job.measure_roles(one, experts)
-                measured[one.number] = job.summarise(one, roles, rule)
-                alternatives.append(compare_alternatives(one, roles, job.progress))
+            measured, alternatives = job.compare_all(rule, experts)
+            job.end()
             chosen = rule.choose(measured)
             results = [_layer_estimate(job.experts.layer(n), measured, chosen) for n in job.experts.layers]
             original, stored, overlay = _total_bytes(results)
@@ -315,7 +333,7 @@ class MoECompressionService:
             verified: tuple[LayerVerification, ...] = ()
             if job.knows_activation:
                 verified = tuple(
-                    job.verify(job.layers[place], chosen[job.layers[place].number], INPUTS, 0)
+                    job.verify(job.layers[place], chosen[job.layers[place].number], INPUTS, 0, job.progress)
                     for place in evenly_spaced(len(job.layers), 3)
                 )
             write_overlay(
@@ -328,6 +346,7 @@ class MoECompressionService:
                 rule=text,
                 card=_card_table(verified),
             )
+            job.end()
             before, after = (
                 sum(checkpoint.info(name).nbytes for name in checkpoint.names)
                 for checkpoint in (job.experts.checkpoint, read_overlay(target).checkpoint)
@@ -414,6 +433,7 @@ class _Job:
         self._model = model
         self._started = time.perf_counter()
         self.progress: Progress = progress or unwatched
+        self._sweeps: list[Sweep] = []
         self.experts = Experts.open(model)
         if samples is not None and layers is None:
             places = evenly_spaced(len(self.experts.layers), samples)
@@ -423,14 +443,57 @@ class _Job:
             if one.count < 2:
                 raise NotMoE(f"layer {one.number} has a single expert: there is nothing to share")
 
-    def measure(self, layer: ExpertLayer, experts: int | None, rule: RankRule) -> _Measured:
-        """What the rule needs of a layer, from so many experts' spectra, None for all."""
-        return self.summarise(layer, self.measure_roles(layer, experts), rule)
+    def end(self) -> None:
+        """Forget what was kept for an interruption."""
+        for sweep in self._sweeps:
+            sweep.end()
 
-    def measure_roles(self, layer: ExpertLayer, experts: int | None) -> dict[str, RoleMeasure]:
+    def sweep(self, *job: Any) -> Sweep:
+        """A new one over the layers, for work that `job` (JSON) describes."""
+        self._sweeps.append(Sweep(self.experts.checkpoint, [*job, self._model], self.layers, self.progress))
+        return self._sweeps[-1]
+
+    def measure_all(self, rule: RankRule, experts: int | None) -> dict[int, _Measured]:
+        """What the rule needs of each layer, from so many experts' spectra, None for all."""
+        sweep = self.sweep("measure", rule.energy, experts)
+
+        def find(layer: ExpertLayer) -> Callable[[Progress], _Measured]:
+            return lambda watched: self.summarise(layer, self.measure_roles(layer, experts, watched), rule)
+
+        return {one.number: sweep.layer(one, find(one), _Measured.dump, _Measured.load) for one in self.layers}
+
+    def compare_all(
+        self, rule: RankRule, experts: int | None
+    ) -> tuple[dict[int, _Measured], list[tuple[Alternative, ...]]]:
+        """What the rule needs of each layer, and what else its bytes would buy."""
+        sweep = self.sweep("compare", rule.energy, experts)
+
+        def find(layer: ExpertLayer) -> Callable[[Progress], tuple[_Measured, tuple[Alternative, ...]]]:
+            def compare(watched: Progress) -> tuple[_Measured, tuple[Alternative, ...]]:
+                roles = self.measure_roles(layer, experts, watched)
+                return self.summarise(layer, roles, rule), tuple(compare_alternatives(layer, roles, watched))
+
+            return compare
+
+        found = [sweep.layer(one, find(one), _dump_comparison, _load_comparison) for one in self.layers]
+        measured = {one.number: summary for one, (summary, _) in zip(self.layers, found, strict=True)}
+        return measured, [alternatives for _, alternatives in found]
+
+    def verify_all(self, chosen: Mapping[int, Ranks], inputs: int, seed: int) -> list[LayerVerification]:
+        """What an overlay of these ranks does to each layer."""
+        sweep = self.sweep("verify", {str(number): ranks for number, ranks in chosen.items()}, inputs, seed)
+
+        def find(layer: ExpertLayer) -> Callable[[Progress], LayerVerification]:
+            return lambda watched: self.verify(layer, chosen[layer.number], inputs, seed, watched)
+
+        write, read = LayerVerification.model_dump_json, LayerVerification.model_validate_json
+        return [sweep.layer(one, find(one), write, read) for one in self.layers]
+
+    @staticmethod
+    def measure_roles(layer: ExpertLayer, experts: int | None, progress: Progress) -> dict[str, RoleMeasure]:
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
-        return measure_layer(layer, evenly_spaced(layer.count, experts), self.progress)
+        return measure_layer(layer, evenly_spaced(layer.count, experts), progress)
 
     def choose_ranks(self, rule: RankRule, experts: int | None) -> tuple[dict[int, Ranks], dict[int, _Measured]]:
         """Ranks by the rule for every layer, and what was measured for it: nothing where all ranks are given."""
@@ -439,7 +502,7 @@ class _Job:
             for one in self.layers:
                 _check_ranks(one.number, chosen[one.number], {role: one.shape(role) for role in one.roles})
             return chosen, {}
-        measured = {one.number: self.measure(one, experts, rule) for one in self.layers}
+        measured = self.measure_all(rule, experts)
         return rule.choose(measured), measured
 
     @staticmethod
@@ -474,7 +537,7 @@ class _Job:
                 f"the experts' activation {self.experts.activation} is not known", "it can't be verified"
             )
 
-    def verify(self, layer: ExpertLayer, ranks: Ranks, inputs: int, seed: int) -> LayerVerification:
+    def verify(self, layer: ExpertLayer, ranks: Ranks, inputs: int, seed: int, progress: Progress) -> LayerVerification:
         """What an overlay of these ranks does to a layer."""
         self.check_activation()
         drawn = draw_inputs(
@@ -485,7 +548,7 @@ class _Job:
             scoring=self.experts.scoring,
             normalise=self.experts.config.get("norm_topk_prob", True) is not False,
         )
-        found = check_layer(layer, ranks, drawn, self.experts.activation, self.progress)
+        found = check_layer(layer, ranks, drawn, self.experts.activation, progress)
         return _layer_verification(layer.number, ranks, found)
 
     def identity(self) -> dict[str, Any]:
@@ -505,6 +568,18 @@ class _Job:
             bytes_fetched=self.experts.checkpoint.repository.bytes_fetched,
             seconds=time.perf_counter() - self._started,
         )
+
+
+def _dump_comparison(found: tuple[_Measured, Sequence[Alternative]]) -> str:
+    return json.dumps([found[0].dump(), [asdict(one) for one in found[1]]])
+
+
+def _load_comparison(text: str) -> tuple[_Measured, tuple[Alternative, ...]]:
+    try:
+        measured, alternatives = json.loads(text)
+        return _Measured.load(measured), tuple(Alternative(**one) for one in alternatives)
+    except TypeError as error:
+        raise ValueError("not what was kept") from error
 
 
 def _total_bytes(layers: Sequence[LayerOverlay] | Sequence[LayerEstimate]) -> tuple[int, int, int]:

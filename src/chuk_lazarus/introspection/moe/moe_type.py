@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binom
 
 from .classifier import THRESHOLDS, Origin, Verdict, classify, judge
@@ -18,18 +19,23 @@ from .reports import (
     DocumentedRule,
     LayerAnalysis,
     Lineage,
+    Matches,
     MoETypeAnalysis,
     MoETypeComparison,
     ParentMatch,
     Projection,
+    Similarity,
 )
 from .similarity import pairwise_cosines
-from .spectra import mean_rank, noise_rank
+from .spectra import effective_rank, mean_rank, noise_rank, sample_decay
+from .sweep import Sweep, describe_state
 from .weights.experts import ExpertLayer, Experts
 from .weights.source import Progress, unwatched
 
-FRACTIONS = (0.90, 0.95, 0.99)
+VARIANCE = (0.90, 0.95, 0.99)
 DEFAULT_EXPERTS = 8
+MATCH_BINS = 50
+MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
 
 
 class MoETypeService:
@@ -46,24 +52,28 @@ class MoETypeService:
         layer: int | None = None,
         layers: Sequence[int] | str | None = None,
         experts: int | None = DEFAULT_EXPERTS,
+        variance: Sequence[float] = VARIANCE,
         parent: str | None = None,
         thorough: bool = False,
         progress: Progress | None = None,
     ) -> MoETypeAnalysis:
         """Analyse one model.
 
-        `model` is a folder, a .safetensors file, a Hub id (`org/name`, `org/name@revision`) or `demo:NAME`. `layer` or
-        `layers` (numbers, or a string such as "0,5,10", "0-23/6" or "all") say where to look; the default is the first
-        MoE layer. `experts` says of how many the spectra are taken and the neurons matched (two at least), None for
-        all; base and cosines always use all. `parent` names a dense model whose neurons are looked for, too.
+        `model` is a folder, a .safetensors or .gguf file, a Hub id (`org/name`, `org/name@revision`) or `demo:NAME`.
+        `layer` or `layers` (numbers, or a string such as "0,5,10", "0-23/6" or "all") say where to look; the default is
+        the first MoE layer. `experts` says of how many the spectra are taken and the neurons matched (two at least),
+        None for all; base and cosines always use all. `variance` are the shares of energy whose ranks are reported,
+        0.95 always among them. `parent` names a dense model whose neurons are looked for, too.
         `thorough` matches all neurons of all experts, and so holds one role of the whole layer in memory. `progress`
-        is told (what, done, total) as work goes on. Raises a child of MoEError.
+        is told (what, done, total) as work goes on. An interrupted analysis of several layers goes on, when it is asked
+        for again, after the last finished one. Raises a child of MoEError.
         """
+        shares = check_variance(variance)
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
         with naming(model):
             wanted, queries = (None, None) if thorough else (experts and max(2, experts), QUERIES)
-            return _analyze(model, layer, layers, wanted, parent, queries, progress or unwatched)
+            return _analyze(model, layer, layers, wanted, shares, parent, queries, progress or unwatched)
 
     @staticmethod
     def compare(
@@ -71,6 +81,7 @@ class MoETypeService:
         layer: int | None = None,
         layers: Sequence[int] | str | None = None,
         experts: int | None = DEFAULT_EXPERTS,
+        variance: Sequence[float] = VARIANCE,
         thorough: bool = False,
         progress: Progress | None = None,
     ) -> MoETypeComparison:
@@ -78,10 +89,24 @@ class MoETypeService:
 
         def analyze(model: str) -> MoETypeAnalysis:
             return MoETypeService.analyze(
-                model, layer=layer, layers=layers, experts=experts, thorough=thorough, progress=progress
+                model,
+                layer=layer,
+                layers=layers,
+                experts=experts,
+                variance=variance,
+                thorough=thorough,
+                progress=progress,
             )
 
         return MoETypeComparison(models=tuple(analyze(model) for model in models))
+
+
+def check_variance(shares: Sequence[float]) -> tuple[float, ...]:
+    """The shares of energy in order, each once, with the verdict's own 0.95; raises InvalidRequest."""
+    for share in shares:
+        if not 0 < share < 1:
+            raise InvalidRequest(f"a share of the variance is {share:g}", "give numbers between 0 and 1, such as 0.95")
+    return tuple(sorted({*shares, 0.95}))
 
 
 def _analyze(
@@ -89,6 +114,7 @@ def _analyze(
     layer: int | None,
     layers: Sequence[int] | str | None,
     experts: int | None,
+    variance: Sequence[float],
     parent: str | None,
     queries: int | None,
     progress: Progress,
@@ -100,13 +126,21 @@ def _analyze(
         if one.count < 2:
             raise NotMoE(f"layer {one.number} has a single expert: there is nothing to compare it with")
     dense = _open_parent(parent, analysed) if parent else None
+    origin = describe_state(dense.checkpoint) if dense else None
+    job = ["analyze", model, experts, variance, queries, origin]
+    sweep = Sweep(opened.checkpoint, job, analysed, progress)
     results = []
     for one, after in zip(analysed, [*analysed[1:], *analysed[:1]], strict=True):
         unrelated = after if after is not one and after.roles == one.roles else None
-        own = dense.layer(one.number) if dense else None
-        others = [(layer, 0) for layer in (unrelated, own) if layer]
-        measures = measure_layer(one, evenly_spaced(one.count, experts), progress, queries, others)
-        results.append(_analyze_layer(one, measures, unrelated is not None, own))
+
+        def find(watched: Progress, one: ExpertLayer = one, unrelated: ExpertLayer | None = unrelated) -> LayerAnalysis:
+            own = dense.layer(one.number) if dense else None
+            others = [(layer, 0) for layer in (unrelated, own) if layer]
+            measures = measure_layer(one, evenly_spaced(one.count, experts), watched, queries, others)
+            return _analyze_layer(one, measures, unrelated is not None, own, variance)
+
+        results.append(sweep.layer(one, find, LayerAnalysis.model_dump_json, LayerAnalysis.model_validate_json))
+    sweep.end()
     rank_projection, rank_ratio, cosine = _headline(results)
     verdict = _judge(results)
     kinds = [layer.kind for layer in results if layer.kind]
@@ -215,9 +249,12 @@ def _lineage(
         p_value=evidence.p_value,
         spread=evidence.spread,
         in_place=evidence.in_place,
-        cosine=float(np.mean([found.in_place[others].mean() for found in nearest.values()])),
-        permuted_cosine=float(np.mean([found.elsewhere[others].mean() for found in nearest.values()])),
+        cosine=evidence.cosine,
+        permuted_cosine=evidence.permuted_cosine,
+        cosine_p_value=evidence.cosine_p_value,
         groups=find_groups(evidence, chosen),
+        pairs=_rounded(evidence.pairs),
+        matches=Matches(nearest=_histogram(evidence.nearest), runner_up=_histogram(evidence.runner_up)),
         above=above,
         unrelated=unrelated,
         parent=match,
@@ -225,8 +262,34 @@ def _lineage(
     return lineage, evidence
 
 
+def _name(share: float) -> str:
+    """The key of a share of energy: two digits, more where it has more."""
+    return f"{share:.2f}" if round(share, 2) == share else repr(share)
+
+
+def _histogram(cosines: NDArray[np.float32]) -> tuple[int, ...]:
+    return tuple(int(n) for n in np.histogram(cosines, MATCH_BINS, (-1.0, 1.0))[0])
+
+
+def _rounded(matrix: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    """To four digits, which is more than any picture shows."""
+    return tuple(tuple(row) for row in matrix.round(4).tolist())
+
+
+def _similarity(gram: NDArray[np.float64]) -> Similarity:
+    shown = evenly_spaced(len(gram), MOST_SHOWN)
+    cosines = np.eye(len(shown))
+    upper = np.triu_indices(len(shown), 1)
+    cosines[upper] = cosines.T[upper] = pairwise_cosines(gram[np.ix_(shown, shown)])
+    return Similarity(experts=shown, cosine=_rounded(cosines))
+
+
 def _analyze_layer(
-    layer: ExpertLayer, measures: Mapping[str, RoleMeasure], has_neighbour: bool, parent: ExpertLayer | None
+    layer: ExpertLayer,
+    measures: Mapping[str, RoleMeasure],
+    has_neighbour: bool,
+    parent: ExpertLayer | None,
+    variance: Sequence[float],
 ) -> LayerAnalysis:
     shapes = {role: measure.shape for role, measure in measures.items()}
     ranks = {role: mean_rank(measure.spectra, 0.95) for role, measure in measures.items()}
@@ -235,11 +298,16 @@ def _analyze_layer(
         role: Projection(
             shape=measure.shape,
             max_rank=min(measure.shape),
-            rank={f"{fraction:.2f}": mean_rank(measure.spectra, fraction) for fraction in FRACTIONS},
+            rank={_name(fraction): mean_rank(measure.spectra, fraction) for fraction in variance},
             rank_ratio=ranks[role] / min(measure.shape),
             noise_rank_ratio=ranks[role] / noise_rank(measure.shape, 0.95),
             delta_energy=measure.delta_energy,
             experts=measure.chosen,
+            expert_ranks={
+                _name(fraction): tuple(effective_rank(spectrum, fraction) for spectrum in measure.spectra)
+                for fraction in variance
+            },
+            decay=tuple(np.mean([sample_decay(spectrum) for spectrum in measure.spectra], axis=0).round(6).tolist()),
         )
         for role, measure in measures.items()
     }
@@ -257,6 +325,7 @@ def _analyze_layer(
         overlay_bytes=overlay,
         overlay_ratio=original / overlay,
         cosine=Cosine(mean=means["down"], std=float(cosines["down"].std()), **means),
+        similarity=_similarity(measures["down"].gram),
         projections=projections,
         lineage=lineage,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from math import cos, pi, sin
+from math import cos, pi, sin, sqrt
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 
 from .lapack import symmetric_eigenvalues
 
+DECAY_POINTS = 65  # of a spectrum that a report keeps
 TINY = 1e-25  # an energy below this has lost digits in float32
 ROUNDING = 1e-9
 """A delta with less than this share of its expert's energy is rounding, not structure."""
@@ -70,6 +71,27 @@ def noise_rank(shape: tuple[int, int], fraction: float) -> float:
     angle = brentq(lambda t: (t - sin(t) * cos(t)) / pi - fraction, 0.0, pi)
     share, _ = quad(lambda t: 2 * sin(t) ** 2 / (pi * (1 + ratio + 2 * ratio**0.5 * cos(t))), 0.0, angle)
     return float(max(1.0, share * small))
+
+
+def sample_decay(spectrum: NDArray[np.float64], points: int = DECAY_POINTS) -> NDArray[np.float64]:
+    """The singular values at evenly spaced ranks from the first to the last, over their root mean square; all zero for
+    no energy."""
+    scale = sqrt(spectrum.mean())
+    places = np.linspace(0, len(spectrum) - 1, min(points, len(spectrum))).round().astype(int)
+    return np.asarray(np.sqrt(spectrum[places]) / (scale or 1.0))
+
+
+@cache
+def noise_decay(shape: tuple[int, int], points: int = DECAY_POINTS) -> tuple[float, ...]:
+    """What `sample_decay` is to be expected to say of an iid Gaussian matrix of this shape; as in `noise_rank`."""
+    small, large = sorted(shape)
+    ratio = small / large
+    angles = np.linspace(0.0, pi, 2001)
+    above = 2 * np.sin(angles) ** 2 / (pi * (1 + ratio + 2 * ratio**0.5 * np.cos(angles) + 1e-12))
+    share = np.concatenate([[0.0], np.cumsum((above[1:] + above[:-1]) / 2 * np.diff(angles))])
+    places = (np.linspace(0, small - 1, min(points, small)).round() + 0.5) / small
+    angle = np.interp(places, share / share[-1], angles)
+    return tuple(float(x) for x in np.sqrt(np.maximum(0.0, 1 + ratio + 2 * ratio**0.5 * np.cos(angle))))
 
 
 def mean_rank(spectra: Sequence[NDArray[np.float64]], fraction: float) -> float:

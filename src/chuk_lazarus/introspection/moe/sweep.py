@@ -1,0 +1,92 @@
+"""Going over many layers: progress over all of them, and what is done is kept until the end.
+
+A job that was interrupted goes on where it was. What it keeps lies in the cache folder, in a folder for each job, and
+goes when the job is done.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from chuk_lazarus import __version__
+
+from .weights.checkpoint import Checkpoint
+from .weights.experts import ExpertLayer
+from .weights.range_cache import cache_folder, write_whole
+from .weights.source import Folder, Progress
+
+LEFT = 30 * 24 * 3600  # seconds after which nobody comes back to an interrupted job
+
+Found = TypeVar("Found")
+
+
+class Sweep:
+    """One job over several layers, known by what it does (`job`, JSON) and by the state of the model's files."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, job: Sequence[Any], layers: Sequence[ExpertLayer], progress: Progress
+    ) -> None:
+        self._progress, self._many = progress, len(layers) > 1
+        self._total, self._done = sum(layer.stored_bytes for layer in layers), 0
+        known = [__version__, job, [layer.number for layer in layers], describe_state(checkpoint)]
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+        self._folder = cache_folder() / "sweeps" / digest[:32]
+
+    def layer(
+        self,
+        layer: ExpertLayer,
+        find: Callable[[Progress], Found],
+        write: Callable[[Found], str],
+        read: Callable[[str], Found],
+    ) -> Found:
+        """What `find` finds of a layer, unless an earlier run of the same job has found it.
+
+        `write` makes text of it, and `read` the thing of the text, or raises ValueError.
+        """
+        place = self._folder / f"{layer.number}.json"
+        found = None
+        if self._many:
+            with contextlib.suppress(OSError, ValueError):
+                found = read(place.read_text(encoding="utf-8"))
+        if found is None:
+            found = find(self._watch(layer))
+            if self._many:
+                with contextlib.suppress(OSError):  # a full disk costs the way back, and nothing else
+                    write_whole(place, write(found).encode())
+        self._done += layer.stored_bytes
+        if self._many:
+            self._progress("all layers", self._done, self._total)
+        return found
+
+    def end(self) -> None:
+        """Forget what was kept: the job is done. What others have left for a month goes, too."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in self._folder.parent.iterdir():
+                if folder.stat().st_mtime < time.time() - LEFT:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _watch(self, layer: ExpertLayer) -> Progress:
+        """Progress of a layer that moves that of all layers, too."""
+
+        def report(what: str, done: int, total: int) -> None:
+            self._progress(what, done, total)
+            if self._many and total and what.endswith(f"layer {layer.number}"):
+                self._progress("all layers", self._done + layer.stored_bytes * done // total, self._total)
+
+        return report
+
+
+def describe_state(checkpoint: Checkpoint) -> list[Any]:
+    """What tells this state of a model from any other: a commit on the Hub, or the files' sizes and times here."""
+    repository = checkpoint.repository
+    if not isinstance(repository, Folder):
+        return [getattr(repository, "name", ""), repository.revision, sorted(repository.files)]
+    place = Path(repository.path).resolve()
+    stats = {name: (place / name).stat() for name in sorted(repository.files)}
+    return [str(place), {name: [one.st_size, one.st_mtime_ns] for name, one in stats.items()}]

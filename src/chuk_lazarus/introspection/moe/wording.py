@@ -1,0 +1,89 @@
+"""Results in words: figures with their units, verdicts in a sentence."""
+
+from .classifier import LINEAGE
+from .reports import Cosine, MoETypeAnalysis, Projection
+
+
+def percent(share: float) -> str:
+    """For instance "48.9 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def whole_percent(share: float) -> str:
+    """For instance "49 %"."""
+    return f"{100 * share:.0f} %"
+
+
+def format_rank(projection: Projection) -> str:
+    """For instance "1408 / 2880 (48.9 %)"."""
+    return f"{projection.rank['0.95']:.0f} / {projection.max_rank} ({percent(projection.rank_ratio)})"
+
+
+def format_cosine(cosine: Cosine) -> str:
+    """For instance "0.418 ± 0.163"."""
+    return f"{cosine.mean:.3f} ± {cosine.std:.3f}"
+
+
+def format_compressible(analysis: MoETypeAnalysis) -> str:
+    """For instance "yes (overlay 7.9x)"."""
+    return f"{'yes' if analysis.compressible else 'no'} (overlay {analysis.overlay_ratio:.1f}x)"
+
+
+def format_count(number: float) -> str:
+    """A number with three digits or so and a unit: 46.7 B, 805 M, 12.3 k."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.{0 if number >= 100 * size else 1}f} {unit}"
+    return f"{number:,.0f}"
+
+
+def format_bytes(count: float) -> str:
+    """For instance "1.2 GB"; decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def explain(analysis: MoETypeAnalysis) -> str:
+    """One sentence on why the verdict is what it is."""
+    neurons = sum(layer.lineage.neurons for layer in analysis.layers)
+    kept, close, chance = (mean_over_layers(analysis, figure) for figure in ("kept", "close", "chance"))
+    evidence = (
+        f"{percent(kept)} of {neurons:,} neurons are found again in another expert ({percent(close)} closely), "
+        f"{percent(chance)} by chance"
+    )
+    match analysis.type:
+        case "UPCYCLED":
+            return f"{evidence}: {analysis.kind}."
+        case "NATIVE":
+            return f"{evidence}: each expert has neurons of its own, or all of them were drawn anew."
+    if chance > LINEAGE.chance:
+        return f"{evidence}: the experts have too few neurons to judge by."
+    return f"{evidence}: too many for independent experts, and too few for copies."
+
+
+def explain_rule(analysis: MoETypeAnalysis) -> str:
+    """What the documented rule says, and why it may say something else."""
+    rule = analysis.documented_rule
+    figures = f"{analysis.rank_projection} rank {percent(analysis.rank_ratio)}, cosine {analysis.cosine:.3f}"
+    said = f"the documented rule says {rule.type} ({rule.confidence:.0%}; {figures})"
+    return f"{said}: {rule.why}" if rule.why else said
+
+
+def explain_parent(analysis: MoETypeAnalysis) -> str:
+    """How much of the experts comes from the dense parent."""
+    found = [layer.lineage.parent for layer in analysis.layers if layer.lineage.parent]
+    kept, chance, cosine, place = (
+        sum(getattr(one, figure) for one in found) / len(found) for figure in ("kept", "chance", "cosine", "in_place")
+    )
+    share = f"{percent(kept)} of the neurons are found in {analysis.parent}, {percent(chance)} by chance"
+    if kept - chance < LINEAGE.native:
+        return share
+    return f"{share}; cosine {cosine:.2f}, {percent(place)} of them at their own position"
+
+
+def mean_over_layers(analysis: MoETypeAnalysis, figure: str) -> float:
+    """The mean of a figure of the lineage."""
+    return sum(float(getattr(layer.lineage, figure)) for layer in analysis.layers) / len(analysis.layers)
