@@ -235,15 +235,18 @@ def _layer_table(analysis: MoETypeAnalysis) -> "Table":
     def rank_ratio(role: str) -> Callable[[LayerAnalysis], float]:
         return lambda layer: layer.projections[role].rank_ratio
 
-    table.caption, table.caption_justify = "gate, up, down: 95 % rank of the deltas over the greatest possible", "left"
-    table.add_column("Layer", footer="mean", justify="right")
+    table.caption, table.caption_justify = (
+        "gate, up, down: 95 % rank of the deltas over the greatest possible; Noise: over that of noise",
+        "left",
+    )
+    table.add_column("Layer", footer="mean", justify="right", overflow="fold")
     columns = [
         *(column(role, rank_ratio(role), whole_percent) for role in roles),
-        column("of noise", lambda layer: over_roles(layer, "noise_rank_ratio"), whole_percent),
+        column("Noise", lambda layer: over_roles(layer, "noise_rank_ratio"), whole_percent),
         column("Cosine", lambda layer: layer.cosine.mean, "{:.3f}".format),
         column("Delta", lambda layer: over_roles(layer, "delta_energy"), whole_percent),
-        column("Found", lambda layer: layer.lineage.kept, percent),
-        column("Overlay", lambda layer: layer.overlay_ratio, "{:.1f}x".format),
+        column("Found", lambda layer: layer.lineage.kept, whole_percent),
+        column("Ratio", lambda layer: layer.overlay_ratio, "{:.1f}x".format),
     ]
     table.add_column("Type", overflow="fold")
     for place, layer in enumerate(layers):
