@@ -281,3 +281,37 @@ def test_the_p_value_of_the_positional_cosine_is_that_of_shuffled_neurons() -> N
         assert np.mean(np.array(shuffled) < level) < 2 * level
     assert min(shuffled) > 1e-6
     assert cosine_p_value(base, [base + 0.5 * rng.standard_normal(base.shape).astype(np.float32)]) < 1e-12
+
+
+# Trained: the first layers of checkpoints whose history is known (experiments/02_training_history, held-out family 6)
+
+ZOO = Path(__file__).parent / "fixtures/zoo"
+
+
+@pytest.mark.parametrize(
+    ("name", "origin", "rule", "from_parent"),
+    [
+        ("copy-hot-1300", "UPCYCLED", "UNDETERMINED", (0.7, 1.0)),
+        ("shuffle-noise-1300", "UPCYCLED", "NATIVE", (0.9, 1.0)),
+        ("drop50-apart-1300", "UPCYCLED", "NATIVE", (0.05, 0.25)),
+        ("slice-shuffle-drop50-400", "UPCYCLED", "NATIVE", (0.4, 0.6)),
+        ("native-2300", "NATIVE", "NATIVE", (0.0, 0.02)),
+        ("redrawn-400", "NATIVE", "NATIVE", (0.0, 0.02)),  # as it must be: nothing of the parent is left
+    ],
+)
+@pytest.mark.parametrize("thorough", [False, True])
+def test_trained_models_of_known_history(
+    name: str, origin: str, rule: str, from_parent: tuple[float, float], thorough: bool
+) -> None:
+    found = MoETypeService.analyze(str(ZOO / name), parent=str(ZOO / "parent-1000"), thorough=thorough)
+    assert (found.type, found.documented_rule.type) == (origin, rule)
+    match = found.layers[0].lineage.parent
+    assert match
+    assert from_parent[0] <= match.kept <= from_parent[1]
+
+
+def test_a_dense_layer_cut_into_experts_is_found_in_its_parent_only() -> None:
+    found = MoETypeService.analyze(str(ZOO / "split-400"), parent=str(ZOO / "parent-1000")).layers[0]
+    assert found.type == "UNDETERMINED"  # 16 neurons in an expert are too few
+    assert found.lineage.parent
+    assert found.lineage.parent.kept > 0.95

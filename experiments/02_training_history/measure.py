@@ -18,11 +18,14 @@ import numpy as np
 from scipy.stats import beta, rankdata
 
 from chuk_lazarus.introspection.moe import MoETypeService
-from chuk_lazarus.introspection.moe.classifier import LINEAGE
+from chuk_lazarus.introspection.moe.classifier import LINEAGE, THRESHOLDS
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION = {0, 1, 2, 3, 7}
 NATIVE, REDRAWN, SPLIT = "native", "redrawn", "split"  # `split` duplicates no neuron: only a parent can tell it
+LONGEST = "-longest"  # the end of two schemes' names that are trained far beyond the others: a curve of their own
+DETECTORS = ("type", "rule", "cosine_alone")
+LENGTHS = ((0, 0), (1, 50), (51, 400), (401, 10**6))  # steps, first and last
 FIGURES = ("kept", "close", "chance", "p_value", "spread", "in_place")
 
 
@@ -35,9 +38,10 @@ def judge_all(zoo: Path) -> list[dict[str, Any]]:
             if facts["scheme"] == "dense" or not (folder / "model.safetensors").exists():
                 continue
             report = MoETypeService.analyze(str(folder), layers="all")
-            with_parent = MoETypeService.analyze(str(folder), layer=0, parent=str(log_file.parent / "parent-1000"))
-            parent = with_parent.layers[0].lineage.parent
-            assert parent
+            dense = log_file.parent / "parent-1000"
+            parent = None
+            if dense.exists():
+                parent = MoETypeService.analyze(str(folder), layer=0, parent=str(dense)).layers[0].lineage.parent
             row = {
                 "seed": seed,
                 "name": name,
@@ -46,9 +50,10 @@ def judge_all(zoo: Path) -> list[dict[str, Any]]:
                 "type": report.type,
                 "kind": report.kind,
                 "rule": report.documented_rule.type,
+                "cosine_alone": judge_cosine(report.cosine),
                 "cosine": round(report.cosine, 4),
-                "from_parent": round(parent.kept, 4),
-                "from_parent_by_chance": round(parent.chance, 4),
+                "from_parent": parent and round(parent.kept, 4),
+                "from_parent_by_chance": parent and round(parent.chance, 4),
                 "layer_types": [layer.type for layer in report.layers],
             }
             for figure in FIGURES:
@@ -58,8 +63,20 @@ def judge_all(zoo: Path) -> list[dict[str, Any]]:
     return found
 
 
+def judge_cosine(cosine: float) -> str:
+    """A verdict by the mean cosine alone, with the documented thresholds."""
+    if cosine > THRESHOLDS.upcycled_cosine:
+        return "UPCYCLED"
+    return "NATIVE" if cosine < THRESHOLDS.native_cosine else "UNDETERMINED"
+
+
 def is_upcycled(row: dict[str, Any]) -> bool:
-    return row["scheme"] not in (NATIVE, REDRAWN)
+    return row["scheme"].removesuffix(LONGEST) not in (NATIVE, REDRAWN)
+
+
+def is_shown(row: dict[str, Any]) -> bool:
+    """Whether weights can show the origin, at the lengths of training that the rates are about."""
+    return row["scheme"] not in (REDRAWN, SPLIT) and not row["scheme"].endswith(LONGEST)
 
 
 def auroc(rows: list[dict[str, Any]], score: str) -> float:
@@ -89,7 +106,7 @@ def confusion(rows: Iterable[dict[str, Any]], verdict: str) -> dict[str, dict[st
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rates on checkpoints whose origin weights can show: without `redrawn` and `split`, which stand apart."""
-    main = [row for row in rows if row["scheme"] not in (REDRAWN, SPLIT)]
+    main = [row for row in rows if is_shown(row)]
     upcycled = [row for row in main if is_upcycled(row)]
     natives = [row for row in main if not is_upcycled(row)]
     right = sum(row["type"] == "UPCYCLED" for row in upcycled)
@@ -101,7 +118,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "upcycled": len(upcycled),
         "native": len(natives),
         "auroc": {score: round(auroc(main, score), 4) for score in ("kept", "cosine")},
-        "confusion": {verdict: confusion(main, verdict) for verdict in ("type", "rule")},
+        "confusion": {detector: confusion(main, detector) for detector in DETECTORS},
         "recognised": [right, len(upcycled), interval(right, len(upcycled))],
         "natives_called_upcycled": [wrong, len(natives), interval(wrong, len(natives))],
         "natives_recognised": [kept_native, len(natives), interval(kept_native, len(natives))],
@@ -112,20 +129,43 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "UPCYCLED": sum(row["type"] == "UPCYCLED" for row in own),
                 "NATIVE": sum(row["type"] == "NATIVE" for row in own),
                 "rule_UPCYCLED": sum(row["rule"] == "UPCYCLED" for row in own),
+                "cosine_alone_UPCYCLED": sum(row["cosine_alone"] == "UPCYCLED" for row in own),
                 "kept": [round(min(r["kept"] - r["chance"] for r in own), 4), round(max(r["kept"] for r in own), 4)],
                 "cosine": [min(r["cosine"] for r in own), max(r["cosine"] for r in own)],
-                "from_parent": [min(r["from_parent"] for r in own), max(r["from_parent"] for r in own)],
+                "from_parent": [pick(r["from_parent"] or 0.0 for r in own) for pick in (min, max)],
             }
             for scheme in schemes
             if (own := [row for row in rows if row["scheme"] == scheme])
         },
+        "by_length": [
+            {
+                "steps": [first, last],
+                "upcycled": len(own),
+                **{f"{one}_UPCYCLED": sum(row[one] == "UPCYCLED" for row in own) for one in DETECTORS},
+                "native": len(others),
+                **{f"{one}_false": sum(row[one] == "UPCYCLED" for row in others) for one in DETECTORS},
+            }
+            for first, last in LENGTHS
+            for own, others in [
+                [[row for row in part if first <= row["steps"] <= last] for part in (upcycled, natives)]
+            ]
+        ],
     }
+
+
+def longest_curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is left of copies, and found in natives, after very long and hot training."""
+    figures = ("seed", "scheme", "steps", "loss", "type", "rule", "kept", "close", "chance", "cosine", "from_parent")
+    found = [row for row in rows if row["scheme"].endswith(LONGEST)]
+    return [
+        {key: row[key] for key in figures} for row in sorted(found, key=lambda r: (r["scheme"], r["seed"], r["steps"]))
+    ]
 
 
 def leave_one_scheme_out(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """A threshold halfway, by ratio, between natives and the other schemes, tried on the scheme left out."""
     result = {}
-    main = [row for row in rows if row["scheme"] not in (REDRAWN, SPLIT)]
+    main = [row for row in rows if is_shown(row)]
     natives = max(row["kept"] - row["chance"] for row in main if not is_upcycled(row))
     for scheme in sorted({row["scheme"] for row in main if is_upcycled(row)}):
         least = min(r["kept"] - r["chance"] for r in main if is_upcycled(r) and r["scheme"] != scheme)
@@ -147,6 +187,7 @@ def main() -> None:
         "thresholds": asdict(LINEAGE),
         **{name: summarise(own) for name, own in parts.items() if own},
         "leave_one_scheme_out": leave_one_scheme_out(rows),
+        "longest": longest_curves(rows),
         "rows": rows,
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -3,9 +3,10 @@
     python experiments/02_training_history/zoo.py OUT [--seed N ...]
 
 Each seed is one family: a dense parent, natives, and the parent upcycled in every scheme, each saved at several lengths
-of training. A family has its own size, number of experts, corpus, optimiser and learning rates (FAMILIES). Checkpoints
-are bfloat16 in Mixtral's names, OUT/seed/scheme-step/; OUT/seed/log.json has steps, rates and losses. What was saved
-already is not trained again.
+of training. Seeds from 10 on are natives alone, of the same families with other draws. Two families have a copy and a
+native that are trained for very long and hot. A family has its own size, number of experts, corpus, optimiser and
+learning rates (FAMILIES). Checkpoints are bfloat16 in Mixtral's names, OUT/seed/scheme-step/; OUT/seed/log.json has
+steps, rates and losses. What was saved already is not trained again.
 
 Corpora come with pinned packages: the interpreter's standard library (.py), and the C++ headers of torch. Needs torch
 and safetensors.
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 CONTEXT, BATCH = 128, 8
 DENSE, LONG, SHORT, NATIVE, BRANCH = 1000, 1300, 400, 2300, 120
+LONGEST, LONGEST_OF = 8000, (0, 6)  # steps at the parent's peak rate, and of which seeds
 WARMUP, BALANCE, CLIP, WEIGHT_DECAY = 40, 0.01, 1.0, 0.1
 MILD, MEDIUM, HOT = 0.1, 0.4, 1.0  # of the dense parent's peak rate
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -447,14 +449,17 @@ def make_family(seed: int, out: Path) -> None:
         written = {step: mark(model, name, step, **facts) for step in marks if step}
         train(model, family, train_bytes, steps, rate, 1000 * seed + len(name), written, constant)
 
-    def native(name: str, init: int, rate: float) -> None:
+    def native(name: str, init: int, rate: float, marks: tuple[int, ...] = (0, SHORT, DENSE, NATIVE), **facts) -> None:
         torch.manual_seed(init)
         layers = [
             Experts(family.experts, family.intermediate, family.hidden, family.top_k) for _ in range(family.layers)
         ]
-        run(Model(family.hidden, layers), name, NATIVE, rate, (0, SHORT, DENSE, NATIVE), scheme="native")
+        run(Model(family.hidden, layers), name, marks[-1], rate, marks, **{"scheme": "native", **facts})
 
     folder.mkdir(parents=True, exist_ok=True)
+    if seed >= len(FAMILIES):
+        native("native", 500 + seed, family.rate, (SHORT, DENSE, NATIVE))
+        return
     torch.manual_seed(seed)
     state_file = folder / "parent.pt"
     parent = Model(family.hidden, [Experts(1, family.intermediate, family.hidden, 1) for _ in range(family.layers)])
@@ -466,6 +471,13 @@ def make_family(seed: int, out: Path) -> None:
         torch.save(parent.state_dict(), state_file)
     native("native", 500 + seed, family.rate)
     native("native-b", 900 + seed, 0.5 * family.rate)
+    if seed in LONGEST_OF:
+        torch.manual_seed(700 + seed)
+        model = upcycle(parent, family, "copy", torch.Generator().manual_seed(seed))
+        marks = tuple(LONGEST * share // 16 for share in (1, 2, 4, 8, 16))
+        run(model, "copy-longest", LONGEST, family.rate, marks, constant=True, scheme="copy-longest")
+        length = LONGEST + DENSE
+        native("native-longest", 800 + seed, family.rate, (length,), constant=True, scheme="native-longest")
     torch.manual_seed(100 + seed)  # of the routers
     draw = torch.Generator().manual_seed(seed)
     for name, scheme, share, steps, constant in plan(seed):

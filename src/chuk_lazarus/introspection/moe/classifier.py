@@ -62,8 +62,8 @@ class LineageThresholds:
     """What shares of neurons, beyond chance, must be found again in another expert, and be close relatives.
 
     Layers of one trained model have up to 6 % of neurons in common in this sense, with no common origin but their
-    task (experiments/02_training_history/real_size.json); hardly any of these are close. More `chance` than that means
-    neurons too few to judge by.
+    task (experiments/02_training_history/real_size.json); hardly any of these are close. Where chance finds many, as in
+    experts of few neurons, so many `times` that must be found, and more `chance` than that is too much to judge by.
     """
 
     upcycled: float = 0.10
@@ -71,6 +71,7 @@ class LineageThresholds:
     close_upcycled: float = 0.02
     close_native: float = 0.01
     p_value: float = 1e-6
+    times: float = 5.0
     chance: float = 0.05
 
 
@@ -89,7 +90,7 @@ def judge(kept: float, close: float, chance: float, p_value: float, thresholds: 
     """
     t, excess, near = thresholds, kept - chance, close - chance
     origin: Origin = "UNDETERMINED"
-    if p_value < t.p_value and (excess >= t.upcycled or near >= t.close_upcycled):
+    if p_value < t.p_value and (excess >= max(t.upcycled, t.times * chance) or near >= t.close_upcycled):
         origin = "UPCYCLED"
     elif excess < t.native and near < t.close_native and chance <= t.chance:
         origin = "NATIVE"
