@@ -1,0 +1,153 @@
+"""A verdict from a few megabytes: contiguous rows of some experts' gates and ups, in a few layers.
+
+Copies of a neuron are nearest to each other in gate and up, and close; of unrelated neurons hardly any are. A part of
+an expert's neurons tells nearly as much as all of them, as long as it has enough pairs: of experts whose neurons lie in
+the same order the same part is read, and of n out of N neurons, shuffled, n / N are met in any other expert's part.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .classifier import judge_quick
+from .errors import InvalidRequest, NotMoE, printable
+from .lineage import Evidence, as_neurons, draw_neurons, find_nearest, join, weigh
+from .measure import bytes_to_measure, evenly_spaced, worker_threads
+from .reports import Cost, MoEQuickAnalysis, QuickLayer
+from .weights.experts import ExpertLayer, Experts, ExpertTensor
+from .weights.source import Progress
+
+LAYERS, EXPERTS = 3, 16
+QUERIES = 1024  # neurons of a layer that are looked for
+LEAST = 16  # neurons of an expert below which nothing can be said
+
+
+def analyze_quickly(
+    model: str, layers: Sequence[int] | str | None, budget: int, full_experts: int, progress: Progress
+) -> MoEQuickAnalysis:
+    """The verdict from at most about `budget` bytes of the experts' weights; headers come on top.
+
+    Raises InvalidRequest where the budget is too small for a part of the experts that says anything.
+    """
+    started = time.perf_counter()
+    opened = Experts.open(model)
+    places = [opened.layers[i] for i in evenly_spaced(len(opened.layers), LAYERS)]
+    analysed = [opened.layer(number) for number in opened.choose_layers(None, layers or places)]
+    for layer in analysed:
+        if layer.count < 2:
+            raise NotMoE(f"layer {layer.number} has a single expert: there is nothing to compare it with")
+    headers = opened.checkpoint.bytes_read
+    results = [_analyze_layer(layer, budget // len(analysed), progress) for layer in analysed]
+    neurons = sum(result.neurons for result in results)
+    close = sum(result.close * result.neurons for result in results) / neurons
+    reach = sum(result.reach * result.neurons for result in results) / neurons
+    verdict = judge_quick(close, reach, neurons)
+    kinds = [result.kind for result in results if result.kind]
+    stored = round(sum(layer.stored_bytes for layer in analysed) / len(analysed) * len(opened.layers))
+    first, read = analysed[0], opened.checkpoint.bytes_read - headers
+    return MoEQuickAnalysis(
+        model=printable(model),
+        revision=opened.checkpoint.repository.revision,
+        family=opened.family,
+        model_type=opened.model_type,
+        storage=", ".join(dict.fromkeys(layer.storage for layer in analysed)),
+        experts=first.count,
+        moe_layers=opened.layers,
+        type=verdict.origin,
+        confidence=verdict.confidence,
+        kind=max(kinds, key=kinds.count) if kinds and verdict.origin == "UPCYCLED" else None,
+        close=close,
+        reach=reach,
+        budget=budget,
+        weight_bytes=read,
+        stored_bytes=stored,
+        share=read / stored,
+        full_bytes=bytes_to_measure(first, evenly_spaced(first.count, full_experts)),
+        layers=tuple(results),
+        notes=tuple(opened.notes),
+        cost=Cost(
+            bytes_read=opened.checkpoint.bytes_read,
+            bytes_fetched=opened.checkpoint.repository.bytes_fetched,
+            seconds=time.perf_counter() - started,
+        ),
+    )
+
+
+def quick_bytes(layer: ExpertLayer, layers: int, budget: int) -> int:
+    """What a quick analysis reads at most of the experts of a model with so many layers like this one."""
+    whole = _bytes_of_a_neuron(layer) * layer.sizes["I"] * len(evenly_spaced(layer.count, EXPERTS))
+    return min(budget, round(whole * len(evenly_spaced(layers, LAYERS))))
+
+
+def roles_to_read(layer: ExpertLayer) -> tuple[list[str], list[ExpertTensor]]:
+    """The roles that are read, gate and up, of ungated experts up and down; and the tensors that hold them."""
+    roles = [role for role in layer.roles if role != "down"] if "gate" in layer.roles else list(layer.roles)
+    return roles, [tensor for tensor in layer.tensors if set(tensor.spec.roles) & set(roles)]
+
+
+def _bytes_of_a_neuron(layer: ExpertLayer) -> float:
+    _, tensors = roles_to_read(layer)
+    return sum(info.nbytes for tensor in tensors for info in tensor.infos()) / layer.count / layer.sizes["I"]
+
+
+def _analyze_layer(layer: ExpertLayer, budget: int, progress: Progress) -> QuickLayer:
+    chosen = evenly_spaced(layer.count, EXPERTS)
+    roles, tensors = roles_to_read(layer)
+    of_a_neuron = _bytes_of_a_neuron(layer)
+    count = min(layer.sizes["I"], int(budget / len(chosen) / of_a_neuron))
+    if count < min(LEAST, layer.sizes["I"]):
+        least = ceil(LEAST * len(chosen) * of_a_neuron * LAYERS / 1e6)
+        raise InvalidRequest(f"the budget is too small for {len(chosen)} experts", f"allow {least} MB, or more")
+    layer.prefetch(progress, [one for tensor in tensors for one in _ranges(tensor, chosen, count)])
+    with worker_threads() as pool:
+        parts = list(pool.map(lambda expert: read_part(tensors, roles, expert, count), chosen))
+        count = min(len(matrix) for matrix in parts[0].values())
+        positions = draw_neurons(len(chosen), count, QUERIES)
+        owner, places = np.repeat(np.arange(len(chosen)), positions.shape[1]), positions.reshape(-1)
+        nearest = {}
+        for role in roles:
+            neurons = [part[role][:count] for part in parts]
+            queries = np.concatenate([own[wanted] for own, wanted in zip(neurons, positions, strict=True)])
+            nearest[role] = join(list(pool.map(partial(find_nearest, queries, places), neurons)))
+    evidence = weigh(nearest, owner, places, count)
+    return QuickLayer(
+        layer=layer.number,
+        experts=chosen,
+        neurons=evidence.queries,
+        part=count / layer.sizes["I"],
+        reach=1.0 - (1.0 - count / layer.sizes["I"]) ** (len(chosen) - 1),
+        kept=evidence.kept,
+        close=evidence.close,
+        chance=evidence.chance,
+        in_place=evidence.in_place,
+        kind=_name_kind(evidence),
+    )
+
+
+def read_part(
+    tensors: Sequence[ExpertTensor], roles: Sequence[str], expert: int, count: int
+) -> dict[str, NDArray[np.float32]]:
+    """By role, the first `count` neurons of an expert, [count, inputs]; of a transposed tensor all neurons, and as many
+    of their inputs as take no more bytes."""
+    found: dict[str, NDArray[np.float32]] = {}
+    for tensor in tensors:
+        for window in tensor.neurons(count):
+            for piece in tensor.read([expert], *window):
+                if piece.role in roles:
+                    found[piece.role] = as_neurons(piece.role, piece.values[0])
+    return found
+
+
+def _ranges(tensor: ExpertTensor, chosen: Sequence[int], count: int) -> list[tuple[str, tuple[int, int]]]:
+    return [one for expert in chosen for window in tensor.neurons(count) for one in tensor.byte_ranges(expert, *window)]
+
+
+def _name_kind(evidence: Evidence) -> str | None:
+    """What such matches look like; a part does not tell copies from slices."""
+    if not evidence.close:
+        return None
+    return "copies or slices" if evidence.in_place > 0.5 else "shuffled copies or slices"
