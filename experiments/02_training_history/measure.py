@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta, rankdata
 
-from chuk_lazarus.introspection.moe import MoETypeService
+from chuk_lazarus.introspection.moe import InvalidRequest, MoETypeService
 from chuk_lazarus.introspection.moe.classifier import LINEAGE, THRESHOLDS
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION = {0, 1, 2, 3, 7}
 NATIVE, REDRAWN, SPLIT = "native", "redrawn", "split"  # `split` duplicates no neuron: only a parent can tell it
 LONGEST = "-longest"  # the end of two schemes' names that are trained far beyond the others: a curve of their own
+QUICK_PARTS = (1, 0.25)  # of gate and up that a quick verdict reads
 DETECTORS = ("type", "rule", "cosine_alone")
 LENGTHS = ((0, 0), (1, 50), (51, 400), (401, 10**6))  # steps, first and last
 FIGURES = ("kept", "close", "chance", "p_value", "spread", "in_place")
@@ -56,6 +57,13 @@ def judge_all(zoo: Path) -> list[dict[str, Any]]:
                 "from_parent_by_chance": parent and round(parent.chance, 4),
                 "layer_types": [layer.type for layer in report.layers],
             }
+            for part in QUICK_PARTS:
+                two_thirds = report.original_bytes * 2 // 3  # gate and up
+                try:
+                    quick = MoETypeService.quick(str(folder), layers="all", budget=round(part * two_thirds))
+                    row[f"quick_{part:g}"] = [quick.type, round(quick.close, 4), round(quick.reach, 4)]
+                except InvalidRequest:  # a part of a few neurons
+                    row[f"quick_{part:g}"] = ["UNDETERMINED", 0.0, 0.0]
             for figure in FIGURES:
                 row[figure] = float(np.mean([getattr(layer.lineage, figure) for layer in report.layers]))
             found.append(row)
@@ -104,6 +112,18 @@ def confusion(rows: Iterable[dict[str, Any]], verdict: str) -> dict[str, dict[st
     return table
 
 
+def outcomes(verdicts: Iterable[str]) -> dict[str, int]:
+    found = list(verdicts)
+    return {verdict: found.count(verdict) for verdict in ("UPCYCLED", "NATIVE", "UNDETERMINED")}
+
+
+def predictive(rows: list[dict[str, Any]], detector: str, verdict: str) -> list[Any]:
+    """How many of the checkpoints that were called so are so, of how many, with the interval."""
+    called = [row for row in rows if row[detector][0] == verdict]
+    right = sum(is_upcycled(row) == (verdict == "UPCYCLED") for row in called)
+    return [right, len(called), interval(right, len(called)) if called else None]
+
+
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rates on checkpoints whose origin weights can show: without `redrawn` and `split`, which stand apart."""
     main = [row for row in rows if is_shown(row)]
@@ -136,6 +156,20 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             }
             for scheme in schemes
             if (own := [row for row in rows if row["scheme"] == scheme])
+        },
+        "quick": {
+            f"{part:g}": {
+                "upcycled": outcomes(row[f"quick_{part:g}"][0] for row in upcycled),
+                "native": outcomes(row[f"quick_{part:g}"][0] for row in natives),
+                "called_upcycled": predictive(main, f"quick_{part:g}", "UPCYCLED"),
+                "called_native": predictive(main, f"quick_{part:g}", "NATIVE"),
+                "natives_called_upcycled": [
+                    wrong := sum(row[f"quick_{part:g}"][0] == "UPCYCLED" for row in natives),
+                    len(natives),
+                    interval(wrong, len(natives)),
+                ],
+            }
+            for part in QUICK_PARTS
         },
         "by_length": [
             {
@@ -176,6 +210,63 @@ def leave_one_scheme_out(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]
     return result
 
 
+def rate(hits: int, total: int, low_high: list[float]) -> str:
+    return f"{hits} of {total} ({100 * low_high[0]:.1f} to {100 * low_high[1]:.1f} %)"
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """The tables of RESULTS.md, in markdown."""
+    found = results["held_out"]
+    confused, total = found["confusion"], found["checkpoints"]
+
+    def row(what: str, cells: Iterable[object]) -> None:
+        print(f"| {what} | " + " | ".join(map(str, cells)) + " |")
+
+    row("held out", ["the verdict", "the documented rule", "mean cosine alone"])
+    print("|---|---|---|---|")
+    row("AUROC", [f"{found['auroc']['kept']:.3f}", "", f"{found['auroc']['cosine']:.3f}"])
+    for truth in ("upcycled", "native"):
+        for said in ("UPCYCLED", "NATIVE"):
+            hits = [confused[one][truth][said] for one in DETECTORS]
+            count = found[truth]
+            row(f"{truth} called {said}", [rate(hit, count, interval(hit, count)) for hit in hits])
+    undecided = [sum(confused[one][truth]["UNDETERMINED"] for truth in confused[one]) for one in DETECTORS]
+    row("UNDETERMINED", [f"{n} of {total}" for n in undecided])
+    print()
+    row("steps", ["upcycled", *(f"{one} UPCYCLED" for one in DETECTORS), "native", *(f"{o} wrong" for o in DETECTORS)])
+    print("|" + "---|" * 9)
+    for line in found["by_length"]:
+        first, last = line["steps"]
+        steps = str(first) if first == last else f"{first} to {last}" if last < 10**6 else f"from {first}"
+        counts = [line["upcycled"], *(line[f"{one}_UPCYCLED"] for one in DETECTORS)]
+        row(steps, [*counts, line["native"], *(line[f"{one}_false"] for one in DETECTORS)])
+    print()
+    row(
+        "scheme",
+        ["checkpoints", "recognised", "by rule", "by cosine", "found again, beyond chance", "cosine", "in the parent"],
+    )
+    print("|" + "---|" * 8)
+    for scheme, line in found["by_scheme"].items():
+        spans = [f"{100 * low:.0f} to {100 * high:.0f} %" for low, high in (line["kept"], line["from_parent"])]
+        cosine = "{:.2f} to {:.2f}".format(*line["cosine"])
+        own = [line[key] for key in ("UPCYCLED", "rule_UPCYCLED", "cosine_alone_UPCYCLED")]
+        row(scheme, [line["checkpoints"], *own, spans[0], cosine, spans[1]])
+    print()
+    row(
+        "trained for very long",
+        ["seed", "steps", "loss", "verdict", "found again", "closely", "cosine", "in the parent"],
+    )
+    print("|" + "---|" * 9)
+    for line in results["longest"]:
+        shares = [f"{100 * line[key]:.1f} %" for key in ("kept", "close")]
+        parent = "" if line["from_parent"] is None else f"{100 * line['from_parent']:.1f} %"
+        figures = [line[key] for key in ("seed", "steps", "loss", "type")]
+        row(line["scheme"], [*figures, *shares, f"{line['cosine']:.2f}", parent])
+    print()
+    for part, line in found["quick"].items():
+        print(f"quick, {part} of gate and up:", json.dumps(line))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge the zoo.")
     parser.add_argument("zoo", type=Path)
@@ -191,7 +282,7 @@ def main() -> None:
         "rows": rows,
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps({name: results[name] for name in parts if name in results}, indent=1))
+    print_tables(results)
 
 
 if __name__ == "__main__":
