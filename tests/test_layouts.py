@@ -968,7 +968,7 @@ def test_one_layer_costs_the_headers_and_that_layer(shards: bool, number: int, w
 @every_fixture
 @pytest.mark.parametrize("window", [1, 4_000_000])
 def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "WINDOWS", window)
+    monkeypatch.setattr(measure, "window_weights", lambda: window)
     folder, stack = split_model(str(FIXTURES / name))
     repository = load_folder(Path(folder))
     experts = Experts(Checkpoint(repository), stack=stack)
@@ -985,7 +985,7 @@ def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatc
 
 
 def test_only_the_chosen_experts_are_read_again_when_they_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "KEPT", 0)
+    monkeypatch.setattr(measure, "kept_weights", lambda: 0)
     repository = three_layers(False)
     layer = Experts(Checkpoint(repository)).layer(1)
     repository.reads.clear()

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from chuk_lazarus.introspection.moe import Experts, MoETypeAnalysis, MoETypeService
+from chuk_lazarus.introspection.moe import Experts, InvalidRequest, MoETypeAnalysis, MoETypeService
 from chuk_lazarus.introspection.moe import measure as measuring
 from chuk_lazarus.introspection.moe.measure import evenly_spaced, measure_layer
 
@@ -62,8 +63,8 @@ def test_figures_equal_their_definitions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intermediate: int, hidden: int, window: int, kept: int
 ) -> None:
     """Whatever the size of the windows, and whether or not matrices are kept between the passes."""
-    monkeypatch.setattr(measuring, "WINDOWS", window)
-    monkeypatch.setattr(measuring, "KEPT", kept)
+    monkeypatch.setattr(measuring, "window_weights", lambda: window)
+    monkeypatch.setattr(measuring, "kept_weights", lambda: kept)
     experts = random_experts(6, intermediate, hidden)
     experts["gate"] += 2 * random_experts(1, intermediate, hidden, seed=9)["gate"]
     layer = analyze(tmp_path, experts).layers[0]
@@ -149,7 +150,7 @@ def test_only_the_chosen_experts_have_spectra_and_all_have_a_say_in_the_base(tmp
 
 
 def test_the_same_input_gives_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "WINDOWS", 1000)
+    monkeypatch.setattr(measuring, "window_weights", lambda: 1000)
     path = write(tmp_path / "model", random_experts(12))
     reports = [MoETypeService.analyze(path).model_dump(exclude={"cost": {"seconds"}}) for _ in range(4)]
     assert all(report == reports[0] for report in reports)
@@ -181,3 +182,28 @@ def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None
         for budget in (100_000, 1_000_000):
             windows = tensor.windows(budget)
             assert all((high - low) * tensor.columns * 64 <= budget for low, high in windows)
+
+
+@pytest.mark.parametrize(("size", "share"), [(None, 1.0), ("4GB", 2.0), (1_000_000_000, 0.5)])
+def test_the_memory_limit_holds_within_its_context(size: int | str | None, share: float) -> None:
+    names = ("window_weights", "kept_weights", "room")
+    before = [getattr(measuring, name)() for name in names]
+    with measuring.memory_limit(size):
+        assert [getattr(measuring, name)() for name in names] == [share * one for one in before]
+    assert [getattr(measuring, name)() for name in names] == before
+
+
+@pytest.mark.parametrize("size", ["1kB", 0, "much", "-1GB"])
+def test_too_little_memory_is_refused(size: int | str) -> None:
+    with pytest.raises(InvalidRequest, match="memory"), measuring.memory_limit(size):
+        pass
+
+
+@pytest.mark.parametrize("size", ["256MB", "8GB"])
+def test_results_do_not_depend_on_the_memory(size: str) -> None:
+    def result() -> dict[str, Any]:
+        return MoETypeService.analyze("demo:upcycled", layers="all").model_dump(exclude={"cost"})
+
+    plain = result()
+    with measuring.memory_limit(size):
+        assert result() == plain

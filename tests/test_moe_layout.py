@@ -836,12 +836,12 @@ ANALYSED = (
 )
 
 
-@pytest.mark.parametrize("kept", [measure.KEPT, 0])
+@pytest.mark.parametrize("kept", [measure.kept_weights(), 0])
 @pytest.mark.parametrize("name", ANALYSED)
 def test_an_analysis_reads_what_was_said(
     name: str, kept: int, monkeypatch: pytest.MonkeyPatch, reads: list[tuple[str, int, int]]
 ) -> None:
-    monkeypatch.setattr(measure, "KEPT", kept)
+    monkeypatch.setattr(measure, "kept_weights", lambda: kept)
     layout = describe(f"{FIXTURES}/{name}")
     assert data_read(reads) == 0
     times = 1 if kept else 2  # no fixture has more experts than an analysis takes the spectra of
@@ -857,7 +857,7 @@ def test_an_analysis_of_many_experts_reads_the_chosen_ones_again(
 ) -> None:
     config = {"model_type": "qwen3_moe", "num_experts": 32, "num_hidden_layers": 1}
     folder = write_holes(tmp_path, bf16(all_experts("model.layers.0.mlp.experts", PROJECTIONS, 64, 48, 32)), config)
-    monkeypatch.setattr(measure, "KEPT", 8 * 48 * 64 - 1)
+    monkeypatch.setattr(measure, "kept_weights", lambda: 8 * 48 * 64 - 1)
     layout = describe(folder)
     assert layout.analysis_bytes == layout.stored_bytes * (32 + 8) // 32
     reads.clear()

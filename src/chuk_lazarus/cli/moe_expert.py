@@ -1,12 +1,13 @@
 """The commands of `lazarus introspect moe-expert`: parse, call the service, show. Nothing is computed here."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import check_writable, print_hint, progress_bar, show
+from .output import check_drawable, check_writable, print_hint, progress_bar, show, write
 
 EXAMPLE = "\b\nExample:\n  lazarus introspect moe-expert moe-type-analyze -m demo:native"
 
@@ -59,9 +60,37 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Write the JSON object to this file, too.", callback=check_writable),
 ]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write it as a page with figures and tables to this file, too.",
+        callback=check_writable,
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE", help="Draw it to this file, too: .png, .svg or .pdf.", callback=check_drawable
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="About how much memory to use, such as 1GB; 2GB if not given.",
+        callback=lambda context, text: limit_memory(context, text),
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no hints.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: the cost, and the ranks of single experts.")]
 
+
+# What says where a result goes, and how.
+WHERE_TO = {"html", "plot", "visualize", "memory", "as_json", "output", "quiet", "verbose"}
 
 GateRank = Annotated[int | None, typer.Option("--gate-rank", min=0, help="The rank of the gate deltas.")]
 UpRank = Annotated[int | None, typer.Option("--up-rank", min=0, help="The rank of the up deltas.")]
@@ -113,6 +142,7 @@ def layout(
 
 @app.command("moe-type-analyze", short_help="Tell whether an MoE was upcycled or trained natively.")
 def analyze(
+    context: typer.Context,
     model: Model,
     layer: Layer = None,
     layers: Layers = None,
@@ -123,6 +153,18 @@ def analyze(
         typer.Option("--parent", help="A dense model: are the experts' neurons from it?", show_default=False),
     ] = None,
     thorough: Thorough = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A verdict from a part of some experts in three layers: megabytes, seconds.")
+    ] = False,
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="SIZE", help="With --quick: how much to read of the weights.")
+    ] = "64MB",
+    html: Html = None,
+    plot: Plot = None,
+    visualize: Annotated[
+        bool, typer.Option("--visualize", help="Draw the first layer's decay curves and cosines in the terminal.")
+    ] = False,
+    memory: Memory = None,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -136,10 +178,21 @@ def analyze(
     Examples:
       lazarus introspect moe-expert moe-type-analyze -m demo:upcycled
       lazarus introspect moe-expert moe-type-analyze -m allenai/OLMoE-1B-7B-0924 --layers 0,5,10,15
+      lazarus introspect moe-expert moe-type-analyze -m deepseek-ai/DeepSeek-V3 --quick
       lazarus introspect moe-expert moe-type-analyze -m ./my-model --experts all --json -o results.json
+      lazarus introspect moe-expert moe-type-analyze -m demo:upcycled --layers all --html page.html --plot figure.pdf
     """
-    from chuk_lazarus.introspection.moe import MoETypeService
+    from chuk_lazarus.introspection.moe import MoETypeService, page, plots
+    from chuk_lazarus.introspection.moe.terminal_plots import LayerDrawing
 
+    if quick:
+        if parent or thorough or layer is not None or html or plot or visualize:
+            raise typer.BadParameter("it goes with --layers and --budget only", param_hint="--quick")
+        with progress_bar(quiet) as progress:
+            found = MoETypeService.quick(model, layers=layers, budget=budget, progress=progress)
+        show(found, as_json, output)
+        hint_cost(found.cost, verbose)
+        return
     with progress_bar(quiet) as progress:
         report = MoETypeService.analyze(
             model,
@@ -151,12 +204,18 @@ def analyze(
             thorough=thorough,
             progress=progress,
         )
-    show(report, as_json, output, [report.details()] if verbose else [])
+    if html:
+        write(html, page.to_page(report, command_line(context)), "--html")
+    if plot:
+        plots.save(plots.plot_analysis(report, command_line(context)), plot)
+    more = [*([report.details()] if verbose else []), *([LayerDrawing(report.layers[0])] if visualize else [])]
+    show(report, as_json, output, more)
     hint_cost(report.cost, verbose)
 
 
 @app.command("moe-type-compare")
 def compare(
+    context: typer.Context,
     model: Model,
     other: Annotated[str, typer.Option("--compare", "-c", help="The model to compare it with.", show_default=False)],
     layer: Layer = None,
@@ -164,6 +223,9 @@ def compare(
     experts: ExpertCount = "8",
     variance: Variance = "0.90,0.95,0.99",
     thorough: Thorough = False,
+    html: Html = None,
+    plot: Plot = None,
+    memory: Memory = None,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -176,7 +238,7 @@ def compare(
       lazarus introspect moe-expert moe-type-compare -m demo:upcycled -c demo:native
       lazarus introspect moe-expert moe-type-compare -m openai/gpt-oss-20b -c allenai/OLMoE-1B-7B-0924
     """
-    from chuk_lazarus.introspection.moe import MoETypeService
+    from chuk_lazarus.introspection.moe import MoETypeService, page, plots
 
     with progress_bar(quiet) as progress:
         report = MoETypeService.compare(
@@ -189,6 +251,10 @@ def compare(
             thorough=thorough,
             progress=progress,
         )
+    if html:
+        write(html, page.to_page(report, command_line(context)), "--html")
+    if plot:
+        plots.save(plots.plot_comparison(report, command_line(context)), plot)
     show(report, as_json, output)
     for one in report.models:
         hint_cost(one.cost, verbose, f"{one.model}: ")
@@ -206,6 +272,7 @@ def compute(
     max_error: MaxError = None,
     target_ratio: TargetRatio = None,
     experts: ExpertCount = "all",
+    memory: Memory = None,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -256,6 +323,7 @@ def verify(
     ] = 0.05,
     inputs: Annotated[int, typer.Option("--inputs", min=1, help="On how many vectors to try the experts.")] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of these vectors.")] = 0,
+    memory: Memory = None,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -295,6 +363,7 @@ def verify(
 
 @app.command("moe-overlay-estimate", short_help="Estimate an overlay of the whole model, and what pays instead.")
 def estimate(
+    context: typer.Context,
     model: Model,
     layers: Annotated[
         str | None, typer.Option("--layers", metavar="SPEC", help="Which layers to measure: 0,5,10 or 0-23/6 or all.")
@@ -309,6 +378,8 @@ def estimate(
     max_error: MaxError = None,
     target_ratio: TargetRatio = None,
     experts: ExpertCount = "8",
+    plot: Plot = None,
+    memory: Memory = None,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -323,7 +394,7 @@ def estimate(
       lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled
       lazarus introspect moe-expert moe-overlay-estimate -m allenai/OLMoE-1B-7B-0924 --samples 4
     """
-    from chuk_lazarus.introspection.moe import MoECompressionService
+    from chuk_lazarus.introspection.moe import MoECompressionService, plots
 
     with progress_bar(quiet) as progress:
         report = MoECompressionService.estimate(
@@ -337,6 +408,8 @@ def estimate(
             experts=parse_experts(experts),
             progress=progress,
         )
+    if plot:
+        plots.save(plots.plot_estimate(report, command_line(context)), plot)
     show(report, as_json, output)
     hint_cost(report.cost, verbose)
 
@@ -356,6 +429,7 @@ def compress(
     target_ratio: TargetRatio = None,
     experts: ExpertCount = "all",
     force: Force = False,
+    memory: Memory = None,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -434,6 +508,92 @@ def evaluate(
         as_json,
         output,
     )
+
+
+@app.command("moe-type-survey", short_help="Analyse many models into one table, and go on where it was interrupted.")
+def survey(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL|FILE...",
+            help="Models, and lists of models: .txt files with a model a line, where parent=ID, layers=SPEC and "
+            "experts=N may follow, and .toml files with [[model]] tables.",
+            show_default=False,
+        ),
+    ],
+    layer: Layer = None,
+    layers: Layers = None,
+    experts: ExpertCount = "8",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="How many models to analyse side by side.")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.jsonl",
+            help="Append each model's row, a line of JSON, when it is done; models that it has an answer for are not "
+            "analysed again.",
+            callback=check_writable,
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what each model would cost, by the shapes in .toml lists.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say more: a line for each model as it ends, and figures by type.")
+    ] = False,
+) -> None:
+    """Tell of many models how each was trained, a row each; one that can't be analysed is a row that says why.
+
+    Exits with 1 where some model could not be analysed.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-type-survey demo:upcycled demo:native
+      lazarus introspect moe-expert moe-type-survey models.txt -o survey.jsonl --jobs 2
+      lazarus introspect moe-expert moe-type-survey experiments/known_models/models.toml --plan
+    """
+    from chuk_lazarus.introspection.moe import MoESurveyService
+
+    if plan:
+        show(MoESurveyService.plan(models), as_json, None)
+        return
+    with progress_bar(quiet) as progress:
+        report = MoESurveyService.survey(
+            models,
+            layer=layer,
+            layers=layers,
+            experts=parse_experts(experts),
+            jobs=jobs,
+            file=output,
+            # to the bars, what stands in brackets is markup
+            progress=progress and (lambda what, done, total: progress(what.replace("[", "("), done, total)),
+            finished=(lambda row: print_hint(row.describe())) if verbose else None,
+        )
+    show(report, as_json, None, [report.summary()] if verbose else [])
+    if any(row.error for row in report.rows):
+        raise typer.Exit(1)
+
+
+def command_line(context: typer.Context) -> str:
+    """The command that gives such a result, without the options that say where it goes."""
+    words = context.command_path.split()
+    for option in context.command.params:
+        name, source = str(option.name), context.get_parameter_source(str(option.name))
+        if source and source.name == "COMMANDLINE" and name not in WHERE_TO:
+            value = context.params[name]
+            words += [option.opts[-1], *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def limit_memory(context: typer.Context, size: str | None) -> None:
+    """Keep to a limit while the command runs."""
+    if size:
+        from chuk_lazarus.introspection.moe import memory_limit
+
+        context.with_resource(memory_limit(size))
 
 
 def hint_cost(cost: "Cost", verbose: bool, prefix: str = "") -> None:

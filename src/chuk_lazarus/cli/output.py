@@ -1,5 +1,6 @@
 """The one way out: data to stdout, progress, hints and errors to stderr."""
 
+import errno
 import json
 import os
 import sys
@@ -23,11 +24,23 @@ def check_writable(path: Path | None) -> Path | None:
             place.exists()  # raises for a name that is too long
             problem = "it is a folder" if not path.name or place.is_dir() else ""
             problem = problem or ("" if place.parent.is_dir() else f"there is no folder {str(path.parent)!r}")
+            beside = place if place.exists() and not place.is_file() else place.parent  # a pipe or a device is kept
+            problem = problem or ("" if os.access(beside, os.W_OK) else os.strerror(errno.EACCES))
         except OSError as error:
             problem = str(error.strerror)
         if problem:
             raise typer.BadParameter(f"can't write {str(path)!r}: {problem}")
     return path
+
+
+def check_drawable(path: Path | None) -> Path | None:
+    """Refuse a place for a figure that can't be written, or whose name does not end as one of ours."""
+    if path is not None:
+        from chuk_lazarus.introspection.moe.plots import ENDINGS
+
+        if path.suffix.lower() not in ENDINGS:
+            raise typer.BadParameter(f"{str(path)!r} does not end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    return check_writable(path)
 
 
 def show(report: "BaseModel", as_json: bool, output: Path | None, more: Sequence[Any] = ()) -> None:
@@ -57,8 +70,11 @@ def format_json(value: Any, indent: str = "") -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name beside it, then renamed. A link is followed."""
+def write(path: Path, text: str, option: str = "--output") -> None:
+    """Write a file whole or not at all: to a temporary name beside it, then renamed. A link is followed.
+
+    `option` is the one that named it.
+    """
     place = Path(os.path.realpath(path))
     try:
         if place.exists() and not place.is_file():  # a pipe or a device
@@ -74,7 +90,7 @@ def write(path: Path, text: str) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise typer.BadParameter(f"can't write {str(path)!r}: {error.strerror}", param_hint="--output") from None
+        raise typer.BadParameter(f"can't write {str(path)!r}: {error.strerror}", param_hint=option) from None
 
 
 def _umask() -> int:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
+    from .measure import memory_limit
     from .moe_compression import MoECompressionService
     from .moe_layout import MoELayoutService
+    from .moe_survey import MoESurveyService
     from .moe_type import MoETypeService
     from .reports import (
         Cost,
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
         MoEOverlayEvaluation,
         MoEOverlayExport,
         MoEOverlayVerification,
+        MoEQuickAnalysis,
+        MoESurveyPlan,
         MoETypeAnalysis,
         MoETypeComparison,
+        MoETypeSurvey,
+        SurveyRequest,
+        SurveyRow,
     )
     from .runtime import OverlayMoE as OverlayMoE  # not in __all__: these two need MLX, which some platforms lack
     from .runtime import load_overlay as load_overlay
@@ -44,18 +51,27 @@ __all__ = [
     "MoEOverlayEvaluation",
     "MoEOverlayExport",
     "MoEOverlayVerification",
+    "MoEQuickAnalysis",
+    "MoESurveyPlan",
+    "MoESurveyService",
     "MoETypeAnalysis",
     "MoETypeComparison",
     "MoETypeService",
+    "MoETypeSurvey",
     "ModelUnreadable",
     "NotMoE",
+    "SurveyRequest",
+    "SurveyRow",
     "UnknownFormat",
+    "memory_limit",
 ]
 
 _HOMES = {
     "errors": ("InvalidRequest", "ModelUnreadable", "MoEError", "NotMoE", "UnknownFormat"),
+    "measure": ("memory_limit",),
     "moe_compression": ("MoECompressionService",),
     "moe_layout": ("MoELayoutService",),
+    "moe_survey": ("MoESurveyService",),
     "moe_type": ("MoETypeService",),
     "reports": (
         "Cost",
@@ -66,8 +82,13 @@ _HOMES = {
         "MoEOverlayEvaluation",
         "MoEOverlayExport",
         "MoEOverlayVerification",
+        "MoEQuickAnalysis",
+        "MoESurveyPlan",
         "MoETypeAnalysis",
         "MoETypeComparison",
+        "MoETypeSurvey",
+        "SurveyRequest",
+        "SurveyRow",
     ),
     "runtime": ("OverlayMoE", "load_overlay"),
     "weights.experts": ("ExpertLayer", "Experts"),

@@ -1,7 +1,10 @@
 """From evidence to verdict: by matched neurons, and the documented rule beside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from scipy.stats import binom
 
 Origin = Literal["UPCYCLED", "NATIVE", "UNDETERMINED"]
 
@@ -64,6 +67,9 @@ class LineageThresholds:
     Layers of one trained model have up to 6 % of neurons in common in this sense, with no common origin but their
     task (experiments/02_training_history/real_size.json); hardly any of these are close. Where chance finds many, as in
     experts of few neurons, so many `times` that must be found, and more `chance` than that is too much to judge by.
+
+    Copies that were trained far apart are no longer found, and yet still alike in place: by more than `cosine`, of
+    which no native has shown a third.
     """
 
     upcycled: float = 0.10
@@ -73,25 +79,93 @@ class LineageThresholds:
     p_value: float = 1e-6
     times: float = 5.0
     chance: float = 0.05
+    cosine: float = 0.02
+    cosine_p_value: float = 1e-12
 
 
 LINEAGE = LineageThresholds()
 
+
+class Neurons(Protocol):
+    """What a layer's neurons say, as in `reports.Lineage`."""
+
+    @property
+    def neurons(self) -> int: ...
+    @property
+    def kept(self) -> float: ...
+    @property
+    def close(self) -> float: ...
+    @property
+    def chance(self) -> float: ...
+    @property
+    def cosine(self) -> float: ...
+    @property
+    def permuted_cosine(self) -> float: ...
+    @property
+    def cosine_p_value(self) -> float: ...
+
+
 # How often such a verdict was right on held-out models of known history: the lower ends of 95 % intervals
 # (experiments/02_training_history/results.json, "held_out"). Undetermined has no likelier origin.
-MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.87, "UNDETERMINED": 0.5}
+MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.91, "UNDETERMINED": 0.5}
 
 
-def judge(kept: float, close: float, chance: float, p_value: float, thresholds: LineageThresholds = LINEAGE) -> Verdict:
-    """The verdict by the shares of neurons that are found again in another expert, and of those that are close there.
+def judge(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> Verdict:
+    """The verdict by what one layer or several say of their neurons.
 
-    `chance` is the share to be expected of unrelated experts, `p_value` the probability of `kept` or more by that
-    chance. The confidence is a measured rate: how often such verdicts were right.
+    The confidence is a measured rate: how often such verdicts were right.
     """
-    t, excess, near = thresholds, kept - chance, close - chance
+    t = thresholds
+    looked = sum(layer.neurons for layer in evidence)
+
+    def mean(figure: str) -> float:
+        return sum(float(getattr(layer, figure)) * layer.neurons for layer in evidence) / looked
+
+    kept, chance = mean("kept"), mean("chance")
+    excess, near = kept - chance, mean("close") - chance
+    p_value = float(binom.sf(round(kept * looked) - 1, looked, min(1.0, chance)))
+    found = p_value < t.p_value and (excess >= max(t.upcycled, t.times * chance) or near >= t.close_upcycled)
     origin: Origin = "UNDETERMINED"
-    if p_value < t.p_value and (excess >= max(t.upcycled, t.times * chance) or near >= t.close_upcycled):
+    if found or is_alike_in_place(evidence, t):
         origin = "UPCYCLED"
     elif excess < t.native and near < t.close_native and chance <= t.chance:
         origin = "NATIVE"
     return Verdict(origin, MEASURED[origin])
+
+
+def is_alike_in_place(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether neurons at the same position of two experts are alike, as hardly anything but a common origin makes
+    them; of several layers the clearest counts, against as many times the probability."""
+    looked = sum(layer.neurons for layer in evidence)
+    excess = sum((layer.cosine - layer.permuted_cosine) * layer.neurons for layer in evidence) / looked
+    least = min(layer.cosine_p_value for layer in evidence) * len(evidence)
+    return excess >= thresholds.cosine and least < thresholds.cosine_p_value
+
+
+@dataclass(frozen=True, slots=True)
+class QuickThresholds:
+    """What share of the neurons of a part must be found again, closely, in other experts' parts: so much of `reach`,
+    the share that would be of shuffled copies; and what reach, and how many neurons, a NATIVE verdict needs."""
+
+    upcycled: float = 0.02
+    least: float = 0.005
+    native: float = 0.01
+    reach: float = 0.25
+    neurons: int = 256
+
+
+QUICK = QuickThresholds()
+
+# As MEASURED, of verdicts from a quarter of the gates and ups ("quick" in the same file)
+QUICK_MEASURED: dict[Origin, float] = {"UPCYCLED": 0.96, "NATIVE": 0.91, "UNDETERMINED": 0.5}
+
+
+def judge_quick(close: float, reach: float, neurons: int, thresholds: QuickThresholds = QUICK) -> Verdict:
+    """The verdict by the share of `neurons` that are found again, closely, in a part of the other experts."""
+    t = thresholds
+    origin: Origin = "UNDETERMINED"
+    if close * neurons >= 4 and close >= max(t.least, t.upcycled * reach):
+        origin = "UPCYCLED"
+    elif close < t.native * reach and reach >= t.reach and neurons >= t.neurons:
+        origin = "NATIVE"
+    return Verdict(origin, QUICK_MEASURED[origin])

@@ -3,20 +3,27 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+LONGEST = 2000  # characters of a message
+
 
 def printable(text: str) -> str:
     """`text` with every control character escaped: names come from files and must not reach a terminal raw."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def shorten(text: str) -> str:
+    """`text`, or its beginning and its end where it is longer than LONGEST: what it quotes may be of any length."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 205]} ... {text[-200:]}"
+
+
 class MoEError(Exception):
-    """Something the user can act on: `message` says what is wrong, `hint` what to do."""
+    """Something the user can act on: `message` says what is wrong, `hint` what to do; both are printable."""
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        self.message = printable(message)
-        self.hint = printable(hint)
+        self.message = shorten(printable(shorten(message)))
+        self.hint = shorten(printable(shorten(hint)))
         super().__init__(f"{self.message} ({self.hint})" if hint else self.message)
 
 

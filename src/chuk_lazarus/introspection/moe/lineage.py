@@ -18,6 +18,7 @@ from scipy.stats import binom, norm
 Array = NDArray[np.float32]
 
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
+FEW = 0.02  # close neurons: fewer say nothing of the kind
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
 
 
@@ -152,12 +153,15 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
     )
 
 
-def name_kind(evidence: Evidence) -> str:
-    """In words, what kind of upcycling leaves such matches.
+def name_kind(evidence: Evidence, in_place: bool) -> str:
+    """In words, what kind of upcycling leaves such matches; `in_place` says whether neurons at the same position are
+    alike.
 
     Slices of one layer share neurons with some experts and none with others, copies with all of them alike; where
     there are too few matches for a pair of experts to tell, both are named.
     """
+    if in_place and evidence.close < FEW:
+        return "copies, trained far apart"
     shares = evidence.pairs[~np.eye(len(evidence.pairs), dtype=bool)]
     expected = shares.mean() * evidence.queries / len(evidence.pairs)  # matches of a pair of experts
     sliced = float((shares < 0.25 * shares.mean()).mean()) > 0.05

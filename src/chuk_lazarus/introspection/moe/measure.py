@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from threading import Lock
@@ -17,16 +18,47 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from .errors import ModelUnreadable
+from .errors import InvalidRequest, ModelUnreadable
 from .lineage import Nearest, as_neurons, draw_neurons, find_nearest, join
 from .spectra import ROUNDING, energy_spectrum, gram_matrix, total_energy
 from .weights.experts import ExpertLayer, ExpertTensor, Piece
+from .weights.range_cache import parse_size
 from .weights.source import Progress
 
 WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
-WINDOWS = 32_000_000  # weights of all experts decoded at a time, by all threads together
-KEPT = 140_000_000  # weights of chosen experts kept between the passes
-ROOM = 2**30  # bytes that the matrices which threads work on may take together
+LEAST_MEMORY = 256_000_000  # bytes; the libraries alone take half of it
+_memory: ContextVar[int] = ContextVar("memory", default=2_000_000_000)
+
+
+@contextmanager
+def memory_limit(size: int | str | None) -> Iterator[None]:
+    """Within this context, work on layers takes about `size` bytes ("1GB") of memory; 2 GB outside of it, or for None.
+
+    A few matrices of one expert must fit whatever the limit. Raises InvalidRequest for what is no size, or too little.
+    """
+    wanted = parse_size(size, "the memory") if isinstance(size, str) else size
+    if wanted is not None and wanted < LEAST_MEMORY:
+        raise InvalidRequest(f"{size} of memory is too little", f"allow {LEAST_MEMORY // 10**6}MB or more")
+    token = _memory.set(_memory.get() if wanted is None else wanted)
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def window_weights() -> int:
+    """Weights of all experts that are decoded at a time, by all threads together: 6.4 % of the memory."""
+    return _memory.get() * 16 // 1000
+
+
+def kept_weights() -> int:
+    """Weights of chosen experts that are kept between the passes: 28 % of the memory."""
+    return _memory.get() * 7 // 100
+
+
+def room() -> int:
+    """Bytes that the matrices which threads work on may take together: half of the memory."""
+    return _memory.get() // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +141,7 @@ def bytes_to_measure(layer: ExpertLayer, chosen: Sequence[int]) -> int:
 
 def _are_kept(tensor: ExpertTensor, experts: int) -> bool:
     """Whether so many experts' matrices fit in memory between the passes."""
-    return experts * sum(prod(tensor.layer.shape(role)) for role in tensor.spec.roles) <= KEPT
+    return experts * sum(prod(tensor.layer.shape(role)) for role in tensor.spec.roles) <= kept_weights()
 
 
 def mean_experts(tensor: ExpertTensor, pool: ThreadPoolExecutor) -> dict[str, NDArray[np.float64]]:
@@ -158,9 +190,9 @@ class _FirstPass:
 
     def take_all(self, pool: ThreadPoolExecutor, done: "Counter") -> None:
         """Read all windows, side by side."""
-        windows = self.tensor.windows(WINDOWS // cores())
-        for weights in pool.map(self.take, windows):
-            done.add(weights)
+        windows = self.tensor.windows(window_weights() // cores())
+        for taken in pool.map(self.take, windows):
+            done.add(taken)
 
     def take(self, window: tuple[int, int]) -> int:
         """Read one window of stored rows of all experts; returns how many weights that were."""
@@ -254,7 +286,7 @@ def worker_threads(layer: ExpertLayer | None = None, matrices: int = 2) -> Itera
     """
     largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
     with threadpool_limits(1, user_api="blas"):
-        pool = ThreadPoolExecutor(max(1, min(cores(), ROOM // (matrices * largest))))
+        pool = ThreadPoolExecutor(max(1, min(cores(), room() // (matrices * largest))))
         try:
             yield pool
         finally:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 from .errors import MoEError, naming, printable
 from .measure import bytes_to_measure, evenly_spaced
-from .moe_type import DEFAULT_EXPERTS
+from .moe_type import BUDGET, DEFAULT_EXPERTS
+from .quick import quick_bytes
 from .reports import Cost, LayerLayout, MoELayout, SharedExperts
 from .weights.checkpoint import Checkpoint
 from .weights.experts import ExpertLayer, Experts, split_model
 from .weights.layouts import Kind, match_names, split_name
+from .weights.range_cache import parse_size
 from .weights.source import find_repository
 
 
@@ -72,6 +74,7 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
         stored_bytes=round(share * sum(layer.stored_bytes for layer in counted)),
         analysis_bytes=bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS)),
         notes=tuple(notes),
+        quick_bytes=quick_bytes(opened[0], len(experts.layers), parse_size(BUDGET, "the budget")),
         cost=Cost(
             bytes_read=checkpoint.bytes_read,
             bytes_fetched=repository.bytes_fetched,

@@ -6,13 +6,13 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
 
-from .classifier import THRESHOLDS, Origin, Verdict, classify, judge
+from .classifier import THRESHOLDS, Origin, classify, is_alike_in_place, judge
 from .errors import InvalidRequest, NotMoE, naming, printable
 from .lineage import QUERIES, Evidence, find_groups, name_kind, weigh, weigh_parent
 from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .overlay import original_bytes, overlay_bytes
+from .quick import analyze_quickly
 from .reports import (
     Cosine,
     Cost,
@@ -20,6 +20,7 @@ from .reports import (
     LayerAnalysis,
     Lineage,
     Matches,
+    MoEQuickAnalysis,
     MoETypeAnalysis,
     MoETypeComparison,
     ParentMatch,
@@ -30,10 +31,12 @@ from .similarity import pairwise_cosines
 from .spectra import effective_rank, mean_rank, noise_rank, sample_decay
 from .sweep import Sweep, describe_state
 from .weights.experts import ExpertLayer, Experts
+from .weights.range_cache import parse_size
 from .weights.source import Progress, unwatched
 
 VARIANCE = (0.90, 0.95, 0.99)
 DEFAULT_EXPERTS = 8
+BUDGET = "64MB"  # of a quick analysis
 MATCH_BINS = 50
 MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
 
@@ -74,6 +77,22 @@ class MoETypeService:
         with naming(model):
             wanted, queries = (None, None) if thorough else (experts and max(2, experts), QUERIES)
             return _analyze(model, layer, layers, wanted, shares, parent, queries, progress or unwatched)
+
+    @staticmethod
+    def quick(
+        model: str,
+        *,
+        layers: Sequence[int] | str | None = None,
+        budget: int | str = BUDGET,
+        progress: Progress | None = None,
+    ) -> MoEQuickAnalysis:
+        """A verdict from some neurons of some experts, at most about `budget` bytes ("64MB") of their weights.
+
+        Without `layers`, three evenly spaced MoE layers are looked into. Raises a child of MoEError.
+        """
+        size = budget if isinstance(budget, int) else parse_size(budget, "the budget")
+        with naming(model):
+            return analyze_quickly(model, layers, size, DEFAULT_EXPERTS, progress or unwatched)
 
     @staticmethod
     def compare(
@@ -142,7 +161,7 @@ def _analyze(
         results.append(sweep.layer(one, find, LayerAnalysis.model_dump_json, LayerAnalysis.model_validate_json))
     sweep.end()
     rank_projection, rank_ratio, cosine = _headline(results)
-    verdict = _judge(results)
+    verdict = judge([layer.lineage for layer in results])
     kinds = [layer.kind for layer in results if layer.kind]
     original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
     stored = sum(one.stored_bytes for one in analysed)
@@ -192,15 +211,6 @@ def _open_parent(parent: str, layers: Sequence[ExpertLayer]) -> Experts:
             if dense.layer(layer.number).roles != layer.roles:
                 raise InvalidRequest("one of the two models has a gate, and the other none")
     return dense
-
-
-def _judge(layers: Sequence[LayerAnalysis]) -> Verdict:
-    """The verdict on all layers together."""
-    neurons = sum(layer.lineage.neurons for layer in layers)
-    kept = sum(layer.lineage.kept * layer.lineage.neurons for layer in layers) / neurons
-    close = sum(layer.lineage.close * layer.lineage.neurons for layer in layers) / neurons
-    chance = sum(layer.lineage.chance * layer.lineage.neurons for layer in layers) / neurons
-    return judge(kept, close, chance, float(binom.sf(round(kept * neurons) - 1, neurons, min(1.0, chance))))
 
 
 def _documented(rank_ratio: float, cosine: float, origin: Origin) -> DocumentedRule:
@@ -268,7 +278,7 @@ def _name(share: float) -> str:
 
 
 def _histogram(cosines: NDArray[np.float32]) -> tuple[int, ...]:
-    return tuple(int(n) for n in np.histogram(cosines, MATCH_BINS, (-1.0, 1.0))[0])
+    return tuple(int(n) for n in np.histogram(np.clip(cosines, -1.0, 1.0), MATCH_BINS, (-1.0, 1.0))[0])
 
 
 def _rounded(matrix: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
@@ -313,13 +323,13 @@ def _analyze_layer(
     }
     means = {role: float(values.mean()) for role, values in cosines.items()}
     lineage, evidence = _lineage(layer, measures, has_neighbour, parent)
-    verdict = judge(lineage.kept, lineage.close, lineage.chance, lineage.p_value)
+    verdict = judge([lineage])
     original, overlay = original_bytes(shapes, layer.count), overlay_bytes(shapes, ranks, layer.count)
     return LayerAnalysis(
         layer=layer.number,
         type=verdict.origin,
         confidence=verdict.confidence,
-        kind=name_kind(evidence) if verdict.origin == "UPCYCLED" else None,
+        kind=name_kind(evidence, is_alike_in_place([lineage])) if verdict.origin == "UPCYCLED" else None,
         original_bytes=original,
         stored_bytes=layer.stored_bytes,
         overlay_bytes=overlay,

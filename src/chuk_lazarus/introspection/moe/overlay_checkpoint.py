@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable, spans
-from .measure import ROOM, WINDOW, mean_experts, worker_threads
+from .measure import WINDOW, mean_experts, room, worker_threads
 from .model_folder import (
     CONFIG,
     PLAN,
@@ -43,6 +43,7 @@ from .weights.checkpoint import INDEX, QUANTIZATION_KEYS, Checkpoint, TensorInfo
 from .weights.codecs import NOT_DECODED, Part, Stored, recognise
 from .weights.experts import (
     BIAS,
+    MAX_EXPERTS,
     TEXT_CONFIGS,
     ExpertLayer,
     Experts,
@@ -170,8 +171,8 @@ def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, dict[s
         plan = json.loads((folder.with_name(f"{folder.name}.partial") / PLAN).read_bytes())
         if plan["rule"] == rule and plan.items() >= _origin(experts.checkpoint).items():
             return {int(layer): {str(r): int(rank) for r, rank in own.items()} for layer, own in plan["ranks"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
+    except (OSError, ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        pass  # not what we have written
     return None
 
 
@@ -354,8 +355,11 @@ class OverlayCheckpoint:
         return name
 
     def _check(self, layer: int, ranks: Mapping[str, int]) -> None:
-        count, shapes = self.count(layer), {role: self.shape(layer, role) for role in ranks}
-        hidden, intermediate = shapes["down"]
+        count, (hidden, intermediate) = self.count(layer), self.shape(layer, "down")
+        if not hidden * intermediate * count:
+            raise ModelUnreadable(f"layer {layer} of the overlay has {count} experts of {intermediate} x {hidden}")
+        if count > MAX_EXPERTS:  # at rank 0, no byte need stand behind such a number
+            raise UnknownFormat(f"layer {layer} has {count} experts", f"we read up to {MAX_EXPERTS}")
         for role, rank in ranks.items():
             out, inner = (hidden, intermediate) if role == "down" else (intermediate, hidden)
             expected = {"base": (out, inner), "left": (count, out, rank), "right": (count, rank, inner)}
@@ -431,6 +435,11 @@ def export_overlay(folder: Path, target: Path, *, force: bool = False, progress:
             for layer in overlay.layers
         ),
     ]
+    written: set[str] = set()
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        if tensor.name in written:
+            raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
+        written.add(tensor.name)
     config = _without_quantization(overlay.config)
     del config["overlay_config"]
     write_model(
@@ -467,7 +476,7 @@ def _fill_experts(overlay: OverlayCheckpoint, layer: int, layout: Layout, progre
     """Write the rebuilt experts of one layer."""
     overlay.prefetch(layer, progress)
     bases = {role: overlay.base(layer, role) for role in overlay.ranks[layer]}
-    at_work = BoundedSemaphore(max(1, ROOM // (4 * bases["down"].nbytes)))
+    at_work = BoundedSemaphore(max(1, room() // (4 * bases["down"].nbytes)))
 
     def put_together(expert: int) -> None:
         for spec in layout.tensors:
@@ -524,6 +533,8 @@ def _decoded_item(
     checkpoint: Checkpoint, name: str, infos: Infos, stored: Stored, shape: tuple[int, ...] | None = None
 ) -> Item:
     """A tensor that is decoded to bf16 when it is written; `shape` is that which it then has, its own if None."""
+    if len(stored.shape) < 2:
+        raise UnknownFormat(f"{name} is quantised, and no matrix: {list(stored.shape)}")
     *leading, rows, columns = stored.shape
     turned = (*leading, columns, rows) if _is_turned(infos, stored) else stored.shape
     ranges = tuple((info.file, (info.start, info.stop)) for info in infos.values())
@@ -538,6 +549,8 @@ def _is_turned(infos: Infos, stored: Stored) -> bool:
 
 def _write_decoded(checkpoint: Checkpoint, infos: Infos, stored: Stored, name: str, shard: ShardFile) -> None:
     *leading, rows, columns = stored.shape
+    if not prod(stored.shape):
+        return
     granule = stored.granule
     turned = _is_turned(infos, stored)
     step = rows if turned else max(1, WINDOW // max(1, columns * granule)) * granule

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .classifier import Origin
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 
 TokensFrom = Literal["tokenizer", "bytes"]
@@ -207,7 +207,7 @@ class MoELayout(Identity):
     layers whose headers were read; `exact` says whether these are all, else `parameters` and `stored_bytes`, those of
     all routed experts of `moe_layers`, take the others to be like them. `dense_layers` have a dense feed-forward, in
     the place of experts or beside them. `analysis_bytes` is what an analysis with default options would read of the
-    experts.
+    experts, `quick_bytes` what a quick one would at most.
     """
 
     schema_: Literal["moe-layout/1"] = Field(default="moe-layout/1", alias="schema")
@@ -225,6 +225,7 @@ class MoELayout(Identity):
     parameters: int
     stored_bytes: int
     analysis_bytes: int
+    quick_bytes: int
     notes: tuple[str, ...]
     cost: Cost
 
@@ -270,11 +271,65 @@ class MoETypeAnalysis(Identity):
 
         return render_analysis(self)
 
+    def _repr_html_(self) -> str:
+        from .page import to_fragment
+
+        return to_fragment(self)
+
     def details(self) -> "RenderableType":
         """The ranks of the single experts, as a table for `rich.print`."""
         from .tables import render_expert_ranks
 
         return render_expert_ranks(self)
+
+
+class QuickLayer(Report):
+    """What a part of one layer says: the first neurons, the share `part` of all, of `experts`.
+
+    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, by gate and up alone (up and
+    down of ungated experts); `reach` is the share that would be found again if the experts were shuffled copies.
+    """
+
+    layer: int
+    experts: tuple[int, ...]
+    neurons: int
+    part: float
+    reach: float
+    kept: float
+    close: float
+    chance: float
+    in_place: float
+    kind: str | None
+
+
+class MoEQuickAnalysis(Identity):
+    """How one model's experts were trained, by a part of some experts in a few layers.
+
+    `type` and `confidence`, the rate of such verdicts that are right, come from `close` and `reach`, means over
+    `layers`. `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of `stored_bytes`,
+    those of all experts (taken from the analysed layers); a full analysis of one layer would read `full_bytes`.
+    """
+
+    schema_: Literal["moe-type-quick/1"] = Field(default="moe-type-quick/1", alias="schema")
+    moe_layers: tuple[int, ...]
+    type: Origin
+    confidence: float
+    kind: str | None
+    close: float
+    reach: float
+    budget: int
+    weight_bytes: int
+    stored_bytes: int
+    share: float
+    full_bytes: int
+    layers: tuple[QuickLayer, ...]
+    notes: tuple[str, ...]
+    cost: Cost
+
+    def __rich__(self) -> "RenderableType":
+        from .tables import render_quick
+
+        return render_quick(self)
 
 
 class MoETypeComparison(Report):
@@ -287,6 +342,11 @@ class MoETypeComparison(Report):
         from .tables import render_comparison
 
         return render_comparison(self)
+
+    def _repr_html_(self) -> str:
+        from .page import to_fragment
+
+        return to_fragment(self)
 
 
 class LayerOverlay(Report):
@@ -491,3 +551,106 @@ class MoEOverlayEvaluation(Report):
         from .tables import render_evaluation
 
         return render_evaluation(self)
+
+
+class SurveyRequest(Report):
+    """What a survey asks of one model: the options of an analysis, `layers` as on the command line, null for the first
+    MoE layer; `experts` null for all."""
+
+    model: str
+    parent: str | None = None
+    layers: str | None = None
+    experts: int | None = 8
+
+
+class SurveyAnswer(Identity):
+    """An analysis in short: its verdict, and the evidence over the analysed layers as means.
+
+    `kept`, `close` and `chance` are those of Lineage, `parent_kept` that of ParentMatch, null without a parent; the
+    rest is as in MoETypeAnalysis.
+    """
+
+    layers: tuple[int, ...]
+    type: Origin
+    confidence: float
+    kind: str | None
+    rank_projection: Literal["gate", "up"]
+    rank_ratio: float
+    cosine: float
+    kept: float
+    close: float
+    chance: float
+    parent_kept: float | None
+    overlay_ratio: float
+    compressible: bool
+    notes: tuple[str, ...]
+    cost: Cost
+
+
+class SurveyError(Report):
+    """Why there is no answer: the exit code that an analysis ends with, and its line."""
+
+    code: int
+    message: str
+    hint: str
+
+
+class SurveyRow(Report):
+    """One model of a survey: either `answer` or `error` is null. `stated` is the origin that the list states."""
+
+    schema_: Literal["moe-type-survey-row/1"] = Field(default="moe-type-survey-row/1", alias="schema")
+    request: SurveyRequest
+    stated: str | None
+    answer: SurveyAnswer | None
+    error: SurveyError | None
+
+    def describe(self) -> str:
+        """For instance "demo:native: NATIVE (87%), read 401.6 kB, of which 0 B over the network, in 0.1 s"."""
+        if self.answer:
+            found = f"{self.answer.type} ({self.answer.confidence:.0%}), {self.answer.cost.describe()}"
+            return f"{self.request.model}: {found}"
+        return self.error.message if self.error else ""
+
+
+class MoETypeSurvey(Report):
+    """The rows of many models, in the order in which they were given."""
+
+    schema_: Literal["moe-type-survey/1"] = Field(default="moe-type-survey/1", alias="schema")
+    rows: tuple[SurveyRow, ...]
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from .tables import render_survey
+
+        yield render_survey(self, options.max_width)
+
+    def summary(self) -> "RenderableType":
+        """How many models are of which type, and the range of their figures, as a table for `rich.print`."""
+        from .tables import render_survey_summary
+
+        return render_survey_summary(self)
+
+
+class PlannedModel(Report):
+    """What a model of a survey would cost, by the shape that its list gives; null where it gives none.
+
+    Bytes of the routed experts as stored, headers and biases not among them: of one layer, and of all.
+    """
+
+    request: SurveyRequest
+    stated: str | None
+    layer_bytes: int | None
+    stored_bytes: int | None
+
+
+class MoESurveyPlan(Report):
+    """What a survey would cost, without reading anything; the sums are over the models whose shape is given."""
+
+    schema_: Literal["moe-survey-plan/1"] = Field(default="moe-survey-plan/1", alias="schema")
+    models: tuple[PlannedModel, ...]
+    layer_bytes: int
+    stored_bytes: int
+
+    def __rich__(self) -> "RenderableType":
+        from .tables import render_survey_plan
+
+        return render_survey_plan(self)

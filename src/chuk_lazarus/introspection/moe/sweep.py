@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,18 +47,22 @@ class Sweep:
     ) -> Found:
         """What `find` finds of a layer, unless an earlier run of the same job has found it.
 
-        `write` makes text of it, and `read` the thing of the text, or raises ValueError.
+        `write` makes text of it, and `read` the thing of the text. The text is kept behind its checksum: one that
+        somebody else has changed is as none.
         """
         place = self._folder / f"{layer.number}.json"
         found = None
         if self._many:
             with contextlib.suppress(OSError, ValueError):
-                found = read(place.read_text(encoding="utf-8"))
+                checksum, _, text = place.read_bytes().partition(b"\n")
+                if checksum == _checksum(text):
+                    found = read(text.decode())
         if found is None:
             found = find(self._watch(layer))
             if self._many:
                 with contextlib.suppress(OSError):  # a full disk costs the way back, and nothing else
-                    write_whole(place, write(found).encode())
+                    text = write(found).encode()
+                    write_whole(place, _checksum(text) + b"\n" + text)
         self._done += layer.stored_bytes
         if self._many:
             self._progress("all layers", self._done, self._total)
@@ -88,5 +93,13 @@ def describe_state(checkpoint: Checkpoint) -> list[Any]:
     if not isinstance(repository, Folder):
         return [getattr(repository, "name", ""), repository.revision, sorted(repository.files)]
     place = Path(repository.path).resolve()
-    stats = {name: (place / name).stat() for name in sorted(repository.files)}
-    return [str(place), {name: [one.st_size, one.st_mtime_ns] for name, one in stats.items()}]
+    state: dict[str, list[int]] = {}
+    for name in sorted(repository.files):
+        with contextlib.suppress(OSError):  # a link that leads nowhere
+            found = (place / name).stat()
+            state[name] = [found.st_size, found.st_mtime_ns]
+    return [str(place), state]
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)

@@ -16,13 +16,20 @@ from .reports import (
     MoEOverlayEvaluation,
     MoEOverlayExport,
     MoEOverlayVerification,
+    MoEQuickAnalysis,
+    MoESurveyPlan,
     MoETypeAnalysis,
     MoETypeComparison,
+    MoETypeSurvey,
+    SurveyAnswer,
+    SurveyRow,
 )
 from .wording import (
     explain,
     explain_parent,
+    explain_quick,
     explain_rule,
+    explain_surer,
     format_bytes,
     format_compressible,
     format_cosine,
@@ -36,6 +43,7 @@ from .wording import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 
 def _grid(rows: Sequence[tuple[str, Any]]) -> "Table":
@@ -98,6 +106,38 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
     return Group(*blocks)
 
 
+def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
+    """Verdict, what was read for it, and a row per layer."""
+    from rich.console import Group
+    from rich.text import Text
+
+    confidence = "" if report.type == "UNDETERMINED" else f" ({report.confidence:.0%} confidence)"
+    verdict = Text.assemble((report.type, _STYLES[report.type]), confidence)
+    blocks = _heading("MOE TYPE, QUICKLY", report, ("Type", verdict), ("Why", explain_quick(report)))
+    rows = [
+        [
+            str(layer.layer),
+            f"{layer.neurons:,} of {len(layer.experts)} experts",
+            percent(layer.part),
+            percent(layer.reach),
+            percent(layer.close),
+            percent(layer.in_place),
+        ]
+        for layer in report.layers
+    ]
+    table = _table(["Layer", "Neurons", "Part", "Reach", "Found closely", "In place"], rows)
+    rest = [
+        (
+            "Read",
+            f"{format_bytes(report.weight_bytes)} of the experts' {format_bytes(report.stored_bytes)}, "
+            f"{100 * report.share:.2g} %",
+        ),
+        ("Surer", explain_surer(report)),
+        *(("Note", note) for note in report.notes),
+    ]
+    return Group(*blocks, table, _grid(rest))
+
+
 def render_layout(layout: MoELayout) -> "RenderableType":
     """What is in the checkpoint, and a table of layers where they differ."""
     from rich.console import Group
@@ -149,7 +189,11 @@ def render_layout(layout: MoELayout) -> "RenderableType":
             f"{'' if layout.exact else 'about '}{format_bytes(layout.stored_bytes)}, "
             f"{format_count(layout.parameters)} weights{read}",
         ),
-        ("An analysis", f"reads {format_bytes(layout.analysis_bytes)} (moe-type-analyze, by default)"),
+        (
+            "An analysis",
+            f"reads {format_bytes(layout.analysis_bytes)} (moe-type-analyze), {format_bytes(layout.quick_bytes)} "
+            f"(--quick), or {format_bytes(layout.stored_bytes)} (--layers all)",
+        ),
         *(("Note", note) for note in layout.notes),
     ]
     blocks: list[Any] = [Text("MOE LAYOUT", style="bold"), _grid(rows)]
@@ -514,3 +558,140 @@ def to_html(renderable: Any) -> str:
     console = Console(record=True, width=100, file=StringIO(), force_jupyter=False)
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format='<pre style="line-height:1.3">{code}</pre>')
+
+
+ONE_LINE = 160  # columns from which a survey shows a model on a line
+
+
+def render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
+    """A row a model, with more of it below its name where a line has no room; then those that failed."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    is_wide = width >= ONE_LINE
+    answers = [row.answer for row in survey.rows if row.answer]
+    columns = ["Model", "Type", "Rank", "Cosine", "Found"]
+    columns += ["Parent"] if any(answer.parent_kept is not None for answer in answers) else []
+    if is_wide:
+        stated = ["Stated"] if any(row.stated for row in survey.rows) else []
+        columns[1:2] = ["Family", "Experts", "Storage", *stated, "Type", "Conf.", "Kind"]
+        columns += ["Overlay", "Pays", "Read", "Time"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    for heading in columns:
+        is_text = heading in ("Model", "Family", "Storage", "Stated", "Type", "Kind")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=heading == "Type")
+    for row in survey.rows:
+        if row.answer:
+            cells = _survey_cells(row, row.answer)
+            if not is_wide:
+                cells["Model"].append(_describe(row, row.answer), style="dim")
+                cells["Type"].append(f"\n{cells['Conf.']}", style="default")
+            table.add_row(*(cells[heading] for heading in columns))
+    legend = (
+        "Rank: of the gate deltas (up without a gate), over the greatest possible. Found: neurons in another expert"
+    )
+    legend += ", Parent: in the dense model." if "Parent" in columns else "."
+    blocks: list[Any] = [Text("MOE TYPE SURVEY", style="bold"), Text(_count_types(survey))]
+    if answers:
+        blocks += [table, Text(legend, style="dim")]
+    if failed := [row.error for row in survey.rows if row.error]:
+        errors = Table.grid(padding=(0, 2))
+        errors.add_column(justify="right", no_wrap=True)
+        errors.add_column(overflow="fold")
+        for error in failed:
+            said = f"{error.message} ({error.hint})" if error.hint else error.message
+            errors.add_row(Text(str(error.code), style="bold red"), Text(said))
+        blocks += [Text("\nFailed, with their exit codes", style="bold"), errors]
+    return Group(*blocks)
+
+
+def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, "Text"]:
+    from rich.text import Text
+
+    cells = {
+        "Model": answer.model + (f" @ {answer.revision[:12]}" if answer.revision else ""),
+        "Family": answer.family,
+        "Experts": str(answer.experts),
+        "Storage": answer.storage,
+        "Stated": row.stated or "",
+        "Type": answer.type,
+        "Conf.": "" if answer.type == "UNDETERMINED" else f"{answer.confidence:.0%}",
+        "Kind": answer.kind or "",
+        "Rank": whole_percent(answer.rank_ratio),
+        "Cosine": f"{answer.cosine:.3f}",
+        "Found": whole_percent(answer.kept),
+        "Parent": "" if answer.parent_kept is None else whole_percent(answer.parent_kept),
+        "Overlay": f"{answer.overlay_ratio:.1f}x",
+        "Pays": "yes" if answer.compressible else "no",
+        "Read": format_bytes(answer.cost.bytes_read),
+        "Time": f"{answer.cost.seconds:.1f} s",
+    }
+    return {key: Text(text, style=_STYLES[answer.type] if key == "Type" else "") for key, text in cells.items()}
+
+
+def _describe(row: SurveyRow, answer: SurveyAnswer) -> str:
+    """What 80 columns have no room for, in lines below the model's name."""
+    lines = [f"{answer.family}, {answer.experts} experts, {answer.storage}"]
+    lines += [f"stated {row.stated}"] if row.stated else []
+    lines += [answer.kind] if answer.kind else []
+    overlay = f"overlay {answer.overlay_ratio:.1f}x{' pays' if answer.compressible else ''}"
+    lines += [f"{overlay}; {format_bytes(answer.cost.bytes_read)} in {answer.cost.seconds:.1f} s"]
+    return "".join(f"\n{line}" for line in lines)
+
+
+def _count_types(survey: MoETypeSurvey) -> str:
+    """For instance "5 models: 3 UPCYCLED, 1 NATIVE, 1 failed"."""
+    found = [row.answer.type if row.answer else "failed" for row in survey.rows]
+    counts = (f"{found.count(what)} {what}" for what in [*_STYLES, "failed"] if what in found)
+    return f"{_count(len(found), 'model')}: {', '.join(counts)}"
+
+
+def render_survey_summary(survey: MoETypeSurvey) -> "RenderableType":
+    """A row a type: how many models, and from where to where their figures go."""
+    from rich.console import Group
+    from rich.text import Text
+
+    def span(values: Sequence[float], form: str, unit: str = "") -> str:
+        low, high = (form.format(round(value, 2) + 0.0) for value in (min(values), max(values)))  # no -0.00
+        return (low if low == high else f"{low} to {high}") + unit
+
+    rows = []
+    for origin in _STYLES:
+        if found := [row.answer for row in survey.rows if row.answer and row.answer.type == origin]:
+            rows.append(
+                [
+                    origin,
+                    str(len(found)),
+                    span([100 * answer.rank_ratio for answer in found], "{:.0f}", " %"),
+                    span([answer.cosine for answer in found], "{:.2f}"),
+                    span([100 * answer.kept for answer in found], "{:.0f}", " %"),
+                    span([answer.overlay_ratio for answer in found], "{:.1f}", "x"),
+                ]
+            )
+    table = _table(["Type", "Models", "Rank", "Cosine", "Found", "Overlay"], rows)
+    return Group(Text("\nBy type", style="bold"), table)
+
+
+def render_survey_plan(plan: MoESurveyPlan) -> "RenderableType":
+    """A row a model: what is stated of it, and the bytes of its experts."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column("Model", footer=f"{_count(len(plan.models), 'model')}", overflow="fold")
+    table.add_column("Stated")
+    table.add_column("One layer", footer=format_bytes(plan.layer_bytes), justify="right", no_wrap=True)
+    table.add_column("All layers", footer=format_bytes(plan.stored_bytes), justify="right", no_wrap=True)
+    for one in plan.models:
+        costs = (one.layer_bytes, one.stored_bytes)
+        figures = ("?" if cost is None else format_bytes(cost) for cost in costs)
+        table.add_row(Text(one.request.model), Text(one.stated or ""), *figures)
+    unknown = sum(one.layer_bytes is None for one in plan.models)
+    note = (
+        [Text(f"?: the list gives no shape for {_count(unknown, 'model')}; the sums are without.")] if unknown else []
+    )
+    return Group(Text("MOE SURVEY PLAN", style="bold"), Text("Bytes of the experts as stored"), table, *note)

@@ -1,7 +1,7 @@
 """Results in words: figures with their units, verdicts in a sentence."""
 
-from .classifier import LINEAGE
-from .reports import Cosine, MoETypeAnalysis, Projection
+from .classifier import LINEAGE, MEASURED, is_alike_in_place
+from .reports import Cosine, MoEQuickAnalysis, MoETypeAnalysis, Projection
 
 
 def percent(share: float) -> str:
@@ -56,12 +56,36 @@ def explain(analysis: MoETypeAnalysis) -> str:
     )
     match analysis.type:
         case "UPCYCLED":
+            cosine, permuted = (mean_over_layers(analysis, figure) for figure in ("cosine", "permuted_cosine"))
+            if close < LINEAGE.close_upcycled and is_alike_in_place([layer.lineage for layer in analysis.layers]):
+                evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
             return f"{evidence}: {analysis.kind}."
         case "NATIVE":
             return f"{evidence}: each expert has neurons of its own, or all of them were drawn anew."
     if chance > LINEAGE.chance:
         return f"{evidence}: the experts have too few neurons to judge by."
     return f"{evidence}: too many for independent experts, and too few for copies."
+
+
+def explain_quick(report: MoEQuickAnalysis) -> str:
+    """One sentence on why the quick verdict is what it is."""
+    neurons = sum(layer.neurons for layer in report.layers)
+    evidence = (
+        f"{percent(report.close)} of {neurons:,} neurons are found again, closely, in the parts that were read; of "
+        f"shuffled copies {percent(report.reach)} would be"
+    )
+    match report.type:
+        case "UPCYCLED":
+            return f"{evidence}: {report.kind}."
+        case "NATIVE":
+            return f"{evidence}: each expert has neurons of its own, or all of them were drawn anew."
+    return f"{evidence}: too few to tell."
+
+
+def explain_surer(report: MoEQuickAnalysis) -> str:
+    """What a full analysis of one layer would cost, and how much surer it would be."""
+    full = MEASURED[report.type] if report.type != "UNDETERMINED" else min(MEASURED["UPCYCLED"], MEASURED["NATIVE"])
+    return f"without --quick, one layer: {format_bytes(report.full_bytes)}, and {full:.0%} confidence"
 
 
 def explain_rule(analysis: MoETypeAnalysis) -> str:

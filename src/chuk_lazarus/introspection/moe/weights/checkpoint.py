@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ..errors import InvalidRequest, ModelUnreadable, UnknownFormat
 from . import gguf
 from .safetensors_header import parse_json_object, read_header
-from .source import QUANTIZATION_FILES, ByteSource, Progress, Range, Repository, list_parts
-from .tensor_info import DTYPES, MAX_HEADER, TensorInfo
+from .source import QUANTIZATION_FILES, ByteSource, Progress, Range, Repository, is_inside, list_parts
+from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_name
 
 __all__ = ["DTYPES", "INDEX", "QUANTIZATION_KEYS", "Checkpoint", "TensorInfo", "find_weight_files"]
 
@@ -188,8 +188,10 @@ class Checkpoint:
         files = self._json(INDEX).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ModelUnreadable(f"{INDEX} has no weight_map of names to files")
+        for name in files:
+            check_name(name, INDEX)
         for file in set(files.values()):
-            if file.startswith("/") or "\\" in file or ".." in file.split("/") or "\0" in file:
+            if not is_inside(file):
                 raise ModelUnreadable(f"{INDEX} names a file outside of the model: {file}", "do not trust this model")
             if not file.endswith(".safetensors"):
                 raise ModelUnreadable(f"{INDEX} names {file}, which is not a safetensors file")

@@ -5,7 +5,8 @@ never part of a matrix.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -35,6 +36,8 @@ from .source import Progress, Range, find_repository
 
 BIAS = "bias"
 MATRIX_WINDOW = 4_000_000  # weights of one expert decoded at a time
+MAX_EXPERTS = 4096  # of a layer: twice as many as any published; products of all pairs of them are taken
+MAX_SIDE = 2**17  # of a matrix: twice as long as any published; hundreds of rows are compared with all others
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 ACTIVATION_KEYS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "dense_act_fn")
 TOP_K_KEYS = (
@@ -183,7 +186,7 @@ class Experts:
         if has_feature(self.model_type, "swiglu_oai"):
             return "swiglu_oai"
         names += [usual_activation(self.model_type), self._match.layout.activation]
-        return next((name for name in names if isinstance(name, str)), "silu")
+        return printable(next((name for name in names if isinstance(name, str)), "silu"))
 
     @property
     def top_k(self) -> int:
@@ -352,6 +355,11 @@ class ExpertLayer:
         if sizes is None:
             listing = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
             raise _DoesNotFit(f"layer {self.number}: expert tensors {listing} do not fit layout {self.layout.name}")
+        if sizes["E"] > MAX_EXPERTS or max(sizes["I"], sizes["H"]) > MAX_SIDE:
+            raise UnknownFormat(
+                f"layer {self.number} has {sizes['E']} experts of {sizes['I']} x {sizes['H']}",
+                f"we read up to {MAX_EXPERTS} experts of up to {MAX_SIDE} x {MAX_SIDE}",
+            )
         for source, count in self.expected.items():
             if sizes["E"] != count:
                 raise ModelUnreadable(
@@ -440,10 +448,11 @@ class ExpertLayer:
         parts = (parts for experts in found.values() for parts in experts.values())
         return all(self._checkpoint.is_at_hand(name) for each in parts for name in each.values())
 
-    def prefetch(self, progress: Progress) -> None:
-        """Bring all the layer's experts near in few, long reads."""
-        spans = ((info.file, (info.start, info.stop)) for tensor in self.tensors for info in tensor.infos())
-        self._checkpoint.prefetch(spans, progress)
+    def prefetch(self, progress: Progress, ranges: Iterable[tuple[str, Range]] | None = None) -> None:
+        """Bring all the layer's experts, or the given byte ranges of files, near in few, long reads."""
+        if ranges is None:
+            ranges = ((info.file, (info.start, info.stop)) for tensor in self.tensors for info in tensor.infos())
+        self._checkpoint.prefetch(ranges, progress)
 
     def matrices(self, expert: int) -> dict[str, NDArray[np.float32]]:
         """All matrices of one expert by role, float32 in canonical form."""
@@ -460,9 +469,10 @@ class ExpertLayer:
         if weight is None or weight.shape != (self.count, self.sizes["H"]):
             return None
         correction = self.vectors(next(iter(self._beside("correction").values()), None))
-        return Router(
-            weight, self.vectors(parts.get("bias")), correction.reshape(-1) if correction is not None else None
-        )
+        bias, correction = (one if one is None else one.reshape(-1) for one in (self.vectors(parts.get("bias")), correction))
+        if any(one is not None and len(one) != self.count for one in (bias, correction)):
+            return None
+        return Router(weight, bias, correction)
 
     def norm(self) -> NDArray[np.float32] | None:
         """What the norm before the experts multiplies by, [hidden]; None where no such norm is known."""
@@ -479,7 +489,7 @@ class ExpertLayer:
         if name is None:
             return None
         info = self._checkpoint.info(name)
-        if info.dtype not in ("BF16", "F16", "F32", "F64") or not info.shape:
+        if info.dtype not in ("BF16", "F16", "F32", "F64") or not info.shape or not info.nbytes:
             return None
         return self._checkpoint.rows(info, 0, info.shape[0]).astype(np.float32)
 
@@ -604,11 +614,16 @@ class ExpertTensor:
     def biases(self, expert: int) -> dict[str, NDArray[np.float32]]:
         """The bias vectors of one expert by role: laid out along the stored outputs, gates and ups as in the matrix."""
         stacked = self.spec.axes.stacked
-        values = self.layer.vectors(self.parts[0 if stacked else expert].get(BIAS))
+        name = self.parts[0 if stacked else expert].get(BIAS)
+        values = self.layer.vectors(name)
         if values is None:
             return {}
-        values = values[expert] if stacked else values
         roles = self.spec.roles
+        length = sum(self.layer.shape(role)[0] for role in roles)
+        wanted = (self.layer.count, length) if stacked else (length,)
+        if values.shape != wanted:
+            raise ModelUnreadable(f"{name} is {list(values.shape)}, expected {list(wanted)}")
+        values = values[expert] if stacked else values
         if len(roles) == 1:
             return {roles[0]: values}
         turns = ("I", "2") in self.spec.axes.groups
@@ -639,6 +654,27 @@ class ExpertTensor:
         return np.concatenate(
             [read(infos, stored, rows, *own) for infos, own in zip(slices, ranges, strict=True) if own[0] < own[1]]
         )
+
+    def byte_ranges(self, expert: int, start: int, stop: int) -> Iterator[tuple[str, Range]]:
+        """The byte ranges, each with its file's name, that stored rows [start, stop) of an expert are read from."""
+        stacked = self.spec.axes.stacked
+        slices, stored = self._readable[0 if stacked else expert]
+        for infos in slices:
+            for info, low, high, leading in find_rows(infos, stored, self.rows, start, stop, expert if stacked else 0):
+                if len(slices) > 1 or high is None:
+                    yield info.file, (info.start, info.stop)
+                else:
+                    yield info.file, Checkpoint.row_range(info, low, high, leading)
+
+    def neurons(self, count: int) -> list[Range]:
+        """The stored rows that hold the first `count` neurons of an expert; where rows are no neurons, as many rows as
+        hold the same share of every neuron."""
+        rows, first, size = self.rows, self._groups[0], self.layer.sizes["I"]
+        if first == ("2", "I"):
+            return [(0, count), (size, size + count)]
+        if first == ("I", "2"):
+            return [(0, 2 * count)]
+        return [(0, -(-rows * count // size))]
 
     def _cut(self, values: NDArray[np.float32], start: int) -> Iterator[Piece]:
         """Cut stored rows, from `start` on, into the pieces of each role, in canonical orientation."""
@@ -715,19 +751,33 @@ def read_rows(
     index: int = 0,
 ) -> NDArray[np.float32]:
     """Decoded rows [start, stop) of matrix `index` of a stored tensor whose matrices have so many rows each."""
-    leading = len(stored.shape) - 2
     raw = {}
+    found = find_rows(infos, stored, rows, start, stop, index)
+    for (part, span), (info, low, high, leading) in zip(stored.rows_per_row.items(), found, strict=True):
+        if high is None:
+            raw[part] = checkpoint.whole(info)
+        else:
+            read = checkpoint.rows(info, low, high, leading)
+            raw[part] = read[0] if span is None else read
+    return stored.decode(raw, start, stop)
+
+
+def find_rows(
+    infos: Infos, stored: Stored, rows: int, start: int, stop: int, index: int
+) -> Iterator[tuple[TensorInfo, int, int | None, int]]:
+    """For each part of a stored tensor, where rows [start, stop) of matrix `index` lie in it: the first row, the one
+    after the last, with so many leading axes seen as one; None for all of the tensor."""
+    leading = len(stored.shape) - 2
     for part, span in stored.rows_per_row.items():
         info = infos[part]
         if span is None:
             own = leading and info.shape[:1] == stored.shape[:1]
-            raw[part] = checkpoint.rows(info, index, index + 1)[0] if own else checkpoint.whole(info)
+            yield (info, index, index + 1, 1) if own else (info, 0, None, 1)
             continue
         if not leading and rows < stored.shape[0] and rows % span:
             raise UnknownFormat(f"{info.name}: blocks of {span} rows reach over two experts")
         first = index * -(-rows // span)
-        raw[part] = checkpoint.rows(info, first + start // span, first + -(-stop // span), leading + 1)
-    return stored.decode(raw, start, stop)
+        yield info, int(first + start // span), int(first + -(-stop // span)), leading + 1
 
 
 def stored_rows(spec: StoredTensor, matrices: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -776,17 +826,17 @@ def _stack_config(config: dict[str, Any], root: str) -> tuple[dict[str, Any], bo
     return (_text_config(inner), True) if isinstance(inner, dict) else (_text_config(config), False)
 
 
-def _layer_config(config: dict[str, Any], number: int) -> dict[str, Any]:
+def _layer_config(config: dict[str, Any], number: int) -> Mapping[str, Any]:
     """The config with what it says about one layer."""
     by_layer = config.get("per_layer_config")
     own = by_layer.get(str(number)) if isinstance(by_layer, dict) else None
-    return {**config, **own} if isinstance(own, dict) else config
+    return ChainMap(own, config) if isinstance(own, dict) else config
 
 
 def _config_count(config: Mapping[str, Any]) -> int | None:
     """How many experts the config says there are."""
     for part in (config, config.get("ffn_config")):
-        if isinstance(part, dict):
+        if isinstance(part, Mapping):
             for key in EXPERT_COUNTS:
                 if type(count := part.get(key)) is int:
                     return count

@@ -13,12 +13,11 @@ from typing import Any
 
 from ..errors import ModelUnreadable, UnknownFormat
 from .source import ByteSource
-from .tensor_info import MAX_HEADER, TensorInfo, check_apart
+from .tensor_info import MAX_HEADER, MAX_NAME, TensorInfo, check_apart, check_name
 
 PIECE = 2**20  # read at once while the header goes on; the first time a quarter of it
 MAX_METADATA = 4096  # keys
 MAX_TENSORS = 200_000
-MAX_NAME = 1024  # bytes of a key, and of a name, which llama.cpp keeps below 64
 MAX_ITEMS = 1024  # longer arrays, such as a vocabulary, are passed over
 MAX_STRING = 65_535  # bytes; longer values are passed over
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
@@ -150,6 +149,7 @@ def _place(reader: "_Reader", entries: list[_Entry], data_start: int, alignment:
     following = dict(pairwise([*starts, size - data_start]))
     tensors: dict[str, TensorInfo] = {}
     for name, shape, number, offset in entries:
+        check_name(name, reader.file)
         if name in tensors:
             raise reader.broken(f"has {name} twice")
         if offset % alignment:

@@ -7,6 +7,7 @@ neither cache are fetched, a few at a time, and kept in the range cache.
 import contextlib
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -38,7 +39,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from ..errors import ModelUnreadable, MoEError
 from .range_cache import RangeCache, cache_folder, cache_limit, merge, write_whole
-from .source import ByteSource, LocalFile, Progress, Range, list_parts
+from .source import ByteSource, LocalFile, Progress, Range, is_inside, list_parts
 
 PARALLEL = 4
 CHUNK = 16 * 2**20  # bytes of one request, so of one cached range
@@ -49,6 +50,8 @@ RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait
 TIMEOUT = httpx2.Timeout(30.0)
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+
+COMMIT = r"[0-9a-zA-Z]{1,64}"  # the Hub's have 40 digits
 
 T = TypeVar("T")
 
@@ -161,7 +164,7 @@ class HubRepository:
         """The facts noted, {} when there are none."""
         try:
             facts = json.loads(self._note(kind, what).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, RecursionError, ValueError):
             return {}
         return facts if isinstance(facts, dict) else {}
 
@@ -195,7 +198,10 @@ class HubRepository:
     def _ask(self) -> tuple[str, frozenset[str]]:
         try:
             info = HfApi().model_info(self.name, revision=self._wanted_revision)
-            return str(info.sha), frozenset(sibling.rfilename for sibling in info.siblings or [])
+            if not re.fullmatch(COMMIT, str(info.sha)):
+                raise ValueError("no commit")
+            files = (str(sibling.rfilename) for sibling in info.siblings or [])
+            return str(info.sha), frozenset(filter(is_inside, files))
         except (HfHubHTTPError, HFValidationError, UnicodeEncodeError):
             raise
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -204,7 +210,9 @@ class HubRepository:
     def _resolve_offline(self) -> tuple[str, frozenset[str]] | None:
         note = self.recall("refs", self._wanted_revision)
         commit, listed = note.get("commit"), note.get("files")
-        noted = (commit, frozenset(map(str, listed))) if isinstance(commit, str) and isinstance(listed, list) else None
+        noted = None
+        if isinstance(commit, str) and re.fullmatch(COMMIT, commit) and isinstance(listed, list):
+            noted = commit, frozenset(filter(is_inside, map(str, listed)))
         known = ("config.json", "model.safetensors.index.json", "model.safetensors", self._wanted_file)
         for filename in filter(None, known):
             path = try_to_load_from_cache(self.name, filename, revision=self._wanted_revision)

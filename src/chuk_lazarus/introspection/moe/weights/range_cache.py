@@ -36,10 +36,14 @@ def cache_folder() -> Path:
 
 def cache_limit() -> int:
     """$LAZARUS_CACHE_LIMIT in bytes, such as 500MB or 20GB."""
-    text = os.environ.get("LAZARUS_CACHE_LIMIT") or DEFAULT_LIMIT
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    return parse_size(os.environ.get("LAZARUS_CACHE_LIMIT") or DEFAULT_LIMIT, "LAZARUS_CACHE_LIMIT")
+
+
+def parse_size(text: str, what: str) -> int:
+    """A number of bytes, written like 500MB or 20GB; raises InvalidRequest that names `what` it is."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if not match:
-        raise InvalidRequest(f"LAZARUS_CACHE_LIMIT is {text!r}, which is no size", "write it like 500MB or 20GB")
+        raise InvalidRequest(f"{what} is {text!r}, which is no size", "write it like 500MB or 20GB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

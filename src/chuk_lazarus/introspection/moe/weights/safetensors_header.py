@@ -4,15 +4,19 @@ These are row-major and little-endian (https://github.com/huggingface/safetensor
 """
 
 import json
+from collections import Counter
 from math import prod
 from typing import Any
 
 from ..errors import ModelUnreadable
 from .source import ByteSource
-from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_apart
+from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_apart, check_name
 
 PACKED = frozenset({"F4"})
 """Types whose elements share bytes."""
+
+MAX_AXES = 64  # as in numpy and torch
+MAX_DEPTH = 100  # of JSON, so that what is read can be written, which takes the stack more
 
 
 def read_header(file: str, source: ByteSource) -> dict[str, TensorInfo]:
@@ -31,17 +35,19 @@ def read_header(file: str, source: ByteSource) -> dict[str, TensorInfo]:
 
 
 def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data`; raises ModelUnreadable, naming `what`, for anything else, duplicate keys included."""
+    """The JSON object in `data`; raises ModelUnreadable, naming `what`, for anything else, duplicate keys and values
+    nested deeper than MAX_DEPTH included."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{name!r} is there twice")
         return result
 
     try:
         value = json.loads(data, object_pairs_hook=unique)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)[:200]
         raise ModelUnreadable(f"{what} is not valid JSON: {reason}", "download it again") from None
@@ -50,16 +56,30 @@ def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError for objects and lists within each other beyond MAX_DEPTH."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for each in inner for one in each if isinstance(one, dict | list)]
+        if not level:
+            return
+    raise RecursionError
+
+
 def parse_entries(entries: dict[str, Any], file: str, data_start: int, size: int) -> dict[str, TensorInfo]:
     """The tensors of a header, checked: offsets in the file, in keeping with the shapes, not overlapping."""
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
+        check_name(name, file)
         try:
             dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise ModelUnreadable(f"{file}: the header's entry for {name} lacks its dtype, shape or offsets") from None
         if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
             raise ModelUnreadable(f"{file}: the header's entry for {name} has a dtype, shape or offset that is none")
+        if len(shape) > MAX_AXES:
+            raise ModelUnreadable(f"{file}: {name} has {len(shape):,} axes; {MAX_AXES} is the limit")
         if not start <= stop <= size - data_start:
             raise ModelUnreadable(
                 f"{file}: {name} ends at byte {data_start + stop:,} and the file at {size:,}",

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +34,11 @@ def list_parts(file: str) -> list[str]:
     if not match or not 0 < int(match[2]) <= MAX_PARTS:
         return [file]
     return [f"{match[1]}-{number:05}-of-{match[2]}.gguf" for number in range(1, int(match[2]) + 1)]
+
+
+def is_inside(file: str) -> bool:
+    """Whether the name of a file, as others list it, is that of one in the model, or below it."""
+    return not (file.startswith("/") or "\\" in file or ".." in file.split("/")) and file.isprintable()
 
 
 class ByteSource(Protocol):
@@ -73,10 +79,13 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-            self.size = os.fstat(self._descriptor).st_size
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not keep us waiting
+            status = os.fstat(self._descriptor)
         except OSError as error:
             raise ModelUnreadable(f"{path}: {error.strerror}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelUnreadable(f"{path} is not a regular file")
+        self.size = status.st_size
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop); safe to call from several threads. Raises ModelUnreadable when the file ends
@@ -99,13 +108,18 @@ class LocalFile:
 
 
 class Folder:
-    """The files of a local folder, or a single file of it with its other parts and the configs beside it."""
+    """The files of a local folder, or a single file of it with its other parts and the configs beside it.
+
+    A folder may come from a stranger, with links in it. They are followed within the folder and into the blobs of a Hub
+    cache, whose snapshots are such links; weights may also be links to other weights, as people share large files.
+    """
 
     revision = None
     bytes_fetched = 0
 
     def __init__(self, path: Path) -> None:
         self.path = path if path.is_dir() else path.parent
+        self._named = path  # by the user, who may name what he likes
         try:
             names = {entry.name for entry in self.path.iterdir() if not entry.is_dir()}
         except OSError as error:
@@ -114,7 +128,20 @@ class Folder:
         self.files = frozenset(names if path.is_dir() else {path.name} | (names & beside))
 
     def open(self, filename: str) -> LocalFile:
-        return LocalFile(self.path / filename)
+        """Raises ModelUnreadable for what is no file, can't be read, or is a link that is not followed."""
+        path = self.path / filename
+        if path != self._named and path.is_symlink() and not self._is_followed(path):
+            raise ModelUnreadable(
+                f"{path} is a link out of the model's folder, to {os.path.realpath(path)}",
+                "put the file itself there if you trust the model",
+            )
+        return LocalFile(path)
+
+    def _is_followed(self, link: Path) -> bool:
+        target = Path(os.path.realpath(link))
+        is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        is_weights = link.suffix in (".safetensors", ".gguf") and link.suffix == target.suffix
+        return is_blob or is_weights or target.is_relative_to(os.path.realpath(self.path))
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
         """Nothing to do: the bytes are here."""

@@ -8,9 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import ModelUnreadable
+from ..errors import ModelUnreadable, UnknownFormat
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
+MAX_NAME = 1024  # characters of a tensor's name; the longest published ones have some 150
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -50,6 +51,17 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+
+def check_name(name: str, file: str) -> None:
+    """Raise UnknownFormat for a tensor's name that no model has: too long, or not printable.
+
+    Names are printed, matched with patterns and written into other files; this is where all of them come by.
+    """
+    if len(name) > MAX_NAME:
+        raise UnknownFormat(f"{file}: a tensor's name has {len(name):,} characters: {name}")
+    if not name.isprintable():
+        raise UnknownFormat(f"{file}: a tensor's name has characters that can't be printed: {name}")
 
 
 def check_apart(tensors: Iterable[TensorInfo], file: str) -> None:

@@ -12,7 +12,6 @@ is U8: an entry of `weight.nested_quant_map` F32 [256], times `weight.nested_abs
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -154,7 +153,7 @@ def _read_state(data: NDArray[Any], nested: bool) -> _State:
     for name, size in (("blocksize", block), *((("nested_blocksize", nested_block),) if nested else ())):
         if type(size) is not int or not 0 < size < 2**31:
             raise ModelUnreadable(f"its quant_state says that {name} is {str(size)[:100]}")
-    if type(offset) not in (int, float) or not math.isfinite(offset):
+    if type(offset) not in (int, float) or not abs(offset) <= float(np.finfo(np.float32).max):
         raise ModelUnreadable(f"its quant_state says that nested_offset is {str(offset)[:100]}")
     return _State(shape, block, nested_block, float(offset))
 

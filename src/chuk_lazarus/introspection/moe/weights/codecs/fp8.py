@@ -14,6 +14,7 @@ A block's size comes from the config: it can't be told from the shapes. Where a 
 decides. Scales are floats, or E8M0 exponents: as such, or as bytes where the config says `scale_fmt` ue8m0.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -84,7 +85,7 @@ def find_blocks(quantization: Mapping[str, Any]) -> tuple[set[str], list[Block]]
             kinds.add(strategy if strategy in ("channel", "tensor") else "unknown")
             continue
         if isinstance(structure, str):
-            structure = [int(size) for size in structure.split("x") if size.isdecimal()]
+            structure = [int(size) for size in structure.split("x") if re.fullmatch(r"\d{1,9}", size)]
         blocks.append(structure)
     algorithm = str(quantization.get("quant_algo")).lower()
     if algorithm.startswith("fp8_pb"):

@@ -143,8 +143,8 @@ def _zero_offset(quantization: Mapping[str, Any], is_awq_shape: bool) -> int | N
     """What the zero points lack, by the config; None when the tensors are not GPTQ's."""
     method = quantization.get("quant_method")
     if method in ("auto-round", "auto_round"):
-        packing = quantization.get("packing_format")
-        if isinstance(packing, str) and "awq" in packing:
+        packing = str(quantization.get("packing_format"))
+        if "awq" in packing:
             return None
         if packing not in AUTO_ROUND_FORMATS:
             raise UnknownFormat(f"AutoRound in packing_format {packing}")
@@ -156,7 +156,7 @@ def _zero_offset(quantization: Mapping[str, Any], is_awq_shape: bool) -> int | N
         raise UnknownFormat("GPTQ, and config.json has no quantization_config that says which kind", CONFIG_HINT)
     if method not in ("gptq", None):
         return None
-    named = "gptq" if named is None else named
+    named = "gptq" if named is None else str(named)
     if quantization.get("is_marlin_format") is True:
         named = "marlin"
     if named not in FORMATS:
@@ -177,7 +177,7 @@ def _find_bits(
         raise ModelUnreadable(f"not the shapes of GPTQ: {listing}")
     said = quantization.get("bits")
     varied = said is None or bool(quantization.get("dynamic") or quantization.get("extra_config"))
-    if said in fitting:
+    if isinstance(said, int | float) and said in fitting:
         bits = int(said)
     elif varied and len(fitting) == 1:
         bits = fitting.pop()

@@ -67,7 +67,7 @@ def _settings(quantization: Mapping[str, Any], parts: list[str]) -> tuple[str, i
     """The mode, the bits of an element and the columns of a group, by the config."""
     mode = quantization.get("mode", "affine")
     bits, group = quantization.get("bits"), quantization.get("group_size")
-    if mode in FLOAT_MODES:
+    if isinstance(mode, str) and mode in FLOAT_MODES:
         usual = FLOAT_MODES[mode]
         bits, group = usual[0] if bits is None else bits, usual[1] if group is None else group
         if (bits, group) != usual:

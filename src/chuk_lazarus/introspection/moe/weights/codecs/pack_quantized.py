@@ -199,12 +199,12 @@ def _group_size(columns: int, groups: int, quantization: Mapping[str, Any]) -> i
     described = _int_weights(quantization)
     if not described and columns % groups == 0:
         return columns // groups
-    said = {each.get("group_size") for each in described}
+    said = [each.get("group_size") for each in described]
     sizes = {size if type(size) is int and size > 0 else columns for size in said}
     fitting = [size for size in sizes if -(-columns // size) == groups]
     if len(fitting) == 1 or (fitting and groups == 1):
         return fitting[0]
     raise UnknownFormat(
-        f"{groups} scales for {columns} columns, and config.json says group_size {' or '.join(sorted(map(str, said)))}",
+        f"{groups} scales for {columns} columns, and config.json says group_size {' or '.join(sorted({*map(str, said)}))}",
         CONFIG_HINT,
     )

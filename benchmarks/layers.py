@@ -1,0 +1,103 @@
+"""MoE layers on disk, of random weights, in the shapes and the storage of published models."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+ITEM = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
+PIECE = 1 << 24  # numbers drawn at a time
+BLOCK = 128  # rows and columns that share a scale in FP8
+GROUP = 32  # inputs that share one in MXFP4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The experts of one MoE layer, three matrices each; `storage` is "bf16", "fp8" or "mxfp4"."""
+
+    storage: str
+    experts: int
+    intermediate: int
+    hidden: int
+
+    def smaller(self, divisor: int) -> "Shape":
+        """The sides of the matrices divided, to try a script out; scales still fit them."""
+        step = BLOCK if self.storage == "fp8" else GROUP
+        sides = (max(step, size // divisor // step * step) for size in (self.intermediate, self.hidden))
+        return replace(self, **dict(zip(("intermediate", "hidden"), sides, strict=True)))
+
+    @property
+    def weights(self) -> int:
+        return 3 * self.experts * self.intermediate * self.hidden
+
+
+OLMOE = Shape("bf16", 64, 1024, 2048)
+GPT_OSS = Shape("mxfp4", 32, 2880, 2880)
+DEEPSEEK_V3 = Shape("fp8", 256, 2048, 7168)
+
+Tensor = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape."""
+
+
+def write_model(folder: Path, shape: Shape, layers: int = 1, seed: int = 0) -> int:
+    """A checkpoint of such layers, in one file; returns the bytes of their experts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = [tensor for layer in range(layers) for tensor in _tensors(shape, layer)]
+    header: dict[str, Any] = {}
+    stop = 0
+    for name, dtype, sizes in tensors:
+        start, stop = stop, stop + ITEM[dtype] * prod(sizes)
+        header[name] = {"dtype": dtype, "shape": sizes, "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(seed)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, dtype, sizes in tensors:
+            for start in range(0, prod(sizes), PIECE):
+                file.write(_draw(rng, name, dtype, min(PIECE, prod(sizes) - start)))
+    (folder / "config.json").write_text(json.dumps(_config(shape, layers)))
+    return stop
+
+
+def _tensors(shape: Shape, layer: int) -> Iterator[Tensor]:
+    experts, rows, columns = shape.experts, shape.intermediate, shape.hidden
+    prefix = f"model.layers.{layer}.mlp.experts"
+    if shape.storage == "mxfp4":
+        for name, out, inner in (("gate_up_proj", 2 * rows, columns), ("down_proj", columns, rows)):
+            yield f"{prefix}.{name}_blocks", "U8", (experts, out, inner // GROUP, GROUP // 2)
+            yield f"{prefix}.{name}_scales", "U8", (experts, out, inner // GROUP)
+        return
+    for expert in range(experts):
+        for name, out, inner in (("gate", rows, columns), ("up", rows, columns), ("down", columns, rows)):
+            weight = f"{prefix}.{expert}.{name}_proj.weight"
+            yield weight, "BF16" if shape.storage == "bf16" else "F8_E4M3", (out, inner)
+            if shape.storage == "fp8":
+                yield f"{weight}_scale_inv", "F32", (-(-out // BLOCK), -(-inner // BLOCK))
+
+
+def _draw(rng: np.random.Generator, name: str, dtype: str, count: int) -> bytes:
+    if dtype == "BF16":
+        return (0.02 * rng.standard_normal(count, dtype=np.float32)).astype(ml_dtypes.bfloat16).tobytes()
+    if dtype == "F32":
+        return rng.uniform(1e-4, 2e-4, count).astype(np.float32).tobytes()
+    if dtype == "F8_E4M3":  # all codes but the two that are NaN, 0x7f and 0xff
+        codes = rng.integers(0, 254, count, np.uint8)
+        return (codes + (codes >= 0x7F)).tobytes()
+    # the scales of MXFP4 are exponents, with 127 for 1
+    return rng.integers(117, 121, count, np.uint8).tobytes() if name.endswith("_scales") else rng.bytes(count)
+
+
+def _config(shape: Shape, layers: int) -> dict[str, Any]:
+    if shape.storage == "mxfp4":
+        own = {"model_type": "gpt_oss", "num_local_experts": shape.experts}
+        return {**own, "num_hidden_layers": layers, "quantization_config": {"quant_method": "mxfp4"}}
+    if shape.storage == "fp8":
+        own = {"model_type": "deepseek_v3", "n_routed_experts": shape.experts}
+        fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+        return {**own, "num_hidden_layers": layers, "quantization_config": fp8}
+    return {"model_type": "olmoe", "num_experts": shape.experts, "num_hidden_layers": layers}
