@@ -248,7 +248,11 @@ def average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def ask_fine_tuning(trainer: Trainer, zoo: Path) -> Row:
     """1. Every family before, and after each run; the mean change over families."""
-    before = {seed: judge(zoo / f"{seed:02d}" / NATIVES[0]) for seed in TUNED}
+    before = {}
+    for seed in TUNED:
+        folder = zoo / f"{seed:02d}" / NATIVES[0]
+        model = load(folder, FAMILIES[seed])
+        before[seed] = {"loss": {text: round(validate(model, corpus(text)[1]), 4) for text in OTHER}, **judge(folder)}
     result: Row = {"before": {f"{seed:02d}": row for seed, row in before.items()}, "after": {}, "change": {}}
     for name, step in product(("mild", "hot", "own-hot"), (SHORT, DENSE)):
         rows = {seed: judge(trainer.out / f"{seed:02d}-{name}-{step}") for seed in TUNED}
