@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "spectra",
                 "sweep",
                 "weights.experts",
+                "weights.layouts",
                 "weights.range_cache",
                 "weights.source",
             )

@@ -164,6 +164,26 @@ def test_slices_are_found_in_the_other_copy_only(tmp_path: Path) -> None:
         assert NEURONS * (expert % 4) <= first <= last < NEURONS * (expert % 4 + 1)
 
 
+def test_shared_experts_count_as_a_parent(tmp_path: Path) -> None:
+    """As in an MoE whose dense layer became the shared expert, and, half of it redrawn, the routed ones."""
+    rng = np.random.default_rng(6)
+    whole = dense(rng)
+    tensors = {}
+    for role, matrix in whole.items():
+        routed = np.repeat(matrix, EXPERTS, axis=0)
+        routed[:, : NEURONS // 2] = rng.standard_normal(routed[:, : NEURONS // 2].shape)
+        named = {"shared_expert": matrix[0], **{f"experts.{e}": one for e, one in enumerate(routed)}}
+        for name, one in named.items():
+            key = f"model.layers.0.mlp.{name}.{role}_proj.weight"
+            tensors[key] = np.ascontiguousarray(one.T if role == "down" else one)
+    (tmp_path / "m").mkdir()
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    (tmp_path / "m/config.json").write_text('{"model_type": "qwen2_moe", "num_experts": 8}')
+    parent = MoETypeService.analyze(str(tmp_path / "m"), parent=str(tmp_path / "m")).layers[0].lineage.parent
+    assert parent
+    assert parent.kept == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_parent_that_is_none(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     model = write(tmp_path / "m", copies(rng))

@@ -359,6 +359,8 @@ def find_fields(data: bytes) -> list[tuple[str, int, int]]:
 
     def number(width: int) -> int:
         nonlocal at
+        if at + width > len(data):
+            raise ValueError("not a valid header")
         fields.append(("number", at, at + width))
         at += width
         return int.from_bytes(data[at - width : at], "little")

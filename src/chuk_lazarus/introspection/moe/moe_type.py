@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .classifier import THRESHOLDS, Origin, classify, is_alike_in_place, judge
-from .errors import InvalidRequest, NotMoE, naming, printable
+from .errors import InvalidRequest, NotMoE, UnknownFormat, naming, printable
 from .lineage import QUERIES, Evidence, find_groups, name_kind, weigh, weigh_parent
 from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .overlay import original_bytes, overlay_bytes
@@ -31,6 +31,7 @@ from .similarity import pairwise_cosines
 from .spectra import effective_rank, mean_rank, noise_rank, sample_decay
 from .sweep import Sweep, describe_state
 from .weights.experts import ExpertLayer, Experts
+from .weights.layouts import Kind
 from .weights.range_cache import parse_size
 from .weights.source import Progress, unwatched
 
@@ -199,9 +200,10 @@ def _analyze(
 
 
 def _open_parent(parent: str, layers: Sequence[ExpertLayer]) -> Experts:
-    """The dense model's feed-forwards; raises InvalidRequest where they can't be those of the MoE's parent."""
+    """The dense model's feed-forwards, or an MoE's shared experts, which may be what the dense layer has become; raises
+    InvalidRequest where they can't be those of the parent."""
     with naming(parent):
-        dense = Experts.open(parent, "dense")
+        dense = Experts.open(parent, "dense" if _has_dense(parent, layers) else "shared")
         for layer in layers:
             if layer.number not in dense.layers:
                 raise InvalidRequest(f"it has no dense layer {layer.number}", "choose layers that both models have")
@@ -211,6 +213,19 @@ def _open_parent(parent: str, layers: Sequence[ExpertLayer]) -> Experts:
             if dense.layer(layer.number).roles != layer.roles:
                 raise InvalidRequest("one of the two models has a gate, and the other none")
     return dense
+
+
+def _has_dense(parent: str, layers: Sequence[ExpertLayer]) -> bool:
+    """Whether the parent has dense feed-forwards where they are wanted, or at least no shared experts there."""
+    wanted = {layer.number for layer in layers}
+    found = {}
+    kinds: tuple[Kind, Kind] = ("dense", "shared")
+    for kind in kinds:
+        try:
+            found[kind] = wanted <= set(Experts.open(parent, kind).layers)
+        except UnknownFormat:
+            found[kind] = False
+    return found["dense"] or not found["shared"]
 
 
 def _documented(rank_ratio: float, cosine: float, origin: Origin) -> DocumentedRule:

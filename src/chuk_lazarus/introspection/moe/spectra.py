@@ -76,9 +76,10 @@ def noise_rank(shape: tuple[int, int], fraction: float) -> float:
 def sample_decay(spectrum: NDArray[np.float64], points: int = DECAY_POINTS) -> NDArray[np.float64]:
     """The singular values at evenly spaced ranks from the first to the last, over their root mean square; all zero for
     no energy."""
-    scale = sqrt(spectrum.mean())
+    finite = np.minimum(spectrum, np.finfo(np.float64).max)  # an energy may be more than float32 holds
+    shares = finite / (finite.max(initial=0.0) or 1.0)
     places = np.linspace(0, len(spectrum) - 1, min(points, len(spectrum))).round().astype(int)
-    return np.asarray(np.sqrt(spectrum[places]) / (scale or 1.0))
+    return np.asarray(np.sqrt(shares[places]) / (sqrt(shares.mean()) or 1.0))
 
 
 @cache
