@@ -373,13 +373,16 @@ def main() -> None:
     torch.set_num_threads(1)  # the matrices are tiny, and one thread always sums in the same order
     bench = Bench()
     file = HERE / "results.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rates_tried": {}, "models": {}}
-    results |= {
+    results: dict[str, Any] = {
         "seed": SEED,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
         "windows_per_step": zoo.BATCH,
         "peak_rate": FAMILY.rate,
+        "rates_tried": {},
+        "models": {},
     }
+    if file.exists():
+        results |= json.loads(file.read_text())
     for history, (name, rates) in TUNING.items():
         if history not in results["rates_tried"]:
             results["rates_tried"][history] = bench.try_rates(load(checkpoint(name, folder)), rates)

@@ -107,7 +107,7 @@ class Neurons(Protocol):
 
 # How often such a verdict was right on held-out models of known history: the lower ends of 95 % intervals
 # (experiments/02_training_history/results.json, "held_out"). Undetermined has no likelier origin.
-MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.91, "UNDETERMINED": 0.5}
+MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.93, "UNDETERMINED": 0.5}
 
 
 def judge(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> Verdict:
@@ -157,7 +157,7 @@ class QuickThresholds:
 QUICK = QuickThresholds()
 
 # As MEASURED, of verdicts from a quarter of the gates and ups ("quick" in the same file)
-QUICK_MEASURED: dict[Origin, float] = {"UPCYCLED": 0.96, "NATIVE": 0.91, "UNDETERMINED": 0.5}
+QUICK_MEASURED: dict[Origin, float] = {"UPCYCLED": 0.96, "NATIVE": 0.93, "UNDETERMINED": 0.5}
 
 
 def judge_quick(close: float, reach: float, neurons: int, thresholds: QuickThresholds = QUICK) -> Verdict:
