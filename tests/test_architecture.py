@@ -137,7 +137,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     f"{MOE}.overlay": ({f"{MOE}.lapack", f"{MOE}.spectra"}, {"numpy", "ml_dtypes"}),
     f"{MOE}.similarity": (set(), {"numpy"}),
-    f"{MOE}.spectra": ({f"{MOE}.lapack"}, {"numpy", "scipy"}),
+    f"{MOE}.products": (set(), {"numpy", "mlx"}),
+    f"{MOE}.spectra": ({f"{MOE}.lapack", f"{MOE}.products"}, {"numpy", "scipy"}),
     f"{MOE}.lapack": (set(), {"numpy", "scipy"}),
     f"{MOE}.weights.experts": (
         {f"{MOE}.errors"} | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "layouts", "source")},

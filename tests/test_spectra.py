@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from chuk_lazarus.introspection.moe import products
 from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues, symmetric_eigenvectors
+from chuk_lazarus.introspection.moe.products import gram_by_mlx
 from chuk_lazarus.introspection.moe.similarity import pairwise_cosines
 from chuk_lazarus.introspection.moe.spectra import (
     effective_rank,
     energy_spectrum,
+    is_close_call,
     noise_decay,
     noise_rank,
     sample_decay,
@@ -156,3 +159,46 @@ def test_the_decay_goes_from_the_largest_to_the_smallest_singular_value() -> Non
     assert found[0] == pytest.approx(9 / np.sqrt(np.mean(values**2)))
     assert found[-1] == pytest.approx(1 / np.sqrt(np.mean(values**2)))
     assert not sample_decay(np.zeros(10)).any()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (200, 300)])
+def test_products_by_mlx_are_those_by_blas(shape: tuple[int, int]) -> None:
+    """On MLX's CPU device; a GPU goes the same way."""
+    mx = pytest.importorskip("mlx.core")
+    rows = gaussian(shape)
+    np.testing.assert_allclose(gram_by_mlx(rows, mx.Device(mx.cpu, 0)), rows @ rows.T, rtol=1e-5, atol=1e-4)
+
+
+def test_spectra_through_mlx_have_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    mx = pytest.importorskip("mlx.core")
+    matrices = [gaussian((96, 160), seed) * np.linspace(1, 9, 160, dtype=np.float32) for seed in range(4)]
+    plain = [energy_spectrum(matrix) for matrix in matrices]
+    asked = []
+    monkeypatch.setattr(products, "gpu", lambda: asked.append(1) or mx.Device(mx.cpu, 0))
+    with ThreadPoolExecutor(4) as pool:
+        through = list(pool.map(energy_spectrum, matrices))
+    assert len(asked) >= 4
+    for one, other in zip(plain, through, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * one[0])
+        assert effective_rank(one, 0.95) == effective_rank(other, 0.95)
+
+
+def test_no_gpu_is_asked_for_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAZARUS_DEVICE", "cpu")
+    products.gpu.cache_clear()
+    assert products.gpu() is None
+    products.gpu.cache_clear()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e-7, -1e-7, 3e-7, -3e-7])
+def test_close_calls_are_decided_in_float64(offset: float) -> None:
+    """Energies planted so that the leading ten are 95 % of all, but for less than float32 can tell."""
+    rng = np.random.default_rng(5)
+    energies = np.concatenate([np.full(10, (0.95 + offset) / 10), np.full(30, (0.05 - offset) / 30)])
+    left, right = (np.linalg.qr(rng.standard_normal((n, 40)))[0] for n in (40, 80))
+    matrix = (left * np.sqrt(energies)) @ right.T
+    single = matrix.astype(np.float32)
+    exact = np.linalg.svd(single.astype(np.float64), compute_uv=False) ** 2
+    assert is_close_call(exact, 0.95)
+    assert effective_rank(energy_spectrum(single), 0.95) == effective_rank(exact, 0.95)
+    assert not is_close_call(exact, 0.9)

@@ -1,0 +1,49 @@
+"""The one seam to a GPU: the Gram product of rows, by BLAS on the CPU or by MLX on a GPU.
+
+MLX is asked on Apple Silicon, and elsewhere if LAZARUS_DEVICE is "gpu"; "cpu" keeps everything on the CPU, where BLAS is
+a hundred times faster than MLX.
+"""
+
+import os
+import platform
+from contextlib import suppress
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_one_at_a_time = Lock()  # threads share the GPU
+
+
+def gram(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The products of all pairs of rows, [n, n], in float32."""
+    device = gpu()
+    return rows @ rows.T if device is None else gram_by_mlx(rows, device)
+
+
+@cache
+def gpu() -> Any:
+    """MLX's GPU device; None where there is none, or it is not to be used."""
+    wanted = os.environ.get("LAZARUS_DEVICE", "")
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    if wanted == "gpu" or (apple and wanted != "cpu"):
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")  # ten bits of a product are too few for a rank
+        with suppress(ImportError, RuntimeError):
+            import mlx.core as mx
+
+            device = mx.Device(mx.gpu, 0)
+            with _one_at_a_time:  # a device that can't work says so here
+                mx.eval(mx.zeros((1,), stream=device))
+            return device
+    return None
+
+
+def gram_by_mlx(rows: NDArray[np.float32], device: Any) -> NDArray[np.float32]:
+    """As `gram`, on a device of MLX."""
+    import mlx.core as mx
+
+    with _one_at_a_time:
+        array = mx.array(rows)
+        return np.array(mx.matmul(array, array.T, stream=device))
