@@ -13,7 +13,8 @@ CODECS = ("awq", "bitsandbytes", "fp8", "gguf", "gptq", "mlx", "mxfp4", "mxfp8",
 
 # module -> what it may import: our own modules (below chuk_lazarus), then others beyond the standard library
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
-    "cli.app": ({"cli.moe_expert", "cli.output", MOE, ""}, {"typer"}),
+    "cli": ({"cli.app"}, set()),
+    "cli.app": ({"cli", "cli.moe_expert", "cli.output", MOE, ""}, {"typer"}),
     "cli.moe_expert": (
         {"cli.output", MOE, *(f"{MOE}.{name}" for name in ("page", "plots", "terminal_plots"))},
         {"typer"},
@@ -42,6 +43,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             f"{MOE}.{name}"
             for name in (
                 "classifier",
+                "cluster",
                 "errors",
                 "lineage",
                 "measure",
@@ -75,8 +77,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     f"{MOE}.moe_survey": (
-        {f"{MOE}.{name}" for name in ("errors", "moe_type", "reports", "wording", "weights.experts", "weights.source")},
+        {f"{MOE}.{name}" for name in ("cluster", "errors", "moe_type", "reports", "wording")}
+        | {f"{MOE}.weights.{name}" for name in ("experts", "source")},
         set(),
+    ),
+    f"{MOE}.cluster": (
+        {f"{MOE}.{name}" for name in ("errors", "measure", "weights.experts", "weights.source")},
+        {"dask", "distributed"},
     ),
     f"{MOE}.measure": (
         {f"{MOE}.{name}" for name in ("errors", "lineage", "spectra")}
@@ -118,7 +125,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"numpy"},
     ),
     f"{MOE}.fidelity": (
-        {f"{MOE}.{name}" for name in ("forward", "measure", "overlay", "spectra", "weights.experts", "weights.source")},
+        {f"{MOE}.{name}" for name in ("errors", "forward", "measure", "overlay", "spectra")}
+        | {f"{MOE}.weights.{name}" for name in ("experts", "source")},
         {"numpy"},
     ),
     f"{MOE}.forward": (set(), {"numpy", "scipy"}),
@@ -179,7 +187,7 @@ CODEC = (
     | {f"{MOE}.weights.codecs.{name}" for name in ("bits", "fp8", "gptq", "mxfp4", "small_floats")},
     {"numpy", "ml_dtypes"},
 )
-LATE = {"gguf", "huggingface_hub", "httpx2", "mlx", "mlx_lm", "matplotlib"}
+LATE = {"dask", "distributed", "gguf", "huggingface_hub", "httpx2", "mlx", "mlx_lm", "matplotlib"}
 
 
 def module_name(path: Path) -> str:

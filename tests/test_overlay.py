@@ -51,6 +51,32 @@ def test_planted_factors_are_recovered(shape: tuple[int, int], rank: int) -> Non
     assert relative_error(rebuild(base, factorise(planted, rank - 1)), base + planted) > 1e-3
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_factors_of_deltas_whose_energy_is_beyond_float32(shape: tuple[int, int], scale: float) -> None:
+    delta = gaussian(shape) * np.float32(scale)
+    singular = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
+    for rank in (0, 1, 5, 12):
+        factors = factorise(delta, rank)
+        rest = delta.astype(np.float64) - factors.left.astype(np.float64) @ factors.right
+        assert np.linalg.norm(rest) == pytest.approx(np.linalg.norm(singular[rank:]), abs=1e-5 * singular[0])
+
+
+@pytest.mark.parametrize(("rank", "orthonormal"), [(3, "left"), (5, "left")])
+def test_the_factor_on_the_short_side_is_orthonormal(rank: int, orthonormal: str) -> None:
+    wide, tall = factorise(gaussian((8, 15)), rank), factorise(gaussian((15, 8)), rank)
+    np.testing.assert_allclose(wide.left.T @ wide.left, np.eye(rank), atol=1e-5)
+    np.testing.assert_allclose(tall.right @ tall.right.T, np.eye(rank), atol=1e-5)
+
+
+def test_relative_errors_by_hand() -> None:
+    exact, zero = np.array([[3.0, 4.0]]), np.zeros((1, 2))
+    assert relative_error(np.array([[3.0, 3.0]]), exact) == pytest.approx(0.2)
+    assert relative_error(zero, exact) == 1.0
+    assert relative_error(exact, zero) == 1.0
+    assert relative_error(zero, zero) == 0.0
+
+
 @pytest.mark.parametrize("rank", [-1, 6])
 def test_impossible_ranks_are_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank}"):
@@ -114,6 +140,32 @@ def test_spread_rank_stops_as_soon_as_the_error_is_small_enough(
         assert left_out(choices, fewer) >= energy_left - 1e-9
 
 
+@pytest.mark.parametrize(
+    ("spectra", "costs", "limits", "ranks"),
+    [
+        # more energy per byte first, whatever the rank brings in all
+        ([[10.0], [5.0, 5.0]], [10, 1], {"budget": 10}, [0, 2]),
+        ([[10.0, 1.0], [3.0, 3.0]], [2, 1], {"budget": 3}, [1, 1]),
+        ([[8.0, 8.0], [3.0]], [1, 1], {"budget": 2}, [2, 0]),
+        # what does not fit leaves room for what does, and just fitting is fitting
+        ([[20.0], [1.0]], [10, 1], {"budget": 5}, [0, 1]),
+        ([[20.0], [1.0]], [10, 1], {"budget": 11}, [1, 1]),
+        # rank that brings nothing takes nothing
+        ([[2.0, 0.0], [0.0]], [1, 1], {"budget": 9}, [1, 0]),
+        ([[0.5, 0.25, 0.0]], [1], {}, [2]),
+        # as soon as what is left is as little as asked for
+        ([[2.0, 1.0]], [1], {"energy_left": 1.0}, [1]),
+        ([[2.0, 1.0]], [1], {"energy_left": 0.99}, [2]),
+        ([[2.0, 1.0]], [1], {"energy_left": 3.0}, [0]),
+    ],
+)
+def test_spread_rank_by_hand(
+    spectra: list[list[float]], costs: list[int], limits: dict[str, float], ranks: list[int]
+) -> None:
+    choices = {n: Choice(np.array(one), cost) for n, (one, cost) in enumerate(zip(spectra, costs, strict=True))}
+    assert spread_rank(choices, **limits) == dict(enumerate(ranks))
+
+
 def test_stored_numbers_are_bfloat16() -> None:
     array = gaussian((7, 9))
     np.testing.assert_array_equal(as_stored(array), array.astype(ml_dtypes.bfloat16).astype(np.float32))
@@ -137,6 +189,42 @@ def test_quantisation_takes_ragged_groups(columns: int) -> None:
     matrix = gaussian((5, columns))
     assert np.abs(round_to_bits(matrix, 8) - matrix).max() < 0.05
     np.testing.assert_allclose(round_to_bits(np.full((3, columns), 0.5, np.float32), 3), 0.5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_lies_on_the_levels_is_kept_exactly(bits: int) -> None:
+    """All levels of two groups of a row, each with a step and a least value of its own."""
+    levels = np.arange(2**bits, dtype=np.float32)
+    matrix = np.stack([np.concatenate([levels / 4 - 1, 3 - levels / 2]), np.concatenate([2 - levels, levels])])
+    np.testing.assert_array_equal(round_to_bits(matrix, bits, group=2**bits), matrix)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_group_has_more_levels_than_its_bits(bits: int) -> None:
+    """Least values that bfloat16 takes up or down put weights outside the levels."""
+    matrix = gaussian((40, 128)) + 100
+    found = round_to_bits(matrix, bits)
+    np.testing.assert_array_equal(found, round_to_bits(matrix, bits, group=64))
+    for row in found.reshape(-1, 64):
+        assert len(set(row.tolist())) <= 2**bits
+    part = matrix.reshape(-1, 64)
+    low = as_stored(part.min(axis=1, keepdims=True))
+    high = low + (2**bits - 1) * as_stored((part.max(axis=1, keepdims=True) - low) / (2**bits - 1))
+    assert (found.reshape(-1, 64) >= low).all()
+    assert (found.reshape(-1, 64) <= high * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "expected"),
+    [
+        ((3, 5), 3, 3 * (2 + 4)),  # 15 bits, and one group
+        ((3, 65), 4, 3 * (33 + 8)),
+        ((2, 128), 8, 2 * (128 + 8)),
+        ((1, 16), 1, 2 + 4),
+    ],
+)
+def test_quantised_bytes_by_hand(shape: tuple[int, int], bits: int, expected: int) -> None:
+    assert quantised_bytes(shape, bits) == expected
 
 
 def test_rank_zero_costs_the_base_alone() -> None:

@@ -1,6 +1,7 @@
 """Verdicts from a part of the experts: what is read, what it says, and what it costs."""
 
 import json
+from math import floor
 from pathlib import Path
 
 import ml_dtypes
@@ -87,7 +88,14 @@ def test_no_more_is_read_than_the_budget_allows(large: str, budget: int | str) -
 @pytest.mark.parametrize("layers", [None, "1", "0,3"])
 def test_reach_is_what_is_found_of_shuffled_copies(large: str, layers: str | None) -> None:
     report = MoETypeService.quick(large, layers=layers, budget=900_000)
-    assert 0.5 < report.reach
+    assert report.reach > 0.5
+    for layer in report.layers:
+        assert layer.reach == pytest.approx(1 - (1 - layer.part) ** 15)  # in one of 15 other experts
+        assert report.weight_bytes / len(report.layers) == 16 * 2 * HIDDEN * 2 * round(layer.part * NEURONS)
+    looked = sum(layer.neurons for layer in report.layers)
+    for figure in ("reach", "close"):
+        mean = sum(getattr(layer, figure) * layer.neurons for layer in report.layers) / looked
+        assert getattr(report, figure) == pytest.approx(mean)
     assert report.close == pytest.approx(report.reach, abs=0.06)
 
 
@@ -138,10 +146,30 @@ def test_trained_models_of_known_history(name: str, origin: str) -> None:
         (0.0, 1.0, 100, "UNDETERMINED"),
         (0.02, 0.1, 1000, "UPCYCLED"),
         (0.02, 1.0, 100, "UNDETERMINED"),  # two neurons
+        (4 / 256, 0.5, 256, "UPCYCLED"),  # four
+        (3 / 256, 0.5, 256, "UNDETERMINED"),
+        (0.006, 0.1, 1000, "UPCYCLED"),
+        (0.004, 0.1, 1000, "UNDETERMINED"),
+        (0.0, 0.25, 256, "NATIVE"),
+        (0.0, 0.2499, 256, "UNDETERMINED"),
+        (0.0, 0.25, 255, "UNDETERMINED"),
+        (0.0025, 0.25, 4096, "UNDETERMINED"),
+        (0.005, 0.25, 4096, "UPCYCLED"),
+        (0.02, 1.0, 4096, "UPCYCLED"),
+        (0.01, 1.0, 4096, "UNDETERMINED"),
     ],
 )
 def test_the_quick_rule(close: float, reach: float, neurons: int, origin: str) -> None:
     assert judge_quick(close, reach, neurons).origin == origin
+
+
+def test_confidence_is_the_measured_rate() -> None:
+    """The lower ends of intervals for the held-out models, rounded down."""
+    folder = Path(__file__).parents[1] / "experiments/02_training_history"
+    held_out = json.loads((folder / "results.json").read_text())["held_out"]["quick"]["0.25"]
+    for figures, key in (((0.9, 1.0, 1000), "called_upcycled"), ((0.0, 1.0, 1000), "called_native")):
+        assert judge_quick(*figures).confidence == floor(100 * held_out[key][2][0]) / 100
+    assert judge_quick(0.0, 0.1, 1000).confidence == 0.5
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], large: str) -> None:

@@ -1,12 +1,15 @@
 """Energy spectra and ranks against full SVDs, planted ranks, and the Marchenko-Pastur law against sampled matrices."""
 
 from concurrent.futures import ThreadPoolExecutor
+from math import sqrt
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.integrate import quad
+from scipy.optimize import brentq
 
 from chuk_lazarus.introspection.moe import products
 from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues, symmetric_eigenvectors
@@ -16,9 +19,11 @@ from chuk_lazarus.introspection.moe.spectra import (
     effective_rank,
     energy_spectrum,
     is_close_call,
+    mean_rank,
     noise_decay,
     noise_rank,
     sample_decay,
+    total_energy,
 )
 
 SHAPES = [(48, 96), (96, 48), (64, 64), (1, 40), (40, 1), (1, 1)]
@@ -59,6 +64,49 @@ def test_planted_rank_is_found(rank: int) -> None:
     left, _ = np.linalg.qr(rng.standard_normal((80, rank)))
     right, _ = np.linalg.qr(rng.standard_normal((120, rank)))
     assert effective_rank(energy_spectrum((left @ right.T).astype(np.float32)), 0.999) == rank
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-14, 1e-10, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (1, 5)])
+def test_energies_beyond_float32(shape: tuple[int, int], scale: float) -> None:
+    """Their squares, or the sums of these, vanish or overflow in float32."""
+    matrix = gaussian(shape) * np.float32(scale)
+    expected = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    found = energy_spectrum(matrix)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * expected.sum(), rtol=0)
+    assert effective_rank(found, 0.95) == effective_rank(expected, 0.95)
+    assert total_energy(matrix) == pytest.approx(expected.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_energy_is_negative(seed: int) -> None:
+    """Of a matrix of low rank, where rounding takes eigenvalues to both sides of zero."""
+    left, right = gaussian((40, 2), seed), gaussian((2, 60), seed + 1)
+    for scale in (1e-20, 1.0):  # by either solver
+        found = energy_spectrum((left @ right) * np.float32(scale))
+        assert found.min() >= 0
+        assert (np.diff(found) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "fraction", "rank"),
+    [
+        ([6.0, 3.0, 1.0], 0.6, 1),
+        ([6.0, 3.0, 1.0], 0.61, 2),
+        ([6.0, 3.0, 1.0], 0.9, 2),
+        ([6.0, 3.0, 1.0], 0.91, 3),
+        ([6.0, 3.0, 1.0], 1.0, 3),
+        ([0.6, 0.3, 0.1], 1.0, 3),
+        ([6e-9, 3e-9, 1e-9], 0.9, 2),
+        ([6.0, 3.0, 1.0, 0.0, 0.0], 1.0, 3),
+    ],
+)
+def test_rank_by_hand(spectrum: list[float], fraction: float, rank: int) -> None:
+    assert effective_rank(np.array(spectrum), fraction) == rank
+
+
+def test_mean_rank_by_hand() -> None:
+    assert mean_rank([np.array([6.0, 3.0, 1.0]), np.array([10.0, 0.0, 0.0])], 0.9) == 1.5
 
 
 def test_no_energy_has_rank_zero() -> None:
@@ -103,6 +151,7 @@ def test_noise_rank_is_that_of_a_sampled_matrix(shape: tuple[int, int], fraction
 
 def test_noise_rank_of_a_vector_is_one() -> None:
     assert noise_rank((1, 500), 0.95) == 1.0
+    assert noise_rank((0, 500), 0.95) == 0.0
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -114,6 +163,16 @@ def test_cosines_equal_the_definition(scale: float) -> None:
         for j in range(i + 1, 6)
     ]
     np.testing.assert_allclose(pairwise_cosines(vectors.astype(np.float64) @ vectors.T), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_cosine_is_beyond_one(sign: int) -> None:
+    """Rounding takes those of parallel vectors a little further."""
+    for one in gaussian((50, 7)).astype(np.float64):
+        vectors = np.stack([one, sign * one * 3.3])
+        found = pairwise_cosines(vectors @ vectors.T)
+        assert found == pytest.approx(sign)
+        assert abs(found[0]) <= 1
 
 
 def test_a_zero_vector_has_cosine_zero() -> None:
@@ -151,6 +210,41 @@ def test_the_decay_of_noise_is_that_of_a_gaussian_matrix(shape: tuple[int, int])
     rng = np.random.default_rng(3)
     drawn = [sample_decay(energy_spectrum(rng.standard_normal(shape).astype(np.float32))) for _ in range(5)]
     assert np.mean(drawn, axis=0) == pytest.approx(np.array(noise_decay(shape)), abs=0.03)
+
+
+@pytest.mark.parametrize(("shape", "points"), [((200, 400), 65), ((300, 300), 65), ((120, 400), 7), ((5, 9), 65)])
+def test_the_decay_of_noise_is_that_of_the_marchenko_pastur_law(shape: tuple[int, int], points: int) -> None:
+    """By the density of the law, in place of the angles in which the code has it."""
+    small, large = shape
+    ratio = small / large
+    low, high = (1 - sqrt(ratio)) ** 2, (1 + sqrt(ratio)) ** 2
+
+    def share_above(value: float) -> float:
+        def density(x: float) -> float:
+            return sqrt(max(0.0, (high - x) * (x - low))) / (2 * np.pi * ratio * x)
+
+        return float(quad(density, value, high, limit=200)[0])
+
+    found = noise_decay(shape, points)
+    ranks = np.linspace(0, small - 1, min(points, small)).round()
+    assert len(found) == len(ranks)
+    for rank, value in list(zip(ranks, found, strict=True))[:: max(1, len(ranks) // 6)]:
+        share = (rank + 0.5) / small  # the middle of a step
+        exact = brentq(lambda x, share=share: share_above(x) - share, max(low, 1e-9), high)
+        assert value == pytest.approx(sqrt(exact), abs=1e-3)
+
+
+def test_decays_have_as_many_points_as_asked_for_or_as_there_are_ranks() -> None:
+    spectrum = np.linspace(9.0, 1.0, 200)
+    assert len(sample_decay(spectrum)) == len(noise_decay((200, 300))) == 65
+    np.testing.assert_allclose(sample_decay(spectrum, 3), np.sqrt(spectrum[[0, 100, 199]] / spectrum.mean()))
+    assert len(sample_decay(spectrum[:5])) == len(noise_decay((5, 300))) == 5
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-9, 1e60, 1e307])
+def test_the_decay_has_no_scale(scale: float) -> None:
+    spectrum = np.linspace(9.0, 1.0, 200)
+    np.testing.assert_allclose(sample_decay(spectrum * scale), sample_decay(spectrum), rtol=1e-9)
 
 
 def test_the_decay_goes_from_the_largest_to_the_smallest_singular_value() -> None:
@@ -201,4 +295,24 @@ def test_close_calls_are_decided_in_float64(offset: float) -> None:
     exact = np.linalg.svd(single.astype(np.float64), compute_uv=False) ** 2
     assert is_close_call(exact, 0.95)
     assert effective_rank(energy_spectrum(single), 0.95) == effective_rank(exact, 0.95)
+    np.testing.assert_allclose(energy_spectrum(single), exact, rtol=1e-10)
     assert not is_close_call(exact, 0.9)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize(
+    ("spectrum", "close"),
+    [
+        ([95.0, 5.0], True),
+        ([50.0, 45.0, 5.0], True),
+        ([95.0, 3.0, 2.0], True),
+        ([95.00005, 4.99995], True),
+        ([95.0002, 4.9998], False),
+        ([50.0, 44.0, 6.0], False),
+        ([100.0], False),
+        ([0.0, 0.0], False),
+    ],
+)
+def test_which_calls_are_close(spectrum: list[float], close: bool, scale: float) -> None:
+    """Within a millionth of the whole, at whatever rank and scale."""
+    assert is_close_call(np.array(spectrum) * scale, 0.95) == close

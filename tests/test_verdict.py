@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chuk_lazarus.introspection.moe.classifier import classify
+from chuk_lazarus.introspection.moe.classifier import Thresholds, classify
 from chuk_lazarus.introspection.moe.overlay import original_bytes, overlay_bytes
 
 GPT_OSS = dict.fromkeys(("gate", "up", "down"), (2880, 2880))
@@ -19,6 +19,12 @@ OLMOE = {"gate": (1024, 2048), "up": (1024, 2048), "down": (2048, 1024)}
         (0.000, 0.418, "UPCYCLED", 1.00),
         (0.554, 0.981, "UNDETERMINED", 0.50),
         (0.300, 0.100, "UNDETERMINED", 0.00),
+        (0.480, 0.050, "UNDETERMINED", 0.55),
+        (0.450, 0.025, "NATIVE", 0.625),
+        (0.175, 0.205, "UPCYCLED", 0.60),
+        (0.100, 0.160, "UPCYCLED", 0.60),
+        (0.050, 0.175, "UPCYCLED", 0.75),
+        (0.900, -0.500, "NATIVE", 1.00),
     ],
 )
 def test_documented_verdicts(rank_ratio: float, cosine: float, origin: str, confidence: float) -> None:
@@ -51,6 +57,14 @@ def test_the_published_ratio_without_its_base() -> None:
 
 def test_four_olmoe_layers_are_3072_mebibytes() -> None:
     assert 4 * original_bytes(OLMOE, 64) == 3072 * 2**20
+
+
+@pytest.mark.parametrize(("decided", "origin"), [(0.75, "NATIVE"), (0.7500001, "UNDETERMINED")])
+def test_a_confidence_of_just_enough_decides(decided: float, origin: str) -> None:
+    """With thresholds that float arithmetic meets exactly."""
+    thresholds = Thresholds(rank_ratio_between=0.25, rank_ratio_span=0.5, decided=decided)
+    verdict = classify(0.5, 0.0, thresholds)
+    assert (verdict.origin, verdict.confidence) == (origin, 0.75)
 
 
 @given(st.floats(0, 1), st.floats(-1, 1))

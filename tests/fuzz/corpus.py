@@ -16,6 +16,7 @@ from typing import Any, Literal
 import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 import encoders_float
 import encoders_packed
@@ -114,22 +115,29 @@ def fixture_files(name: str) -> Files:
     return {file: data for file, data in read_folder(FIXTURES / name).items() if file.endswith(wanted)}
 
 
-def encoded_files(name: str) -> Files:
-    """One layer of two experts, under Mixtral's names, in a storage format."""
+def encoded_files(name: str, stacked: bool = False) -> Files:
+    """One layer of two experts in a storage format, a tensor for each expert or for both."""
     rng = np.random.default_rng(0)
     header: dict[str, Any] = {}
     body, quantization = b"", {}
-    for expert, (weight, shape) in product(range(2), {"w1": (32, 64), "w3": (32, 64), "w2": (64, 32)}.items()):
-        encoded = ENCODERS[name][0](rng.standard_normal(shape).astype(np.float32), rng)
-        quantization = encoded.quantization
-        for part, (dtype, array) in encoded.parts.items():
-            start, body = len(body), body + array.tobytes()
-            columns = [array.shape[-1] * (2 if dtype == "F4" else 1)] if array.shape else []
-            header[f"model.layers.0.block_sparse_moe.experts.{expert}.{weight}.{part}"] = {
-                "dtype": dtype,
-                "shape": [*array.shape[:-1], *columns],
-                "data_offsets": [start, len(body)],
-            }
+
+    def add(name: str, dtype: str, array: NDArray[Any]) -> None:
+        nonlocal body
+        start, body = len(body), body + array.tobytes()
+        columns = [array.shape[-1] * (2 if dtype == "F4" else 1)] if array.shape else []
+        shape = [*array.shape[:-1], *columns]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, len(body)]}
+
+    for role, weight, shape in (("gate", "w1", (32, 64)), ("up", "w3", (32, 64)), ("down", "w2", (64, 32))):
+        matrices = rng.standard_normal((2, *shape)).astype(np.float32)
+        # an encoder draws how it stores a matrix: for both in the same way
+        both = [ENCODERS[name][0](matrix, np.random.default_rng(0)) for matrix in matrices]
+        quantization = both[0].quantization
+        for part, (dtype, array) in both[0].parts.items():
+            if stacked:
+                add(f"model.layers.0.mlp.switch_mlp.{role}_proj.{part}", dtype, np.stack([array, both[1].parts[part][1]]))
+            for expert, encoded in enumerate(both if not stacked else ()):
+                add(f"model.layers.0.block_sparse_moe.experts.{expert}.{weight}.{part}", *encoded.parts[part])
     key = "quantization" if name.startswith("mlx") else "quantization_config"
     config = {"model_type": "mixtral", "num_hidden_layers": 1, "num_local_experts": 2, key: quantization}
     return {"model.safetensors": join_safetensors(header, body), "config.json": json.dumps(config).encode()}
@@ -173,6 +181,8 @@ def model_seeds(scratch: Path) -> Iterator[Seed]:
             yield Seed(name, "index", files)
     for name in ENCODERS:
         yield Seed(name, "codec", encoded_files(name))
+        if not name.startswith("bnb"):  # which has no stacks
+            yield Seed(f"{name}, stacked", "codec", encoded_files(name, stacked=True))
     for kind in GGUF_TYPES:
         yield Seed(kind, "gguf", gguf_files(kind, scratch / kind))
     yield Seed("Q8_0 in parts", "gguf", gguf_files("Q8_0", scratch / "parts", 4))

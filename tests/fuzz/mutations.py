@@ -206,7 +206,7 @@ def change_tree(random: Random, tree: Any) -> None:
         case _ if type(value) is int and random.random() < 0.7:
             holder[key] = random.choice((value + 1, value - 1, value * 2, value // 2, -value, *random.sample(NUMBERS, 3)))
         case _:
-            holder[key] = odd_value(random)
+            holder[key] = copy.deepcopy(odd_value(random))
 
 
 def change_config(random: Random, config: Any) -> None:
@@ -217,7 +217,7 @@ def change_config(random: Random, config: Any) -> None:
     holder = random.choice(objects[:20])
     known = QUANTIZATION if holder is not config or random.random() < 0.2 else CONFIG
     key = random.choice(list(known))
-    holder[key] = copy.deepcopy(random.choice(known[key])) if random.random() < 0.6 else odd_value(random)
+    holder[key] = copy.deepcopy(random.choice(known[key])) if random.random() < 0.6 else copy.deepcopy(odd_value(random))
 
 
 def edit_json(random: Random, data: bytes, *changes: Callable[[Random, Any], None]) -> bytes:
@@ -263,6 +263,11 @@ def change_tensor(random: Random, header: dict[str, Any], body: bytearray) -> No
     name = random.choice([name for name in header if name != "__metadata__"])
     entry = header[name]
     shape, dtype, (start, stop) = entry["shape"], entry["dtype"], entry["data_offsets"]
+    if "quant_state" in name and random.random() < 0.8:  # bitsandbytes keeps JSON in a tensor
+        text = edit_json(random, bytes(body[start:stop]), change_tree)
+        header[name] = {**entry, "shape": [len(text)], "data_offsets": [len(body), len(body) + len(text)]}
+        body.extend(text)
+        return
     match random.randrange(11):
         case 0:
             shape.reverse()

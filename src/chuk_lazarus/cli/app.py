@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import moe_expert
+from . import INTERRUPTED, main, moe_expert
 from .moe_expert import EXAMPLE
 from .output import print_error
 
@@ -41,11 +41,6 @@ def root(
     """Take the options that come before any command."""
 
 
-def main() -> None:
-    """Run the command line and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
     """Run the command line; returns the exit code.
 
@@ -62,7 +57,7 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         return _end_usage(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = INTERRUPTED
     except SystemExit as error:
         # typer turns a reader that has gone, such as `head`, into a failure
         if not isinstance(error.__context__, BrokenPipeError):
@@ -77,8 +72,8 @@ def run(arguments: list[str]) -> int:
             raise
         print_error(error.exit_code, error.message, error.hint, as_json)
         return error.exit_code
-    if code == 130:
-        print_error(130, "interrupted", "", as_json)
+    if code == INTERRUPTED:
+        print_error(code, "interrupted", "", as_json)
     return int(code)
 
 

@@ -85,12 +85,21 @@ Memory = Annotated[
         show_default=False,
     ),
 ]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="ADDRESS",
+        help="Let the workers of this dask.distributed scheduler do it, such as tcp://host:8786.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no hints.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: the cost, and the ranks of single experts.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what it cost.")]
 
 
 # What says where a result goes, and how.
-WHERE_TO = {"html", "plot", "visualize", "memory", "as_json", "output", "quiet", "verbose"}
+WHERE_TO = {"html", "plot", "visualize", "memory", "dask", "as_json", "output", "quiet", "verbose"}
 
 GateRank = Annotated[int | None, typer.Option("--gate-rank", min=0, help="The rank of the gate deltas.")]
 UpRank = Annotated[int | None, typer.Option("--up-rank", min=0, help="The rank of the up deltas.")]
@@ -165,10 +174,13 @@ def analyze(
         bool, typer.Option("--visualize", help="Draw the first layer's decay curves and cosines in the terminal.")
     ] = False,
     memory: Memory = None,
+    dask: Dask = None,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
-    verbose: Verbose = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say more: the cost, and the ranks of single experts.")
+    ] = False,
 ) -> None:
     """Tell how an MoE was trained: upcycled from a dense model, or natively.
 
@@ -181,18 +193,21 @@ def analyze(
       lazarus introspect moe-expert moe-type-analyze -m deepseek-ai/DeepSeek-V3 --quick
       lazarus introspect moe-expert moe-type-analyze -m ./my-model --experts all --json -o results.json
       lazarus introspect moe-expert moe-type-analyze -m demo:upcycled --layers all --html page.html --plot figure.pdf
+      lazarus introspect moe-expert moe-type-analyze -m deepseek-ai/DeepSeek-V3 --layers all --dask tcp://head:8786
     """
     from chuk_lazarus.introspection.moe import MoETypeService, page, plots
     from chuk_lazarus.introspection.moe.terminal_plots import LayerDrawing
 
     if quick:
-        if parent or thorough or layer is not None or html or plot or visualize:
+        if parent or thorough or layer is not None or html or plot or visualize or dask:
             raise typer.BadParameter("it goes with --layers and --budget only", param_hint="--quick")
         with progress_bar(quiet) as progress:
             found = MoETypeService.quick(model, layers=layers, budget=budget, progress=progress)
         show(found, as_json, output)
         hint_cost(found.cost, verbose)
         return
+    if memory and dask:
+        raise typer.BadParameter("each worker keeps to the limit it was started with", param_hint="--memory")
     with progress_bar(quiet) as progress:
         report = MoETypeService.analyze(
             model,
@@ -202,6 +217,7 @@ def analyze(
             variance=parse_shares(variance),
             parent=parent,
             thorough=thorough,
+            dask=dask,
             progress=progress,
         )
     if html:
@@ -525,6 +541,7 @@ def survey(
     layers: Layers = None,
     experts: ExpertCount = "8",
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="How many models to analyse side by side.")] = 1,
+    dask: Dask = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -567,9 +584,9 @@ def survey(
             layers=layers,
             experts=parse_experts(experts),
             jobs=jobs,
+            dask=dask,
             file=output,
-            # to the bars, what stands in brackets is markup
-            progress=progress and (lambda what, done, total: progress(what.replace("[", "("), done, total)),
+            progress=progress,
             finished=(lambda row: print_hint(row.describe())) if verbose else None,
         )
     show(report, as_json, None, [report.summary()] if verbose else [])
@@ -588,12 +605,13 @@ def command_line(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def limit_memory(context: typer.Context, size: str | None) -> None:
+def limit_memory(context: typer.Context, size: str | None) -> str | None:
     """Keep to a limit while the command runs."""
     if size:
         from chuk_lazarus.introspection.moe import memory_limit
 
         context.with_resource(memory_limit(size))
+    return size
 
 
 def hint_cost(cost: "Cost", verbose: bool, prefix: str = "") -> None:

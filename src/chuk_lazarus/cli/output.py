@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,14 @@ import typer
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+DAY = 24 * 3600  # seconds
+
 
 def check_writable(path: Path | None) -> Path | None:
-    """Refuse a place for results that can't be written, before the work that they would cost."""
+    """Refuse a place for results that can't be written, before the work that they would cost.
+
+    Temporary files that a killed run has left there a day ago or earlier are deleted.
+    """
     if path is not None:
         place = Path(os.path.realpath(path))
         try:
@@ -30,7 +37,15 @@ def check_writable(path: Path | None) -> Path | None:
             problem = str(error.strerror)
         if problem:
             raise typer.BadParameter(f"can't write {str(path)!r}: {problem}")
+        _clear_left(place.parent)
     return path
+
+
+def _clear_left(folder: Path) -> None:
+    for left in folder.glob(".lazarus-" + "[a-z0-9_]" * 8):
+        with suppress(OSError):
+            if left.stat().st_mtime < time.time() - DAY:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def check_drawable(path: Path | None) -> Path | None:
@@ -124,7 +139,7 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     tasks: dict[str, TaskID] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
 
         def report(what: str, done: int, total: int) -> None:

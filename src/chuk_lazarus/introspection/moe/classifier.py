@@ -157,7 +157,7 @@ class QuickThresholds:
 QUICK = QuickThresholds()
 
 # As MEASURED, of verdicts from a quarter of the gates and ups ("quick" in the same file)
-QUICK_MEASURED: dict[Origin, float] = {"UPCYCLED": 0.96, "NATIVE": 0.93, "UNDETERMINED": 0.5}
+QUICK_MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.93, "UNDETERMINED": 0.5}
 
 
 def judge_quick(close: float, reach: float, neurons: int, thresholds: QuickThresholds = QUICK) -> Verdict:

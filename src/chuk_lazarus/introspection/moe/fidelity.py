@@ -8,8 +8,9 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import ModelUnreadable
 from .forward import route, run_expert
-from .measure import Counter, RoleMeasure, mean_experts, worker_threads
+from .measure import Counter, RoleMeasure, mean_experts, subtract_base, worker_threads
 from .overlay import (
     BYTES_PER_NUMBER,
     Choice,
@@ -109,10 +110,18 @@ def check_layer(
         exact, biases = layer.matrices(expert), layer.biases(expert)
         rebuilt = {}
         for role, matrix in exact.items():
-            factors = factorise(matrix - stored[role], ranks[role])
+            delta = matrix.copy()
+            subtract_base(layer.number, role, delta, stored[role])
+            factors = factorise(delta, ranks[role])
             rebuilt[role] = rebuild(stored[role], Factors(as_stored(factors.left), as_stored(factors.right)))
         weights = {role: relative_error(rebuilt[role], matrix) for role, matrix in exact.items()}
-        wanted, got = (run_expert(inputs.x, matrices, biases, activation) for matrices in (exact, rebuilt))
+        with np.errstate(over="ignore", invalid="ignore"):
+            wanted, got = (run_expert(inputs.x, matrices, biases, activation) for matrices in (exact, rebuilt))
+        if not (np.isfinite(wanted).all() and np.isfinite(got).all()):
+            raise ModelUnreadable(
+                f"layer {layer.number}, expert {expert}: its outputs are too large for float32",
+                "it can't be verified",
+            )
         rounding = {}
         for bits in COMPARED:
             rounded = {role: round_to_bits(matrix, bits) for role, matrix in exact.items()}
@@ -172,7 +181,7 @@ def compare_alternatives(
 
     with worker_threads(layer, matrices=8) as pool:
         probes = list(pool.map(probe, chosen))
-    energy = sum(found for _, _, found in probes)
+    energy = sum(found for _, _, found in probes) or 1.0  # of all zeros nothing is lost
     scale = layer.count / len(chosen)
     overlays = overlay_choices(measures, layer.count)
     svds = {

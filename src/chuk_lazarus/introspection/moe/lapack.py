@@ -36,7 +36,8 @@ def symmetric_eigenvectors(matrix: Array) -> tuple[Array, Array]:
 def _solve(matrix: Array, job: bytes, floats: int, integers: int) -> tuple[Array, Array]:
     """LAPACK's `ssyevd` with so much room to work in; it overwrites its input with the eigenvectors, for job V."""
     order = len(matrix)
-    result, values = np.array(matrix, np.float32, order="F"), np.empty(order, np.float32)
+    # LAPACK goes by columns, and the rows of a symmetric matrix are its columns: a copy as it lies is the quickest
+    result, values = np.array(matrix.T, np.float32, order="F"), np.empty(order, np.float32)
     work, integer_work, info = np.empty(floats, np.float32), np.empty(integers, np.int32), ctypes.c_int()
     size, work_size, integer_size = (ctypes.byref(ctypes.c_int(n)) for n in (order, floats, integers))
     _ssyevd()(

@@ -43,12 +43,13 @@ class Nearest:
 class Evidence:
     """What the matches of `queries` neurons with the other experts say.
 
-    `kept` is the share of neurons that all roles find again, as one and the same neuron, in some other expert, and
-    `close` that for which the mean cosine over the roles is then at least CLOSE; `chance` the share to be expected if
-    the roles' matches had nothing to do with each other, given how often each neuron is found at all (so that neurons
-    near to everything prove nothing), and `p_value` the probability of so many or more by that chance. `spread` is in
-    how large a share of the other experts a kept neuron is found, `in_place` how many of these matches have the
-    neuron's own position. `pairs` [experts, experts] is the share of one expert's neurons that are found in the other.
+    `kept` is the share of neurons that all roles find again, as one and the same neuron, in some other expert (a neuron
+    of zeros is found nowhere), and `close` that for which the mean cosine over the roles is then at least CLOSE;
+    `chance` the share to be expected if the roles' matches had nothing to do with each other, given how often each
+    neuron is found at all (so that neurons near to everything prove nothing), and `p_value` the probability of so many
+    or more by that chance. `spread` is in how large a share of the other experts a kept neuron is found, `in_place` how
+    many of these matches have the neuron's own position. `pairs` [experts, experts] is the share of one expert's
+    neurons that are found in the other.
 
     `cosine` is the mean over roles and other experts of the cosine with the neuron at the same position,
     `permuted_cosine` what to expect of it if each expert's neurons were shuffled, and `cosine_p_value` the probability
@@ -87,11 +88,11 @@ def find_nearest(queries: Array, positions: NDArray[np.intp], neurons: Array) ->
     """For queries [n, d] from `positions` [n] of their experts, the nearest of `neurons` [m, d]; arrays are [n, 1].
 
     Cosines are taken after the mean direction of the queries is subtracted: what all neurons share would make them
-    alike. Lengths do not matter.
+    alike. Lengths do not matter. A neuron of zeros, as from padding or pruning, has no direction: its cosines are 0.
     """
     asked, pool = _unit(queries), _unit(neurons)
-    center = asked.mean(axis=0)
-    cosines = _unit(asked - center) @ _unit(pool - center).T
+    center = asked.sum(axis=0) / max(1, np.count_nonzero(asked.any(axis=1)))
+    cosines = _centered(asked, center) @ _centered(pool, center).T
     found = cosines.argmax(axis=1)[:, None]
     in_place = np.take_along_axis(cosines, np.minimum(positions, len(neurons) - 1)[:, None], axis=1)
     mean, deviation = cosines.mean(axis=1, keepdims=True), cosines.std(axis=1, keepdims=True)
@@ -114,16 +115,16 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
     found = np.stack([nearest.neuron for nearest in roles.values()])  # [roles, queries, experts]
     queries, experts = found.shape[1:]
     others = np.arange(experts) != own[:, None]
-    same = (found == found[0]).all(axis=0) & others
+    near = np.all([nearest.cosine > 0 for nearest in roles.values()], axis=0)  # zeros are near to nothing
+    same = (found == found[0]).all(axis=0) & near & others
     kept = same.any(axis=1)
     close = same & (np.mean([nearest.cosine for nearest in roles.values()], axis=0) >= CLOSE)
     chances = np.zeros((experts, experts))
     for one in range(experts):
-        mine = found[:, own == one]
+        mine = own == one
         for other in range(experts):
             if other != one:
-                shares = [np.bincount(role[:, other], minlength=neurons) / len(role) for role in mine]
-                chances[one, other] = np.prod(shares, axis=0).sum()
+                chances[one, other] = _chance(found[:, mine, other], near[mine, other], neurons)
     chance = float(np.mean(1.0 - np.prod(1.0 - chances, axis=1)))
     pairs = np.stack([same[own == one].mean(axis=0) for one in range(experts)])
 
@@ -203,9 +204,9 @@ def weigh_parent(
     """The evidence of all roles' matches with one dense feed-forward that has so many neurons."""
     found = np.stack([nearest.neuron[:, 0] for nearest in roles.values()])
     cosines = np.stack([nearest.cosine[:, 0] for nearest in roles.values()])
-    same = (found == found[0]).all(axis=0)
-    shares = [np.bincount(role, minlength=neurons) / len(role) for role in found]
-    chance = float(np.prod(shares, axis=0).sum())
+    near = np.all([nearest.cosine[:, 0] > 0 for nearest in roles.values()], axis=0)
+    same = (found == found[0]).all(axis=0) & near
+    chance = _chance(found, near, neurons)
     experts = range(int(own.max()) + 1)
     mine = [found[0][same & (own == expert)] for expert in experts]
     return ParentEvidence(
@@ -218,6 +219,20 @@ def weigh_parent(
         np.array([same[own == expert].mean() for expert in experts]),
         np.array([[one.min(), one.max()] if one.size else [-1, -1] for one in mine]),
     )
+
+
+def _chance(found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> float:
+    """The probability that roles [roles, queries] which know nothing of each other find the same one of so many
+    neurons, by how often each finds it; 1, so that nothing is proved, where nothing is near."""
+    if not near.any():
+        return 1.0
+    shares = [np.bincount(role[near], minlength=neurons) / near.sum() for role in found]
+    return float(np.prod(shares, axis=0).sum())
+
+
+def _centered(rows: Array, center: Array) -> Array:
+    """Directions of unit rows as seen from the center; zeros stay zeros."""
+    return _unit(np.where(rows.any(axis=1, keepdims=True), rows - center, np.float32(0)))
 
 
 def _unit(rows: Array) -> Array:

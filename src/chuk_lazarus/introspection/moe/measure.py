@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from threading import Lock
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from .weights.source import Progress
 WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
 LEAST_MEMORY = 256_000_000  # bytes; the libraries alone take half of it
 _memory: ContextVar[int] = ContextVar("memory", default=2_000_000_000)
+_threads: ContextVar[int | None] = ContextVar("threads", default=None)
 
 
 @contextmanager
@@ -46,9 +48,23 @@ def memory_limit(size: int | str | None) -> Iterator[None]:
         _memory.reset(token)
 
 
+@contextmanager
+def thread_limit(count: int) -> Iterator[None]:
+    """Within this context, work on layers takes `count` threads; a thread per core outside of it."""
+    token = _threads.set(count)
+    try:
+        yield
+    finally:
+        _threads.reset(token)
+
+
 def window_weights() -> int:
-    """Weights of all experts that are decoded at a time, by all threads together: 6.4 % of the memory."""
-    return _memory.get() * 16 // 1000
+    """Weights of all experts that are decoded at a time, by all threads together: 2.8 % of the memory.
+
+    Larger windows were slower: what a thread decodes is memory that glibc keeps only up to 32 MB, beyond which the
+    kernel clears it anew for every window.
+    """
+    return _memory.get() * 7 // 1000
 
 
 def kept_weights() -> int:
@@ -169,6 +185,16 @@ def mean_experts(tensor: ExpertTensor, pool: ThreadPoolExecutor) -> dict[str, ND
     return sums
 
 
+def subtract_base(layer: int, role: str, matrix: NDArray[np.float32], base: NDArray[np.float32]) -> None:
+    """Make an expert's matrix its delta, in place; raises ModelUnreadable where float32 can't hold it."""
+    with np.errstate(over="ignore"):
+        matrix -= base
+    if not np.isfinite(matrix).all():
+        raise ModelUnreadable(
+            f"layer {layer}: a {role} projection holds numbers too large for float32", "the checkpoint is broken"
+        )
+
+
 class _FirstPass:
     """Base and Gram matrix of the roles in one stored tensor, gathered window by window."""
 
@@ -222,7 +248,11 @@ class _FirstPass:
         the queries are found in the expert."""
         matrices = self._kept.pop(expert, None) or self.tensor.matrices(expert)
         found = {role: self.find(role, matrix) for role, matrix in matrices.items()} if self.positions.size else {}
-        return {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}, found
+        spectra = {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}
+        for role, (_, share) in spectra.items():
+            if not np.isfinite(share):
+                self._refuse_numbers(expert, role)
+        return spectra, found
 
     def find(self, role: str, matrix: NDArray[np.float32]) -> Nearest:
         """Where the queries are found in a matrix of the role."""
@@ -239,10 +269,12 @@ class _FirstPass:
             values = as_neurons(piece.role, piece.values[expert])
             self._queries[piece.role][place, held, inputs.start : inputs.stop] = values[wanted[held] - neurons.start]
 
-    def _refuse(self, piece: Piece) -> None:
-        expert = int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2))))
+    def _refuse(self, piece: Piece) -> NoReturn:
+        self._refuse_numbers(int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
+
+    def _refuse_numbers(self, expert: int, role: str) -> NoReturn:
         raise ModelUnreadable(
-            f"layer {self.layer.number}, expert {expert}: the {piece.role} projection holds NaN, infinity or numbers "
+            f"layer {self.layer.number}, expert {expert}: the {role} projection holds NaN, infinity or numbers "
             "too large for float32",
             "the checkpoint is broken",
         )
@@ -256,10 +288,13 @@ def _matrix(layer: ExpertLayer, role: str, expert: int) -> NDArray[np.float32]:
 def _delta_spectrum(matrix: NDArray[np.float32], base: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
     """The energy spectrum of `matrix - base` and its share of the matrix's energy; overwrites the matrix."""
     energy = total_energy(matrix)
-    matrix -= base
+    with np.errstate(over="ignore"):  # for the caller to refuse
+        matrix -= base
     share = total_energy(matrix) / energy if energy > 0 else 0.0
     if share < ROUNDING:
         return np.zeros(min(matrix.shape)), 0.0
+    if share == np.inf:
+        return np.zeros(min(matrix.shape)), share
     return energy_spectrum(matrix), share
 
 
@@ -280,7 +315,7 @@ class Counter:
 
 @contextmanager
 def worker_threads(layer: ExpertLayer | None = None, matrices: int = 2) -> Iterator[ThreadPoolExecutor]:
-    """A thread per core, each with a BLAS of one thread; fewer where `matrices` for each would take too much room.
+    """As many threads as `cores`, each with a BLAS of one thread; fewer where `matrices` for each took too much room.
 
     Experts side by side beat one BLAS call on all cores as soon as another program wants a core.
     """
@@ -294,5 +329,7 @@ def worker_threads(layer: ExpertLayer | None = None, matrices: int = 2) -> Itera
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """How many cores work on layers may use: those of this process, or what `thread_limit` says."""
+    if count := _threads.get():
+        return count
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

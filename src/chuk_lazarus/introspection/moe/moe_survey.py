@@ -1,7 +1,7 @@
 """How were all these MoEs trained? `MoESurveyService` asks it of many models, and keeps every answer as it comes.
 
-Each model is analysed in a process of its own: one that is too large for the memory, or that crashes, costs its own
-answer only, and an interrupted survey ends at once.
+Each model is analysed in a process of its own, or by a worker on another machine: one that is too large for the memory,
+or that crashes, costs its own answer only, and an interrupted survey ends at once.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
+from .cluster import Cluster, Task, connect, locate
 from .errors import InvalidRequest, MoEError, printable
 from .moe_type import DEFAULT_EXPERTS, MoETypeService
 from .reports import (
@@ -61,6 +62,7 @@ class MoESurveyService:
         layers: Sequence[int] | str | None = None,
         experts: int | None = DEFAULT_EXPERTS,
         jobs: int = 1,
+        dask: str | None = None,
         file: str | Path | None = None,
         progress: Progress | None = None,
         finished: Finished | None = None,
@@ -69,17 +71,20 @@ class MoESurveyService:
 
         `models` are models as for `MoETypeService.analyze`, requests, or lists: names of .txt files with a model a
         line, or of .toml files with a [[model]] table each. `layer`, `layers` and `experts` hold for every model whose
-        list does not say otherwise. `jobs` models are analysed side by side. `file` gets each row, as a line of JSON,
-        when it is there; a model for which it already has an answer to the same request is not analysed again.
-        `progress` is told (what, done, total), and `finished` each new row. Raises InvalidRequest for a list, an option
-        or a file that can't be used.
+        list does not say otherwise. `jobs` models are analysed side by side, or as many as the dask.distributed
+        scheduler at the address `dask` has workers. `file` gets each row, as a line of JSON, when it is there; a model
+        for which it already has an answer to the same request is not analysed again. `progress` is told (what, done,
+        total), and `finished` each new row. Raises InvalidRequest for a list, an option or a file that can't be used,
+        and ClusterUnusable for a scheduler.
         """
         if jobs < 1:
             raise InvalidRequest("the number of jobs must be at least 1")
+        if jobs > 1 and dask:
+            raise InvalidRequest("both jobs and dask are given", "give one of the two")
         entries = _read_entries(models, _spell_layers(layer, layers), experts)
         rows: dict[SurveyRequest, SurveyRow] = _take_up(Path(file)) if file else {}
         due = [entry for entry in entries if not ((row := rows.get(entry.shown)) and row.answer)]
-        with _open(Path(file) if file else None) as lines:
+        with connect(dask) as cluster, _open(Path(file) if file else None) as lines:
 
             def finish(row: SurveyRow) -> None:
                 if rows.get(row.request) != row:  # a failure that has not changed need not be said again
@@ -88,7 +93,10 @@ class MoESurveyService:
                 if finished:
                     finished(row)
 
-            _analyze_apart(due, jobs, progress, finish)
+            if cluster:
+                _analyze_on(cluster, due, progress, finish)
+            else:
+                _analyze_apart(due, jobs, progress, finish)
         return MoETypeSurvey(
             rows=tuple(rows[entry.shown].model_copy(update={"stated": entry.stated}) for entry in entries)
         )
@@ -310,6 +318,36 @@ def _analyze_apart(entries: Sequence[Entry], jobs: int, progress: Progress | Non
         pool.shutdown()
 
 
+def _analyze_on(cluster: Cluster, entries: Sequence[Entry], progress: Progress | None, finish: Finished) -> None:
+    """Let the workers analyse the models, and hand over each row as it comes."""
+    tasks = []
+    for entry in entries:
+        model, parent = locate(entry.request.model), entry.request.parent and locate(entry.request.parent)
+        there = entry.request.model_copy(update={"model": model.name, "parent": parent and parent.name})
+        tasks.append(Task(entry.shown.model, analyze_there, (there,), (model, *([parent] if parent else []))))
+
+    def watch(place: int, what: str, done: int, total: int) -> None:
+        if progress:
+            progress(f"{place + 1}/{len(entries)} {entries[place].shown.model}: {what}", done, total)
+
+    for place, found in cluster.run(tasks, watch if progress else None):
+        entry = entries[place]
+        if isinstance(found, MoEError):
+            found = _failed(entry.shown, found)
+        answer = found.answer and found.answer.model_copy(update={"model": entry.shown.model})
+        finish(found.model_copy(update={"request": entry.shown, "stated": entry.stated, "answer": answer}))
+
+
+def analyze_there(request: SurveyRequest, progress: Progress) -> SurveyRow:
+    """The row of a model whose place is that on this machine, a worker."""
+    return _analyze(Entry(request), progress)
+
+
+def _failed(request: SurveyRequest, error: MoEError) -> SurveyRow:
+    said = SurveyError(code=error.exit_code, message=error.message, hint=error.hint)
+    return SurveyRow(request=request, stated=None, answer=None, error=said)
+
+
 def _fallen(request: SurveyRequest, code: int) -> SurveyRow:
     """The row of a model whose process has ended without one."""
     how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
@@ -362,7 +400,7 @@ def _analyze(entry: Entry, progress: Progress | None) -> SurveyRow:
             )
         )
     except MoEError as known:
-        error = SurveyError(code=known.exit_code, message=known.message, hint=known.hint)
+        return _failed(entry.shown, known)
     except Exception as unknown:
         said = printable(f"{entry.shown.model}: {type(unknown).__name__}: {unknown}")
         error = SurveyError(code=1, message=said, hint="please report it")

@@ -1,14 +1,16 @@
 """How was this MoE trained? `MoETypeService` measures layers and gives the verdict."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .classifier import THRESHOLDS, Origin, classify, is_alike_in_place, judge
-from .errors import InvalidRequest, NotMoE, UnknownFormat, naming, printable
+from .cluster import Cluster, Task, connect, locate
+from .errors import InvalidRequest, MoEError, NotMoE, UnknownFormat, naming, printable
 from .lineage import QUERIES, Evidence, find_groups, name_kind, weigh, weigh_parent
 from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .overlay import original_bytes, overlay_bytes
@@ -59,6 +61,7 @@ class MoETypeService:
         variance: Sequence[float] = VARIANCE,
         parent: str | None = None,
         thorough: bool = False,
+        dask: str | None = None,
         progress: Progress | None = None,
     ) -> MoETypeAnalysis:
         """Analyse one model.
@@ -68,16 +71,18 @@ class MoETypeService:
         the first MoE layer. `experts` says of how many the spectra are taken and the neurons matched (two at least),
         None for all; base and cosines always use all. `variance` are the shares of energy whose ranks are reported,
         0.95 always among them. `parent` names a dense model whose neurons are looked for, too.
-        `thorough` matches all neurons of all experts, and so holds one role of the whole layer in memory. `progress`
-        is told (what, done, total) as work goes on. An interrupted analysis of several layers goes on, when it is asked
-        for again, after the last finished one. Raises a child of MoEError.
+        `thorough` matches all neurons of all experts, and so holds one role of the whole layer in memory. `dask` is the
+        address of a dask.distributed scheduler ("tcp://host:8786"), whose workers then take a layer at a time; the cost
+        is the sum of theirs. `progress` is told (what, done, total) as work goes on. An interrupted analysis of several
+        layers goes on, when it is asked for again, with those that were not finished. Raises a child of MoEError.
         """
         shares = check_variance(variance)
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
-        with naming(model):
-            wanted, queries = (None, None) if thorough else (experts and max(2, experts), QUERIES)
-            return _analyze(model, layer, layers, wanted, shares, parent, queries, progress or unwatched)
+        wanted, queries = (None, None) if thorough else (experts and max(2, experts), QUERIES)
+        sample = Sample(wanted, queries, shares)
+        with connect(dask) as cluster, naming(model):
+            return _analyze(model, layer, layers, sample, parent, progress or unwatched, cluster)
 
     @staticmethod
     def quick(
@@ -129,15 +134,24 @@ def check_variance(shares: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({*shares, 0.95}))
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Of how many experts the spectra are taken, how many neurons are matched (None for all), and at which shares of
+    energy ranks are reported."""
+
+    experts: int | None
+    queries: int | None
+    variance: tuple[float, ...]
+
+
 def _analyze(
     model: str,
     layer: int | None,
     layers: Sequence[int] | str | None,
-    experts: int | None,
-    variance: Sequence[float],
+    sample: Sample,
     parent: str | None,
-    queries: int | None,
     progress: Progress,
+    cluster: Cluster | None,
 ) -> MoETypeAnalysis:
     started = time.perf_counter()
     opened = Experts.open(model)
@@ -147,29 +161,47 @@ def _analyze(
             raise NotMoE(f"layer {one.number} has a single expert: there is nothing to compare it with")
     dense = _open_parent(parent, analysed) if parent else None
     origin = describe_state(dense.checkpoint) if dense else None
-    job = ["analyze", model, experts, variance, queries, origin]
+    job = ["analyze", model, sample.experts, sample.variance, sample.queries, origin]
     sweep = Sweep(opened.checkpoint, job, analysed, progress)
-    results = []
-    for one, after in zip(analysed, [*analysed[1:], *analysed[:1]], strict=True):
-        unrelated = after if after is not one and after.roles == one.roles else None
+    neighbours = {
+        one.number: after if after is not one and after.roles == one.roles else None
+        for one, after in zip(analysed, [*analysed[1:], *analysed[:1]], strict=True)
+    }
+    costs: list[Cost] = []
 
-        def find(watched: Progress, one: ExpertLayer = one, unrelated: ExpertLayer | None = unrelated) -> LayerAnalysis:
-            own = dense.layer(one.number) if dense else None
-            others = [(layer, 0) for layer in (unrelated, own) if layer]
-            measures = measure_layer(one, evenly_spaced(one.count, experts), watched, queries, others)
-            return _analyze_layer(one, measures, unrelated is not None, own, variance)
+    def find(due: Sequence[ExpertLayer], watched: Sequence[Progress]) -> Iterator[tuple[int, LayerAnalysis]]:
+        if not cluster:
+            for place, one in enumerate(due):
+                own = dense.layer(one.number) if dense else None
+                yield place, _analyze_layer(one, neighbours[one.number], own, sample, watched[place])
+            costs.append(_cost_since(started, opened))
+            return
+        places = [locate(model, opened.checkpoint.repository.revision)]
+        if parent and dense:
+            places.append(locate(parent, dense.checkpoint.repository.revision))
+        tasks = []
+        for one in due:
+            after = neighbours[one.number]
+            which = (one.number, after and after.number)
+            asked = ([place.name for place in places], dense and dense.kind, *which, sample)
+            tasks.append(Task(f"layer {one.number}", analyze_apart, asked, tuple(places)))
+        costs.append(_cost_since(started, opened))
+        for place, found in cluster.run(tasks, lambda place, what, done, total: watched[place](what, done, total)):
+            if isinstance(found, MoEError):
+                raise found
+            costs.append(found[1])
+            yield place, found[0]
 
-        results.append(sweep.layer(one, find, LayerAnalysis.model_dump_json, LayerAnalysis.model_validate_json))
+    results = sweep.layers(analysed, find, LayerAnalysis.model_dump_json, LayerAnalysis.model_validate_json)
     sweep.end()
     rank_projection, rank_ratio, cosine = _headline(results)
     verdict = judge([layer.lineage for layer in results])
     kinds = [layer.kind for layer in results if layer.kind]
     original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
     stored = sum(one.stored_bytes for one in analysed)
-    repository = opened.checkpoint.repository
     return MoETypeAnalysis(
         model=printable(model),
-        revision=repository.revision,
+        revision=opened.checkpoint.repository.revision,
         family=opened.family,
         model_type=opened.model_type,
         storage=", ".join(dict.fromkeys(one.storage for one in analysed)),
@@ -192,10 +224,33 @@ def _analyze(
         layers=tuple(results),
         notes=(*opened.notes, *_notes(results)),
         cost=Cost(
-            bytes_read=opened.checkpoint.bytes_read,
-            bytes_fetched=repository.bytes_fetched,
-            seconds=time.perf_counter() - started,
+            bytes_read=sum(cost.bytes_read for cost in costs),
+            bytes_fetched=sum(cost.bytes_fetched for cost in costs),
+            seconds=sum(cost.seconds for cost in costs),
         ),
+    )
+
+
+def analyze_apart(
+    models: Sequence[str], kind: Kind | None, layer: int, neighbour: int | None, sample: Sample, progress: Progress
+) -> tuple[LayerAnalysis, Cost]:
+    """One layer of a model that is opened for it, as on a worker, and what it has cost.
+
+    `models` are the model and, where `kind` says what is read of it, the parent.
+    """
+    started = time.perf_counter()
+    opened = Experts.open(models[0])
+    own = Experts.open(models[1], kind).layer(layer) if kind else None
+    after = None if neighbour is None else opened.layer(neighbour)
+    found = _analyze_layer(opened.layer(layer), after, own, sample, progress)
+    return found, _cost_since(started, opened)
+
+
+def _cost_since(started: float, opened: Experts) -> Cost:
+    return Cost(
+        bytes_read=opened.checkpoint.bytes_read,
+        bytes_fetched=opened.checkpoint.repository.bytes_fetched,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -310,12 +365,10 @@ def _similarity(gram: NDArray[np.float64]) -> Similarity:
 
 
 def _analyze_layer(
-    layer: ExpertLayer,
-    measures: Mapping[str, RoleMeasure],
-    has_neighbour: bool,
-    parent: ExpertLayer | None,
-    variance: Sequence[float],
+    layer: ExpertLayer, unrelated: ExpertLayer | None, parent: ExpertLayer | None, sample: Sample, progress: Progress
 ) -> LayerAnalysis:
+    others = [(other, 0) for other in (unrelated, parent) if other]
+    measures = measure_layer(layer, evenly_spaced(layer.count, sample.experts), progress, sample.queries, others)
     shapes = {role: measure.shape for role, measure in measures.items()}
     ranks = {role: mean_rank(measure.spectra, 0.95) for role, measure in measures.items()}
     cosines = {role: pairwise_cosines(measure.gram) for role, measure in measures.items()}
@@ -323,21 +376,21 @@ def _analyze_layer(
         role: Projection(
             shape=measure.shape,
             max_rank=min(measure.shape),
-            rank={_name(fraction): mean_rank(measure.spectra, fraction) for fraction in variance},
+            rank={_name(fraction): mean_rank(measure.spectra, fraction) for fraction in sample.variance},
             rank_ratio=ranks[role] / min(measure.shape),
             noise_rank_ratio=ranks[role] / noise_rank(measure.shape, 0.95),
             delta_energy=measure.delta_energy,
             experts=measure.chosen,
             expert_ranks={
                 _name(fraction): tuple(effective_rank(spectrum, fraction) for spectrum in measure.spectra)
-                for fraction in variance
+                for fraction in sample.variance
             },
             decay=tuple(np.mean([sample_decay(spectrum) for spectrum in measure.spectra], axis=0).round(6).tolist()),
         )
         for role, measure in measures.items()
     }
     means = {role: float(values.mean()) for role, values in cosines.items()}
-    lineage, evidence = _lineage(layer, measures, has_neighbour, parent)
+    lineage, evidence = _lineage(layer, measures, unrelated is not None, parent)
     verdict = judge([lineage])
     original, overlay = original_bytes(shapes, layer.count), overlay_bytes(shapes, ranks, layer.count)
     return LayerAnalysis(

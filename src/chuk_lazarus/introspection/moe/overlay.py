@@ -7,7 +7,7 @@ rank (Eckart and Young, 1936).
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .lapack import symmetric_eigenvectors
-from .spectra import gram_matrix
+from .spectra import gram_matrix, total_energy
 
 BYTES_PER_NUMBER = 2
 
@@ -60,11 +60,10 @@ def as_stored(array: NDArray[Any]) -> NDArray[np.float32]:
     return array.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def relative_error(approximation: NDArray[Any], exact: NDArray[Any]) -> float:
+def relative_error(approximation: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
     """The Frobenius norm of the difference over that of the exact matrix; 0 for two zero matrices."""
-    norm = float(np.linalg.norm(exact))
-    distance = float(np.linalg.norm(approximation - exact))
-    return distance / norm if norm else float(distance > 0)
+    energy, lost = total_energy(exact), total_energy(approximation - exact)
+    return sqrt(lost / energy) if energy else float(lost > 0)
 
 
 def overlay_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, float], experts: int) -> int:

@@ -7,6 +7,7 @@ layer and the experts that the worker threads are busy with.
 `model_folder` writes the folders, so that they are whole or not there.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable, spans
-from .measure import WINDOW, mean_experts, room, worker_threads
+from .measure import WINDOW, mean_experts, room, subtract_base, worker_threads
 from .model_folder import (
     CONFIG,
     PLAN,
@@ -140,7 +141,13 @@ def write_overlay(
             CARD: _card(facts, layers, before, sum(shard.nbytes for shard in shards), card).encode(),
             CONFIG: as_json({**config, "overlay_config": facts}),
         },
-        {"writes": "overlay", "rule": rule, "ranks": facts["layers"], **_origin(checkpoint)},
+        {
+            "writes": "overlay",
+            "rule": rule,
+            "ranks": facts["layers"],
+            "checksum": _checksum(facts["layers"]),
+            **_origin(checkpoint),
+        },
         _place(checkpoint.repository),
         force,
         progress,
@@ -169,11 +176,17 @@ def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, dict[s
     """The ranks by this rule of a stopped `write_overlay` of the same model into `folder`, or None without one."""
     try:
         plan = json.loads((folder.with_name(f"{folder.name}.partial") / PLAN).read_bytes())
-        if plan["rule"] == rule and plan.items() >= _origin(experts.checkpoint).items():
-            return {int(layer): {str(r): int(rank) for r, rank in own.items()} for layer, own in plan["ranks"].items()}
-    except (OSError, ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
+        if ours and plan.items() >= _origin(experts.checkpoint).items():
+            return {int(layer): own for layer, own in plan["ranks"].items()}
+    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
         pass  # not what we have written
     return None
+
+
+def _checksum(ranks: Any) -> str:
+    """Tells the ranks of a plan from what somebody else has made of them."""
+    return hashlib.sha256(json.dumps(ranks, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> ExpertLayer:
@@ -220,7 +233,7 @@ def _fill_layer(
 
     def split(tensor: ExpertTensor, bases: Mapping[str, NDArray[np.float32]], expert: int) -> None:
         for role, matrix in tensor.matrices(expert).items():
-            matrix -= bases[role]
+            subtract_base(layer.number, role, matrix, bases[role])
             factors = factorise(matrix, ranks[role])
             for part, factor in (("left", factors.left), ("right", factors.right)):
                 data = factor.astype(BF16).tobytes()

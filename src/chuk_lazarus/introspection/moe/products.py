@@ -1,7 +1,7 @@
 """The one seam to a GPU: the Gram product of rows, by BLAS on the CPU or by MLX on a GPU.
 
-MLX is asked on Apple Silicon, and elsewhere if LAZARUS_DEVICE is "gpu"; "cpu" keeps everything on the CPU, where BLAS is
-a hundred times faster than MLX.
+MLX is asked on Apple Silicon, and elsewhere if LAZARUS_DEVICE is "gpu"; "cpu" keeps everything on the CPU, where BLAS
+is a hundred times faster than MLX.
 """
 
 import os

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .classifier import judge_quick
-from .errors import InvalidRequest, NotMoE, printable
+from .errors import InvalidRequest, ModelUnreadable, NotMoE, printable
 from .lineage import Evidence, as_neurons, draw_neurons, find_nearest, join, weigh
 from .measure import bytes_to_measure, evenly_spaced, worker_threads
 from .reports import Cost, MoEQuickAnalysis, QuickLayer
@@ -105,6 +105,14 @@ def _analyze_layer(layer: ExpertLayer, budget: int, progress: Progress) -> Quick
     layer.prefetch(progress, [one for tensor in tensors for one in _ranges(tensor, chosen, count)])
     with worker_threads() as pool:
         parts = list(pool.map(lambda expert: read_part(tensors, roles, expert, count), chosen))
+        for expert, part in zip(chosen, parts, strict=True):
+            for role, values in part.items():
+                if not np.isfinite(values).all():
+                    raise ModelUnreadable(
+                        f"layer {layer.number}, expert {expert}: the {role} projection holds NaN, infinity or numbers "
+                        "too large for float32",
+                        "the checkpoint is broken",
+                    )
         count = min(len(matrix) for matrix in parts[0].values())
         positions = draw_neurons(len(chosen), count, QUERIES)
         owner, places = np.repeat(np.arange(len(chosen)), positions.shape[1]), positions.reshape(-1)

@@ -9,8 +9,7 @@ import hashlib
 import json
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ from chuk_lazarus import __version__
 
 from .weights.checkpoint import Checkpoint
 from .weights.experts import ExpertLayer
-from .weights.range_cache import cache_folder, write_whole
+from .weights.range_cache import cache_folder, read_checked, write_checked
 from .weights.source import Folder, Progress
 
 LEFT = 30 * 24 * 3600  # seconds after which nobody comes back to an interrupted job
@@ -34,6 +33,7 @@ class Sweep:
     ) -> None:
         self._progress, self._many = progress, len(layers) > 1
         self._total, self._done = sum(layer.stored_bytes for layer in layers), 0
+        self._under_way: dict[int, int] = {}  # bytes of each layer that is not done
         known = [__version__, job, [layer.number for layer in layers], describe_state(checkpoint)]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         self._folder = cache_folder() / "sweeps" / digest[:32]
@@ -47,26 +47,37 @@ class Sweep:
     ) -> Found:
         """What `find` finds of a layer, unless an earlier run of the same job has found it.
 
-        `write` makes text of it, and `read` the thing of the text. The text is kept behind its checksum: one that
-        somebody else has changed is as none.
+        `write` makes text of it, and `read` the thing of the text, or raises ValueError.
         """
-        place = self._folder / f"{layer.number}.json"
-        found = None
-        if self._many:
-            with contextlib.suppress(OSError, ValueError):
-                checksum, _, text = place.read_bytes().partition(b"\n")
-                if checksum == _checksum(text):
-                    found = read(text.decode())
+        found = self._recall(layer, read)
         if found is None:
             found = find(self._watch(layer))
-            if self._many:
-                with contextlib.suppress(OSError):  # a full disk costs the way back, and nothing else
-                    text = write(found).encode()
-                    write_whole(place, _checksum(text) + b"\n" + text)
-        self._done += layer.stored_bytes
-        if self._many:
-            self._progress("all layers", self._done, self._total)
+            self._keep(layer, write(found))
+        self._end(layer)
         return found
+
+    def layers(
+        self,
+        layers: Sequence[ExpertLayer],
+        find: Callable[[Sequence[ExpertLayer], Sequence[Progress]], Iterable[tuple[int, Found]]],
+        write: Callable[[Found], str],
+        read: Callable[[str], Found],
+    ) -> list[Found]:
+        """What is found of each layer: `find` is asked for those that no earlier run of the same job has found.
+
+        It gets these layers and the progress of each, and gives, in any order, the place of a layer among them and what
+        it has found. `write` and `read` are as for `layer`.
+        """
+        known = {one.number: found for one in layers if (found := self._recall(one, read)) is not None}
+        self._done += sum(one.stored_bytes for one in layers if one.number in known)
+        self._tell()
+        due = [one for one in layers if one.number not in known]
+        for place, found in find(due, [self._watch(one) for one in due]):
+            one = due[place]
+            self._keep(one, write(found))
+            known[one.number] = found
+            self._end(one)
+        return [known[one.number] for one in layers]
 
     def end(self) -> None:
         """Forget what was kept: the job is done. What others have left for a month goes, too."""
@@ -76,13 +87,37 @@ class Sweep:
                 if folder.stat().st_mtime < time.time() - LEFT:
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def _recall(self, layer: ExpertLayer, read: Callable[[str], Found]) -> Found | None:
+        if self._many:
+            with contextlib.suppress(OSError, ValueError):
+                return read(read_checked(self._place(layer)))
+        return None
+
+    def _keep(self, layer: ExpertLayer, text: str) -> None:
+        if self._many:
+            with contextlib.suppress(OSError):  # a full disk costs the way back, and nothing else
+                write_checked(self._place(layer), text)
+
+    def _end(self, layer: ExpertLayer) -> None:
+        self._under_way.pop(layer.number, None)
+        self._done += layer.stored_bytes
+        self._tell()
+
+    def _place(self, layer: ExpertLayer) -> Path:
+        return self._folder / f"{layer.number}.json"
+
+    def _tell(self) -> None:
+        if self._many:
+            self._progress("all layers", self._done + sum(self._under_way.values()), self._total)
+
     def _watch(self, layer: ExpertLayer) -> Progress:
         """Progress of a layer that moves that of all layers, too."""
 
         def report(what: str, done: int, total: int) -> None:
             self._progress(what, done, total)
-            if self._many and total and what.endswith(f"layer {layer.number}"):
-                self._progress("all layers", self._done + layer.stored_bytes * done // total, self._total)
+            if total and what.endswith(f"layer {layer.number}"):
+                self._under_way[layer.number] = layer.stored_bytes * done // total
+                self._tell()
 
         return report
 
@@ -99,7 +134,3 @@ def describe_state(checkpoint: Checkpoint) -> list[Any]:
             found = (place / name).stat()
             state[name] = [found.st_size, found.st_mtime_ns]
     return [str(place), state]
-
-
-def _checksum(text: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(text)

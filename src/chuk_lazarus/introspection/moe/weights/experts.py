@@ -469,7 +469,8 @@ class ExpertLayer:
         if weight is None or weight.shape != (self.count, self.sizes["H"]):
             return None
         correction = self.vectors(next(iter(self._beside("correction").values()), None))
-        bias, correction = (one if one is None else one.reshape(-1) for one in (self.vectors(parts.get("bias")), correction))
+        found = (self.vectors(parts.get("bias")), correction)
+        bias, correction = (one if one is None else one.reshape(-1) for one in found)
         if any(one is not None and len(one) != self.count for one in (bias, correction)):
             return None
         return Router(weight, bias, correction)
@@ -708,19 +709,24 @@ class ExpertTensor:
 def find_slices(checkpoint: Checkpoint, parts: Parts) -> list[Infos]:
     """The tensors that hold a matrix, one group for each slice of it; biases and input scales are left out.
 
-    Raises ModelUnreadable where the parts are not all cut into as many slices.
+    Raises ModelUnreadable where the parts are not all cut into as many slices, or the slices are not alike.
     """
     slices = {
         SAME_PART.get(part, part): checkpoint.slices(name) for part, name in parts.items() if part not in NOT_DECODED
     }
+    if not slices:
+        raise ModelUnreadable(f"{next(iter(parts.values()))} is there without its weight", "download it again")
     if len({len(infos) for infos in slices.values()}) > 1:
         raise ModelUnreadable(f"{next(iter(parts.values()))} has parts that are not cut into as many slices")
-    return [dict(zip(slices, infos, strict=True)) for infos in zip(*slices.values(), strict=True)]
+    found: list[Infos] = [dict(zip(slices, infos, strict=True)) for infos in zip(*slices.values(), strict=True)]
+    if any(_look(infos) != _look(found[0]) for infos in found):
+        raise ModelUnreadable(f"the slices of {next(iter(parts.values()))} are not alike", "download it again")
+    return found
 
 
-def _look(infos: Infos) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _look(infos: Infos) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """What a matrix is recognised by; the text that bitsandbytes adds is as long as its numbers are."""
-    return {part: (info.dtype, info.shape) for part, info in infos.items() if "quant_state" not in part}
+    return {part: (info.dtype, None if "quant_state" in part else info.shape) for part, info in infos.items()}
 
 
 def open_stored(checkpoint: Checkpoint, parts: Parts, quantization: Mapping[str, Any]) -> tuple[Infos, Stored]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
@@ -18,7 +19,6 @@ from typing import Any, TypeVar
 import httpx2
 from huggingface_hub import (
     HfApi,
-    close_session,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
@@ -38,17 +38,19 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ..errors import ModelUnreadable, MoEError
-from .range_cache import RangeCache, cache_folder, cache_limit, merge, write_whole
+from .range_cache import RangeCache, cache_folder, cache_limit, merge, read_checked, write_checked
 from .source import ByteSource, LocalFile, Progress, Range, is_inside, list_parts
 
 PARALLEL = 4
 CHUNK = 16 * 2**20  # bytes of one request, so of one cached range
 GAP = 4096  # fetch this many unwanted bytes rather than make another request
 READ_AHEAD = 100_000  # most headers fit in it, so that one costs a single request
+ATTEMPTS = 5  # to read what was fetched: another process that keeps to a smaller limit may delete it in between
 SMALL = 64 * 2**20  # a file that we take whole from a server that ignores Range
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
+ENOUGH = 64 * 1024  # bytes; a connection that breaks after so many is worth another one
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait
-TIMEOUT = httpx2.Timeout(30.0)
+TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 COMMIT = r"[0-9a-zA-Z]{1,64}"  # the Hub's have 40 digits
@@ -112,8 +114,7 @@ class HubRepository:
             for job in as_completed([pool.submit(source.fetch, start, stop, count) for source, start, stop in jobs]):
                 job.result()
         except BaseException:
-            self._stopped.set()
-            close_session()  # wakes the requests that are under way
+            self._stopped.set()  # ends each request that is under way with its next bytes
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -130,7 +131,8 @@ class HubRepository:
     def persist(self, function: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
         """Call `function`, again after a while where the fault may pass, and tell the user where it does not.
 
-        `done` counts what has been achieved; as long as it grows, the retries start anew. Raises ModelUnreadable.
+        `done` counts bytes that have come; whenever ENOUGH of them have, the retries start anew. Raises
+        ModelUnreadable.
         """
         failures, before = 0, done()
         while True:
@@ -147,7 +149,7 @@ class HubRepository:
                 raise ModelUnreadable(f"{self.name} is neither a file nor a folder nor a valid Hub id") from None
             except (httpx2.InvalidURL, UnicodeEncodeError):
                 raise ModelUnreadable("HF_ENDPOINT is no URL, or HF_TOKEN no token", "correct or unset them") from None
-            if done() > before:
+            if done() >= before + ENOUGH:
                 failures, before = 0, done()
             if failures >= len(RETRY_DELAYS) or not _may_pass(cause):
                 raise explain(cause, self.name, self._wanted_revision)
@@ -158,15 +160,15 @@ class HubRepository:
     def remember(self, kind: str, what: str, facts: dict[str, Any]) -> None:
         """Note facts that hold without the network; a note that can't be written is not missed."""
         with contextlib.suppress(OSError):
-            write_whole(self._note(kind, what), json.dumps(facts).encode())
+            write_checked(self._note(kind, what), json.dumps(facts))
 
     def recall(self, kind: str, what: str) -> dict[str, Any]:
         """The facts noted, {} when there are none."""
         try:
-            facts = json.loads(self._note(kind, what).read_bytes())
-        except (OSError, RecursionError, ValueError):
+            facts: dict[str, Any] = json.loads(read_checked(self._note(kind, what)))
+            return facts
+        except (OSError, ValueError):
             return {}
-        return facts if isinstance(facts, dict) else {}
 
     def _note(self, kind: str, what: str) -> Path:
         digest = hashlib.sha256(f"{ENDPOINT}\n{self.name}\n{what}".encode()).hexdigest()
@@ -174,7 +176,9 @@ class HubRepository:
 
     def _download(self, filename: str) -> str:
         try:
-            return hf_hub_download(self.name, filename, revision=self.revision)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of little room: where there is too little, an error follows
+                return hf_hub_download(self.name, filename, revision=self.revision)
         except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError):
             raise
         except OSError as error:
@@ -197,7 +201,7 @@ class HubRepository:
 
     def _ask(self) -> tuple[str, frozenset[str]]:
         try:
-            info = HfApi().model_info(self.name, revision=self._wanted_revision)
+            info = HfApi().model_info(self.name, revision=self._wanted_revision, timeout=TIMEOUT)
             if not re.fullmatch(COMMIT, str(info.sha)):
                 raise ValueError("no commit")
             files = (str(sibling.rfilename) for sibling in info.siblings or [])
@@ -209,10 +213,7 @@ class HubRepository:
 
     def _resolve_offline(self) -> tuple[str, frozenset[str]] | None:
         note = self.recall("refs", self._wanted_revision)
-        commit, listed = note.get("commit"), note.get("files")
-        noted = None
-        if isinstance(commit, str) and re.fullmatch(COMMIT, commit) and isinstance(listed, list):
-            noted = commit, frozenset(filter(is_inside, map(str, listed)))
+        noted = (note["commit"], frozenset(note["files"])) if note else None
         known = ("config.json", "model.safetensors.index.json", "model.safetensors", self._wanted_file)
         for filename in filter(None, known):
             path = try_to_load_from_cache(self.name, filename, revision=self._wanted_revision)
@@ -245,7 +246,7 @@ class HubFile:
         """Size and version of the file; a commit never changes, so they are asked for only once."""
         what = f"{self.repository.revision}/{self.name}"
         known = self.repository.recall("files", what)
-        if type(known.get("size")) is int and known["size"] >= 0 and isinstance(known.get("etag"), str):
+        if known:
             return known
         found = self.repository.persist(lambda: get_hf_file_metadata(self._url))
         if found.size is None or found.etag is None:
@@ -269,10 +270,11 @@ class HubFile:
         if data is None:
             with self._lock:  # what is fetched here serves the next reader, too
                 data = cache.read(self._key, start, stop)
-                if data is None:
-                    for chunk in self.missing_chunks([(start, min(max(stop, start + READ_AHEAD), self.size))]):
-                        self.fetch(*chunk)
-                    data = cache.read(self._key, start, stop)
+                for _ in range(ATTEMPTS):
+                    if data is None:
+                        for chunk in self.missing_chunks([(start, min(max(stop, start + READ_AHEAD), self.size))]):
+                            self.fetch(*chunk)
+                        data = cache.read(self._key, start, stop)
         if data is None:
             raise ModelUnreadable(f"the cache {cache.folder} loses what is put into it", "set LAZARUS_CACHE elsewhere")
         return data
@@ -383,4 +385,6 @@ def explain(error: BaseException, name: str, revision: str) -> MoEError:
                     f"the Hub refuses access to {name} ({status})", "set HF_TOKEN to a token that may"
                 )
             return ModelUnreadable(f"the Hub answered {status} for {name}", "try again later")
-    return ModelUnreadable(str(error), "try again, or download the model first")
+        case _BadAnswer():
+            return ModelUnreadable(str(error), "try again, or download the model first")
+    return ModelUnreadable(f"what answers in the Hub's place for {name} is not the Hub", "check HF_ENDPOINT")

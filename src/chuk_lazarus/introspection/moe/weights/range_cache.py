@@ -204,6 +204,20 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def write_checked(path: Path, text: str) -> None:
+    """Write a text whole or not at all, behind its checksum; raises OSError."""
+    data = text.encode()
+    write_whole(path, b"%08x\n%b" % (zlib.crc32(data), data))
+
+
+def read_checked(path: Path) -> str:
+    """What `write_checked` wrote; raises OSError, or ValueError where somebody else has changed it."""
+    checksum, _, data = path.read_bytes().partition(b"\n")
+    if checksum != b"%08x" % zlib.crc32(data):
+        raise ValueError(f"{path} is damaged")
+    return data.decode()
+
+
 def _in_order(segments: Iterable[Segment]) -> list[Segment]:
     return sorted(segments, key=lambda segment: (segment.start, segment.stop))
 

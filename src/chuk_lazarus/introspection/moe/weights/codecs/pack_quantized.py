@@ -204,7 +204,8 @@ def _group_size(columns: int, groups: int, quantization: Mapping[str, Any]) -> i
     fitting = [size for size in sizes if -(-columns // size) == groups]
     if len(fitting) == 1 or (fitting and groups == 1):
         return fitting[0]
+    said_sizes = " or ".join(sorted({*map(str, said)}))
     raise UnknownFormat(
-        f"{groups} scales for {columns} columns, and config.json says group_size {' or '.join(sorted({*map(str, said)}))}",
+        f"{groups} scales for {columns} columns, and config.json says group_size {said_sizes}",
         CONFIG_HINT,
     )

@@ -1,0 +1,257 @@
+"""Many machines: tasks for the workers of a dask.distributed scheduler.
+
+A task is pure, so that dask may give it to another worker when one is lost. A worker takes one task at a time, with all
+its threads and within its memory. Nothing else in the house knows of dask.
+"""
+
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import uuid4
+
+from .errors import InvalidRequest, ModelUnreadable, MoEError
+from .measure import LEAST_MEMORY, memory_limit, thread_limit
+from .weights.experts import split_model
+from .weights.source import Folder, Progress
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+PATIENCE = 10  # seconds in which a scheduler must answer
+RETRIES = 2  # of a task that has failed otherwise than by an error of the model
+SHARE = 60  # % of a worker's memory: dask begins to act on a worker that takes more
+PAUSE = 0.2  # seconds between two words of a worker on the same work
+PACKAGES = ("chuk-lazarus", "distributed")  # whose versions must be the same everywhere
+LOGGERS = ("distributed", "distributed.client")
+
+_turn = Lock()
+
+Found = TypeVar("Found")
+Watch = Callable[[int, str, int, int], None]
+"""Progress of several tasks: (number of the task, what, done, total)."""
+
+
+class ClusterUnusable(MoEError):
+    """The scheduler can't be reached or was lost, or its workers can't do our work."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where each worker finds a model: an absolute path, a Hub id or an embedded model.
+
+    `sizes` are the bytes of the files at the path, which a worker must find there, too; None for what is no path.
+    """
+
+    name: str
+    sizes: dict[str, int] | None
+
+    def check(self, worker: str) -> None:
+        """Raise ModelUnreadable where a worker does not see these files."""
+        if self.sizes is not None:
+            path = split_model(self.name)[0]
+            found, hint = _file_sizes(path), "workers must see a model at the same path, or read it from the Hub"
+            if found is None:
+                raise ModelUnreadable(f"worker {worker} sees no {path}", hint)
+            if found != self.sizes:
+                raise ModelUnreadable(f"worker {worker} sees other files in {path} than this machine", hint)
+
+
+def locate(model: str, revision: str | None = None) -> Place:
+    """The place of `model`, at a commit where one is given."""
+    name, stack = split_model(model)
+    behind = "" if stack is None else f"#{stack}"
+    if revision:
+        return Place(f"{name.partition('@')[0]}@{revision}{behind}", None)
+    path = os.path.abspath(os.path.expanduser(name))
+    sizes = None if name.startswith("demo:") else _file_sizes(path)
+    return Place(model if sizes is None else path + behind, sizes)
+
+
+def _file_sizes(path: str) -> dict[str, int] | None:
+    """The bytes of a model's weights and configs by name, None where there is nothing at the path."""
+    try:
+        if not os.path.exists(path):
+            return None
+        folder = Folder(Path(path))
+        files = (name for name in folder.files if name.endswith((".safetensors", ".gguf", ".json")))
+        return {name: (folder.path / name).stat().st_size for name in files}
+    except (OSError, MoEError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[Found]):
+    """What a worker is asked for: `function(*arguments, progress)`, on models that it must see at `places`.
+
+    `what` it is about is for messages. The function is sent by its name: it must be one of a module.
+    """
+
+    what: str
+    function: Callable[..., Found]
+    arguments: tuple[Any, ...]
+    places: tuple[Place, ...]
+
+
+class Cluster:
+    """The workers of a scheduler, from `connect`."""
+
+    def __init__(self, client: "Client", address: str) -> None:
+        self._client = client
+        self._address = address
+
+    def run(self, tasks: Sequence[Task[Found]], watch: Watch | None = None) -> Iterator[tuple[int, Found | MoEError]]:
+        """Each task's number with what it has found, or with the error of the model, as they come.
+
+        A task whose worker is lost, or that fails in another way, is repeated; ClusterUnusable comes in place of what a
+        task finds that has cost too many workers. Raises ClusterUnusable when the scheduler is lost, and what a task
+        raises again and again.
+        """
+        news: SimpleQueue[tuple[int, Future] | list[Any]] = SimpleQueue()
+        shown: dict[int, dict[str, int]] = {number: {} for number in range(len(tasks))}
+        topic = f"lazarus-{uuid4().hex}" if watch else None
+        if topic:
+            self._client.subscribe_topic(topic, lambda event: news.put(event[1]))
+        futures = self._client.map(
+            _work, tasks, range(len(tasks)), topic=topic, pure=False, retries=RETRIES, key=f"lazarus-{uuid4().hex}"
+        )
+        for number, future in enumerate(futures):
+            future.add_done_callback(lambda done, number=number: news.put((number, done)))
+        futures.clear()  # a result goes when it has been taken
+        while shown:
+            match news.get():
+                case (int(number), future):
+                    found = self._take(future, tasks[number].what)
+                    for what, total in shown.pop(number).items():
+                        if watch:
+                            watch(number, what, total, total)
+                    yield number, found
+                case [number, what, done, total] if watch and number in shown:
+                    shown[number][what] = total
+                    watch(number, what, done, total)
+
+    def _take(self, future: "Future", what: str) -> Any:
+        from distributed import CancelledError, KilledWorker
+
+        try:
+            return future.result()
+        except KilledWorker as error:
+            last = getattr(error.last_worker, "address", "unknown")
+            return ClusterUnusable(
+                f"{what}: {error.allowed_failures + 1} workers were lost over it, the last one was {last}",
+                "see its log; perhaps it lacks memory",
+            )
+        except CancelledError:
+            raise ClusterUnusable(f"the scheduler at {self._address} was lost", "start it and try again") from None
+
+
+@contextmanager
+def connect(address: str | None) -> Iterator[Cluster | None]:
+    """The workers of the scheduler at `address`, such as "tcp://host:8786"; None for None.
+
+    What they have not done at the end is given up. Raises InvalidRequest for what is no address, and ClusterUnusable
+    where no scheduler answers, it has no workers, or versions differ.
+    """
+    if address is None:
+        yield None
+        return
+    if not re.fullmatch(r"((tcp|tls|ws|wss)://)?[^\s/]+:\d{1,5}/?", address):
+        raise InvalidRequest(f"{address!r} is no address of a scheduler", "write it like tcp://host:8786")
+    try:
+        from distributed import Client
+        from distributed.utils import LoopRunner
+    except ImportError:
+        raise ClusterUnusable("dask is not installed", "install chuk-lazarus[dask]") from None
+    runner, client = LoopRunner(), None
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of versions that differ: those that matter are checked below
+        runner.start()
+        try:
+            _find_scheduler(runner.loop, address)
+            client = Client(address, loop=runner.loop, timeout=PATIENCE, set_as_default=False)
+            _check_versions(client)
+            yield Cluster(client, address)
+        finally:
+            if client:
+                with suppress(TimeoutError):
+                    client.close(timeout=0.5)  # a scheduler that does not answer will see that we have gone
+            runner.stop()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep dask's log lines from coming between ours."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+def _find_scheduler(loop: Any, address: str) -> None:
+    """Check that a scheduler with workers answers: a client waits without an end for what says nothing."""
+    from distributed import Security, rpc, sync
+
+    async def identify() -> Any:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as scheduler:
+            return await scheduler.identity()
+
+    try:
+        workers = sync(loop, identify, callback_timeout=PATIENCE)["workers"]
+    except Exception:  # of many kinds, by what it is that answers, if anything does
+        raise ClusterUnusable(f"no dask scheduler answers at {address}", "start one with: dask scheduler") from None
+    if not workers:
+        raise ClusterUnusable(f"the scheduler at {address} has no workers", f"start some with: dask worker {address}")
+
+
+def _check_versions(client: "Client") -> None:
+    versions = client.get_versions(packages=PACKAGES)
+    others = {"the scheduler": versions["scheduler"]}
+    others |= {f"worker {address}": found for address, found in versions["workers"].items()}
+    for package in PACKAGES:
+        own = versions["client"]["packages"][package]
+        for who, found in others.items():
+            if (theirs := found["packages"].get(package)) != own:
+                has = f"{package} {theirs}, and this machine {own}" if theirs else f"no {package}"
+                raise ClusterUnusable(f"{who} has {has}", f"install {package} {own} there")
+
+
+def _work(task: Task[Found], number: int, topic: str | None) -> Found | MoEError:
+    """Do a task, on a worker."""
+    from distributed import CancelledError, get_worker
+
+    worker = get_worker()
+    key = worker.get_current_task()
+    limit, last = worker.memory_manager.memory_limit, dict[str, float]()
+
+    def report(what: str, done: int, total: int) -> None:
+        known = worker.state.tasks.get(key)
+        if known is None or known.state == "cancelled":
+            raise CancelledError  # a thread can't be stopped from outside
+        now = time.monotonic()
+        if topic and (done >= total or now - last.get(what, 0.0) > PAUSE):
+            last[what] = now
+            worker.log_event(topic, [number, what, done, total])
+
+    memory = max(LEAST_MEMORY, limit * SHARE // 100) if limit else None
+    with _turn, thread_limit(worker.state.nthreads), memory_limit(memory):
+        try:
+            for place in task.places:
+                place.check(worker.address)
+            progress: Progress = report
+            return task.function(*task.arguments, progress)
+        except MoEError as error:
+            return error
