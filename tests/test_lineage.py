@@ -313,6 +313,7 @@ def test_zero_vectors_are_like_nothing() -> None:
     without = find_nearest(asked[alive], np.arange(6), asked[alive])
     np.testing.assert_allclose(found.cosine[alive], without.cosine, atol=1e-6)
     np.testing.assert_allclose(found.in_place[alive], without.in_place, atol=1e-6)
+    assert find_nearest(asked[:1], np.arange(1), asked).cosine == 0  # one alone is the mean
     nothing = find_nearest(0 * asked, np.arange(8), 0 * asked)
     assert not nothing.cosine.any()
     both = {"gate": join([nothing, nothing]), "up": join([nothing, nothing])}

@@ -119,7 +119,8 @@ def encoded_files(name: str, stacked: bool = False) -> Files:
     """One layer of two experts in a storage format, a tensor for each expert or for both."""
     rng = np.random.default_rng(0)
     header: dict[str, Any] = {}
-    body, quantization = b"", {}
+    body, is_mlx = b"", name.startswith("mlx")
+    quantization: dict[str, Any] = {}
 
     def add(name: str, dtype: str, array: NDArray[Any]) -> None:
         nonlocal body
@@ -132,13 +133,16 @@ def encoded_files(name: str, stacked: bool = False) -> Files:
         matrices = rng.standard_normal((2, *shape)).astype(np.float32)
         # an encoder draws how it stores a matrix: for both in the same way
         both = [ENCODERS[name][0](matrix, np.random.default_rng(0)) for matrix in matrices]
-        quantization = both[0].quantization
+        modules = [f"model.layers.0.block_sparse_moe.experts.{expert}.{weight}" for expert in range(2)]
+        modules = [f"model.layers.0.mlp.switch_mlp.{role}_proj"] if stacked else modules
         for part, (dtype, array) in both[0].parts.items():
-            if stacked:
-                add(f"model.layers.0.mlp.switch_mlp.{role}_proj.{part}", dtype, np.stack([array, both[1].parts[part][1]]))
-            for expert, encoded in enumerate(both if not stacked else ()):
-                add(f"model.layers.0.block_sparse_moe.experts.{expert}.{weight}.{part}", *encoded.parts[part])
-    key = "quantization" if name.startswith("mlx") else "quantization_config"
+            arrays = [array, both[1].parts[part][1]]
+            for module, stored in zip(modules, [np.stack(arrays)] if stacked else arrays, strict=True):
+                add(f"{module}.{part}", dtype, stored)
+        quantization |= both[0].quantization
+        if is_mlx:
+            quantization |= dict.fromkeys(modules, both[0].quantization)
+    key = "quantization" if is_mlx else "quantization_config"
     config = {"model_type": "mixtral", "num_hidden_layers": 1, "num_local_experts": 2, key: quantization}
     return {"model.safetensors": join_safetensors(header, body), "config.json": json.dumps(config).encode()}
 

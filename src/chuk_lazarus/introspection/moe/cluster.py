@@ -62,7 +62,7 @@ class Place:
             path = split_model(self.name)[0]
             found, hint = _file_sizes(path), "workers must see a model at the same path, or read it from the Hub"
             if found is None:
-                raise ModelUnreadable(f"worker {worker} sees no {path}", hint)
+                raise ModelUnreadable(f"worker {worker} does not see {path}", hint)
             if found != self.sizes:
                 raise ModelUnreadable(f"worker {worker} sees other files in {path} than this machine", hint)
 
@@ -119,7 +119,7 @@ class Cluster:
         """
         news: SimpleQueue[tuple[int, Future] | list[Any]] = SimpleQueue()
         shown: dict[int, dict[str, int]] = {number: {} for number in range(len(tasks))}
-        topic = f"lazarus-{uuid4().hex}" if watch else None
+        topic = self._client.id if watch else None  # which the scheduler forgets with the client
         if topic:
             self._client.subscribe_topic(topic, lambda event: news.put(event[1]))
         futures = self._client.map(
@@ -173,12 +173,13 @@ def connect(address: str | None) -> Iterator[Cluster | None]:
     except ImportError:
         raise ClusterUnusable("dask is not installed", "install chuk-lazarus[dask]") from None
     runner, client = LoopRunner(), None
-    with _quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of versions that differ: those that matter are checked below
+    with _quiet():
         runner.start()
         try:
             _find_scheduler(runner.loop, address)
-            client = Client(address, loop=runner.loop, timeout=PATIENCE, set_as_default=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of versions that differ: those that matter are checked below
+                client = Client(address, loop=runner.loop, timeout=PATIENCE, set_as_default=False)
             _check_versions(client)
             yield Cluster(client, address)
         finally:

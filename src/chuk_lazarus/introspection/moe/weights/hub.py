@@ -7,6 +7,7 @@ neither cache are fetched, a few at a time, and kept in the range cache.
 import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
 import warnings
@@ -83,8 +84,8 @@ class HubRepository:
     def open(self, filename: str) -> ByteSource:
         """A file of the repository: a downloaded one if there is, else one that fetches what is read."""
         if filename not in self._open:
-            downloaded = try_to_load_from_cache(self.name, filename, revision=self.revision)
-            if not isinstance(downloaded, str) and filename.endswith(".json"):
+            downloaded = self._find_downloaded(filename)
+            if filename.endswith(".json") and not (isinstance(downloaded, str) and os.path.getsize(downloaded)):
                 downloaded = self.persist(lambda: self._download(filename))
             local = isinstance(downloaded, str)
             self._open[filename] = LocalFile(Path(str(downloaded))) if local else HubFile(self, filename)
@@ -174,11 +175,16 @@ class HubRepository:
         digest = hashlib.sha256(f"{ENDPOINT}\n{self.name}\n{what}".encode()).hexdigest()
         return cache_folder() / kind / f"{digest[:32]}.json"
 
+    def _find_downloaded(self, filename: str) -> object:
+        """The place of a file that the Hub's client has, a str, or something else."""
+        return try_to_load_from_cache(self.name, filename, revision=self.revision)
+
     def _download(self, filename: str) -> str:
+        again = isinstance(self._find_downloaded(filename), str)  # an empty one
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of little room: where there is too little, an error follows
-                return hf_hub_download(self.name, filename, revision=self.revision)
+                path = hf_hub_download(self.name, filename, revision=self.revision, force_download=again)
         except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError):
             raise
         except OSError as error:
@@ -187,6 +193,9 @@ class HubRepository:
             raise ModelUnreadable(
                 f"can't write to the cache of the Hub's client: {error.strerror}", "set HF_HOME to a folder with room"
             ) from None
+        if not os.path.getsize(path):  # a server had said so, and the client believed it
+            raise _BadAnswer(f"{filename} of {self.name} came incomplete")
+        return path
 
     def _resolve(self) -> tuple[str, frozenset[str]]:
         """The commit that the wanted revision is, and its files; from what we know already if there is no network."""

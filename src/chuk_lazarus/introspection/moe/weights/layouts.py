@@ -74,7 +74,7 @@ class StoredAxes:
             groups[0] = ("E", *groups[0])
         elif self.stacked:
             groups.insert(0, ("E",))
-        if len(shape) != len(groups) or 0 in shape:
+        if len(shape) != len(groups) or min(*shape, *sizes.values(), 1) < 1:
             return None
         known = {"2": 2, **sizes}
         for group, length in zip(groups, shape, strict=True):
