@@ -23,8 +23,6 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-
 import chuk_lazarus
 from chuk_lazarus.introspection.moe import (
     Experts,
@@ -36,8 +34,19 @@ from chuk_lazarus.introspection.moe import (
 from chuk_lazarus.introspection.moe.overlay_checkpoint import read_overlay
 from chuk_lazarus.introspection.moe.weights import hub
 
-from .corpus import JOBS, REPOSITORY, Parser, Seed, fixture_files, kept_seeds, model_seeds, overlay_seeds, read_folder, write_folder
-from .mutations import OUTSIDE, Case, Link, Special, mutate
+from .corpus import (
+    JOBS,
+    REPOSITORY,
+    Parser,
+    Seed,
+    fixture_files,
+    kept_seeds,
+    model_seeds,
+    overlay_seeds,
+    read_folder,
+    write_folder,
+)
+from .mutations import OUTSIDE, Case, Link, mutate
 
 CPU_SECONDS = 1.0
 HANGS_AFTER = 20.0  # seconds of CPU time
@@ -140,7 +149,9 @@ class Bench:
         if self.is_connected:
             shutil.rmtree(self.cache)
             self.truth = read_everything(REPOSITORY)
-            seeds.append(Seed("ranges and notes", "cache", {f"cache/{k}": v for k, v in read_folder(self.cache).items()}))
+            seeds.append(
+                Seed("ranges and notes", "cache", {f"cache/{k}": v for k, v in read_folder(self.cache).items()})
+            )
         return seeds
 
     @property
@@ -152,7 +163,9 @@ class Bench:
         """Make a case of a seed, and see what comes of it."""
         case = mutate(random, seed.parser, seed.files)
         self.make(seed.parser, case)
-        return case, self.judge(lambda: self.drive(seed, random), sum(len(x) for x in case.values() if isinstance(x, bytes)))
+        return case, self.judge(
+            lambda: self.drive(seed, random), sum(len(x) for x in case.values() if isinstance(x, bytes))
+        )
 
     def make(self, parser: Parser, case: Case) -> None:
         """Write the files of a case where they belong."""
@@ -185,7 +198,15 @@ class Bench:
         inside = (self.model, self.target.parent, self.cache, self.beside, self.kept_model, *self.service_folders)
         package = Path(chuk_lazarus.__file__).parent
         linked = (self.outside / name for name in ("model.safetensors", "m.gguf"))  # weights may be links to weights
-        places = [*map(str, (*inside, *linked)), str(package), sys.prefix, sys.base_prefix, os.devnull, "/proc/", "/sys/"]
+        places = [
+            *map(str, (*inside, *linked)),
+            str(package),
+            sys.prefix,
+            sys.base_prefix,
+            os.devnull,
+            "/proc/",
+            "/sys/",
+        ]
         self.auditor.allowed, self.auditor.seen = tuple(map(os.path.realpath, places[:-3])) + tuple(places[-3:]), []
         before, started = resident_peak(reset=True), time.process_time()
         outcome = Outcome("read")

@@ -219,5 +219,7 @@ def kept_seeds(model: str, cache: Path, beside: Path) -> Iterator[Seed]:
             folder.mkdir(parents=True)
         with suppress(Stopped):
             job(model, beside / "folder", stop)
-        kept = {f"{folder.name}/{place}": data for folder in (cache, beside) for place, data in read_folder(folder).items()}
+        kept = {
+            f"{folder.name}/{place}": data for folder in (cache, beside) for place, data in read_folder(folder).items()
+        }
         yield Seed(name, "kept", kept)

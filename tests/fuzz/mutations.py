@@ -86,7 +86,10 @@ ODD: tuple[Any, ...] = (
     *(None, True, False, 0.5, -0.0, 4.0, 1e308, -1e308, 1e-320, float("nan"), float("inf"), float("-inf")),
     *("", "4", "0", "-1", "all", [], {}, [[]], [0], [None], {"a": 1}, {"": {}}, [2**63], ["x"], "9" * 5000 + "x1"),
 )
-DTYPES = ("F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 I64 I32 I16 I8 U64 U32 U16 U8 BOOL C64 X".split(), 8)
+DTYPES = (
+    ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64", "X"],
+    8,
+)
 ITEM = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "C64": 8}
 TEXTS = (
     b"",
@@ -204,7 +207,9 @@ def change_tree(random: Random, tree: Any) -> None:
         case 4 if isinstance(holder, dict):
             holder[random.choice(NAMES)] = copy.deepcopy(value)
         case _ if type(value) is int and random.random() < 0.7:
-            holder[key] = random.choice((value + 1, value - 1, value * 2, value // 2, -value, *random.sample(NUMBERS, 3)))
+            holder[key] = random.choice(
+                (value + 1, value - 1, value * 2, value // 2, -value, *random.sample(NUMBERS, 3))
+            )
         case _:
             holder[key] = copy.deepcopy(odd_value(random))
 
@@ -217,7 +222,9 @@ def change_config(random: Random, config: Any) -> None:
     holder = random.choice(objects[:20])
     known = QUANTIZATION if holder is not config or random.random() < 0.2 else CONFIG
     key = random.choice(list(known))
-    holder[key] = copy.deepcopy(random.choice(known[key])) if random.random() < 0.6 else copy.deepcopy(odd_value(random))
+    holder[key] = (
+        copy.deepcopy(random.choice(known[key])) if random.random() < 0.6 else copy.deepcopy(odd_value(random))
+    )
 
 
 def edit_json(random: Random, data: bytes, *changes: Callable[[Random, Any], None]) -> bytes:
@@ -275,7 +282,9 @@ def change_tensor(random: Random, header: dict[str, Any], body: bytearray) -> No
             place = random.randrange(len(shape))
             for factor in (2, 3, 4, shape[place]):
                 if factor and shape[place] % factor == 0:
-                    shape[place : place + 1] = random.choice(([factor, shape[place] // factor], [shape[place] // factor, factor]))
+                    shape[place : place + 1] = random.choice(
+                        ([factor, shape[place] // factor], [shape[place] // factor, factor])
+                    )
                     break
         case 2 if len(shape) > 1:
             place = random.randrange(len(shape) - 1)
@@ -289,7 +298,9 @@ def change_tensor(random: Random, header: dict[str, Any], body: bytearray) -> No
             entry["dtype"], shape[-1] = random.choice(("U8", "I8", "F8_E4M3")), shape[-1] * ITEM[dtype]
         case 6:
             entry["data_offsets"] = [start, start]
-            entry["shape"] = random.choice(([0], [0, 2**61], [2**61, 0], [*shape, 0], [0, *shape], [2**61, *shape[1:], 0]))
+            entry["shape"] = random.choice(
+                ([0], [0, 2**61], [2**61, 0], [*shape, 0], [0, *shape], [2**61, *shape[1:], 0])
+            )
         case 7 if shape and shape[0] > 1:
             rows = random.randrange(1, shape[0])
             entry["data_offsets"] = [start, start + (stop - start) // shape[0] * rows]
@@ -332,7 +343,7 @@ def edit_safetensors(random: Random, data: bytes) -> bytes:
             random.choice((change_header, change_tensor, change_tensor, resize))(random, header, body)
     result = join_safetensors(header, bytes(body))
     if random.random() < 0.05:
-        result = random.choice(NUMBERS[:-7] + (len(result) - 8, len(result))).to_bytes(200, "little")[:8] + result[8:]
+        result = random.choice((*NUMBERS[:-7], len(result) - 8, len(result))).to_bytes(200, "little")[:8] + result[8:]
     return result
 
 
@@ -427,8 +438,12 @@ def edit_bytes(random: Random, data: bytes) -> bytes:
 
 def edit_folder(random: Random, case: Case) -> None:
     """Put something else in the place of a file, or beside the files."""
-    name = random.choice([*case, "config.json", "tokenizer.json", "LICENSE", "quantize_config.json", "hf_quant_config.json"])
-    name = random.choice((name, name, "model.safetensors", "model-00001-of-00002.safetensors", "m.gguf", "pytorch_model.bin"))
+    name = random.choice(
+        [*case, "config.json", "tokenizer.json", "LICENSE", "quantize_config.json", "hf_quant_config.json"]
+    )
+    name = random.choice(
+        (name, name, "model.safetensors", "model-00001-of-00002.safetensors", "m.gguf", "pytorch_model.bin")
+    )
     targets = (
         *(f"{OUTSIDE}/{file}" for file in ("model.safetensors", "config.json", "secret", "nothing", "m.gguf")),
         *("/etc/passwd", "/dev/zero", "/dev/null", "/proc/self/environ", "/proc/self/mem", "/dev/stdin"),
@@ -442,7 +457,9 @@ def edit_folder(random: Random, case: Case) -> None:
         case 4:
             case.pop(name, None)
         case _:
-            case[name] = random.choice((b"", b"{}", b"GGUF", *(data for data in case.values() if isinstance(data, bytes))))
+            case[name] = random.choice(
+                (b"", b"{}", b"GGUF", *(data for data in case.values() if isinstance(data, bytes)))
+            )
 
 
 def edit_file(*endings: str, edit: Callable[[Random, bytes], bytes]) -> Mutation:
@@ -473,8 +490,12 @@ def edit_index(random: Random, tree: Any) -> None:
 SAFETENSORS = edit_file(".safetensors", edit=edit_safetensors)
 BYTES = edit_file("", edit=edit_bytes)
 JSON = edit_file(".json", edit=lambda random, data: edit_json(random, data, change_tree))
-CONFIGS = edit_file("config.json", edit=lambda random, data: edit_json(random, data, change_tree, change_config, change_config))
-INDEXES = edit_file("index.json", edit=lambda random, data: edit_json(random, data, change_tree, edit_index, edit_index))
+CONFIGS = edit_file(
+    "config.json", edit=lambda random, data: edit_json(random, data, change_tree, change_config, change_config)
+)
+INDEXES = edit_file(
+    "index.json", edit=lambda random, data: edit_json(random, data, change_tree, edit_index, edit_index)
+)
 GGUF = edit_file(".gguf", edit=edit_gguf)
 
 

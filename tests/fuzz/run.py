@@ -1,6 +1,6 @@
 """Fuzz the readers: `python tests/fuzz/run.py --cases 50000 --seed 1`.
 
-Every case is made from the seed and its number alone, so `--replay NUMBER` with the same seed makes it again. Prints how
+Every case is made from the seed and its number alone: `--replay NUMBER` with the same seed makes it again. Prints how
 many cases of each parser had which outcome, the slowest and the largest; exits with 1 where one was not as it must be.
 """
 
@@ -86,7 +86,9 @@ def fuzz(arguments: argparse.Namespace, root: Path) -> int:
         if outcome.kind not in OK:
             failed.append(name)
             keep(arguments.failures / f"{arguments.seed}-{number}", case, name, outcome.kind, outcome.detail)
-            print(f"{name}: {outcome.kind} ({outcome.seconds:.2f} s, {outcome.memory / 2**20:.0f} MiB)", file=sys.stderr)
+            print(
+                f"{name}: {outcome.kind} ({outcome.seconds:.2f} s, {outcome.memory / 2**20:.0f} MiB)", file=sys.stderr
+            )
         if arguments.replay is not None:
             print(name, outcome.kind, outcome.detail, sep="\n")
     figures = {
@@ -121,7 +123,9 @@ def keep(folder: Path, case: Any, name: str, kind: str, detail: str) -> None:
             where.write_bytes(content)
         else:
             odd[place] = repr(content)
-    (folder / "outcome.json").write_text(json.dumps({"case": name, "kind": kind, "detail": detail, "odd": odd}, indent=2))
+    (folder / "outcome.json").write_text(
+        json.dumps({"case": name, "kind": kind, "detail": detail, "odd": odd}, indent=2)
+    )
 
 
 if __name__ == "__main__":

@@ -268,11 +268,11 @@ def find_weight_files(files: frozenset[str]) -> list[str]:
         )
     # Mistral's repositories hold a second copy of the weights under this name
     shards = [file for file in weights if not file.startswith("consolidated")] or weights
-    numbered = [match for file in shards if (match := re.search(r"-(\d+)-of-(\d+)\.safetensors$", file))]
+    numbered = [match for file in shards if (match := re.search(r"-(\d{1,9})-of-(\d{1,9})\.safetensors$", file))]
     if len(shards) > 1 and numbered:  # a single shard may be all that the user asked for
-        count = int(numbered[0][2])
-        if missing := sorted(set(range(1, count + 1)) - {int(match[1]) for match in numbered}):
-            raise ModelUnreadable(f"shard {missing[0]} of {count} is missing", "download the rest of the model")
+        count, found = int(numbered[0][2]), {int(match[1]) for match in numbered}
+        if missing := next((number for number in range(1, count + 1) if number not in found), None):
+            raise ModelUnreadable(f"shard {missing} of {count} is missing", "download the rest of the model")
     return shards
 
 

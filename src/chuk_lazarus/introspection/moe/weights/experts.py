@@ -4,13 +4,13 @@ Canonical form: `y = W x`, float32; gate and up are [intermediate, hidden], down
 never part of a matrix.
 """
 
+import os
 import re
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -814,7 +814,7 @@ def parse_layers(text: str) -> list[int]:
 def split_model(model: str) -> tuple[str, str | None]:
     """A model's name and the stack that follows it behind a #, if one does: "org/name#encoder"."""
     name, mark, stack = model.rpartition("#")
-    return (name, stack) if mark and name and not Path(model).exists() else (model, None)
+    return (name, stack) if mark and name and not os.path.exists(model) else (model, None)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
