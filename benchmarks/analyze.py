@@ -8,15 +8,16 @@ GPT-OSS-shaped layer (32 experts of 3 x 2880x2880 in MXFP4). Everything runs in 
 the page cache. Decompositions are timed on a sample of the deltas and scaled to all: each takes the same time. The
 layers are random; the times do not depend on the values, and the ranks are compared with those that full SVDs give.
 
-`floor` is reading, the products and the eigenvalues; `floor_with_all` adds decoding, the mean and the matching of
-neurons.
+`floor` is reading, the products of experts and of deltas, and the eigenvalues; `floor_with_matching` adds the products
+that match neurons, and `floor_with_all` decoding and the mean.
 """
 
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 from layers import GPT_OSS, OLMOE, Shape, write_model
-from measuring import Figures, apart, benchmark, median, medians, over
+from measuring import CLOCKS, Figures, apart, benchmark, medians, over
 
 STRICT = ("read", "expert products", "delta products", "eigenvalues")
 CASES: dict[str, tuple[Shape, int | None, int]] = {
@@ -32,20 +33,14 @@ def one_round(model: str, shape: Shape, experts: int | None, sample: int) -> dic
     chosen = experts or shape.experts
     found = {"analysis": apart("jobs.service", name="analyze", model=model, experts=experts)}
     found["floor"] = apart("jobs.floor", model=model, shape=asdict(shape), chosen=chosen)
-    found["stages"] = apart("jobs.stages", model=model, experts=experts)
+    found["analysis, stages watched"] = apart("jobs.stages", model=model, experts=experts)
     stages = found["floor"]["stages"]
-    for clock in ("seconds", "cpu_seconds"):
+    for clock in CLOCKS:
         found["floor"][clock] = sum(stages[name][clock] for name in STRICT)
+        found.setdefault("floor_with_matching", {})[clock] = found["floor"][clock] + stages["matching"][clock]
         found.setdefault("floor_with_all", {})[clock] = sum(stage[clock] for stage in stages.values())
-    for rival in RIVALS:
-        if rival == "lazarus_0_4_1":
-            if experts is None:
-                continue  # it never takes more than eight
-            found[rival] = apart(f"jobs.{rival}", model=model, sample=sample, chosen=chosen)
-            continue
-        found[rival] = apart(f"jobs.{rival}", model=model, sample=sample)
-        for clock in ("seconds", "cpu_seconds"):
-            found[rival][clock] *= 3 * chosen / sample
+    for rival in RIVALS if experts else RIVALS[:-1]:  # the last never takes more than eight
+        found[rival] = apart(f"jobs.{rival}", model=model, chosen=chosen, sample=sample)
     return found
 
 
@@ -56,22 +51,24 @@ def measure_case(folder: Path, repeat: int, shape: Shape, experts: int | None, s
     rounds = [one_round(model, shape, experts, sample) for _ in range(repeat)]
     rivals = [rival for rival in RIVALS if rival in rounds[0]]
     ours = rounds[0]["analysis"]["ranks"]
-    wanted = [ours[role][expert] for expert in range(-(-sample // 3)) for role in ("gate", "up", "down")][:sample]
+    ranks = [ours[role][place] for place in range(-(-sample // 3)) for role in ours][:sample]
     return {
         "shape": asdict(shape),
         "expert_bytes": size,
         "experts_sampled": experts or shape.experts,
         "decompositions_timed": sample,
-        "seconds": {**medians([_with_clocks(one) for one in rounds])},
-        "cpu_seconds": {**medians([_with_clocks(one) for one in rounds], "cpu_seconds")},
-        "over_floor": over(rounds, "analysis", "floor"),
-        "over_floor_cpu": over(rounds, "analysis", "floor", "cpu_seconds"),
-        "over_floor_with_all": over(rounds, "analysis", "floor_with_all"),
-        "over_floor_with_all_cpu": over(rounds, "analysis", "floor_with_all", "cpu_seconds"),
+        "seconds": medians(rounds),
+        "cpu_seconds": medians(rounds, "cpu_seconds"),
+        **{
+            f"over_{floor}{suffix}": over(rounds, "analysis", floor, clock)
+            for floor in ("floor", "floor_with_matching", "floor_with_all")
+            for clock, suffix in zip(CLOCKS, ("", "_cpu"), strict=True)
+        },
         "rivals_over_analysis": {rival: over(rounds, rival, "analysis") for rival in rivals},
         "rivals_over_analysis_cpu": {rival: over(rounds, rival, "analysis", "cpu_seconds") for rival in rivals},
         "stages_cpu_seconds": {
-            stage: median(one["stages"]["stages"][stage] for one in rounds) for stage in rounds[0]["stages"]["stages"]
+            stage: median(one["analysis, stages watched"]["stages"].get(stage, 0.0) for one in rounds)
+            for stage in dict.fromkeys(stage for one in rounds for stage in one["analysis, stages watched"]["stages"])
         },
         "floor_cpu_seconds": {
             stage: median(one["floor"]["stages"][stage]["cpu_seconds"] for one in rounds)
@@ -79,18 +76,8 @@ def measure_case(folder: Path, repeat: int, shape: Shape, experts: int | None, s
         },
         "peak_gib": max(one["analysis"]["peak_bytes"] for one in rounds) / 2**30,
         "bytes_read_over_expert_bytes": rounds[0]["analysis"]["bytes_read"] / size,
-        "ranks_equal_those_of_full_svds": _firsts(rounds[0]["numpy_svd"]["ranks"], wanted, experts),
+        "ranks_equal_those_of_full_svds": ranks == rounds[0]["numpy_svd"]["ranks"],
     }
-
-
-def _with_clocks(one: dict[str, Figures]) -> dict[str, Figures]:
-    return {name: figures for name, figures in one.items() if name != "stages"}
-
-
-def _firsts(theirs: list[int], ours: list[int], experts: int | None) -> bool:
-    """Of the deltas that both have: those of the first expert, and where all are taken, of more."""
-    count = len(theirs) if experts is None else 3
-    return theirs[:count] == ours[:count]
 
 
 if __name__ == "__main__":
@@ -98,6 +85,4 @@ if __name__ == "__main__":
         figures["cases"] = {}
         for number, (name, (shape, experts, sample)) in enumerate(CASES.items()):
             folder = options.folder / str(number)
-            figures["cases"][name] = measure_case(
-                folder, options.repeat, shape.smaller(options.small), experts, sample
-            )
+            figures["cases"][name] = measure_case(folder, options.repeat, shape.smaller(options.small), experts, sample)

@@ -6,7 +6,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
@@ -18,9 +18,11 @@ import ml_dtypes
 import numpy as np
 from layers import GROUP, Shape
 from measuring import Figures, cores, timed
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from chuk_lazarus.introspection.moe import (
+    Experts,
     MoECompressionService,
     MoELayoutService,
     MoETypeService,
@@ -32,6 +34,8 @@ from chuk_lazarus.introspection.moe import (
 )
 from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues
 from chuk_lazarus.introspection.moe.weights.codecs import fp8, mxfp4, plain
+
+Array = NDArray[Any]
 
 SERVICES: dict[str, Callable[..., Any]] = {
     "layout": MoELayoutService.describe,
@@ -62,7 +66,7 @@ def service(name: str, memory: str | None = None, traced: bool = False, **argume
 
 @contextmanager
 def _recorded(reads: list[tuple[int, int, int]] | None) -> Iterator[None]:
-    """Note device and offsets of every `pread`, which is how files are read."""
+    """Note file and offsets of every `pread`, which is how files are read."""
     if reads is None:
         yield
         return
@@ -127,9 +131,10 @@ def stages(model: str, experts: int | None) -> Figures:
     watch(measure, "gram_matrix", "expert products")
     watch(spectra, "gram_matrix", "delta products")
     watch(spectra, "symmetric_eigenvalues", "eigenvalues")
+    watch(np.linalg, "eigvalsh", "close calls again, in float64")
     watch(measure, "find_nearest", "matching")
-    total = timed(lambda: MoETypeService.analyze(model, experts=experts))["cpu_seconds"]
-    return {"stages": {**spent, "everything else": total - sum(spent.values())}, "cpu_seconds": total}
+    times = timed(lambda: MoETypeService.analyze(model, experts=experts))
+    return {"stages": {**spent, "everything else": times["cpu_seconds"] - sum(spent.values())}, **times}
 
 
 def floor(model: str, shape: dict[str, Any], chosen: int) -> Figures:
@@ -202,98 +207,92 @@ def _decode_all(shape: Shape, each: Each, step: int = 1 << 16) -> dict[str, floa
 # What else is used for such spectra. Each takes as many of the layer's deltas as it is told to.
 
 
-def _deltas(model: str, sample: int) -> list[np.ndarray]:
-    """Deltas of the layer's first experts, their three roles in turn."""
-    from chuk_lazarus.introspection.moe import Experts
-
+def _deltas(model: str, chosen: int, sample: int) -> list[Array]:
+    """Deltas of the first of the `chosen` experts, their roles in turn."""
     layer = Experts.open(model).layer(0)
     with measure.worker_threads(layer) as pool:
         bases = {role: base for tensor in layer.tensors for role, base in measure.mean_experts(tensor, pool).items()}
-    found = []
-    for expert in range(-(-sample // 3)):
+    found: list[Array] = []
+    for expert in measure.evenly_spaced(layer.count, chosen)[: -(-sample // 3)]:
         found += [matrix - bases[role].astype(np.float32) for role, matrix in layer.matrices(expert).items()]
     return found[:sample]
 
 
-def _ranks(spectra_found: Any) -> list[int]:
-    return [spectra.effective_rank(np.square(values, dtype=np.float64), 0.95) for values in spectra_found]
+def _scaled(times: Figures, chosen: int, sample: int, values: Sequence[Array] = ()) -> Figures:
+    """The times of a sample of the deltas as if it were all, and the sample's 95 % ranks by these singular values."""
+    squares = [np.square(one, dtype=np.float64) for one in values]
+    ranks = [spectra.effective_rank(one, 0.95) for one in squares]
+    return {**{clock: 3 * chosen / sample * times[clock] for clock in times}, "ranks": ranks}
 
 
-def numpy_svd(model: str, sample: int) -> Figures:
+def _singular_values(delta: Array) -> Array:
+    return np.linalg.svd(delta, full_matrices=False)[1]
+
+
+def numpy_svd(model: str, chosen: int, sample: int) -> Figures:
     """Full SVDs by numpy, one after the other, each on all cores."""
-    deltas, values = _deltas(model, sample), []
-    times = timed(lambda: values.extend(np.linalg.svd(delta, full_matrices=False)[1] for delta in deltas))
-    return {**times, "ranks": _ranks(values)}
+    deltas = _deltas(model, chosen, sample)
+    values: list[Array] = []
+    return _scaled(timed(lambda: values.extend(map(_singular_values, deltas))), chosen, sample, values)
 
 
-def numpy_svd_side_by_side(model: str, sample: int) -> Figures:
+def numpy_svd_side_by_side(model: str, chosen: int, sample: int) -> Figures:
     """The same, one a core."""
-    deltas, values = _deltas(model, sample), []
+    deltas = _deltas(model, chosen, sample)
+    values: list[Array] = []
     with threadpool_limits(1), ThreadPoolExecutor(cores()) as pool:
-        times = timed(lambda: values.extend(pool.map(lambda one: np.linalg.svd(one, full_matrices=False)[1], deltas)))
-    return {**times, "ranks": _ranks(values)}
+        times = timed(lambda: values.extend(pool.map(_singular_values, deltas)))
+    return _scaled(times, chosen, sample, values)
 
 
-def torch_svdvals(model: str, sample: int) -> Figures:
+def torch_svdvals(model: str, chosen: int, sample: int) -> Figures:
     """Singular values alone, by torch."""
     import torch
 
-    deltas, values = [torch.from_numpy(delta) for delta in _deltas(model, sample)], []
+    deltas = [torch.from_numpy(delta) for delta in _deltas(model, chosen, sample)]
+    values: list[Array] = []
     torch.linalg.svdvals(torch.ones(8, 8))
     times = timed(lambda: values.extend(torch.linalg.svdvals(delta).numpy() for delta in deltas))
-    return {**times, "ranks": _ranks(values)}
+    return _scaled(times, chosen, sample, values)
 
 
-def weightwatcher_analyze(model: str, sample: int) -> Figures:
+def weightwatcher_analyze(model: str, chosen: int, sample: int) -> Figures:
     """`WeightWatcher.analyze` with its defaults, on linear layers that hold the deltas."""
     import torch
     import weightwatcher
 
     net = torch.nn.ModuleList()
-    for delta in _deltas(model, sample):
+    for delta in _deltas(model, chosen, sample):
         linear = torch.nn.Linear(delta.shape[1], delta.shape[0], bias=False)
         linear.weight = torch.nn.Parameter(torch.from_numpy(delta))
         net.append(linear)
-    watcher = weightwatcher.WeightWatcher(model=net)
-    return timed(watcher.analyze)
+    return _scaled(timed(weightwatcher.WeightWatcher(model=net).analyze), chosen, sample)
 
 
-def lazarus_0_4_1(model: str, sample: int, chosen: int) -> Figures:
-    """The algorithm of chuk-lazarus 0.4.1, on one layer that is read as float32 and stacked: base, full SVDs of eight
-    experts' deltas, and the cosines of the down projections.
+def lazarus_0_4_1(model: str, chosen: int, sample: int) -> Figures:
+    """The algorithm of chuk-lazarus 0.4.1, on one layer: all experts in float32 and stacked, their mean, full SVDs of
+    the chosen experts' deltas, and the cosines of the down projections.
 
-    It works in MLX, and moves to numpy for SVDs and cosines; here it is numpy all along. So many SVDs are done, and
-    their time scaled to three times `chosen`; it is the rest of the seconds that are measured whole.
+    It works in MLX, and moves to numpy for SVDs and cosines; here it is numpy all along. So many SVDs are timed and
+    scaled; the rest is timed whole.
     """
-    from chuk_lazarus.introspection.moe import Experts
-
     layer = Experts.open(model).layer(0)
-    stacks: dict[str, np.ndarray] = {}
+    stacks: dict[str, Array] = {}
+    bases: dict[str, Array] = {}
 
-    def load() -> None:
+    def prepare() -> None:
         experts = [layer.matrices(expert) for expert in range(layer.count)]
         stacks.update({role: np.stack([one[role] for one in experts]) for role in layer.roles})
-
-    def compare() -> None:
+        bases.update({role: stack.mean(axis=0) for role, stack in stacks.items()})
         flat = stacks["down"].reshape(layer.count, -1)
         unit = flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-10)
         unit @ unit.T
 
-    loading = timed(load)
-    bases: dict[str, np.ndarray] = {}
-    averaging = timed(lambda: bases.update({role: stack.mean(axis=0) for role, stack in stacks.items()}))
-    comparing = timed(compare)
-    step = layer.count // chosen
-    wanted = [(role, expert) for expert in range(0, layer.count, step) for role in layer.roles][:sample]
-    values: list[np.ndarray] = []
-    solving = timed(
-        lambda: values.extend(np.linalg.svd(stacks[r][e] - bases[r], full_matrices=False)[1] for r, e in wanted)
-    )
-    total = {
-        clock: loading[clock] + averaging[clock] + comparing[clock] + solving[clock] * 3 * chosen / len(wanted)
-        for clock in loading
-    }
-    return {**total, "ranks": _ranks(values)}
+    once = timed(prepare)
+    wanted = [(role, e) for e in range(0, layer.count, layer.count // chosen) for role in layer.roles][:sample]
+    times = timed(lambda: [_singular_values(stacks[role][expert] - bases[role]) for role, expert in wanted])
+    solving = _scaled(times, chosen, sample)
+    return {clock: once[clock] + solving[clock] for clock in once}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +301,8 @@ def lazarus_0_4_1(model: str, sample: int, chosen: int) -> Figures:
 
 def factorise(shape: tuple[int, int], rank: int, sample: int) -> Figures:
     """Ours, one a core."""
-    deltas, found = _gaussians(shape, sample), []
+    deltas = _gaussians(shape, sample)
+    found: list[Any] = []
     with threadpool_limits(1), ThreadPoolExecutor(cores()) as pool:
         overlay.factorise(deltas[0][:8, :8], 2)
         times = timed(lambda: found.extend(pool.map(lambda delta: overlay.factorise(delta, rank), deltas)))
@@ -311,7 +311,8 @@ def factorise(shape: tuple[int, int], rank: int, sample: int) -> Figures:
 
 def factorise_by_svd(shape: tuple[int, int], rank: int, sample: int) -> Figures:
     """By numpy's full SVD, on all cores."""
-    deltas, found = _gaussians(shape, sample), []
+    deltas = _gaussians(shape, sample)
+    found: list[Any] = []
     times = timed(lambda: found.extend(np.linalg.svd(delta, full_matrices=False) for delta in deltas))
     rebuilt = [(left[:, :rank] * values[:rank]) @ right[:rank] for left, values, right in found]
     return {**times, "relative_error": _error(deltas, rebuilt)}
@@ -321,15 +322,16 @@ def factorise_at_random(shape: tuple[int, int], rank: int, sample: int) -> Figur
     """By scikit-learn's randomised SVD, on all cores."""
     from sklearn.utils.extmath import randomized_svd
 
-    deltas, found = _gaussians(shape, sample), []
+    deltas = _gaussians(shape, sample)
+    found: list[Any] = []
     times = timed(lambda: found.extend(randomized_svd(delta, rank, n_iter=2, random_state=0) for delta in deltas))
     return {**times, "relative_error": _error(deltas, [(left * values) @ right for left, values, right in found])}
 
 
-def _gaussians(shape: tuple[int, int], sample: int) -> list[np.ndarray]:
+def _gaussians(shape: tuple[int, int], sample: int) -> list[Array]:
     rng = np.random.default_rng(0)
     return [rng.standard_normal(shape, dtype=np.float32) for _ in range(sample)]
 
 
-def _error(deltas: list[np.ndarray], rebuilt: list[np.ndarray]) -> float:
+def _error(deltas: list[Array], rebuilt: list[Array]) -> float:
     return max(overlay.relative_error(got, delta) for got, delta in zip(rebuilt, deltas, strict=True))

@@ -1,6 +1,7 @@
-"""MoE layers on disk, of random weights, in the shapes and the storage of published models."""
+"""MoE layers on disk, in the shapes and the storage of published models: of random weights, or as holes in files."""
 
 import json
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -28,8 +29,8 @@ class Shape:
     def smaller(self, divisor: int) -> "Shape":
         """The sides of the matrices divided, to try a script out; scales still fit them."""
         step = BLOCK if self.storage == "fp8" else GROUP
-        sides = (max(step, size // divisor // step * step) for size in (self.intermediate, self.hidden))
-        return replace(self, **dict(zip(("intermediate", "hidden"), sides, strict=True)))
+        intermediate, hidden = (max(step, n // divisor // step * step) for n in (self.intermediate, self.hidden))
+        return replace(self, intermediate=intermediate, hidden=hidden) if divisor > 1 else self
 
     @property
     def weights(self) -> int:
@@ -37,6 +38,7 @@ class Shape:
 
 
 OLMOE = Shape("bf16", 64, 1024, 2048)
+MIXTRAL = Shape("bf16", 8, 14336, 4096)
 GPT_OSS = Shape("mxfp4", 32, 2880, 2880)
 DEEPSEEK_V3 = Shape("fp8", 256, 2048, 7168)
 
@@ -48,20 +50,54 @@ def write_model(folder: Path, shape: Shape, layers: int = 1, seed: int = 0) -> i
     """A checkpoint of such layers, in one file; returns the bytes of their experts."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = [tensor for layer in range(layers) for tensor in _tensors(shape, layer)]
-    header: dict[str, Any] = {}
-    stop = 0
-    for name, dtype, sizes in tensors:
-        start, stop = stop, stop + ITEM[dtype] * prod(sizes)
-        header[name] = {"dtype": dtype, "shape": sizes, "data_offsets": [start, stop]}
-    text = json.dumps(header).encode()
     rng = np.random.default_rng(seed)
     with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(_header(tensors))
         for name, dtype, sizes in tensors:
             for start in range(0, prod(sizes), PIECE):
                 file.write(_draw(rng, name, dtype, min(PIECE, prod(sizes) - start)))
     (folder / "config.json").write_text(json.dumps(_config(shape, layers)))
-    return stop
+    return sum(map(_bytes, tensors))
+
+
+def write_holes(folder: Path, shape: Shape, layers: int, limit: int = 5 * 10**9) -> int:
+    """The same in shards of at most so many bytes with an index, whose weights are zeros that take no room; a shape of
+    one expert is a dense model. Returns the bytes of the experts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[Tensor]] = [[]]
+    room = limit
+    for tensor in (tensor for layer in range(layers) for tensor in _tensors(shape, layer)):
+        if _bytes(tensor) > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(tensor)
+        room -= _bytes(tensor)
+    places: dict[str, str] = {}
+    for number, tensors in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        header = _header(tensors)
+        with open(folder / name, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(map(_bytes, tensors)))
+        places |= {tensor[0]: name for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(_config(shape, layers)))
+    return sum(_bytes(tensor) for tensors in shards for tensor in tensors)
+
+
+def _bytes(tensor: Tensor) -> int:
+    _, dtype, sizes = tensor
+    return ITEM[dtype] * prod(sizes)
+
+
+def _header(tensors: list[Tensor]) -> bytes:
+    entries: dict[str, Any] = {}
+    stop = 0
+    for name, dtype, sizes in tensors:
+        start, stop = stop, stop + _bytes((name, dtype, sizes))
+        entries[name] = {"dtype": dtype, "shape": sizes, "data_offsets": [start, stop]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(text)) + text
 
 
 def _tensors(shape: Shape, layer: int) -> Iterator[Tensor]:
@@ -73,8 +109,9 @@ def _tensors(shape: Shape, layer: int) -> Iterator[Tensor]:
             yield f"{prefix}.{name}_scales", "U8", (experts, out, inner // GROUP)
         return
     for expert in range(experts):
+        own = prefix.removesuffix(".experts") if experts == 1 else f"{prefix}.{expert}"
         for name, out, inner in (("gate", rows, columns), ("up", rows, columns), ("down", columns, rows)):
-            weight = f"{prefix}.{expert}.{name}_proj.weight"
+            weight = f"{own}.{name}_proj.weight"
             yield weight, "BF16" if shape.storage == "bf16" else "F8_E4M3", (out, inner)
             if shape.storage == "fp8":
                 yield f"{weight}_scale_inv", "F32", (-(-out // BLOCK), -(-inner // BLOCK))
@@ -100,4 +137,6 @@ def _config(shape: Shape, layers: int) -> dict[str, Any]:
         own = {"model_type": "deepseek_v3", "n_routed_experts": shape.experts}
         fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
         return {**own, "num_hidden_layers": layers, "quantization_config": fp8}
+    if shape.experts == 1:
+        return {"model_type": "llama", "num_hidden_layers": layers}
     return {"model_type": "olmoe", "num_experts": shape.experts, "num_hidden_layers": layers}

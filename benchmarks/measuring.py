@@ -24,6 +24,8 @@ from typing import Any
 HERE = Path(__file__).parent
 PACKAGES = ("numpy", "scipy", "ml_dtypes", "torch", "weightwatcher", "scikit-learn")
 
+CLOCKS = ("seconds", "cpu_seconds")
+
 Figures = dict[str, Any]
 
 
@@ -67,7 +69,7 @@ def cores() -> int:
 
 def over(rounds: Sequence[Mapping[str, Figures]], one: str, other: str, clock: str = "seconds") -> float:
     """The median over rounds of one thing's time over another's."""
-    return median(found[one][clock] / found[other][clock] for found in rounds)
+    return float(median(found[one][clock] / found[other][clock] for found in rounds))
 
 
 def medians(rounds: Sequence[Mapping[str, Figures]], clock: str = "seconds") -> dict[str, float]:
@@ -86,7 +88,9 @@ def benchmark(description: str | None, options: argparse.ArgumentParser | None =
     parser = options or argparse.ArgumentParser()
     parser.description = description
     parser.add_argument("--repeat", type=int, default=5, help="rounds (default 5)")
-    parser.add_argument("--small", type=int, default=1, metavar="N", help="divide the sides of matrices by N, for a try")
+    parser.add_argument(
+        "--small", type=int, default=1, metavar="N", help="divide the sides of matrices by N, for a try"
+    )
     parser.add_argument("--folder", type=Path, help="where to write layers; the system's folder for temporary files")
     parser.add_argument("--output", type=Path, help="write the results to this file, too")
     chosen = parser.parse_args()

@@ -421,6 +421,20 @@ def test_slices_that_are_not_alike(judge: Judge, shape: list[int]) -> None:
     assert (outcome.kind, "not alike" in outcome.detail) == ("ModelUnreadable", True), outcome.detail
 
 
+def test_roles_that_are_never_in_one_layer(judge: Judge) -> None:
+    files = rename(tiny(), "layers.0.block_sparse_moe.experts.0.w2", "layers.1.block_sparse_moe.experts.0.w2")
+    for expert in "123":
+        files = rename(files, f"layers.0.block_sparse_moe.experts.{expert}.w2", f"layers.1.x.{expert}.w2")
+    outcome = judge(files, read_everything)
+    assert (outcome.kind, "no layer has" in outcome.detail) == ("ModelUnreadable", True), outcome.detail
+
+
+@pytest.mark.parametrize("said", [{"model_type": "gpt_oss"}, {"hidden_act": "swiglu_oai"}])
+def test_an_activation_that_needs_a_gate_where_there_is_none(judge: Judge, said: Header) -> None:
+    files = with_config(fixture_files("published_nomic_bert_moe"), **said)
+    assert judge(files, lambda model: MoECompressionService.verify(model, inputs=4)).kind in OK
+
+
 def test_a_bias_without_its_weight(judge: Judge) -> None:
     def only_biases(header: Header) -> None:
         for name in [name for name in header if name.endswith("gate_up_proj")]:
@@ -456,6 +470,16 @@ def test_quantisation_of_a_wrong_type_is_refused(judge: Judge, name: str, said: 
     own = json.loads(files["config.json"])[key]
     outcome = judge(with_config(files, **{key: {**own, **said}}), read_everything)
     assert outcome.kind in OK, outcome.detail
+
+
+@pytest.mark.parametrize("leading", [10**9, 2**61])
+def test_a_stack_of_packed_matrices_that_are_empty(judge: Judge, leading: int) -> None:
+    files = encoded_files("pack_int4_sym", stacked=True)
+    header, body = split_safetensors(files["model.safetensors"])
+    for name in [name for name in header if name.endswith("weight_packed")]:
+        header[name] |= {"shape": [leading, 32, 0], "data_offsets": [0, 0]}
+    outcome = judge(files | {"model.safetensors": join_safetensors(header, body)}, read_everything)
+    assert outcome.kind == "ModelUnreadable", outcome
 
 
 @pytest.mark.parametrize("offset", [10**400, -(10**400), "1", None, True])

@@ -165,7 +165,7 @@ def connect(address: str | None) -> Iterator[Cluster | None]:
     if address is None:
         yield None
         return
-    if not re.fullmatch(r"((tcp|tls|ws|wss)://)?[^\s/]+:\d{1,5}/?", address):
+    if not re.fullmatch(r"((tcp|tls|ws|wss)://)?[^\s/]+:\d{1,5}/?|inproc://\S+", address):
         raise InvalidRequest(f"{address!r} is no address of a scheduler", "write it like tcp://host:8786")
     try:
         from distributed import Client

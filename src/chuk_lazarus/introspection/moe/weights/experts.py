@@ -183,10 +183,12 @@ class Experts:
         function = self._ffn_config.get("ffn_act_fn")
         names = [self.config.get(key) for key in ACTIVATION_KEYS]
         names += [function.get("name")] if isinstance(function, dict) else []
-        if has_feature(self.model_type, "swiglu_oai"):
+        is_gated = any("gate" in tensor.roles for tensor in self._match.layout.tensors)
+        if is_gated and has_feature(self.model_type, "swiglu_oai"):
             return "swiglu_oai"
         names += [usual_activation(self.model_type), self._match.layout.activation]
-        return printable(next((name for name in names if isinstance(name, str)), "silu"))
+        known = (name for name in names if isinstance(name, str) and (is_gated or name != "swiglu_oai"))
+        return printable(next(known, "silu"))
 
     @property
     def top_k(self) -> int:
@@ -219,9 +221,10 @@ class Experts:
         for match in partial:
             if match.names.issuperset(unmatched):
                 roles = {role for experts in match.layers.values() for role in experts}
-                lacking = next(tensor for tensor in match.layout.tensors if tensor.role not in roles)
+                lacking = [f"{x.role} projections ({x.leaf})" for x in match.layout.tensors if x.role not in roles]
                 raise ModelUnreadable(
-                    f"no layer has its {lacking.role} projections ({lacking.leaf}), as layout {match.layout.name} has",
+                    f"no layer has {f'its {lacking[0]}' if lacking else 'all that it needs'}, as layout "
+                    f"{match.layout.name} has",
                     "the checkpoint is incomplete: download it again",
                 )
         listing = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")

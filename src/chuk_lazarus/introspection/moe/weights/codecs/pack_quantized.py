@@ -37,7 +37,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         return None
     if own == {"weight_packed", "weight_shape"} and parts["weight_packed"].dtype == "I32":
         packed = parts["weight_packed"]
-        if len(packed.shape) < 2:
+        if len(packed.shape) < 2 or not prod(packed.shape):
             raise ModelUnreadable(f"its weight_packed is {list(packed.shape)}, which is no matrix")
         *leading, rows, words = packed.shape
         columns = _count_columns(parts["weight_shape"], packed)
