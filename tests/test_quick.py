@@ -198,7 +198,7 @@ def test_ungated_experts_are_told_by_up_and_down(tmp_path: Path) -> None:
     def make(copies: bool) -> str:
         rng = np.random.default_rng(1)
         tensors: dict[str, NDArray[np.float32]] = {}
-        base = {"up": rng.standard_normal((64, 48)), "down": rng.standard_normal((48, 64))}
+        base = {"up": rng.standard_normal((64, 80)), "down": rng.standard_normal((80, 64))}
         for expert in range(8):
             order = rng.permutation(64)
             for role, matrix in base.items():

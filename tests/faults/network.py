@@ -530,8 +530,6 @@ def run_full_disk(bench: Bench, random: Random, number: int) -> Outcome:
 @contextmanager
 def bench() -> Iterator[Bench]:
     """A bench with a Hub and caches of its own."""
-    from faults import network
-
     with tempfile.TemporaryDirectory(prefix="lazarus-faults-") as place, HubServer() as hub:
         root = Path(os.path.realpath(place))
         os.environ |= {
@@ -547,7 +545,7 @@ def bench() -> Iterator[Bench]:
             "PYTHONPATH": str(TESTS),
         }
         with hasty_surveys():
-            yield network.Bench(hub, root)
+            yield Bench(hub, root)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ def main() -> None:
 def _interrupt(*_: object) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _give_up)
+    sys.unraisablehook = lambda _: None  # where Python ignores exceptions, it would tell of this one
     timer = Timer(GRACE, _give_up)
     timer.daemon = True
     timer.start()

@@ -125,7 +125,8 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
         for other in range(experts):
             if other != one:
                 chances[one, other] = _chance(found[:, mine, other], near[mine, other], neurons)
-    chance = float(np.mean(1.0 - np.prod(1.0 - chances, axis=1)))
+    # an expert of zeros has no matches by chance either; where no expert has any, nothing is proved
+    chance = float(np.mean(1.0 - np.prod(1.0 - chances, axis=1))) if (near & others).any() else 1.0
     pairs = np.stack([same[own == one].mean(axis=0) for one in range(experts)])
 
     def over_roles(figure: str) -> Array:
@@ -206,7 +207,7 @@ def weigh_parent(
     cosines = np.stack([nearest.cosine[:, 0] for nearest in roles.values()])
     near = np.all([nearest.cosine[:, 0] > 0 for nearest in roles.values()], axis=0)
     same = (found == found[0]).all(axis=0) & near
-    chance = _chance(found, near, neurons)
+    chance = _chance(found, near, neurons) if near.any() else 1.0
     experts = range(int(own.max()) + 1)
     mine = [found[0][same & (own == expert)] for expert in experts]
     return ParentEvidence(
@@ -223,9 +224,9 @@ def weigh_parent(
 
 def _chance(found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> float:
     """The probability that roles [roles, queries] which know nothing of each other find the same one of so many
-    neurons, by how often each finds it; 1, so that nothing is proved, where nothing is near."""
+    neurons, by how often each finds it; 0 where nothing is near."""
     if not near.any():
-        return 1.0
+        return 0.0
     shares = [np.bincount(role[near], minlength=neurons) / near.sum() for role in found]
     return float(np.prod(shares, axis=0).sum())
 

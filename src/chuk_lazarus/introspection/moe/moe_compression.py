@@ -330,6 +330,8 @@ class MoECompressionService:
             measured: dict[int, _Measured] = {}
             if chosen is None:
                 chosen, measured = job.choose_ranks(rule, experts)
+            else:
+                job.sweep("measure", rule.energy, experts)  # so that what was kept of it goes at the end
             verified: tuple[LayerVerification, ...] = ()
             if job.knows_activation:
                 verified = tuple(

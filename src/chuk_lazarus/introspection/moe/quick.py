@@ -13,7 +13,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from .classifier import judge_quick
+from .classifier import Verdict, judge_quick
 from .errors import InvalidRequest, ModelUnreadable, NotMoE, printable
 from .lineage import Evidence, as_neurons, draw_neurons, find_nearest, join, weigh
 from .measure import bytes_to_measure, evenly_spaced, worker_threads
@@ -24,6 +24,8 @@ from .weights.source import Progress
 LAYERS, EXPERTS = 3, 16
 QUERIES = 1024  # neurons of a layer that are looked for
 LEAST = 16  # neurons of an expert below which nothing can be said
+LEAST_WIDTH = 64  # of 100 million unrelated pairs of this width one is close; of half the width, one of 30,000
+NO_VERDICT = Verdict("UNDETERMINED", 0.5)
 
 
 def analyze_quickly(
@@ -45,7 +47,15 @@ def analyze_quickly(
     neurons = sum(result.neurons for result in results)
     close = sum(result.close * result.neurons for result in results) / neurons
     reach = sum(result.reach * result.neurons for result in results) / neurons
-    verdict = judge_quick(close, reach, neurons)
+    verdict, notes = judge_quick(close, reach, neurons), list(opened.notes)
+    if (width := min(layer.sizes["H"] for layer in analysed)) < LEAST_WIDTH:
+        verdict = NO_VERDICT
+        notes.append(
+            f"at a hidden size of {width} unrelated neurons are close, too: a quick verdict needs {LEAST_WIDTH}"
+        )
+    elif all(result.chance == 1.0 for result in results):
+        verdict = NO_VERDICT
+        notes.append("no neuron is near to any other: the weights are zeros, or all orthogonal")
     kinds = [result.kind for result in results if result.kind]
     stored = round(sum(layer.stored_bytes for layer in analysed) / len(analysed) * len(opened.layers))
     first, read = analysed[0], opened.checkpoint.bytes_read - headers
@@ -68,7 +78,7 @@ def analyze_quickly(
         share=read / stored,
         full_bytes=bytes_to_measure(first, evenly_spaced(first.count, full_experts)),
         layers=tuple(results),
-        notes=tuple(opened.notes),
+        notes=tuple(notes),
         cost=Cost(
             bytes_read=opened.checkpoint.bytes_read,
             bytes_fetched=opened.checkpoint.repository.bytes_fetched,
