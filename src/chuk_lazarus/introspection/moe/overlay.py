@@ -62,7 +62,8 @@ def as_stored(array: NDArray[Any]) -> NDArray[np.float32]:
 
 def relative_error(approximation: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
     """The Frobenius norm of the difference over that of the exact matrix; 0 for two zero matrices."""
-    energy, lost = total_energy(exact), total_energy(approximation - exact)
+    rows = len(exact), -1  # of stacks of matrices, too
+    energy, lost = total_energy(exact.reshape(rows)), total_energy((approximation - exact).reshape(rows))
     return sqrt(lost / energy) if energy else float(lost > 0)
 
 

@@ -37,8 +37,10 @@ def energy_spectrum(matrix: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def is_close_call(spectrum: NDArray[np.float64], fraction: float) -> bool:
-    """Whether errors of MARGIN could change the effective rank."""
+    """Whether errors of MARGIN could change the effective rank, or the sum is too large for float32."""
     total = spectrum.sum()
+    if not np.isfinite(total):
+        return True
     sums = np.cumsum(spectrum)
     return bool(total > 0 and np.abs(sums[:-1] - fraction * total).min(initial=np.inf) < MARGIN * total)
 
