@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SUFFIX ?= .local
+TESTS ?= tests
 
-.PHONY: demo test check fix bench clean
+.PHONY: demo test check fix package lowest audit coverage bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/lazarus introspect moe-expert moe-type-analyze -m demo:upcycled
 	$(BIN)/lazarus introspect moe-expert moe-type-compare -m demo:upcycled -c demo:native --layers all
 
-test: check
+test: check package
 	$(BIN)/pytest
 	$(BIN)/pytest -m real
 
@@ -22,6 +23,33 @@ check: $(VENV)/installed-dev
 fix: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Source distribution and wheel, the one built from the other, installed into an empty environment and tried outside of
+# the tree.
+package: $(VENV)/installed-dev
+	rm -rf $(VENV)/package
+	$(PYTHON) -m venv $(VENV)/package
+	$(BIN)/python -m build --outdir $(VENV)/package/dist . > $(VENV)/package/log || { cat $(VENV)/package/log; exit 1; }
+	$(VENV)/package/bin/pip install --quiet $(VENV)/package/dist/*.whl
+	cd $(VENV)/package && bin/lazarus --help > help && \
+	  bin/lazarus introspect moe-expert moe-type-analyze -m demo:native --html page.html && test -s page.html
+
+# The tests with the oldest versions that pyproject.toml allows; what newer libraries say of their use is no matter.
+lowest:
+	rm -rf $(VENV)/lowest
+	$(PYTHON) -m venv $(VENV)/lowest
+	$(VENV)/lowest/bin/pip install --quiet uv
+	VIRTUAL_ENV=$(abspath $(VENV)/lowest) $(VENV)/lowest/bin/uv pip install --quiet --resolution lowest-direct --editable '.[dev]'
+	$(VENV)/lowest/bin/pytest -W ignore::DeprecationWarning $(TESTS)
+
+# Known vulnerabilities of what is installed; asks a public database.
+audit: $(VENV)/installed
+	test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit; }
+	$(BIN)/pip freeze --exclude-editable > $(VENV)/audit/installed.txt
+	$(VENV)/audit/bin/pip-audit --requirement $(VENV)/audit/installed.txt --no-deps --disable-pip
+
+coverage: $(VENV)/installed-dev
+	$(BIN)/pytest --cov --cov-report=term $(TESTS)
 
 # Measures, for an hour or so. Results go to benchmarks/results/*.local.json; `make bench SUFFIX=` renews those that are
 # kept, and the page that shows them. What we are measured against has an environment of its own.

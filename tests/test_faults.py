@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from chuk_lazarus.cli.app import run
-from chuk_lazarus.introspection.moe import ModelUnreadable, MoEError, MoETypeService
+from chuk_lazarus.introspection.moe import ModelUnreadable, MoECompressionService, MoEError, MoETypeService
 from chuk_lazarus.introspection.moe import measure as measuring
 from chuk_lazarus.introspection.moe.weights import hub as hub_module
 from chuk_lazarus.introspection.moe.weights import range_cache
@@ -34,7 +35,6 @@ TESTS = Path(__file__).parent
 DEMO = TESTS.parent / "src/chuk_lazarus/demo"
 EXPERT = ["introspect", "moe-expert"]
 ANALYZE = [*EXPERT, "moe-type-analyze"]
-HUGE = {"path": ".safetensors", "times": None}
 
 Matrix = NDArray[Any]
 
@@ -58,12 +58,12 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def test_random_sequences_of_faults() -> None:
     """In a process of its own, which shortens all waits; the same as by hand, with fewer runs."""
-    command = [sys.executable, str(TESTS / "faults/network.py"), "--runs", "24", "--seed", "20"]
+    command = [sys.executable, str(TESTS / "faults/network.py"), "--runs", "16", "--seed", "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["failed"] == []
-    assert found["runs that met a fault"] >= 8
+    assert found["runs that met a fault"] >= 6
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def test_a_failure_does_not_disturb_another_download_of_the_process(hub: HubServ
 
 def test_a_warning_of_the_client_is_not_shown(hub: HubServer, published: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It warns of a disk with little room, in lines of its own."""
-    usage = __import__("shutil").disk_usage(DEMO)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1))
+    usage = shutil.disk_usage(DEMO)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert MoETypeService.analyze(published).type == "NATIVE"
@@ -145,7 +145,7 @@ def test_stopped_at_random(tmp_path: Path) -> None:
     """As by hand, of one command, with fewer layers."""
     random = Random(5)
     with kills.bench(layers=3, repeats=1) as bench:
-        for name, number in [("compress", "SIGTERM"), ("compress", "SIGKILL"), ("compress", "SIGINT")]:
+        for name, number in [("compress", "SIGTERM"), ("compress", "SIGKILL")]:
             kill = bench.run(name, number, random.uniform(0.3, 0.9), tmp_path / f"{name}-{number}")
             assert (kill.kind, kill.detail) == ("right", "")
 
@@ -173,8 +173,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("signals", [["SIGINT"], ["SIGTERM"], ["SIGINT", "SIGINT"]], ids=" ".join)
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["", "json"])
+@pytest.mark.parametrize(
+    ("signals", "options"), [(["SIGINT"], ["--json"]), (["SIGTERM"], []), (["SIGINT", "SIGINT"], [])]
+)
 def test_threads_that_are_busy_do_not_keep_an_interruption_waiting(signals: list[str], options: list[str]) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", BUSY, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -241,6 +242,25 @@ def test_a_range_that_another_process_deletes_is_fetched_again(hub: HubServer, p
 
     report = MoETypeService.analyze(published, layers="all", progress=trim)
     assert figures(report) == figures(MoETypeService.analyze("demo:native", layers="all"))
+
+
+# A stranger's files
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though somebody at the terminal would say yes to running it."""
+    model = tmp_path / "model"
+    shutil.copytree(DEMO / "native", model)
+    MoECompressionService.compress(str(model), tmp_path / "overlay", ranks={"gate": 1, "up": 1, "down": 1})
+    (model / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}')
+    (model / "evil.py").write_text(
+        "import pathlib; pathlib.Path(__file__).with_name('it-ran').touch()\nclass Evil: pass\n"
+    )
+    (tmp_path / "text").write_text("some words")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelUnreadable, match="tokenizer"):
+        MoECompressionService.evaluate(str(model), tmp_path / "overlay", tmp_path / "text", context=4)
+    assert not (model / "it-ran").exists()
 
 
 # Numbers

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import Experts, MoECompressionService, MoELayoutService, MoETypeService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable
+from chuk_lazarus.introspection.moe.overlay_checkpoint import read_overlay
 from chuk_lazarus.introspection.moe.weights.safetensors_header import read_header
 from chuk_lazarus.introspection.moe.weights.source import LocalFile
 from fuzz.cases import OK, Bench, Hangs, Outcome, deadline, read_everything
@@ -612,6 +613,24 @@ def test_an_overlay_whose_expert_would_take_the_name_of_another_tensor(
     names = {**config["overlay_config"]["names"], "gate": "input_layernorm.weight"}
     files = with_config(overlay, overlay_config={**config["overlay_config"], "names": names})
     assert judge(files, export(bench)).kind == "ModelUnreadable"
+
+
+@pytest.mark.parametrize("value", [0x7F80, 0x7FC0, 0x7F7F], ids=["infinity", "NaN", "largest"])
+def test_an_overlay_whose_experts_are_not_finite(judge: Judge, bench: Bench, tmp_path: Path, value: int) -> None:
+    """The numbers of base and factors themselves may be: their sums are not."""
+    ranks = dict.fromkeys(("gate", "up", "down"), 2)
+    MoECompressionService.compress(str(FIXTURES / "mixtral"), tmp_path / "folder", ranks=ranks)
+    files = read_folder(tmp_path / "folder")
+    for file in [file for file in files if file.endswith(".safetensors")]:
+        header, body = split_safetensors(files[file])
+        for name in [name for name in header if ".overlay.up.left" in name or ".overlay.up.right" in name]:
+            start, stop = header[name]["data_offsets"]
+            body = body[:start] + value.to_bytes(2, "little") * ((stop - start) // 2) + body[stop:]
+        files[file] = join_safetensors(header, body)
+    outcome = judge(files, export(bench))
+    assert (outcome.kind, "expert 0: the up projection holds" in outcome.detail) == ("ModelUnreadable", True), outcome
+    with pytest.raises(ModelUnreadable, match="expert 3: the up projection holds"):
+        read_overlay(bench.model).expert(0, 3)
 
 
 # What we have written ourselves, and somebody else has changed

@@ -349,7 +349,21 @@ class OverlayCheckpoint:
     def expert(self, layer: int, expert: int) -> dict[str, NDArray[np.float32]]:
         """The matrices of one expert by role, base + left @ right, in canonical form."""
         roles = self.ranks.get(layer, {"down": 0})  # an unknown layer is refused below
-        return {role: rebuild(self.base(layer, role), self.factors(layer, role, expert)) for role in roles}
+        return {role: self.rebuilt(self.base(layer, role), layer, role, expert) for role in roles}
+
+    def rebuilt(self, base: NDArray[np.float32], layer: int, role: str, expert: int) -> NDArray[np.float32]:
+        """`base` + left @ right of one expert; raises ModelUnreadable where that is not finite in bfloat16."""
+        factors = self.factors(layer, role, expert)
+        with np.errstate(over="ignore", invalid="ignore"):
+            matrix = rebuild(base, factors)
+            is_finite = np.isfinite(matrix.astype(BF16)).all()
+        if not is_finite:
+            raise ModelUnreadable(
+                f"layer {layer}, expert {expert}: the {role} projection holds NaN, infinity or numbers too large for "
+                "bf16",
+                "the overlay is broken: make it again",
+            )
+        return matrix
 
     def prefix(self, layer: int) -> str:
         """What the names of the layer's tensors begin with, such as "model.layers.3"."""
@@ -494,9 +508,7 @@ def _fill_experts(overlay: OverlayCheckpoint, layer: int, layout: Layout, progre
     def put_together(expert: int) -> None:
         for spec in layout.tensors:
             with at_work:
-                matrices = {
-                    role: rebuild(bases[role], overlay.factors(layer, role, expert)).astype(BF16) for role in spec.roles
-                }
+                matrices = {role: overlay.rebuilt(bases[role], layer, role, expert).astype(BF16) for role in spec.roles}
                 data = stored_rows(spec, matrices).tobytes()
                 name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}".replace("{expert}", str(expert))
                 shard.write(name, data, expert * len(data) if spec.axes.stacked else 0)

@@ -431,7 +431,12 @@ def _tokenize(folder: Path, text: str, limit: int | None) -> tuple[TokensFrom, l
     if names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}:
         from mlx_lm.utils import load_tokenizer
 
-        return "tokenizer", list(load_tokenizer(folder).encode(text))[:limit]  # type: ignore[no-untyped-call]
+        try:
+            tokenizer = load_tokenizer(folder, {"trust_remote_code": False})  # type: ignore[no-untyped-call]
+        except Exception as error:  # whatever it stumbles upon in a stranger's files
+            said = " ".join(str(error).split())
+            raise ModelUnreadable(f"the tokenizer in {folder} can't be loaded: {said}") from None
+        return "tokenizer", list(tokenizer.encode(text))[:limit]
     vocabulary = Checkpoint(Folder(folder)).config.get("vocab_size")
     if vocabulary != 256:
         raise ModelUnreadable(f"{folder} has no tokenizer", "put the model's tokenizer files beside its weights")
