@@ -77,8 +77,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     f"{MOE}.moe_survey": (
-        {f"{MOE}.{name}" for name in ("cluster", "errors", "moe_type", "reports", "wording")}
-        | {f"{MOE}.weights.{name}" for name in ("experts", "source")},
+        {f"{MOE}.{name}" for name in ("cluster", "errors", "measure", "moe_type", "reports", "wording")}
+        | {f"{MOE}.weights.{name}" for name in ("experts", "range_cache", "source")},
         set(),
     ),
     f"{MOE}.cluster": (
@@ -131,7 +131,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     f"{MOE}.forward": (set(), {"numpy", "scipy"}),
     f"{MOE}.overlay_checkpoint": (
-        {f"{MOE}.{name}" for name in ("errors", "measure", "model_folder", "overlay")}
+        {f"{MOE}.{name}" for name in ("errors", "fidelity", "measure", "model_folder", "overlay")}
         | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "experts", "layouts", "source")},
         {"numpy", "ml_dtypes"},
     ),
@@ -145,8 +145,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     f"{MOE}.overlay": ({f"{MOE}.lapack", f"{MOE}.spectra"}, {"numpy", "ml_dtypes"}),
     f"{MOE}.similarity": (set(), {"numpy"}),
-    f"{MOE}.products": (set(), {"numpy", "mlx"}),
-    f"{MOE}.spectra": ({f"{MOE}.lapack", f"{MOE}.products"}, {"numpy", "scipy"}),
+    f"{MOE}.device": (set(), {"numpy", "mlx"}),
+    f"{MOE}.spectra": ({f"{MOE}.lapack", f"{MOE}.device"}, {"numpy", "scipy"}),
     f"{MOE}.lapack": (set(), {"numpy", "scipy"}),
     f"{MOE}.weights.experts": (
         {f"{MOE}.errors"} | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "layouts", "source")},
@@ -183,7 +183,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
 }
 CODEC = (
-    {f"{MOE}.errors", f"{MOE}.weights.codecs"}
+    {f"{MOE}.device", f"{MOE}.errors", f"{MOE}.weights.codecs"}
     | {f"{MOE}.weights.codecs.{name}" for name in ("bits", "fp8", "gptq", "mxfp4", "small_floats")},
     {"numpy", "ml_dtypes"},
 )

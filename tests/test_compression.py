@@ -1,5 +1,6 @@
 """The overlay services, against literal computation, planted structure and MLX LM's own layers."""
 
+import itertools
 import json
 import random
 import shutil
@@ -22,6 +23,7 @@ from chuk_lazarus.introspection.moe import (
     MoEOverlayEstimate,
     MoEOverlayVerification,
     NotMoE,
+    fidelity,
     moe_compression,
     overlay_checkpoint,
 )
@@ -370,6 +372,24 @@ def test_a_killed_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_what_is_written_is_verified_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the figures of `verify`, without reading the experts again, and after a stop, too."""
+    model = write(tmp_path / "m", planted(16, layers=4))
+    ranks = {"gate": 3, "up": 4, "down": 5}
+    wanted = MoECompressionService.verify(model, layers=[0, 2, 3], ranks=ranks)
+    whole = MoECompressionService.compress(model, tmp_path / "whole", ranks=ranks)
+    assert whole.verification == wanted.layers
+    experts = Experts.open(model)
+    stored = sum(experts.layer(number).stored_bytes for number in experts.layers)
+    others = sum(experts.checkpoint.info(name).nbytes for name in experts.checkpoint.names) - stored
+    assert whole.cost.bytes_read <= 2 * stored + others + 20_000  # and headers
+    stop(model, tmp_path / "again", monkeypatch, after=60, ranks=ranks)
+    assert len(list((tmp_path / "again.partial").glob("*.safetensors"))) == 4  # what is copied, and three layers
+    stopped = MoECompressionService.compress(model, tmp_path / "again", ranks=ranks)
+    assert stopped.verification == wanted.layers
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
 def test_ranks_once_chosen_stand_for_the_rest_of_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run does not measure again."""
     model, folder = write(tmp_path / "m", planted(4, layers=2)), tmp_path / "overlay"
@@ -413,10 +433,17 @@ def test_what_can_not_be_written_or_run_is_one_line(
     assert not (tmp_path / "new").exists()
 
 
-def stop(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Begin to compress, and stop once the plan is written."""
+def stop(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, after: int = 0, **options: Any) -> None:
+    """Begin to compress, and stop once the plan and the factors of so many matrices are written."""
+    count = itertools.count()
+
+    def split(*words: Any) -> Factors:
+        if next(count) >= after:
+            raise KeyboardInterrupt
+        return fidelity.split(*words)
+
     with monkeypatch.context() as patched:
-        patched.setattr(overlay_checkpoint, "factorise", lambda delta, rank: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(overlay_checkpoint, "split", split)
         with pytest.raises(KeyboardInterrupt):
             MoECompressionService.compress(model, folder, **options)
 

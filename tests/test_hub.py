@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -506,12 +507,39 @@ def test_a_broken_download_goes_on_where_it_broke(hub: HubServer, cache: Path, m
     assert report.cost.bytes_fetched <= hub.body_bytes()
 
 
-def test_retry_after_is_obeyed(hub: HubServer, cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry-After": "7"}, 7),
+        (429, {"RateLimit": '"resolver";r=0;t=55', "RateLimit-Policy": '"fixed window";"resolver";q=3000;w=300'}, 55),
+        (429, {"RateLimit": '"resolver";r=0;t=4', "Retry-After": "9"}, 9),
+        (429, {"RateLimit": '"resolver";r=0;t=86400'}, 300),
+        (429, {"RateLimit": "soon"}, 0.01),
+        (503, {"RateLimit": '"resolver";r=2999;t=200'}, 0.01),
+    ],
+)
+def test_the_hub_is_waited_for_as_long_as_it_says(
+    hub: HubServer,
+    cache: Path,
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    headers: dict[str, str],
+    seconds: float,
+) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("threading.Event.wait", lambda event, seconds=None: waits.append(seconds) if seconds else None)
-    hub.fail(**WEIGHTS, status=429, retry_after="7")
+
+    class Impatient(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is None:
+                return super().wait()
+            waits.append(timeout)
+            return False
+
+    monkeypatch.setattr("threading.Event", Impatient)
+    hub.fail(**WEIGHTS, status=status, headers=headers)
     analyze(publish(hub, made))
-    assert waits == [7.0]
+    assert waits == [seconds]
 
 
 # Faults that stay

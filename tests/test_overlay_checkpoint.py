@@ -174,7 +174,9 @@ def test_factors_are_the_best_of_their_rank(name: str, tmp_path: Path) -> None:
 
 def test_the_config_tells_what_it_is(tmp_path: Path) -> None:
     original = json.loads((FIXTURES / "mixtral/config.json").read_text())
-    overlay = write(FIXTURES / "mixtral", tmp_path / "overlay", 2, source="org/mixtral", card="Made for a test.")
+    overlay = write(
+        FIXTURES / "mixtral", tmp_path / "overlay", 2, source="org/mixtral", card=lambda: "Made for a test."
+    )
     facts = {
         "version": 1,
         "source": "org/mixtral",

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
-from chuk_lazarus.introspection.moe import products
+from chuk_lazarus.introspection.moe import device
+from chuk_lazarus.introspection.moe.device import gram_by_mlx
 from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues, symmetric_eigenvectors
-from chuk_lazarus.introspection.moe.products import gram_by_mlx
 from chuk_lazarus.introspection.moe.similarity import pairwise_cosines
 from chuk_lazarus.introspection.moe.spectra import (
     effective_rank,
@@ -25,6 +26,7 @@ from chuk_lazarus.introspection.moe.spectra import (
     sample_decay,
     total_energy,
 )
+from chuk_lazarus.introspection.moe.weights.codecs import mxfp4, mxfp8
 
 SHAPES = [(48, 96), (96, 48), (64, 64), (1, 40), (40, 1), (1, 1)]
 
@@ -268,7 +270,7 @@ def test_spectra_through_mlx_have_the_same_ranks(monkeypatch: pytest.MonkeyPatch
     matrices = [gaussian((96, 160), seed) * np.linspace(1, 9, 160, dtype=np.float32) for seed in range(4)]
     plain = [energy_spectrum(matrix) for matrix in matrices]
     asked = []
-    monkeypatch.setattr(products, "gpu", lambda: asked.append(1) or mx.Device(mx.cpu, 0))
+    monkeypatch.setattr(device, "gpu", lambda: asked.append(1) or mx.Device(mx.cpu, 0))
     with ThreadPoolExecutor(4) as pool:
         through = list(pool.map(energy_spectrum, matrices))
     assert len(asked) >= 4
@@ -277,11 +279,44 @@ def test_spectra_through_mlx_have_the_same_ranks(monkeypatch: pytest.MonkeyPatch
         assert effective_rank(one, 0.95) == effective_rank(other, 0.95)
 
 
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 5), (2, 3, 40_000)])
+def test_look_ups_by_mlx_are_those_by_numpy(width: int, shape: tuple[int, ...]) -> None:
+    """On MLX's CPU device, to the last bit, and as plain indexing has it."""
+    mx = pytest.importorskip("mlx.core")
+    rng = np.random.default_rng(1)
+    table = rng.standard_normal((256, width), dtype=np.float32)
+    codes = rng.integers(0, 256, shape, np.uint8)
+    wanted = table[codes].reshape(*shape[:-1], -1)
+    np.testing.assert_array_equal(device.look_up_by_numpy(table, codes), wanted)
+    np.testing.assert_array_equal(device.look_up_by_mlx(table, codes, mx.Device(mx.cpu, 0)), wanted)
+
+
+def test_codecs_decode_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    mx = pytest.importorskip("mlx.core")
+    rng = np.random.default_rng(2)
+    parts = {
+        "blocks": rng.integers(0, 256, (6, 3, 16), np.uint8),
+        "scales": rng.integers(120, 130, (6, 3), np.uint8),
+        "weight": rng.integers(0, 120, (6, 96), np.uint8).view(ml_dtypes.float8_e4m3fn),
+    }
+    decode = {
+        "mxfp4": lambda: mxfp4.decode(parts, 0, 6, elements="blocks", scale="scales"),
+        "mxfp8": lambda: mxfp8.decode(parts, 0, 6, scale="scales"),
+    }
+    plain = {name: function() for name, function in decode.items()}
+    asked = []
+    monkeypatch.setattr(device, "gpu", lambda: asked.append(1) or mx.Device(mx.cpu, 0))
+    for name, function in decode.items():
+        np.testing.assert_array_equal(function(), plain[name])
+    assert len(asked) == 4
+
+
 def test_no_gpu_is_asked_for_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAZARUS_DEVICE", "cpu")
-    products.gpu.cache_clear()
-    assert products.gpu() is None
-    products.gpu.cache_clear()
+    device.gpu.cache_clear()
+    assert device.gpu() is None
+    device.gpu.cache_clear()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e-7, -1e-7, 3e-7, -3e-7])

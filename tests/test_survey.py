@@ -27,6 +27,7 @@ from chuk_lazarus.introspection.moe import (
     MoETypeSurvey,
     SurveyRequest,
     SurveyRow,
+    memory_limit,
 )
 from conftest import FIXTURES
 from hub_server import HubServer
@@ -223,6 +224,54 @@ def test_the_command_says_what_failed(capsys: Capture, folder: Path) -> None:
     out, err = capsys.readouterr()
     assert "no such folder" in out
     assert err == f"{folder / 'missing'}: no such folder or file\n"
+
+
+def test_a_quick_survey_gives_the_quick_verdicts(tmp_path: Path) -> None:
+    """And passes over what lists say of parents and experts; its rows are not those of full analyses."""
+    names = ["demo:upcycled", "demo:permuted", "demo:native"]
+    (tmp_path / "list.txt").write_text("\n".join(f"{name} experts=all" for name in names))
+    file = tmp_path / "rows.jsonl"
+    full = ask("demo:upcycled", file=file)
+    found = ask(str(tmp_path / "list.txt"), budget="1MB", file=file)
+    for name, row in zip(names, found.rows, strict=True):
+        one = MoETypeService.quick(name, budget="1MB")
+        assert row.answer
+        assert row.answer.type == one.type
+        assert (row.answer.close, row.answer.reach, row.answer.confidence) == (one.close, one.reach, one.confidence)
+        assert row.answer.layers == tuple(layer.layer for layer in one.layers)
+        assert (row.answer.rank_ratio, row.answer.compressible) == (None, None)
+        assert row.request == SurveyRequest(model=name, budget=10**6)
+    assert [line["answer"]["type"] for line in lines_of(file)] == ["UPCYCLED", "UPCYCLED", "UPCYCLED", "NATIVE"]
+    assert ask("demo:upcycled", file=file).rows == full.rows
+    assert "Rank" not in show(found, 200)
+    assert "100 %" in show(found, 80)
+    both = MoETypeSurvey(rows=(*full.rows, *found.rows))
+    assert "Rank" in show(both, 200)
+    assert show(both.summary(), 80).count("100 %") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--quick", "--layer", "1"], ["--memory", "1GB", "--dask", "tcp://head:8786"]])
+def test_options_that_do_not_go_together(capsys: Capture, arguments: list[str]) -> None:
+    assert run([*SURVEY, "demo:native", *arguments]) == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_processes_share_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told its part, and no less than an analysis needs."""
+    asked: list[list[Any]] = []
+    start = subprocess.Popen
+
+    def note(command: Sequence[str], *words: Any, **options: Any) -> Any:
+        asked.append(json.loads(command[-1]))
+        return start(command, *words, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8), raising=False)
+    with memory_limit("3GB"):
+        ask("demo:native", "demo:upcycled", jobs=3)
+    with memory_limit("256MB"):
+        ask("demo:native", jobs=9)
+    assert [words[2:] for words in asked] == [[10**9, 2], [10**9, 2], [256 * 10**6, 1]]
 
 
 def test_options_hold_where_the_list_says_nothing_else(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ Variance = Annotated[
 Thorough = Annotated[
     bool, typer.Option("--thorough", help="Match all neurons of all experts, not a sample; takes time and memory.")
 ]
+Budget = Annotated[str, typer.Option("--budget", metavar="SIZE", help="With --quick: how much to read of the weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Output = Annotated[
     Path | None,
@@ -165,9 +166,7 @@ def analyze(
     quick: Annotated[
         bool, typer.Option("--quick", help="A verdict from a part of some experts in three layers: megabytes, seconds.")
     ] = False,
-    budget: Annotated[
-        str, typer.Option("--budget", metavar="SIZE", help="With --quick: how much to read of the weights.")
-    ] = "64MB",
+    budget: Budget = "64MB",
     html: Html = None,
     plot: Plot = None,
     visualize: Annotated[
@@ -206,8 +205,7 @@ def analyze(
         show(found, as_json, output)
         hint_cost(found.cost, verbose)
         return
-    if memory and dask:
-        raise typer.BadParameter("each worker keeps to the limit it was started with", param_hint="--memory")
+    refuse_memory_there(memory, dask)
     with progress_bar(quiet) as progress:
         report = MoETypeService.analyze(
             model,
@@ -540,7 +538,14 @@ def survey(
     layer: Layer = None,
     layers: Layers = None,
     experts: ExpertCount = "8",
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="How many models to analyse side by side.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A verdict from a part of some experts in three layers of each model.")
+    ] = False,
+    budget: Budget = "64MB",
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="How many models to analyse side by side; they share the memory.")
+    ] = 1,
+    memory: Memory = None,
     dask: Dask = None,
     output: Annotated[
         Path | None,
@@ -570,6 +575,7 @@ def survey(
     Examples:
       lazarus introspect moe-expert moe-type-survey demo:upcycled demo:native
       lazarus introspect moe-expert moe-type-survey models.txt -o survey.jsonl --jobs 2
+      lazarus introspect moe-expert moe-type-survey models.txt --quick -o quick.jsonl
       lazarus introspect moe-expert moe-type-survey experiments/known_models/models.toml --plan
     """
     from chuk_lazarus.introspection.moe import MoESurveyService
@@ -577,12 +583,16 @@ def survey(
     if plan:
         show(MoESurveyService.plan(models), as_json, None)
         return
+    if quick and layer is not None:
+        raise typer.BadParameter("it goes with --layers and --budget only", param_hint="--quick")
+    refuse_memory_there(memory, dask)
     with progress_bar(quiet) as progress:
         report = MoESurveyService.survey(
             models,
             layer=layer,
             layers=layers,
             experts=parse_experts(experts),
+            budget=budget if quick else None,
             jobs=jobs,
             dask=dask,
             file=output,
@@ -612,6 +622,12 @@ def limit_memory(context: typer.Context, size: str | None) -> str | None:
 
         context.with_resource(memory_limit(size))
     return size
+
+
+def refuse_memory_there(memory: str | None, dask: str | None) -> None:
+    """A limit here is none for workers elsewhere."""
+    if memory and dask:
+        raise typer.BadParameter("each worker keeps to the limit it was started with", param_hint="--memory")
 
 
 def hint_cost(cost: "Cost", verbose: bool, prefix: str = "") -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 Origin = Literal["UPCYCLED", "NATIVE", "UNDETERMINED"]
 
@@ -123,7 +123,7 @@ def judge(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) 
 
     kept, chance = mean("kept"), mean("chance")
     excess, near = kept - chance, mean("close") - chance
-    p_value = float(binom.sf(round(kept * looked) - 1, looked, min(1.0, chance)))
+    p_value = float(bdtrc(round(kept * looked) - 1, looked, min(1.0, chance)))
     found = p_value < t.p_value and (excess >= max(t.upcycled, t.times * chance) or near >= t.close_upcycled)
     origin: Origin = "UNDETERMINED"
     if found or is_alike_in_place(evidence, t):

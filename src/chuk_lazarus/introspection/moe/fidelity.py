@@ -29,6 +29,7 @@ from .weights.source import Progress
 
 BITS = (8, 4, 3)
 COMPARED = (8, 4)  # the usual quantisations, beside which an output error is shown
+MATRICES = 10  # of an expert that a thread has at hand while it compares one
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,60 +95,102 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
     )
 
 
-def check_layer(
-    layer: ExpertLayer,
-    ranks: Mapping[str, int],
-    inputs: Inputs,
-    activation: str,
-    progress: Progress,
-) -> LayerFidelity:
-    """Rebuild every expert from base and factors as a file would hold them, and compare with the original."""
-    layer.prefetch(progress)
-    stored: dict[str, NDArray[np.float32]] = {}
-    done = Counter(progress, f"verifying layer {layer.number}", layer, layer.count)
+class Trial:
+    """The rebuilt experts of one layer beside the originals: in what they are, and in what they compute.
 
-    def check(expert: int) -> tuple[dict[str, float], dict[int, float], NDArray[np.float32], NDArray[np.float32]]:
-        exact, biases = layer.matrices(expert), layer.biases(expert)
-        rebuilt = {}
-        for role, matrix in exact.items():
-            delta = matrix.copy()
-            subtract_base(layer.number, role, delta, stored[role])
-            factors = factorise(delta, ranks[role])
-            rebuilt[role] = rebuild(stored[role], Factors(as_stored(factors.left), as_stored(factors.right)))
-        weights = {role: relative_error(rebuilt[role], matrix) for role, matrix in exact.items()}
+    `compare` may be called from several threads; what it gives is added in the order of the experts.
+    """
+
+    def __init__(self, layer: ExpertLayer, inputs: Inputs, activation: str) -> None:
+        self.layer = layer
+        self._inputs, self._activation = inputs, activation
+        self._weight_errors: list[dict[str, float]] = []
+        self._output_errors: list[float] = []
+        self._rounding_errors: list[dict[int, float]] = []
+        self._mixed = np.zeros((2, *inputs.x.shape), np.float32)
+
+    def compare(
+        self, expert: int, exact: Mapping[str, NDArray[np.float32]], rebuilt: Mapping[str, NDArray[np.float32]]
+    ) -> "Comparison":
+        """Try one expert on the inputs; raises ModelUnreadable where its outputs are not finite."""
+        x, biases = self._inputs.x, self.layer.biases(expert)
         with np.errstate(over="ignore", invalid="ignore"):
-            wanted, got = (run_expert(inputs.x, matrices, biases, activation) for matrices in (exact, rebuilt))
+            wanted, got = (run_expert(x, matrices, biases, self._activation) for matrices in (exact, rebuilt))
         if not (np.isfinite(wanted).all() and np.isfinite(got).all()):
             raise ModelUnreadable(
-                f"layer {layer.number}, expert {expert}: its outputs are too large for float32",
+                f"layer {self.layer.number}, expert {expert}: its outputs are too large for float32",
                 "it can't be verified",
             )
         rounding = {}
         for bits in COMPARED:
             rounded = {role: round_to_bits(matrix, bits) for role, matrix in exact.items()}
-            rounding[bits] = relative_error(run_expert(inputs.x, rounded, biases, activation), wanted)
-        done.add(layer.parameters // layer.count)
-        return weights, rounding, wanted, got
+            rounding[bits] = relative_error(run_expert(x, rounded, biases, self._activation), wanted)
+        weights = {role: relative_error(rebuilt[role], matrix) for role, matrix in exact.items()}
+        return Comparison(weights, rounding, wanted, got)
 
-    weight_errors: list[dict[str, float]] = []
-    output_errors: list[float] = []
-    rounding_errors: list[dict[int, float]] = []
-    mixed = np.zeros((2, *inputs.x.shape), np.float32)
-    with worker_threads(layer, matrices=10) as pool:
+    def add(self, found: "Comparison") -> None:
+        """Take the next expert's comparison."""
+        shares, expert = self._inputs.shares, len(self._output_errors)
+        self._weight_errors.append(found.weights)
+        self._output_errors.append(relative_error(found.got, found.wanted))
+        self._rounding_errors.append(found.rounding)
+        if shares is not None:
+            self._mixed += shares[:, expert, None] * np.stack([found.wanted, found.got])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert has been compared."""
+        return len(self._output_errors) == self.layer.count
+
+    def result(self) -> LayerFidelity:
+        """The errors of all experts that were added."""
+        return LayerFidelity(
+            {role: tuple(errors[role] for errors in self._weight_errors) for role in self.layer.roles},
+            tuple(self._output_errors),
+            None if self._inputs.shares is None else relative_error(self._mixed[1], self._mixed[0]),
+            {bits: float(np.mean([errors[bits] for errors in self._rounding_errors])) for bits in COMPARED},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One expert: relative weight errors by role, output errors of plain quantisation by bits, and the outputs, wanted
+    and got."""
+
+    weights: dict[str, float]
+    rounding: dict[int, float]
+    wanted: NDArray[np.float32]
+    got: NDArray[np.float32]
+
+
+def check_layer(layer: ExpertLayer, ranks: Mapping[str, int], trial: Trial, progress: Progress) -> LayerFidelity:
+    """Rebuild every expert from base and factors as a file would hold them, and compare with the original."""
+    layer.prefetch(progress)
+    bases: dict[str, NDArray[np.float32]] = {}
+    done = Counter(progress, f"verifying layer {layer.number}", layer, layer.count)
+
+    def check(expert: int) -> Comparison:
+        exact = layer.matrices(expert)
+        rebuilt = {}
+        for role, matrix in exact.items():
+            rebuilt[role] = rebuild(bases[role], split(layer.number, role, matrix.copy(), bases[role], ranks[role]))
+        comparison = trial.compare(expert, exact, rebuilt)
+        done.add(layer.parameters // layer.count)
+        return comparison
+
+    with worker_threads(layer, matrices=MATRICES) as pool:
         for tensor in layer.tensors:
-            stored |= {role: as_stored(mean) for role, mean in mean_experts(tensor, pool).items()}
-        for expert, (weights, rounding, wanted, got) in enumerate(pool.map(check, range(layer.count))):
-            weight_errors.append(weights)
-            output_errors.append(relative_error(got, wanted))
-            rounding_errors.append(rounding)
-            if inputs.shares is not None:
-                mixed += inputs.shares[:, expert, None] * np.stack([wanted, got])
-    return LayerFidelity(
-        {role: tuple(errors[role] for errors in weight_errors) for role in layer.roles},
-        tuple(output_errors),
-        None if inputs.shares is None else relative_error(mixed[1], mixed[0]),
-        {bits: float(np.mean([errors[bits] for errors in rounding_errors])) for bits in COMPARED},
-    )
+            bases |= {role: as_stored(mean) for role, mean in mean_experts(tensor, pool).items()}
+        for comparison in pool.map(check, range(layer.count)):
+            trial.add(comparison)
+    return trial.result()
+
+
+def split(layer: int, role: str, matrix: NDArray[np.float32], base: NDArray[np.float32], rank: int) -> Factors:
+    """The factors of `matrix - base` as a file holds them; overwrites the matrix."""
+    subtract_base(layer, role, matrix, base)
+    factors = factorise(matrix, rank)
+    return Factors(as_stored(factors.left), as_stored(factors.right))
 
 
 def overlay_choices(measures: Mapping[str, RoleMeasure], experts: int) -> dict[str, Choice]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
-from scipy.stats import binom, norm
+from scipy.special import bdtrc, ndtr
 
 Array = NDArray[np.float32]
 
+SHORT, LONG = 1e-12, 1e18  # lengths between which squares lose nothing in float32
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
 FEW = 0.02  # close neurons: fewer say nothing of the kind
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
@@ -143,13 +143,13 @@ def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArra
         float(kept.mean()),
         float(close.any(axis=1).mean()),
         chance,
-        float(binom.sf(kept.sum() - 1, queries, min(1.0, chance))),
+        float(bdtrc(kept.sum() - 1, queries, min(1.0, chance))),
         float(same[kept].sum(axis=1).mean() / (experts - 1)) if kept.any() else 0.0,
         float((same & (found[0] == positions[:, None])).sum() / same.sum()) if same.any() else 0.0,
         pairs,
         float(in_place[others].mean()),
         float(permuted[others].mean()),
-        float(norm.sf(excess / scatter)) if scatter > 0 else 1.0,
+        float(ndtr(-excess / scatter)) if scatter > 0 else 1.0,
         over_roles("cosine").max(axis=1),
         over_roles("runner_up").max(axis=1),
     )
@@ -175,6 +175,8 @@ def name_kind(evidence: Evidence, in_place: bool) -> str:
 
 def find_groups(evidence: Evidence, experts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The experts that share more than half of their neurons with each other, in groups of two or more."""
+    from scipy.sparse.csgraph import connected_components  # here, because it takes long to load
+
     alike = (evidence.pairs > 0.5) | (evidence.pairs.T > 0.5)
     count, labels = connected_components(alike, directed=False)
     groups = [tuple(experts[int(i)] for i in np.flatnonzero(labels == label)) for label in range(count)]
@@ -214,7 +216,7 @@ def weigh_parent(
         same.size,
         float(same.mean()),
         chance,
-        float(binom.sf(same.sum() - 1, same.size, min(1.0, chance))),
+        float(bdtrc(same.sum() - 1, same.size, min(1.0, chance))),
         float((found[0] == positions)[same].mean()) if same.any() else 0.0,
         float(cosines[:, same].mean()) if same.any() else 0.0,
         np.array([same[own == expert].mean() for expert in experts]),
@@ -232,12 +234,28 @@ def _chance(found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> 
 
 
 def _centered(rows: Array, center: Array) -> Array:
-    """Directions of unit rows as seen from the center; zeros stay zeros."""
-    return _unit(np.where(rows.any(axis=1, keepdims=True), rows - center, np.float32(0)))
+    """Directions of unit rows as seen from the center; zeros stay zeros. Overwrites the rows."""
+    empty = _lengths(rows) == 0
+    rows -= center
+    rows[empty] = 0
+    rows /= _or_one(_lengths(rows))
+    return rows
 
 
 def _unit(rows: Array) -> Array:
     """Rows of length 1, whatever their scale; zeros stay zeros."""
-    scaled = rows / np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
-    return np.asarray(scaled / np.where(lengths > 0, lengths, 1.0), np.float32)
+    with np.errstate(over="ignore"):
+        lengths = _lengths(rows)
+    if not (lengths.min(initial=np.inf) > SHORT and lengths.max(initial=0.0) < LONG):
+        rows = rows / np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        lengths = _lengths(rows)
+    return np.asarray(rows / _or_one(lengths))
+
+
+def _lengths(rows: Array) -> Array:
+    return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows)))
+
+
+def _or_one(lengths: Array) -> Array:
+    """Lengths to divide rows by, [n, 1]."""
+    return np.where(lengths > 0, lengths, np.float32(1))[:, None]

@@ -58,23 +58,28 @@ def thread_limit(count: int) -> Iterator[None]:
         _threads.reset(token)
 
 
+def memory() -> int:
+    """About how many bytes the work on layers may take."""
+    return _memory.get()
+
+
 def window_weights() -> int:
     """Weights of all experts that are decoded at a time, by all threads together: 2.8 % of the memory.
 
     Larger windows were slower: what a thread decodes is memory that glibc keeps only up to 32 MB, beyond which the
     kernel clears it anew for every window.
     """
-    return _memory.get() * 7 // 1000
+    return memory() * 7 // 1000
 
 
 def kept_weights() -> int:
     """Weights of chosen experts that are kept between the passes: 28 % of the memory."""
-    return _memory.get() * 7 // 100
+    return memory() * 7 // 100
 
 
 def room() -> int:
     """Bytes that the matrices which threads work on may take together: half of the memory."""
-    return _memory.get() // 2
+    return memory() // 2
 
 
 @dataclass(frozen=True, slots=True)

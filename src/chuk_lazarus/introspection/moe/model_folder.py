@@ -191,28 +191,30 @@ def _check_free(folder: Path, force: bool) -> None:
 def write_model(
     target: Path,
     shards: Sequence[Shard],
-    files: Mapping[str, bytes],
+    config: bytes,
+    files: Mapping[str, bytes | Callable[[], bytes]],
     plan: Mapping[str, Any],
     source: Path | None,
     force: bool,
     progress: Progress,
 ) -> None:
-    """Write shards, their index and the other files into `target`, by way of `<target>.partial`.
+    """Write shards, their index, the other files and at last the config into `target`, by way of `<target>.partial`.
 
-    The last of `files` is written last. `plan` tells this work from any other; `source` is the model's own folder,
-    which is never touched.
+    A function among `files` is asked when all shards are there. `plan` tells this work from any other; `source` is the
+    model's own folder, which is never touched.
     """
     folder, unfinished, replaced = _places(target, source)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
     total = sum(shard.nbytes for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    files = {INDEX: as_json(index), **files}
+    files = {INDEX: as_json(index), **files, CONFIG: config}
+    known = sum(len(data) for data in files.values() if isinstance(data, bytes))
     written = _Written(progress, f"writing {folder.name}", total)
     with _explaining(unfinished):
         _check_free(folder, force)
-        _check_room(unfinished, sum(len(shard.header) for shard in shards) + total + sum(map(len, files.values())))
-        with _claimed(unfinished, plan, files[CONFIG], force) as descriptor:
+        _check_room(unfinished, sum(len(shard.header) for shard in shards) + total + known)
+        with _claimed(unfinished, plan, config, force) as descriptor:
             for name, shard in zip(names, shards, strict=True):
                 path = unfinished / name
                 if path.exists() and path.stat().st_size == len(shard.header) + shard.nbytes:
@@ -222,7 +224,7 @@ def write_model(
                     shard.fill(ShardFile(file, shard, written))
                 os.fsync(descriptor)
             for name, data in files.items():
-                _write_whole(unfinished / name, data)
+                _write_whole(unfinished / name, data if isinstance(data, bytes) else data())
             for entry in unfinished.iterdir():
                 if entry.name not in {PLAN, *names, *files}:
                     entry.unlink()

@@ -14,6 +14,7 @@ from .errors import InvalidRequest, NotMoE, naming, printable, spans
 from .fidelity import (
     Alternative,
     LayerFidelity,
+    Trial,
     check_layer,
     compare_alternatives,
     draw_inputs,
@@ -315,8 +316,9 @@ class MoECompressionService:
     ) -> MoEOverlayCompression:
         """Write the model with its experts as overlays into `folder`, a complete checkpoint.
 
-        Ranks as in `compute`, over all MoE layers unless `layers` says which; up to three of them are verified first,
-        for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
+        Ranks as in `compute`, over all MoE layers unless `layers` says which; up to three of them are verified while
+        they are written, for the model card. The same call goes on where a stopped one was. `force` replaces a folder
+        that is there.
         """
         from .overlay_checkpoint import check_target, planned_ranks, read_overlay, write_overlay
 
@@ -332,12 +334,18 @@ class MoECompressionService:
                 chosen, measured = job.choose_ranks(rule, experts)
             else:
                 job.sweep("measure", rule.energy, experts)  # so that what was kept of it goes at the end
-            verified: tuple[LayerVerification, ...] = ()
-            if job.knows_activation:
-                verified = tuple(
-                    job.verify(job.layers[place], chosen[job.layers[place].number], INPUTS, 0, job.progress)
-                    for place in evenly_spaced(len(job.layers), 3)
-                )
+            tried = [job.layers[place] for place in evenly_spaced(len(job.layers), 3) if job.knows_activation]
+            trials = {layer.number: job.trial(layer, INPUTS, 0) for layer in tried}
+            verified: list[LayerVerification] = []
+
+            def verify() -> str:
+                for layer in tried:
+                    ranks, trial = chosen[layer.number], trials[layer.number]
+                    # one that a stopped run has written is not compared yet
+                    found = trial.result() if trial.is_complete else check_layer(layer, ranks, trial, job.progress)
+                    verified.append(_layer_verification(layer.number, ranks, found))
+                return _card_table(verified)
+
             write_overlay(
                 job.experts,
                 chosen,
@@ -346,7 +354,8 @@ class MoECompressionService:
                 progress=job.progress,
                 source=printable(model),
                 rule=text,
-                card=_card_table(verified),
+                trials=trials,
+                card=verify,
             )
             job.end()
             before, after = (
@@ -361,7 +370,7 @@ class MoECompressionService:
                 bytes_before=before,
                 bytes_after=after,
                 ratio=before / after,
-                verification=verified,
+                verification=tuple(verified),
                 notes=(*job.notes(measured), *_compression_notes(verified, before, after)),
                 cost=job.cost(),
             )
@@ -542,6 +551,11 @@ class _Job:
     def verify(self, layer: ExpertLayer, ranks: Ranks, inputs: int, seed: int, progress: Progress) -> LayerVerification:
         """What an overlay of these ranks does to a layer."""
         self.check_activation()
+        found = check_layer(layer, ranks, self.trial(layer, inputs, seed), progress)
+        return _layer_verification(layer.number, ranks, found)
+
+    def trial(self, layer: ExpertLayer, inputs: int, seed: int) -> Trial:
+        """What compares a layer's rebuilt experts with the originals, on so many seeded inputs."""
         drawn = draw_inputs(
             layer,
             inputs,
@@ -550,8 +564,7 @@ class _Job:
             scoring=self.experts.scoring,
             normalise=self.experts.config.get("norm_topk_prob", True) is not False,
         )
-        found = check_layer(layer, ranks, drawn, self.experts.activation, progress)
-        return _layer_verification(layer.number, ranks, found)
+        return Trial(layer, drawn, self.experts.activation)
 
     def identity(self) -> dict[str, Any]:
         """The fields of a report that say what it is about."""

@@ -13,16 +13,19 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
+from math import fsum
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
 from .cluster import Cluster, Task, connect, locate
 from .errors import InvalidRequest, MoEError, printable
+from .measure import LEAST_MEMORY, cores, memory, memory_limit, thread_limit
 from .moe_type import DEFAULT_EXPERTS, MoETypeService
 from .reports import (
+    MoEQuickAnalysis,
     MoESurveyPlan,
     MoETypeAnalysis,
     MoETypeSurvey,
@@ -33,6 +36,7 @@ from .reports import (
     SurveyRow,
 )
 from .weights.experts import parse_layers
+from .weights.range_cache import parse_size
 from .weights.source import Progress
 from .wording import mean_over_layers
 
@@ -61,6 +65,7 @@ class MoESurveyService:
         layer: int | None = None,
         layers: Sequence[int] | str | None = None,
         experts: int | None = DEFAULT_EXPERTS,
+        budget: int | str | None = None,
         jobs: int = 1,
         dask: str | None = None,
         file: str | Path | None = None,
@@ -71,8 +76,10 @@ class MoESurveyService:
 
         `models` are models as for `MoETypeService.analyze`, requests, or lists: names of .txt files with a model a
         line, or of .toml files with a [[model]] table each. `layer`, `layers` and `experts` hold for every model whose
-        list does not say otherwise. `jobs` models are analysed side by side, or as many as the dask.distributed
-        scheduler at the address `dask` has workers. `file` gets each row, as a line of JSON, when it is there; a model
+        list does not say otherwise. With a `budget` of bytes ("64MB") all analyses are quick ones, which know neither
+        parents nor numbers of experts: what lists say of those is passed over. `jobs` models are analysed side by side,
+        sharing cores and memory, or as many as the dask.distributed scheduler at the address `dask` has workers. `file`
+        gets each row, as a line of JSON, when it is there; a model
         for which it already has an answer to the same request is not analysed again. `progress` is told (what, done,
         total), and `finished` each new row. Raises InvalidRequest for a list, an option or a file that can't be used,
         and ClusterUnusable for a scheduler.
@@ -81,7 +88,8 @@ class MoESurveyService:
             raise InvalidRequest("the number of jobs must be at least 1")
         if jobs > 1 and dask:
             raise InvalidRequest("both jobs and dask are given", "give one of the two")
-        entries = _read_entries(models, _spell_layers(layer, layers), experts)
+        size = parse_size(budget, "the budget") if isinstance(budget, str) else budget
+        entries = _read_entries(models, _spell_layers(layer, layers), experts, size)
         rows: dict[SurveyRequest, SurveyRow] = _take_up(Path(file)) if file else {}
         due = [entry for entry in entries if not ((row := rows.get(entry.shown)) and row.answer)]
         with connect(dask) as cluster, _open(Path(file) if file else None) as lines:
@@ -108,7 +116,7 @@ class MoESurveyService:
         A shape is `storage` and `shape = { layers, experts, hidden, intermediate }`, with `gated = false` where an
         expert has two matrices. Raises InvalidRequest.
         """
-        entries = _read_entries(models, None, DEFAULT_EXPERTS)
+        entries = _read_entries(models, None, DEFAULT_EXPERTS, None)
         return MoESurveyPlan(
             models=tuple(
                 PlannedModel(
@@ -148,7 +156,9 @@ def _spell_layers(layer: int | None, layers: Sequence[int] | str | None) -> str 
     return layers if isinstance(layers, str) else ",".join(map(str, layers))
 
 
-def _read_entries(models: Iterable[str | SurveyRequest], layers: str | None, experts: int | None) -> tuple[Entry, ...]:
+def _read_entries(
+    models: Iterable[str | SurveyRequest], layers: str | None, experts: int | None, budget: int | None
+) -> tuple[Entry, ...]:
     """All models that are given or listed, each request once; raises InvalidRequest."""
     usual = {"layers": layers, "experts": "all" if experts is None else experts}
     found: dict[SurveyRequest, Entry] = {}
@@ -161,6 +171,9 @@ def _read_entries(models: Iterable[str | SurveyRequest], layers: str | None, exp
         else:
             entries = [_entry(model, usual | {"id": model})]
         for entry in entries:
+            if budget is not None:
+                quick = SurveyRequest(model=entry.request.model, layers=entry.request.layers, budget=budget)
+                entry = replace(entry, request=quick)
             found.setdefault(entry.request, entry)
     if not found:
         raise InvalidRequest("no model is given or listed", "give a model, or a list with a model a line")
@@ -281,10 +294,11 @@ def _analyze_apart(entries: Sequence[Entry], jobs: int, progress: Progress | Non
     """
     running: set[subprocess.Popen[bytes]] = set()
     stopped, lock = Event(), Lock()
+    limits = max(LEAST_MEMORY, memory() // jobs), max(1, cores() // jobs)
 
     def analyze(number: int, entry: Entry) -> None:
         label = f"{number}/{len(entries)} {entry.shown.model}"
-        asked = json.dumps([entry.request.model_dump(), bool(progress)])
+        asked = json.dumps([entry.request.model_dump(), bool(progress), *limits])
         row, shown, pipe = None, {}, subprocess.PIPE
         # a group of its own: Ctrl-C is for this process alone, which then ends the others
         with subprocess.Popen([*WORKER, asked], stdin=pipe, stdout=pipe, process_group=0) as process:
@@ -361,7 +375,7 @@ def work() -> None:
 
     The request comes as an argument; progress and the row go to stdout, a line of JSON each.
     """
-    request, watched = json.loads(sys.argv[1])
+    request, watched, bytes_allowed, threads = json.loads(sys.argv[1])
     Thread(target=_end_with_parent, daemon=True).start()
     out, lock, last = os.dup(1), Lock(), dict[str, float]()
     os.dup2(2, 1)  # nobody else writes between the lines
@@ -377,7 +391,8 @@ def work() -> None:
                 last[what] = now
                 send([what, done, total])
 
-    send(_analyze(Entry(SurveyRequest(**request)), report if watched else None).model_dump(mode="json"))
+    with memory_limit(bytes_allowed), thread_limit(threads):
+        send(_analyze(Entry(SurveyRequest(**request)), report if watched else None).model_dump(mode="json"))
 
 
 def _end_with_parent() -> None:
@@ -390,15 +405,20 @@ def _analyze(entry: Entry, progress: Progress | None) -> SurveyRow:
     """A model's row, whatever happens."""
     request, answer, error = entry.request, None, None
     try:
-        answer = _shorten(
-            MoETypeService.analyze(
-                request.model,
-                layers=request.layers,
-                experts=request.experts,
-                parent=request.parent,
-                progress=progress,
+        if request.budget is None:
+            answer = _shorten(
+                MoETypeService.analyze(
+                    request.model,
+                    layers=request.layers,
+                    experts=request.experts,
+                    parent=request.parent,
+                    progress=progress,
+                )
             )
-        )
+        else:
+            answer = _shorten_quick(
+                MoETypeService.quick(request.model, layers=request.layers, budget=request.budget, progress=progress)
+            )
     except MoEError as known:
         return _failed(entry.shown, known)
     except Exception as unknown:
@@ -410,11 +430,24 @@ def _analyze(entry: Entry, progress: Progress | None) -> SurveyRow:
 def _shorten(analysis: MoETypeAnalysis) -> SurveyAnswer:
     parents = [layer.lineage.parent.kept for layer in analysis.layers if layer.lineage.parent]
     return SurveyAnswer(
-        **{
-            name: getattr(analysis, name)
-            for name in SurveyAnswer.model_fields.keys() & MoETypeAnalysis.model_fields.keys() - {"layers"}
-        },
+        **_shared(analysis),
         **{figure: mean_over_layers(analysis, figure) for figure in ("kept", "close", "chance")},
         layers=tuple(layer.layer for layer in analysis.layers),
         parent_kept=sum(parents) / len(parents) if parents else None,
     )
+
+
+def _shorten_quick(analysis: MoEQuickAnalysis) -> SurveyAnswer:
+    neurons = [layer.neurons for layer in analysis.layers]
+    return SurveyAnswer(
+        **_shared(analysis),
+        kept=fsum(layer.kept * layer.neurons for layer in analysis.layers) / sum(neurons),
+        chance=fsum(layer.chance * layer.neurons for layer in analysis.layers) / sum(neurons),
+        layers=tuple(layer.layer for layer in analysis.layers),
+    )
+
+
+def _shared(analysis: MoETypeAnalysis | MoEQuickAnalysis) -> dict[str, Any]:
+    """The fields that go into a row as they are."""
+    names = SurveyAnswer.model_fields.keys() & type(analysis).model_fields.keys() - {"layers"}
+    return {name: getattr(analysis, name) for name in names}

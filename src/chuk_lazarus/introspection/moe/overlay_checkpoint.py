@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable, spans
-from .measure import WINDOW, mean_experts, room, subtract_base, worker_threads
+from .fidelity import MATRICES, Comparison, Trial, split
+from .measure import WINDOW, mean_experts, room, worker_threads
 from .model_folder import (
     CONFIG,
     PLAN,
@@ -39,7 +40,7 @@ from .model_folder import (
     grouped,
     write_model,
 )
-from .overlay import Factors, factorise, rebuild
+from .overlay import Factors, rebuild
 from .weights.checkpoint import INDEX, QUANTIZATION_KEYS, Checkpoint, TensorInfo
 from .weights.codecs import NOT_DECODED, Part, Stored, recognise
 from .weights.experts import (
@@ -48,7 +49,6 @@ from .weights.experts import (
     TEXT_CONFIGS,
     ExpertLayer,
     Experts,
-    ExpertTensor,
     Infos,
     open_stored,
     read_rows,
@@ -85,15 +85,17 @@ def write_overlay(
     progress: Progress,
     source: str = "",
     rule: str = "",
-    card: str = "",
+    trials: Mapping[int, Trial] | None = None,
+    card: Callable[[], str] = str,
 ) -> None:
     """Write the model into `folder` with the routed experts of every layer in `ranks` (layer -> role -> rank) as an
     overlay, everything else as it is.
 
     The same call goes on with what a stopped one left in `<folder>.partial`. `force` replaces a folder that is there
     already, once the new one is whole, and gives up what another call left. `source` is what the model is called in
-    the new folder's config and card, `rule` how the ranks were chosen, `card` further text for the card; `progress` is
-    told bytes written.
+    the new folder's config and card, `rule` how the ranks were chosen. `trials` compare layers while they are written,
+    but not those that a stopped call has written; `card` is asked for further text for the card at the end. `progress`
+    is told bytes written.
 
     Raises InvalidRequest for ranks that do not fit the model, a folder that must not be written, a disk without room;
     ModelUnreadable where the model is broken.
@@ -115,7 +117,10 @@ def write_overlay(
     shards = [
         *grouped([copied(checkpoint, info) for info in others], checkpoint, progress),
         *(
-            Shard(_overlay_tensors(layer, own, prefix), partial(_fill_layer, layer, own, prefix, progress))
+            Shard(
+                _overlay_tensors(layer, own, prefix),
+                partial(_fill_layer, layer, own, prefix, (trials or {}).get(layer.number), progress),
+            )
             for layer, own, (prefix, _) in overlaid
         ),
     ]
@@ -133,13 +138,14 @@ def write_overlay(
         "layers": {str(layer.number): own for layer, own, _ in overlaid},
     }
     before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    after = sum(shard.nbytes for shard in shards)
     write_model(
         folder,
         shards,
+        as_json({**config, "overlay_config": facts}),
         {
             **_small_files(checkpoint.repository),
-            CARD: _card(facts, layers, before, sum(shard.nbytes for shard in shards), card).encode(),
-            CONFIG: as_json({**config, "overlay_config": facts}),
+            CARD: lambda: _card(facts, layers, before, after, card()).encode(),
         },
         {
             "writes": "overlay",
@@ -226,29 +232,42 @@ def _overlay_tensors(layer: ExpertLayer, ranks: Mapping[str, int], prefix: str) 
 
 
 def _fill_layer(
-    layer: ExpertLayer, ranks: Mapping[str, int], prefix: str, progress: Progress, shard: ShardFile
+    layer: ExpertLayer,
+    ranks: Mapping[str, int],
+    prefix: str,
+    trial: Trial | None,
+    progress: Progress,
+    shard: ShardFile,
 ) -> None:
-    """Write base and factors of one layer: two passes over its experts, a few of them in memory."""
-    layer.prefetch(progress)
+    """Write base and factors of one layer: two passes over its experts, a few of them in memory.
 
-    def split(tensor: ExpertTensor, bases: Mapping[str, NDArray[np.float32]], expert: int) -> None:
-        for role, matrix in tensor.matrices(expert).items():
-            subtract_base(layer.number, role, matrix, bases[role])
-            factors = factorise(matrix, ranks[role])
+    What has been written is compared with the originals where there is a trial for it, while they are at hand.
+    """
+    layer.prefetch(progress)
+    bases: dict[str, NDArray[np.float32]] = {}
+
+    def write(expert: int) -> Comparison | None:
+        exact, rebuilt = layer.matrices(expert), {}
+        for role, base in bases.items():
+            matrix = exact[role].copy() if trial else exact.pop(role)
+            factors = split(layer.number, role, matrix, base, ranks[role])
             for part, factor in (("left", factors.left), ("right", factors.right)):
                 data = factor.astype(BF16).tobytes()
                 shard.write(f"{prefix}.overlay.{role}.{part}", data, expert * len(data))
+            if trial:
+                rebuilt[role] = rebuild(base, factors)
+        return trial.compare(expert, exact, rebuilt) if trial else None
 
-    with worker_threads(layer) as pool:
+    with worker_threads(layer, matrices=MATRICES if trial else len(layer.roles) + 2) as pool:
         for tensor in layer.tensors:
-            bases = {}
             for role, mean in mean_experts(tensor, pool).items():
                 base = mean.astype(BF16)
                 shard.write(f"{prefix}.overlay.{role}.base", base.tobytes())
                 bases[role] = base.astype(np.float32)  # the deltas are those from the base that is stored
             del mean
-            for _ in pool.map(partial(split, tensor, bases), range(layer.count)):
-                pass
+        for comparison in pool.map(write, range(layer.count)):
+            if trial and comparison:
+                trial.add(comparison)
 
 
 def _card(facts: Mapping[str, Any], layers: Sequence[ExpertLayer], before: int, after: int, text: str) -> str:
@@ -472,7 +491,8 @@ def export_overlay(folder: Path, target: Path, *, force: bool = False, progress:
     write_model(
         target,
         shards,
-        {**_small_files(checkpoint.repository), CONFIG: as_json(config)},
+        as_json(config),
+        _small_files(checkpoint.repository),
         {"writes": "export", **_origin(checkpoint)},
         _place(checkpoint.repository),
         force,

@@ -554,35 +554,38 @@ class MoEOverlayEvaluation(Report):
 
 
 class SurveyRequest(Report):
-    """What a survey asks of one model: the options of an analysis, `layers` as on the command line, null for the first
-    MoE layer; `experts` null for all."""
+    """What a survey asks of one model: the options of an analysis, `layers` as on the command line, null for the usual
+    ones; `experts` null for all; `budget` the bytes of a quick analysis, null for a full one."""
 
     model: str
     parent: str | None = None
     layers: str | None = None
     experts: int | None = 8
+    budget: int | None = None
 
 
 class SurveyAnswer(Identity):
     """An analysis in short: its verdict, and the evidence over the analysed layers as means.
 
     `kept`, `close` and `chance` are those of Lineage, `parent_kept` that of ParentMatch, null without a parent; the
-    rest is as in MoETypeAnalysis.
+    rest is as in MoETypeAnalysis. A quick analysis has no ranks, cosine and overlay: they are null, and `reach`, as in
+    MoEQuickAnalysis, is null of all others.
     """
 
     layers: tuple[int, ...]
     type: Origin
     confidence: float
     kind: str | None
-    rank_projection: Literal["gate", "up"]
-    rank_ratio: float
-    cosine: float
+    rank_projection: Literal["gate", "up"] | None = None
+    rank_ratio: float | None = None
+    cosine: float | None = None
     kept: float
     close: float
     chance: float
-    parent_kept: float | None
-    overlay_ratio: float
-    compressible: bool
+    reach: float | None = None
+    parent_kept: float | None = None
+    overlay_ratio: float | None = None
+    compressible: bool | None = None
     notes: tuple[str, ...]
     cost: Cost
 

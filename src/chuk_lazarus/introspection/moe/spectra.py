@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .device import gram
 from .lapack import symmetric_eigenvalues
-from .products import gram
 
 DECAY_POINTS = 65  # of a spectrum that a report keeps
 MARGIN = 1e-6  # of their sum, by which leading energies in float32 may err

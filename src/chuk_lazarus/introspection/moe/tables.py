@@ -1,6 +1,6 @@
 """Results as rich tables: what a terminal and a notebook show."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING, Any
 
@@ -572,12 +572,13 @@ def render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
 
     is_wide = width >= ONE_LINE
     answers = [row.answer for row in survey.rows if row.answer]
-    columns = ["Model", "Type", "Rank", "Cosine", "Found"]
+    is_full = any(answer.rank_ratio is not None for answer in answers)
+    columns = ["Model", "Type", *(["Rank", "Cosine"] if is_full else []), "Found"]
     columns += ["Parent"] if any(answer.parent_kept is not None for answer in answers) else []
     if is_wide:
         stated = ["Stated"] if any(row.stated for row in survey.rows) else []
         columns[1:2] = ["Family", "Experts", "Storage", *stated, "Type", "Conf.", "Kind"]
-        columns += ["Overlay", "Pays", "Read", "Time"]
+        columns += [*(["Overlay", "Pays"] if is_full else []), "Read", "Time"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     for heading in columns:
         is_text = heading in ("Model", "Family", "Storage", "Stated", "Type", "Kind")
@@ -589,9 +590,9 @@ def render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
                 cells["Model"].append(_describe(row, row.answer), style="dim")
                 cells["Type"].append(f"\n{cells['Conf.']}", style="default")
             table.add_row(*(cells[heading] for heading in columns))
-    legend = (
-        "Rank: of the gate deltas (up without a gate), over the greatest possible. Found: neurons in another expert"
-    )
+    legend = "Rank: of the gate deltas (up without a gate), over the greatest possible. " if is_full else ""
+    legend += "Found: neurons in another expert"
+    legend += ", closely if the analysis was quick" if any(answer.reach is not None for answer in answers) else ""
     legend += ", Parent: in the dense model." if "Parent" in columns else "."
     blocks: list[Any] = [Text("MOE TYPE SURVEY", style="bold"), Text(_count_types(survey))]
     if answers:
@@ -619,16 +620,21 @@ def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, "Text"]:
         "Type": answer.type,
         "Conf.": "" if answer.type == "UNDETERMINED" else f"{answer.confidence:.0%}",
         "Kind": answer.kind or "",
-        "Rank": whole_percent(answer.rank_ratio),
-        "Cosine": f"{answer.cosine:.3f}",
-        "Found": whole_percent(answer.kept),
+        "Rank": "" if answer.rank_ratio is None else whole_percent(answer.rank_ratio),
+        "Cosine": "" if answer.cosine is None else f"{answer.cosine:.3f}",
+        "Found": whole_percent(_found(answer)),
         "Parent": "" if answer.parent_kept is None else whole_percent(answer.parent_kept),
-        "Overlay": f"{answer.overlay_ratio:.1f}x",
-        "Pays": "yes" if answer.compressible else "no",
+        "Overlay": "" if answer.overlay_ratio is None else f"{answer.overlay_ratio:.1f}x",
+        "Pays": {None: "", True: "yes", False: "no"}[answer.compressible],
         "Read": format_bytes(answer.cost.bytes_read),
         "Time": f"{answer.cost.seconds:.1f} s",
     }
     return {key: Text(text, style=_STYLES[answer.type] if key == "Type" else "") for key, text in cells.items()}
+
+
+def _found(answer: SurveyAnswer) -> float:
+    """The share of the neurons that are found again; closely, where only a part of them was looked at."""
+    return answer.kept if answer.reach is None else answer.close
 
 
 def _describe(row: SurveyRow, answer: SurveyAnswer) -> str:
@@ -636,8 +642,10 @@ def _describe(row: SurveyRow, answer: SurveyAnswer) -> str:
     lines = [f"{answer.family}, {answer.experts} experts, {answer.storage}"]
     lines += [f"stated {row.stated}"] if row.stated else []
     lines += [answer.kind] if answer.kind else []
-    overlay = f"overlay {answer.overlay_ratio:.1f}x{' pays' if answer.compressible else ''}"
-    lines += [f"{overlay}; {format_bytes(answer.cost.bytes_read)} in {answer.cost.seconds:.1f} s"]
+    overlay = ""
+    if answer.overlay_ratio is not None:
+        overlay = f"overlay {answer.overlay_ratio:.1f}x{' pays' if answer.compressible else ''}; "
+    lines += [f"{overlay}{format_bytes(answer.cost.bytes_read)} in {answer.cost.seconds:.1f} s"]
     return "".join(f"\n{line}" for line in lines)
 
 
@@ -653,7 +661,10 @@ def render_survey_summary(survey: MoETypeSurvey) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    def span(values: Sequence[float], form: str, unit: str = "") -> str:
+    def span(figures: Iterable[float | None], form: str, unit: str = "", scale: int = 1) -> str:
+        values = [scale * figure for figure in figures if figure is not None]
+        if not values:
+            return ""
         low, high = (form.format(round(value, 2) + 0.0) for value in (min(values), max(values)))  # no -0.00
         return (low if low == high else f"{low} to {high}") + unit
 
@@ -664,13 +675,15 @@ def render_survey_summary(survey: MoETypeSurvey) -> "RenderableType":
                 [
                     origin,
                     str(len(found)),
-                    span([100 * answer.rank_ratio for answer in found], "{:.0f}", " %"),
+                    span([answer.rank_ratio for answer in found], "{:.0f}", " %", 100),
                     span([answer.cosine for answer in found], "{:.2f}"),
-                    span([100 * answer.kept for answer in found], "{:.0f}", " %"),
+                    span([_found(answer) for answer in found], "{:.0f}", " %", 100),
                     span([answer.overlay_ratio for answer in found], "{:.1f}", "x"),
                 ]
             )
-    table = _table(["Type", "Models", "Rank", "Cosine", "Found", "Overlay"], rows)
+    headings = ["Type", "Models", "Rank", "Cosine", "Found", "Overlay"]
+    used = [place for place in range(len(headings)) if any(row[place] for row in rows)]
+    table = _table([headings[place] for place in used], [[row[place] for place in used] for row in rows])
     return Group(Text("\nBy type", style="bold"), table)
 
 

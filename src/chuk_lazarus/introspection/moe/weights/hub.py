@@ -36,7 +36,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
 
 from ..errors import ModelUnreadable, MoEError
 from .range_cache import RangeCache, cache_folder, cache_limit, merge, read_checked, write_checked
@@ -50,7 +55,7 @@ ATTEMPTS = 5  # to read what was fetched: another process that keeps to a smalle
 SMALL = 64 * 2**20  # a file that we take whole from a server that ignores Range
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 ENOUGH = 64 * 1024  # bytes; a connection that breaks after so many is worth another one
-LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait
+LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait: the Hub counts requests in windows as long
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -154,7 +159,7 @@ class HubRepository:
                 failures, before = 0, done()
             if failures >= len(RETRY_DELAYS) or not _may_pass(cause):
                 raise explain(cause, self.name, self._wanted_revision)
-            if self._stopped.wait(max(RETRY_DELAYS[failures], _retry_after(cause))):
+            if self._stopped.wait(max(RETRY_DELAYS[failures], _seconds_to_wait(cause))):
                 raise ModelUnreadable(f"reading {self.name} was given up")
             failures += 1
 
@@ -359,11 +364,17 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, httpx2.TransportError | _BadAnswer)
 
 
-def _retry_after(error: BaseException) -> float:
-    """The seconds that the server asks us to wait."""
+def _seconds_to_wait(error: BaseException) -> float:
+    """The seconds that the server asks us to wait: by `Retry-After`, or the rest of a window whose requests are used up
+    (`RateLimit: "resolver";r=0;t=55`, draft-ietf-httpapi-ratelimit-headers-09)."""
     response = error.response if isinstance(error, HfHubHTTPError) else None
-    text = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(LONGEST_WAIT, float(text)) if text.isdecimal() else 0.0
+    if response is None:
+        return 0.0
+    text, limit = response.headers.get("Retry-After", ""), parse_ratelimit_headers(response.headers)
+    asked = float(text) if text.isdecimal() else 0.0
+    if limit and response.status_code == 429:
+        asked = max(asked, limit.reset_in_seconds)
+    return min(LONGEST_WAIT, asked)
 
 
 def explain(error: BaseException, name: str, revision: str) -> MoEError:
@@ -389,6 +400,11 @@ def explain(error: BaseException, name: str, revision: str) -> MoEError:
             return ModelUnreadable(f"a file of {name} is missing on the Hub")
         case HfHubHTTPError() if error.response is not None:
             status = error.response.status_code
+            if status == 429:
+                return ModelUnreadable(
+                    f"the Hub's limit of requests is used up, and stays so (429 for {name})",
+                    "wait some minutes; HF_TOKEN gives a higher limit",
+                )
             if status in (401, 403):
                 return ModelUnreadable(
                     f"the Hub refuses access to {name} ({status})", "set HF_TOKEN to a token that may"

@@ -11,16 +11,16 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ...device import look_up
+
 E4M3, E5M2, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu
 
-_PIECE = 1 << 15
 _CODES = np.arange(256, dtype=np.uint8)
 _VALUES: dict[np.dtype[Any], NDArray[np.float32]] = {
-    np.dtype(kind): _CODES.view(kind).astype(np.float32) for kind in (E4M3, E5M2, E8M0)
+    np.dtype(kind): _CODES.view(kind).astype(np.float32)[:, None] for kind in (E4M3, E5M2, E8M0)
 }
 _NIBBLES = _CODES[:16].view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-# the two elements of each byte as one 8-byte item
-_PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1).view(np.uint64).ravel()
+_PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1)  # the two elements of each byte
 
 
 def widen(array: NDArray[Any], kind: type | None = None) -> NDArray[np.float32]:
@@ -28,22 +28,16 @@ def widen(array: NDArray[Any], kind: type | None = None) -> NDArray[np.float32]:
     values = _VALUES.get(np.dtype(kind) if kind else array.dtype)
     if values is None:
         return array.astype(np.float32)
-    return _look_up(values, array)
+    return look_up(values, _as_codes(array)).reshape(array.shape)
 
 
 def unpack_e2m1(data: NDArray[Any]) -> NDArray[np.float32]:
     """Bytes [..., n] -> float32 [..., 2n]: the low nibble is the even element."""
-    return _look_up(_PAIRS, data).view(np.float32)
+    return look_up(_PAIRS, _as_codes(data))
 
 
-def _look_up(table: NDArray[Any], codes: NDArray[Any]) -> NDArray[Any]:
-    """The table's item for each byte; a piece at a time, because numpy makes eight bytes of each index."""
-    codes = np.ascontiguousarray(codes).view(np.uint8)
-    result = np.empty(codes.shape, table.dtype)
-    flat, found = codes.reshape(-1), result.reshape(-1)
-    for start in range(0, len(flat), _PIECE):
-        table.take(flat[start : start + _PIECE], out=found[start : start + _PIECE], mode="clip")
-    return result
+def _as_codes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).view(np.uint8)
 
 
 def scale_groups(values: NDArray[np.float32], scales: NDArray[np.float32], span: int) -> None:

@@ -1,4 +1,4 @@
-"""The one seam to a GPU: the Gram product of rows, by BLAS on the CPU or by MLX on a GPU.
+"""The one seam to a GPU: products of rows and the decoding of small numbers, by numpy on the CPU or by MLX on a GPU.
 
 MLX is asked on Apple Silicon, and elsewhere if LAZARUS_DEVICE is "gpu"; "cpu" keeps everything on the CPU, where BLAS
 is a hundred times faster than MLX.
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_PIECE = 1 << 15
 _one_at_a_time = Lock()  # threads share the GPU
 
 
@@ -21,6 +22,12 @@ def gram(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """The products of all pairs of rows, [n, n], in float32."""
     device = gpu()
     return rows @ rows.T if device is None else gram_by_mlx(rows, device)
+
+
+def look_up(table: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The table's row of one number or two for each code: [codes, n] and [..., k] -> [..., k * n]."""
+    device = gpu()
+    return look_up_by_numpy(table, codes) if device is None else look_up_by_mlx(table, codes, device)
 
 
 @cache
@@ -47,3 +54,22 @@ def gram_by_mlx(rows: NDArray[np.float32], device: Any) -> NDArray[np.float32]:
     with _one_at_a_time:
         array = mx.array(rows)
         return np.array(mx.matmul(array, array.T, stream=device))
+
+
+def look_up_by_mlx(table: NDArray[np.float32], codes: NDArray[np.uint8], device: Any) -> NDArray[np.float32]:
+    """As `look_up`, on a device of MLX."""
+    import mlx.core as mx
+
+    with _one_at_a_time:
+        found = np.array(mx.take(mx.array(table), mx.array(codes), axis=0, stream=device))
+    return found.reshape(*codes.shape[:-1], -1)
+
+
+def look_up_by_numpy(table: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """As `look_up`; a piece at a time, because numpy makes eight bytes of each index."""
+    items = table.view(f"u{4 * table.shape[1]}").ravel()  # each row as one number
+    result = np.empty(codes.shape, items.dtype)
+    flat, found = codes.reshape(-1), result.reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        items.take(flat[start : start + _PIECE], out=found[start : start + _PIECE], mode="clip")
+    return result.view(np.float32)
