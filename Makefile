@@ -54,7 +54,7 @@ coverage: $(VENV)/installed-dev
 # Measures, for an hour or so. Results go to benchmarks/results/*.local.json; `make bench SUFFIX=` renews those that are
 # kept, and the page that shows them. What we are measured against has an environment of its own.
 bench: $(VENV)/bench/installed
-	for one in startup analyze growth large factorise remote; do \
+	for one in startup analyze methods growth large factorise remote; do \
 	  $(VENV)/bench/bin/python benchmarks/$$one.py --output benchmarks/results/$$one$(SUFFIX).json || exit 1; \
 	done
 	$(if $(SUFFIX),,$(VENV)/bench/bin/python benchmarks/page.py)

@@ -21,6 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy  # noqa: F401  loads its BLAS, which is asked below
+from threadpoolctl import threadpool_info
+
 HERE = Path(__file__).parent
 PACKAGES = ("numpy", "scipy", "ml_dtypes", "torch", "weightwatcher", "scikit-learn")
 
@@ -118,9 +121,16 @@ def _machine() -> Figures:
         "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": platform.system(),
+        "blas": _blas(),
         "python": platform.python_version(),
         **found,
     }
+
+
+def _blas() -> str:
+    """Library, version and kernels of numpy's BLAS, such as "openblas 0.3.30, SkylakeX"."""
+    found = next((one for one in threadpool_info() if one["user_api"] == "blas"), {})
+    return ", ".join(filter(None, [f"{found.get('internal_api')} {found.get('version')}", found.get("architecture")]))
 
 
 def _processor() -> str:

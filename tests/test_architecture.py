@@ -32,6 +32,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "moe_type",
                 "reports",
                 "runtime",
+                "weights.expert_layer",
                 "weights.experts",
             )
         },
@@ -53,6 +54,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "similarity",
                 "spectra",
                 "sweep",
+                "weights.expert_layer",
                 "weights.experts",
                 "weights.layouts",
                 "weights.range_cache",
@@ -63,17 +65,20 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     f"{MOE}.quick": (
         {f"{MOE}.{name}" for name in ("classifier", "errors", "lineage", "measure", "reports")}
-        | {f"{MOE}.weights.{name}" for name in ("experts", "source")},
+        | {f"{MOE}.weights.{name}" for name in ("expert_layer", "experts", "source")},
         {"numpy"},
     ),
     f"{MOE}.sweep": (
-        {"", *(f"{MOE}.weights.{name}" for name in ("checkpoint", "experts", "range_cache", "source"))},
+        {"", *(f"{MOE}.weights.{name}" for name in ("checkpoint", "expert_layer", "range_cache", "source"))},
         set(),
     ),
     f"{MOE}.lineage": (set(), {"numpy", "scipy"}),
     f"{MOE}.moe_layout": (
         {f"{MOE}.{name}" for name in ("errors", "measure", "moe_type", "quick", "reports")}
-        | {f"{MOE}.weights.{name}" for name in ("checkpoint", "experts", "layouts", "range_cache", "source")},
+        | {
+            f"{MOE}.weights.{name}"
+            for name in ("checkpoint", "expert_layer", "experts", "layouts", "range_cache", "source")
+        },
         set(),
     ),
     f"{MOE}.moe_survey": (
@@ -87,7 +92,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     f"{MOE}.measure": (
         {f"{MOE}.{name}" for name in ("errors", "lineage", "spectra")}
-        | {f"{MOE}.weights.{name}" for name in ("experts", "range_cache", "source")},
+        | {f"{MOE}.weights.{name}" for name in ("expert_layer", "range_cache", "source")},
         {"numpy", "threadpoolctl"},
     ),
     f"{MOE}.reports": ({f"{MOE}.{name}" for name in ("classifier", "page", "tables", "wording")}, {"pydantic", "rich"}),
@@ -118,6 +123,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
                 "spectra",
                 "sweep",
                 "weights.checkpoint",
+                "weights.expert_layer",
                 "weights.experts",
                 "weights.source",
             )
@@ -126,13 +132,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     f"{MOE}.fidelity": (
         {f"{MOE}.{name}" for name in ("errors", "forward", "measure", "overlay", "spectra")}
-        | {f"{MOE}.weights.{name}" for name in ("experts", "source")},
+        | {f"{MOE}.weights.{name}" for name in ("expert_layer", "source")},
         {"numpy"},
     ),
     f"{MOE}.forward": (set(), {"numpy", "scipy"}),
     f"{MOE}.overlay_checkpoint": (
         {f"{MOE}.{name}" for name in ("errors", "fidelity", "measure", "model_folder", "overlay")}
-        | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "experts", "layouts", "source")},
+        | {
+            f"{MOE}.weights.{name}"
+            for name in ("checkpoint", "codecs", "expert_layer", "experts", "layouts", "source", "stored")
+        },
         {"numpy", "ml_dtypes"},
     ),
     f"{MOE}.model_folder": (
@@ -149,7 +158,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     f"{MOE}.spectra": ({f"{MOE}.lapack", f"{MOE}.device"}, {"numpy", "scipy"}),
     f"{MOE}.lapack": (set(), {"numpy", "scipy"}),
     f"{MOE}.weights.experts": (
-        {f"{MOE}.errors"} | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "layouts", "source")},
+        {f"{MOE}.errors"} | {f"{MOE}.weights.{name}" for name in ("checkpoint", "expert_layer", "layouts", "source")},
+        set(),
+    ),
+    f"{MOE}.weights.expert_layer": (
+        {f"{MOE}.errors"}
+        | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "layouts", "source", "stored")},
+        {"numpy"},
+    ),
+    f"{MOE}.weights.stored": (
+        {f"{MOE}.errors"} | {f"{MOE}.weights.{name}" for name in ("checkpoint", "codecs", "layouts")},
         {"numpy"},
     ),
     f"{MOE}.weights.checkpoint": (

@@ -229,7 +229,7 @@ demo:native layers=7
     there = MoESurveyService.survey(["list.txt"], dask=machines.address, file=file, finished=finished.append)
     assert len(there.rows) == len(finished) == 8
     for row in there.rows:
-        request = row.request.model_dump()
+        request = row.request.model_dump(exclude={"budget"})
         if row.answer:
             answer = MoETypeService.analyze(**request)
             for figure in ("model", "type", "confidence", "rank_ratio", "cosine", "overlay_ratio", "notes"):
@@ -246,6 +246,15 @@ demo:native layers=7
     again: list[SurveyRow] = []
     MoESurveyService.survey(["list.txt"], dask=machines.address, file=file, finished=again.append)
     assert sorted(str(row.request) for row in again) == sorted(str(row.request) for row in finished if row.error)
+
+
+def test_a_quick_survey_is_that_of_one_machine(machines: Machines) -> None:
+    names = ["demo:upcycled", "demo:native", "demo:permuted"]
+    here, there = (MoESurveyService.survey(names, budget="1MB", dask=where) for where in (None, machines.address))
+    for one, other in zip(here.rows, there.rows, strict=True):
+        assert one.answer
+        assert other.answer
+        assert one.answer.model_dump(exclude={"cost"}) == other.answer.model_dump(exclude={"cost"})
 
 
 def test_the_commands(machines: Machines, model: str, capsys: Capture, tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.codecs import Part, recognise
-from chuk_lazarus.introspection.moe.weights.experts import Experts, open_stored, read_rows
+from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.gguf import PIECE, read_header
 from chuk_lazarus.introspection.moe.weights.source import find_repository
+from chuk_lazarus.introspection.moe.weights.stored import open_stored, read_rows
 from hub_server import HubServer
 
 Array = NDArray[Any]

@@ -32,7 +32,8 @@ from chuk_lazarus.introspection.moe.overlay_checkpoint import (
     read_overlay,
     write_overlay,
 )
-from chuk_lazarus.introspection.moe.weights.experts import Experts, stored_rows
+from chuk_lazarus.introspection.moe.weights.expert_layer import stored_rows
+from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import group_quantised, load_table, split_name
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -28,7 +28,8 @@ import encoders_float
 import encoders_packed
 from chuk_lazarus.introspection.moe.errors import MoEError
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
-from chuk_lazarus.introspection.moe.weights.experts import ExpertLayer, Experts
+from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer
+from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import Layout
 from encoded import Encoded
 from test_layouts import TABLE, Memory, roles_of, store

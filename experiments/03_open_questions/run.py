@@ -27,7 +27,7 @@ from chuk_lazarus.introspection.moe import Experts as Stored
 from chuk_lazarus.introspection.moe import MoETypeService
 from chuk_lazarus.introspection.moe.errors import MoEError
 from chuk_lazarus.introspection.moe.lineage import as_neurons, find_nearest, join, weigh_parent
-from chuk_lazarus.introspection.moe.weights.experts import ExpertLayer
+from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "02_training_history"))

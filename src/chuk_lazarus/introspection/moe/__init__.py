@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     )
     from .runtime import OverlayMoE as OverlayMoE  # not in __all__: these two need MLX, which some platforms lack
     from .runtime import load_overlay as load_overlay
-    from .weights.experts import ExpertLayer, Experts
+    from .weights.expert_layer import ExpertLayer
+    from .weights.experts import Experts
 
 __all__ = [
     "Cost",
@@ -91,7 +92,8 @@ _HOMES = {
         "SurveyRow",
     ),
     "runtime": ("OverlayMoE", "load_overlay"),
-    "weights.experts": ("ExpertLayer", "Experts"),
+    "weights.expert_layer": ("ExpertLayer",),
+    "weights.experts": ("Experts",),
 }
 
 

@@ -24,7 +24,7 @@ from .overlay import (
     spread_rank,
 )
 from .spectra import energy_spectrum, total_energy
-from .weights.experts import ExpertLayer
+from .weights.expert_layer import ExpertLayer
 from .weights.source import Progress
 
 BITS = (8, 4, 3)

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from .errors import InvalidRequest, ModelUnreadable
 from .lineage import Nearest, as_neurons, draw_neurons, find_nearest, join
 from .spectra import ROUNDING, energy_spectrum, gram_matrix, total_energy
-from .weights.experts import ExpertLayer, ExpertTensor, Piece
+from .weights.expert_layer import ExpertLayer, ExpertTensor, Piece
 from .weights.range_cache import parse_size
 from .weights.source import Progress
 

@@ -41,7 +41,8 @@ from .reports import (
 from .spectra import mean_rank
 from .sweep import Sweep
 from .weights.checkpoint import Checkpoint
-from .weights.experts import ExpertLayer, Experts
+from .weights.expert_layer import ExpertLayer
+from .weights.experts import Experts
 from .weights.source import Folder, Progress, find_repository, unwatched
 
 Ranks = dict[str, int]

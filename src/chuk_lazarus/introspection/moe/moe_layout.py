@@ -9,7 +9,8 @@ from .moe_type import BUDGET, DEFAULT_EXPERTS
 from .quick import quick_bytes
 from .reports import Cost, LayerLayout, MoELayout, SharedExperts
 from .weights.checkpoint import Checkpoint
-from .weights.experts import ExpertLayer, Experts, split_model
+from .weights.expert_layer import ExpertLayer
+from .weights.experts import Experts, split_model
 from .weights.layouts import Kind, match_names, split_name
 from .weights.range_cache import parse_size
 from .weights.source import find_repository

@@ -32,7 +32,8 @@ from .reports import (
 from .similarity import pairwise_cosines
 from .spectra import effective_rank, mean_rank, noise_rank, sample_decay
 from .sweep import Sweep, describe_state
-from .weights.experts import ExpertLayer, Experts
+from .weights.expert_layer import ExpertLayer
+from .weights.experts import Experts
 from .weights.layouts import Kind
 from .weights.range_cache import parse_size
 from .weights.source import Progress, unwatched

@@ -43,19 +43,11 @@ from .model_folder import (
 from .overlay import Factors, rebuild
 from .weights.checkpoint import INDEX, QUANTIZATION_KEYS, Checkpoint, TensorInfo
 from .weights.codecs import NOT_DECODED, Part, Stored, recognise
-from .weights.experts import (
-    BIAS,
-    MAX_EXPERTS,
-    TEXT_CONFIGS,
-    ExpertLayer,
-    Experts,
-    Infos,
-    open_stored,
-    read_rows,
-    stored_rows,
-)
+from .weights.expert_layer import MAX_EXPERTS, ExpertLayer, stored_rows
+from .weights.experts import TEXT_CONFIGS, Experts
 from .weights.layouts import ROLES, Layout, group_quantised, load_table
 from .weights.source import QUANTIZATION_FILES, Folder, Progress, Repository
+from .weights.stored import BIAS, Infos, open_stored, read_rows
 
 VERSION = 1
 CARD = "README.md"

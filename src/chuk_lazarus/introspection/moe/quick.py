@@ -18,7 +18,8 @@ from .errors import InvalidRequest, ModelUnreadable, NotMoE, printable
 from .lineage import Evidence, as_neurons, draw_neurons, find_nearest, join, weigh
 from .measure import bytes_to_measure, evenly_spaced, worker_threads
 from .reports import Cost, MoEQuickAnalysis, QuickLayer
-from .weights.experts import ExpertLayer, Experts, ExpertTensor
+from .weights.expert_layer import ExpertLayer, ExpertTensor
+from .weights.experts import Experts
 from .weights.source import Progress
 
 LAYERS, EXPERTS = 3, 16

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from chuk_lazarus import __version__
 
 from .weights.checkpoint import Checkpoint
-from .weights.experts import ExpertLayer
+from .weights.expert_layer import ExpertLayer
 from .weights.range_cache import cache_folder, read_checked, write_checked
 from .weights.source import Folder, Progress
 
