@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from chuk_lazarus.introspection.moe import Experts, InvalidRequest, MoETypeAnalysis, MoETypeService
 from chuk_lazarus.introspection.moe import measure as measuring
-from chuk_lazarus.introspection.moe.measure import evenly_spaced, measure_layer
+from chuk_lazarus.introspection.moe.measure import evenly_spaced, mean_expert, measure_layer
 
 Weights = dict[str, NDArray[np.float32]]
 NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -79,9 +79,9 @@ def test_figures_equal_their_definitions(
             assert (layer.cosine.mean, layer.cosine.std) == pytest.approx((cosine, spread), abs=1e-6)
 
 
-@pytest.mark.parametrize("count", [2, 3, 6, 7, 60])
+@pytest.mark.parametrize("count", [2, 3, 6, 7, 60, 301])
 def test_identical_experts_have_rank_zero(tmp_path: Path, count: int) -> None:
-    """In float32 the mean of 6 identical experts is off by a bit, and that bit has full rank."""
+    """In float32 the mean of identical experts may be off by some bits, and those have full rank."""
     one = random_experts(1)
     report = analyze(tmp_path, {role: np.repeat(stack, count, axis=0) for role, stack in one.items()})
     for projection in report.layers[0].projections.values():
@@ -92,6 +92,14 @@ def test_identical_experts_have_rank_zero(tmp_path: Path, count: int) -> None:
     assert (report.documented_rule.type, report.documented_rule.confidence) == ("UPCYCLED", 1.0)
     assert report.overlay_ratio == pytest.approx(count)
     assert report.compressible
+
+
+def test_the_mean_is_as_good_as_one_in_float64() -> None:
+    """Up to the end of float32, where sums of several experts are beyond it."""
+    values = np.random.default_rng(0).random((100, 30, 40), np.float32)
+    for scale in (1.0, 3e38, 1e-40):
+        scaled = (values * scale).astype(np.float32)
+        np.testing.assert_allclose(mean_expert(scaled), scaled.mean(axis=0, dtype=np.float64), rtol=1e-6)
 
 
 def test_a_planted_low_rank_delta_is_upcycled(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from .weights.range_cache import parse_size
 from .weights.source import Progress
 
 WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
+GROUP = 16  # experts that are summed in float32
 LEAST_MEMORY = 256_000_000  # bytes; the libraries alone take half of it
 _memory: ContextVar[int] = ContextVar("memory", default=2_000_000_000)
 _threads: ContextVar[int | None] = ContextVar("threads", default=None)
@@ -233,8 +234,7 @@ class _FirstPass:
             if not np.isfinite(gram).all():
                 self._refuse(piece)
             self._grams[piece.role][window[0]] = gram.astype(np.float64)
-            # in float64: a float32 mean of identical experts can differ from them in the last bit
-            self.base[piece.role][piece.index] = piece.values.mean(axis=0, dtype=np.float64)
+            self.base[piece.role][piece.index] = mean_expert(piece.values)
             for expert, matrices in self._kept.items():
                 matrices[piece.role][piece.index] = piece.values[expert]
             if self.positions.size:
@@ -283,6 +283,21 @@ class _FirstPass:
             "too large for float32",
             "the checkpoint is broken",
         )
+
+
+def mean_expert(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The mean of experts: float32 [experts, rows, columns] -> float64 [rows, columns].
+
+    Sums of GROUP experts are taken in float32, and the rest in float64, which takes four times as long: the mean of any
+    number of identical experts differs from them by less than ROUNDING sees.
+    """
+    total = np.zeros(values.shape[1:])
+    with np.errstate(over="ignore"):
+        for start in range(0, len(values), GROUP):
+            total += values[start : start + GROUP].sum(axis=0)
+    if not np.isfinite(total).all():
+        total = values.sum(axis=0, dtype=np.float64)
+    return total / len(values)
 
 
 def _matrix(layer: ExpertLayer, role: str, expert: int) -> NDArray[np.float32]:
