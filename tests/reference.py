@@ -55,7 +55,7 @@ What the environment says:
 |---|---|
 | `LAZARUS_CACHE` | where bytes from the Hub and unfinished work are kept, `~/.cache/chuk-lazarus` if not set |
 | `LAZARUS_CACHE_LIMIT` | how much is kept, `20GB` if not set |
-| `LAZARUS_DEVICE` | `gpu` or `cpu`: where matrices are multiplied; if not set, the GPU on Apple Silicon, else the CPU |
+| `LAZARUS_DEVICE` | `gpu` or `cpu`: where products and decoding are done; if not set, a GPU on Apple Silicon only |
 | `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME` | as the Hub's own client takes them |
 | `COLUMNS`, `NO_COLOR` | the width of tables, and no colours |
 

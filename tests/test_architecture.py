@@ -154,7 +154,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     f"{MOE}.overlay": ({f"{MOE}.lapack", f"{MOE}.spectra"}, {"numpy", "ml_dtypes"}),
     f"{MOE}.similarity": (set(), {"numpy"}),
-    f"{MOE}.device": (set(), {"numpy", "mlx"}),
+    f"{MOE}.device": ({f"{MOE}.errors"}, {"numpy", "mlx"}),
     f"{MOE}.spectra": ({f"{MOE}.lapack", f"{MOE}.device"}, {"numpy", "scipy"}),
     f"{MOE}.lapack": (set(), {"numpy", "scipy"}),
     f"{MOE}.weights.experts": (

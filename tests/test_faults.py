@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import ModelUnreadable, MoECompressionService, MoEError, MoETypeService
@@ -29,6 +29,7 @@ from chuk_lazarus.introspection.moe.weights import hub as hub_module
 from chuk_lazarus.introspection.moe.weights import range_cache
 from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache
 from faults import kills
+from fuzz.cases import deadline
 from hub_server import HubServer
 
 TESTS = Path(__file__).parent
@@ -233,6 +234,33 @@ def test_what_a_kill_leaves_beside_a_result_goes_a_day_later(tmp_path: Path) -> 
     assert all(path.exists() for path in kept)
 
 
+def test_a_result_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    results = [tmp_path / name for name in ("results.json", "page.html", "figure.svg")]
+    for path in results:
+        path.touch(0o600)
+    json_file, page, figure = map(str, results)
+    with redirect_stdout(io.StringIO()):
+        assert run([*ANALYZE, "-m", "demo:native", "-o", json_file, "--html", page, "--plot", figure]) == 0
+    assert all(path.stat().st_size for path in results)
+    assert {path.stat().st_mode & 0o777 for path in results} == {0o600}
+
+
+def test_a_link_to_a_place_in_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link.json").symlink_to("missing/results.json")
+    with redirect_stderr(io.StringIO()) as err:
+        assert run([*ANALYZE, "-m", "demo:native", "-o", "link.json"]) == 2
+    assert f"there is no folder '{tmp_path}/missing'" in err.getvalue()
+
+
+def test_standard_output_may_be_named(tmp_path: Path) -> None:
+    """Where it is a pipe, whose name the system makes up."""
+    command = [sys.executable, "-m", "chuk_lazarus.cli.app", *ANALYZE, "-m", "demo:native", "--json"]
+    done = subprocess.run([*command, "-o", "/dev/stdout"], capture_output=True, text=True, check=True)
+    half = len(done.stdout) // 2
+    assert done.stdout[:half] == done.stdout[half:]
+
+
 def test_a_range_that_another_process_deletes_is_fetched_again(hub: HubServer, published: str, cache: Path) -> None:
     """One that keeps to a limit of nothing, say."""
 
@@ -247,20 +275,82 @@ def test_a_range_that_another_process_deletes_is_fetched_again(hub: HubServer, p
 # A stranger's files
 
 
-def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def evaluate(folder: Path) -> None:
+    """Run the model and the overlay in a folder, in which `pair` has put them."""
+    pytest.importorskip("mlx_lm")
+    with deadline():
+        MoECompressionService.evaluate(str(folder / "model"), folder / "overlay", folder / "text", context=4)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    shutil.copytree(DEMO / "native", tmp_path / "model")
+    MoECompressionService.compress(str(tmp_path / "model"), tmp_path / "overlay", ranks={"gate": 1, "up": 1, "down": 1})
+    (tmp_path / "text").write_text("some words")
+    return tmp_path
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though somebody at the terminal would say yes to running it."""
-    model = tmp_path / "model"
-    shutil.copytree(DEMO / "native", model)
-    MoECompressionService.compress(str(model), tmp_path / "overlay", ranks={"gate": 1, "up": 1, "down": 1})
+    model = pair / "model"
     (model / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}')
     (model / "evil.py").write_text(
         "import pathlib; pathlib.Path(__file__).with_name('it-ran').touch()\nclass Evil: pass\n"
     )
-    (tmp_path / "text").write_text("some words")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(ModelUnreadable, match="tokenizer"):
-        MoECompressionService.evaluate(str(model), tmp_path / "overlay", tmp_path / "text", context=4)
+        evaluate(pair)
     assert not (model / "it-ran").exists()
+
+
+def test_a_tokenizer_that_fails_on_the_text(pair: Path) -> None:
+    """Though it knows the words that mlx-lm tries when it is loaded."""
+    words = {"type": "WordLevel", "vocab": {"a": 0, ",": 1, "b": 2}, "unk_token": "[UNK]"}
+    tokenizer = {"added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": words}
+    (pair / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+    (pair / "model/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ModelUnreadable, match=r"tokenizer in .*UNK"):
+        evaluate(pair)
+
+
+@pytest.mark.parametrize("place", ["model", "overlay"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tokenizer.json", "link"),
+        ("generation_config.json", "link"),
+        ("additional_chat_templates", "link"),
+        ("additional_chat_templates/own.jinja", "link"),
+        ("tokenizer.json", "pipe"),
+        ("model-x.safetensors", "pipe"),
+    ],
+)
+def test_what_mlx_lm_would_read_is_of_the_model(pair: Path, place: str, name: str, kind: str) -> None:
+    path = pair / place / name
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        (pair / "elsewhere").mkdir()
+        (pair / "elsewhere/secret").write_text("{}")
+        path.symlink_to(pair / ("elsewhere/secret" if path.suffix else "elsewhere"))
+    with pytest.raises(ModelUnreadable, match=f"{name} is (a link out of the model's folder|not a regular file)"):
+        evaluate(pair)
+
+
+@pytest.mark.parametrize("place", ["model", "overlay"])
+def test_a_model_whose_loss_is_not_a_number(pair: Path, place: str) -> None:
+    """Of the large tensors, one that is not looked at to see whether the two are of one model."""
+    spoilt = 0
+    for file in (pair / place).glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("lm_head.weight")]:
+            tensors[name] = np.full_like(tensors[name], np.nan)
+            spoilt += 1
+        save_file(tensors, file, {"format": "pt"})
+    assert spoilt == 1
+    with pytest.raises(ModelUnreadable, match=f"{place}: its loss on this text is nan"):
+        evaluate(pair)
 
 
 # Numbers

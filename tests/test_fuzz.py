@@ -791,6 +791,19 @@ def test_evil_words_in_an_overlay(capsys: Capture, tmp_path: Path, overlay: File
         shown(capsys, command, tmp_path / "o.json")
 
 
+@pytest.mark.parametrize("evil", [evil for evil in EVIL if not set(evil) & set("/\ud800")] + ["\udcff"], ids=ascii)
+def test_evil_names_of_folders_that_are_written(capsys: Capture, tmp_path: Path, evil: str) -> None:
+    write_folder(tmp_path / "m", tiny())
+    overlay, rebuilt = str(tmp_path / f"o{evil}"), str(tmp_path / f"r{evil}")
+    compress = ["moe-overlay-compress", "-m", str(tmp_path / "m"), "-O", overlay, "--energy", "0.5"]
+    for command in (compress, ["moe-overlay-export", overlay, "-O", rebuilt]):
+        shown(capsys, ["introspect", "moe-expert", *command, "--force"], tmp_path / "o.json")
+        assert "folder" in json.loads((tmp_path / "o.json").read_text())
+    said: set[str] = set()
+    MoECompressionService.export(overlay, rebuilt, force=True, progress=lambda what, done, total: said.add(what))
+    assert all(what.isprintable() for what in said)
+
+
 @pytest.mark.parametrize("evil", [evil for evil in EVIL if "\ud800" not in evil], ids=ascii)
 def test_evil_names_in_a_gguf(capsys: Capture, tmp_path: Path, evil: str) -> None:
     import gguf

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from markdown_it import MarkdownIt
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -29,6 +32,7 @@ from chuk_lazarus.introspection.moe.overlay import relative_error
 from chuk_lazarus.introspection.moe.overlay_checkpoint import (
     OverlayCheckpoint,
     export_overlay,
+    planned_ranks,
     read_overlay,
     write_overlay,
 )
@@ -202,6 +206,23 @@ def test_the_config_tells_what_it_is(tmp_path: Path) -> None:
         "-overlay-verify",
     ):
         assert text in card
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["org/a_b-c_d", "a b;touch pwn", "[x](y)", "![x](y)", "<img src=x>", "https://a.example", "`", "a``b`", "``a`"],
+)
+def test_a_card_shows_the_models_name_as_it_is(source: str, tmp_path: Path) -> None:
+    """To a reader of Markdown and to the shell."""
+    write(FIXTURES / "mixtral", tmp_path / "overlay", 2, source=source)
+    card = (tmp_path / "overlay/README.md").read_text()
+    shown = MarkdownIt("commonmark").render(card)
+    assert "<a" not in shown
+    assert "<img" not in shown
+    assert unescape(shown).count(f"<code>{source}</code>") == 2
+    command = next(line for line in card.splitlines() if "moe-overlay-verify" in line)
+    words = shlex.split(command)
+    assert words[words.index("-m") + 1 :][:2] == [source, "--layer"]
 
 
 def test_quantization_config_goes_with_the_last_quantised_tensor(tmp_path: Path) -> None:
@@ -710,6 +731,54 @@ def test_an_existing_folder_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def link_folder(partial: Path, mine: Path) -> None:
+    partial.symlink_to(mine)
+
+
+def link_temporary(partial: Path, mine: Path) -> None:
+    partial.mkdir()
+    (partial / "plan.json.tmp").symlink_to(mine / "precious.txt")
+
+
+def link_shard(partial: Path, mine: Path) -> None:
+    stopped_half_way(mine.with_name("model"), partial.with_suffix(""))
+    shard = min(partial.glob("*.safetensors"))
+    shard.rename(mine / "shard")
+    shard.symlink_to(mine / "shard")
+
+
+def pipe_plan(partial: Path, mine: Path) -> None:
+    partial.mkdir()
+    os.mkfifo(partial / "plan.json")
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("prepare", [link_folder, link_temporary, link_shard, pipe_plan])
+def test_unfinished_work_that_leads_elsewhere_is_refused(
+    prepare: Callable[[Path, Path], None], force: bool, tmp_path: Path
+) -> None:
+    """Nothing is written, deleted or read where it leads."""
+    make_model(tmp_path / "model")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "precious.txt").write_text("mine")
+    prepare(tmp_path / "folder.partial", mine)
+    before = content(mine)
+    with pytest.raises(InvalidRequest, match=r"folder\.partial"):
+        write(tmp_path / "model", tmp_path / "folder", 4, force=force)
+    assert content(mine) == before
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_temporary_file_that_is_there_is_not_written_into(tmp_path: Path) -> None:
+    """It may have another name elsewhere."""
+    (tmp_path / "folder.partial").mkdir()
+    (tmp_path / "precious.txt").write_text("mine")
+    os.link(tmp_path / "precious.txt", tmp_path / "folder.partial/plan.json.tmp")
+    write(FIXTURES / "olmoe", tmp_path / "folder")
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("place", ["model", "model/inside", "", "link", "link/inside"])
 def test_the_models_own_folder_is_never_touched(place: str, tmp_path: Path) -> None:
     model = tmp_path / "models" / "model"
@@ -948,6 +1017,14 @@ def stopped_half_way(model: Path, folder: Path) -> dict[str, bytes]:
     found = content(folder.with_name(f"{folder.name}.partial"))
     assert any(name.endswith(".safetensors") for name in found)
     return found
+
+
+def test_ranks_of_unfinished_work_are_found_by_way_of_a_link(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    (tmp_path / "link").symlink_to("folder")
+    stopped_half_way(tmp_path / "model", tmp_path / "folder")
+    ranks = planned_ranks(open_model(tmp_path / "model"), tmp_path / "link", "")
+    assert ranks == dict.fromkeys(range(3), dict.fromkeys(("gate", "up", "down"), 4))
 
 
 @pytest.mark.parametrize("other", ["ranks", "model", "changed", "export", "nobody's"])

@@ -1,5 +1,6 @@
 """Figures: what is drawn is what the report says, it can be read, and the files are the same every time."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -552,6 +553,20 @@ def test_a_file_is_replaced_and_a_link_followed(tmp_path: Path) -> None:
     save(plot_matches(native()), tmp_path / "link.svg")
     assert (tmp_path / "link.svg").is_symlink()
     assert (tmp_path / "old.svg").read_text() == to_svg(plot_matches(native()))
+
+
+def test_a_pipe_or_a_device_gets_the_figure_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.svg"
+    os.mkfifo(pipe)
+    (tmp_path / "link.svg").symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        for place in (pipe, tmp_path / "link.svg"):
+            save(plot_matches(native()), place)
+            assert pipe.is_fifo()
+            assert os.read(reader, 2**20).decode() == to_svg(plot_matches(native()))
+    finally:
+        os.close(reader)
 
 
 # in a page and in a notebook

@@ -1,6 +1,7 @@
 """Verdicts from a part of the experts: what is read, what it says, and what it costs."""
 
 import json
+import re
 from math import floor
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from chuk_lazarus.cli.app import run
-from chuk_lazarus.introspection.moe import MoELayoutService, MoEQuickAnalysis, MoETypeService
+from chuk_lazarus.introspection.moe import MoELayoutService, MoEQuickAnalysis, MoETypeService, quick
 from chuk_lazarus.introspection.moe.classifier import judge_quick
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, MoEError
 from chuk_lazarus.introspection.moe.lineage import as_neurons
 from chuk_lazarus.introspection.moe.quick import read_part, roles_to_read
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.source import LocalFile
+from chuk_lazarus.introspection.moe.wording import explain_quick
 from hub_server import HubServer
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -187,11 +189,86 @@ def test_command_line(capsys: pytest.CaptureFixture[str], large: str) -> None:
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--budget", "1MB"],
+        ["--quick", "--experts", "3"],
+        ["--quick", "--variance", "0.5"],
+        ["--quick", "--layer", "0"],
+        ["--quick", "--dask", "tcp://head:8786"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert run(["introspect", "moe-expert", "moe-type-analyze", "-m", "demo:native", *options]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
 def test_the_layout_tells_what_each_mode_reads(large: str) -> None:
     layout = MoELayoutService.describe(large)
     assert layout.quick_bytes == MoETypeService.quick(large).weight_bytes == 3 * 16 * EXPERT_BYTES * 2 // 3
     assert layout.analysis_bytes == EXPERTS * EXPERT_BYTES
     assert layout.stored_bytes == LAYERS * EXPERTS * EXPERT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("experts", "budget", "chosen"),
+    [(16, "900KB", 4), (16, "1200KB", 4), (16, "2MB", 8), (16, "4MB", 16), (6, "900KB", 3)],
+)
+def test_of_stored_columns_enough_inputs_are_read(tmp_path: Path, experts: int, budget: str, chosen: int) -> None:
+    """All neurons, by some of their inputs: by few of them unrelated neurons would be close, too."""
+    rng, tensors = np.random.default_rng(1), {}
+    for layer in range(3):
+        for name, columns in (("gate_up_proj", 512), ("down_proj", 256)):
+            stack = rng.standard_normal((experts, 256, columns)).astype(ml_dtypes.bfloat16)
+            tensors[f"model.layers.{layer}.mlp.experts.{name}"] = stack
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl_moe_text", "num_hidden_layers": 3}')
+    found = MoETypeService.quick(str(tmp_path), budget=budget)
+    assert found.type == "NATIVE"
+    assert {len(layer.experts) for layer in found.layers} == {chosen}
+    assert found.weight_bytes <= found.budget
+    for layer in found.layers:
+        assert layer.inputs >= 64
+        assert layer.part == layer.inputs / 256
+        assert layer.reach == 1.0
+    narrow = MoETypeService.quick(str(tmp_path), budget="500KB")
+    assert narrow.type == "UNDETERMINED"
+    assert narrow.layers[0].inputs < 64
+    assert any("inputs" in note for note in narrow.notes)
+
+
+def test_a_budget_for_all_layers_is_named(large: str) -> None:
+    """What the hint says is enough is enough."""
+    with pytest.raises(InvalidRequest) as error:
+        MoETypeService.quick(large, layers="all", budget=1000)
+    least = re.search(r"allow (\d+) MB", error.value.hint)
+    assert least
+    assert len(MoETypeService.quick(large, layers="all", budget=f"{least[1]}MB").layers) == LAYERS
+
+
+def test_the_budget_for_a_native_verdict_is_named(tmp_path: Path) -> None:
+    rng, tensors = np.random.default_rng(1), {}
+    for expert in range(8):
+        for name in ("w1", "w3", "w2"):
+            shape = (256, 4096) if name == "w2" else (4096, 256)
+            key = f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight"
+            tensors[key] = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_hidden_layers": 1}')
+    found = MoETypeService.quick(str(tmp_path), budget="500KB")
+    assert found.type == "UNDETERMINED"
+    enough = re.search(r"--budget (\S+) would do", explain_quick(found))
+    assert enough
+    assert MoETypeService.quick(str(tmp_path), budget=enough[1]).type == "NATIVE"
+
+
+def test_memory_bounds_what_is_read(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the budget: so many float32 numbers of 16 experts' gates and ups, twice."""
+    monkeypatch.setattr(quick, "room", lambda: 2 * 4 * 16 * 2 * HIDDEN * 30)
+    assert MoETypeService.quick(large, budget="1GB").layers[0].part == 30 / NEURONS
 
 
 def test_ungated_experts_are_told_by_up_and_down(tmp_path: Path) -> None:

@@ -687,3 +687,19 @@ def test_evaluation_is_the_mean_loss_of_every_token_but_the_first(count: int, co
 def test_evaluation_refuses_what_it_cannot_predict(tokens: Any, context: int) -> None:
     with pytest.raises(InvalidRequest):
         evaluate(nn.Embedding(4, 4), tokens, context)
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_evaluation_refuses_a_loss_that_is_not_finite(weight: float) -> None:
+    model = nn.Embedding(4, 4)
+    model.weight = mx.full((4, 4), weight)
+    with pytest.raises(ModelUnreadable, match="loss on this text is nan"):
+        evaluate(model, [1, 2, 3], 2)
+
+
+def test_a_perplexity_beyond_floats_stays_a_number() -> None:
+    model = nn.Embedding(4, 4)
+    model.weight = 1e4 * mx.eye(4)  # each token is sure to come again
+    result = evaluate(model, [1, 2, 3], 2)
+    assert result.loss == pytest.approx(1e4)
+    assert 1e300 < result.perplexity < np.inf

@@ -1,7 +1,10 @@
 """Energy spectra and ranks against full SVDs, planted ranks, and the Marchenko-Pastur law against sampled matrices."""
 
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +15,8 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
-from chuk_lazarus.introspection.moe import device
+from chuk_lazarus.cli.app import run
+from chuk_lazarus.introspection.moe import MoETypeService, device
 from chuk_lazarus.introspection.moe.device import gram_by_mlx
 from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues, symmetric_eigenvectors
 from chuk_lazarus.introspection.moe.similarity import pairwise_cosines
@@ -27,6 +31,7 @@ from chuk_lazarus.introspection.moe.spectra import (
     total_energy,
 )
 from chuk_lazarus.introspection.moe.weights.codecs import mxfp4, mxfp8
+from conftest import FIXTURES
 
 SHAPES = [(48, 96), (96, 48), (64, 64), (1, 40), (40, 1), (1, 1)]
 
@@ -312,6 +317,46 @@ def test_codecs_decode_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 4
 
 
+@pytest.mark.parametrize("model", ["demo:upcycled", "demo:native", str(FIXTURES / "gpt_oss_mxfp4")])
+def test_a_whole_analysis_through_mlx_is_that_of_numpy(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts and ranks to the last digit, other figures to 10^-4, to which some are rounded."""
+    mx = pytest.importorskip("mlx.core")
+    plain = MoETypeService.analyze(model, layers="all", experts=None).model_dump(exclude={"cost"})
+    asked = []
+    monkeypatch.setattr(device, "gpu", lambda: asked.append(1) or mx.Device(mx.cpu, 0))
+    through = MoETypeService.analyze(model, layers="all", experts=None).model_dump(exclude={"cost"})
+    assert asked
+    differences = list(leaves(plain, through))
+    assert [pair for pair in differences if not isinstance(pair[0], float)] == []
+    assert max([abs(one - other) for one, other in differences], default=0.0) < 1.5e-4
+
+
+def leaves(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:
+    """The pairs of values that differ."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list | tuple):
+        for pair in zip(one, other, strict=True):
+            yield from leaves(*pair)
+    elif one != other:
+        yield one, other
+
+
+@pytest.mark.parametrize("wanted", ["gpu", "cuda"])
+def test_a_device_that_is_not_there_is_refused(
+    wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if wanted == "gpu" and (mx := sys.modules.get("mlx.core")) and mx.is_available(mx.gpu):
+        return
+    monkeypatch.setenv("LAZARUS_DEVICE", wanted)
+    device.gpu.cache_clear()
+    assert run(["introspect", "moe-expert", "moe-type-analyze", "-m", "demo:native", "-q"]) == 2
+    device.gpu.cache_clear()
+    assert capsys.readouterr().err.count("LAZARUS_DEVICE") == 1
+
+
 def test_no_gpu_is_asked_for_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAZARUS_DEVICE", "cpu")
     device.gpu.cache_clear()
@@ -319,19 +364,20 @@ def test_no_gpu_is_asked_for_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     device.gpu.cache_clear()
 
 
+@pytest.mark.parametrize("share", [0.90, 0.95, 0.99])
 @pytest.mark.parametrize("offset", [0.0, 1e-7, -1e-7, 3e-7, -3e-7])
-def test_close_calls_are_decided_in_float64(offset: float) -> None:
-    """Energies planted so that the leading ten are 95 % of all, but for less than float32 can tell."""
+def test_close_calls_are_decided_in_float64(offset: float, share: float) -> None:
+    """Energies planted so that the leading ten are such a share of all, but for less than float32 can tell."""
     rng = np.random.default_rng(5)
-    energies = np.concatenate([np.full(10, (0.95 + offset) / 10), np.full(30, (0.05 - offset) / 30)])
+    energies = np.concatenate([np.full(10, (share + offset) / 10), np.full(30, (1 - share - offset) / 30)])
     left, right = (np.linalg.qr(rng.standard_normal((n, 40)))[0] for n in (40, 80))
     matrix = (left * np.sqrt(energies)) @ right.T
     single = matrix.astype(np.float32)
     exact = np.linalg.svd(single.astype(np.float64), compute_uv=False) ** 2
-    assert is_close_call(exact, 0.95)
-    assert effective_rank(energy_spectrum(single), 0.95) == effective_rank(exact, 0.95)
+    assert is_close_call(exact, share)
+    assert effective_rank(energy_spectrum(single), share) == effective_rank(exact, share)
     np.testing.assert_allclose(energy_spectrum(single), exact, rtol=1e-10)
-    assert not is_close_call(exact, 0.9)
+    assert not is_close_call(exact, share - 0.03)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])

@@ -1,5 +1,6 @@
 """Sweeps over layers: interrupted anywhere, they go on where they were, and give what an undisturbed run gives."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_other_options_are_another_job(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(Interrupted):
         MoETypeService.analyze(model, layers="all", experts=2, progress=stop_after(3))
     assert MoETypeService.analyze(model, layers="all", experts=3).layers[0].lineage.experts == (0, 2, 3)
+
+
+def test_only_our_own_is_forgotten(tmp_path: Path, cache: Path) -> None:
+    """The cache folder may have been somebody's before."""
+    for name in ("letters", "0" * 32):
+        (cache / "sweeps" / name).mkdir(parents=True)
+        os.utime(cache / "sweeps" / name, (0, 0))
+    MoETypeService.analyze(write_model(tmp_path / "model"), layers="all")
+    assert [path.name for path in (cache / "sweeps").iterdir()] == ["letters"]
 
 
 def test_a_single_layer_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:

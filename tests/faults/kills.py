@@ -38,6 +38,7 @@ from hub_server import HubServer  # noqa: E402  found by the line above
 PROGRAM = [sys.executable, "-c", "from chuk_lazarus.cli import main; main()", "introspect", "moe-expert"]
 SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 INTERRUPTED, PYTHON_INTERRUPTED, PYTHON_TERMINATED = 130, -signal.SIGINT, -signal.SIGTERM
+SOON = 1.0  # seconds in which a command that is interrupted ends
 DAY = 24 * 3600
 LEFT_FOR_A_DAY = (".part-", ".lazarus-")  # names of temporary files that a later run removes
 UNEQUAL = ("model", "revision", "cost", "folder", "seconds", "overlay")
@@ -162,8 +163,10 @@ class Bench:
         allowed = {0, INTERRUPTED, -SIGNALS[number]} if number != "SIGKILL" else {0, -signal.SIGKILL}
         if code not in allowed:
             return wrong("wrong exit code", f"{code} {err}")
-        if code in (PYTHON_INTERRUPTED, PYTHON_TERMINATED) and "chuk_lazarus/cli/app" in err:
+        if code in (PYTHON_INTERRUPTED, PYTHON_TERMINATED) and "chuk_lazarus/" in err:
             return wrong("not caught", err)
+        if code == 0 and err:
+            return wrong("not silent", err)
         if problem := wait_for_children(process.pid):
             return wrong("processes left", problem)
         for what, content in results(place).items():
@@ -294,6 +297,8 @@ def main() -> int:
             counts[f"{name}, {signal_name}"][kill.stopped] += 1
             if kill.stopped == "interrupted":
                 waits[signal_name].append(kill.waited)
+                if kill.waited > SOON and kill.kind == "right":
+                    kill.kind, kill.detail = "late", f"{kill.waited:.2f} s"
             left += kill.left_for_a_day
             if kill.kind != "right":
                 failed.append(f"{number}: {name}, {signal_name} at {share:.0%}: {kill.kind}")

@@ -29,7 +29,10 @@ from chuk_lazarus.introspection.moe import (
     MoECompressionService,
     MoEError,
     MoELayoutService,
+    MoESurveyService,
     MoETypeService,
+    SurveyRow,
+    moe_survey,
 )
 from chuk_lazarus.introspection.moe.overlay_checkpoint import read_overlay
 from chuk_lazarus.introspection.moe.weights import hub
@@ -37,6 +40,7 @@ from chuk_lazarus.introspection.moe.weights import hub
 from .corpus import (
     JOBS,
     REPOSITORY,
+    SURVEYED,
     Parser,
     Seed,
     fixture_files,
@@ -44,6 +48,7 @@ from .corpus import (
     model_seeds,
     overlay_seeds,
     read_folder,
+    survey_seeds,
     write_folder,
 )
 from .mutations import OUTSIDE, Case, Link, mutate
@@ -145,6 +150,7 @@ class Bench:
             *model_seeds(scratch / "models"),
             *overlay_seeds(scratch / "overlays"),
             *kept_seeds(str(self.kept_model), self.cache, self.beside),
+            *survey_seeds(scratch / "survey"),
         ]
         if self.is_connected:
             shutil.rmtree(self.cache)
@@ -249,6 +255,8 @@ class Bench:
                     found = read_everything(REPOSITORY)
                 if found != self.truth:
                     raise AssertionError("a damaged cache changes what is read")
+            case "survey":
+                self.drive_survey(seed.name)
             case "overlay":
                 overlay = read_overlay(self.model)
                 for layer in overlay.layers[:2]:
@@ -257,6 +265,22 @@ class Bench:
                 read_everything(str(self.target))
             case _:
                 self.drive_model(random)
+
+    def drive_survey(self, kind: str) -> None:
+        """Plan what a list names; go on with rows, where a model that they do not answer for counts as failed."""
+
+        def give_up(entries: Any, jobs: int, progress: Any, finish: Callable[[Any], None]) -> None:
+            for entry in entries:
+                error = {"code": 1, "message": "not analysed", "hint": ""}
+                finish(SurveyRow(request=entry.shown, stated=None, answer=None, error=error))
+
+        if kind != "rows":
+            show(MoESurveyService.plan([str(path) for path in sorted(self.model.glob("list.*"))]))
+            return
+        with patch.object(moe_survey, "_analyze_apart", give_up):
+            found = MoESurveyService.survey(SURVEYED, file=self.model / "rows.jsonl")
+        show(found)
+        show(found, found.summary())
 
     def drive_model(self, random: Random) -> None:
         model = str(self.model)
@@ -296,13 +320,13 @@ def read_everything(model: str, kind: Any = "routed") -> list[Any]:
     return found
 
 
-def show(report: Any) -> None:
+def show(report: Any, *more: Any) -> None:
     """A report as a table and as JSON; raises where a terminal would obey it."""
     from chuk_lazarus.cli.output import format_json, show
 
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out), patch.dict(os.environ, {"COLUMNS": "100"}):
-        show(report, as_json=False, output=None)
+        show(report, False, None, more)
     for text in (out.getvalue(), format_json(report.model_dump(mode="json"))):
         text.encode()
         if odd := {char for char in text if not char.isprintable() and char != "\n"}:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import encoders_float
 import encoders_packed
-from chuk_lazarus.introspection.moe import Experts, MoECompressionService, MoETypeService
+from chuk_lazarus.introspection.moe import Experts, MoECompressionService, MoESurveyService, MoETypeService
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ENCODERS = encoders_float.ENCODERS | encoders_packed.ENCODERS
@@ -52,7 +52,7 @@ OVERLAID = ("mixtral", "gpt_oss", "dbrx", "nemotron_h", "mlx_qwen3_moe_mixed")
 GGUF_TYPES = ("F16", "Q8_0", "Q4_K", "MXFP4", "NVFP4", "IQ4_XS")
 REPOSITORY = "fuzz/mixtral"
 
-Parser = Literal["safetensors", "index", "gguf", "config", "codec", "overlay", "folder", "kept", "cache"]
+Parser = Literal["safetensors", "index", "gguf", "config", "codec", "overlay", "folder", "kept", "cache", "survey"]
 Files = dict[str, bytes]
 Progress = Callable[[str, int, int], None]
 
@@ -200,6 +200,36 @@ def overlay_seeds(scratch: Path) -> Iterator[Seed]:
         ranks = dict.fromkeys(experts.layer(experts.layers[0]).roles, rank)
         MoECompressionService.compress(str(FIXTURES / name), folder, ranks=ranks)
         yield Seed(f"{name} at rank {rank}", "overlay", read_folder(folder))
+
+
+SURVEYED = ("demo:native", "demo:upcycled", "no/such-model")
+TEXT_LIST = "# models\ndemo:native parent=demo:parent layers=0,1  # a comment\norg/name experts=all\n"
+TOML_LIST = """\
+[[model]]
+id = "org/name"
+origin = "upcycled"
+parent = "org/dense"
+layers = "0-10/5"
+storage = "mxfp4"
+shape = { layers = 12, experts = 8, top_k = 2, hidden = 512, intermediate = 2048 }
+
+[[model]]
+id = "org/other"
+parent_needs = "a row"
+storage = "bf16"
+gated = false
+shape = { layers = 3, experts = 4, hidden = 64, intermediate = 128 }
+"""
+
+
+def survey_seeds(folder: Path) -> Iterator[Seed]:
+    """The lists that a survey reads, and the rows that it has written and goes on with."""
+    yield Seed("text", "survey", {"list.txt": TEXT_LIST.encode()})
+    yield Seed("toml", "survey", {"list.toml": TOML_LIST.encode()})
+    folder.mkdir(parents=True)
+    MoESurveyService.survey(SURVEYED, file=folder / "rows.jsonl")
+    MoESurveyService.survey(SURVEYED[:2], file=folder / "rows.jsonl", budget="1MB")
+    yield Seed("rows", "survey", read_folder(folder))
 
 
 class Stopped(BaseException):

@@ -6,6 +6,7 @@ change; the case is then as harmless as its seed.
 
 import copy
 import json
+import re
 import struct
 from collections.abc import Callable, MutableSequence
 from contextlib import suppress
@@ -512,6 +513,22 @@ def side_file(random: Random, case: Case) -> None:
     case[name] = edit_json(random, json.dumps(said).encode(), change_tree, change_config)
 
 
+def edit_text(random: Random, data: bytes) -> bytes:
+    """A number, or a word, becomes an evil one."""
+    words = list(re.finditer(rb"\d+" if random.random() < 0.4 else rb"[^\s=\"]+", data))
+    word = random.choice(words)
+    evil = str(random.choice((*NUMBERS, *NAMES))).encode("utf-8", "surrogatepass")
+    return data[: word.start()] + evil + data[word.end() :]
+
+
+def edit_row(random: Random, data: bytes) -> bytes:
+    """One line of JSON is changed."""
+    lines = data.split(b"\n")
+    place = random.randrange(len(lines) - 1)
+    lines[place] = edit_json(random, lines[place], change_tree)
+    return b"\n".join(lines)
+
+
 def rename_file(random: Random, case: Case) -> None:
     """A file goes, or goes under another name."""
     name = random.choice(list(case))
@@ -523,6 +540,9 @@ def rename_file(random: Random, case: Case) -> None:
         case[f"{folder}/{new}" if folder else new] = data
 
 
+LISTS = edit_file("list.txt", "list.toml", edit=edit_text)
+ROWS = edit_file("rows.jsonl", edit=edit_row)
+
 MUTATIONS: dict[Parser, MutableSequence[Mutation]] = {
     "safetensors": [SAFETENSORS, SAFETENSORS, SAFETENSORS, BYTES],
     "index": [INDEXES, INDEXES, SAFETENSORS, BYTES, edit_folder],
@@ -533,6 +553,7 @@ MUTATIONS: dict[Parser, MutableSequence[Mutation]] = {
     "folder": [edit_folder, edit_folder, CONFIGS],
     "kept": [JSON, JSON, BYTES, rename_file],
     "cache": [JSON, BYTES, BYTES, rename_file],
+    "survey": [LISTS, LISTS, ROWS, ROWS, BYTES],
 }
 
 

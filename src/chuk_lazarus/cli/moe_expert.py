@@ -99,6 +99,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what it cost.")]
 
 
+# What an analysis that is not quick is told.
+NOT_QUICK = {"layer", "experts", "variance", "parent", "thorough", "html", "plot", "visualize"}
+
 # What says where a result goes, and how.
 WHERE_TO = {"html", "plot", "visualize", "memory", "dask", "as_json", "output", "quiet", "verbose"}
 
@@ -197,9 +200,10 @@ def analyze(
     from chuk_lazarus.introspection.moe import MoETypeService, page, plots
     from chuk_lazarus.introspection.moe.terminal_plots import LayerDrawing
 
+    check_quick(context, quick)
     if quick:
-        if parent or thorough or layer is not None or html or plot or visualize or dask:
-            raise typer.BadParameter("it goes with --layers and --budget only", param_hint="--quick")
+        if dask:
+            raise typer.BadParameter("a quick analysis needs no workers", param_hint="--dask")
         with progress_bar(quiet) as progress:
             found = MoETypeService.quick(model, layers=layers, budget=budget, progress=progress)
         show(found, as_json, output)
@@ -526,6 +530,7 @@ def evaluate(
 
 @app.command("moe-type-survey", short_help="Analyse many models into one table, and go on where it was interrupted.")
 def survey(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(
@@ -581,10 +586,11 @@ def survey(
     from chuk_lazarus.introspection.moe import MoESurveyService
 
     if plan:
+        if options_given(context) - {"models", "plan", "as_json", "quiet", "verbose"}:
+            raise typer.BadParameter("it goes with --json only", param_hint="--plan")
         show(MoESurveyService.plan(models), as_json, None)
         return
-    if quick and layer is not None:
-        raise typer.BadParameter("it goes with --layers and --budget only", param_hint="--quick")
+    check_quick(context, quick)
     refuse_memory_there(memory, dask)
     with progress_bar(quiet) as progress:
         report = MoESurveyService.survey(
@@ -604,12 +610,27 @@ def survey(
         raise typer.Exit(1)
 
 
+def options_given(context: typer.Context) -> set[str]:
+    """The names of the parameters that stand on the command line."""
+    sources = {str(option.name): context.get_parameter_source(str(option.name)) for option in context.command.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def check_quick(context: typer.Context, quick: bool) -> None:
+    """Refuse what a quick analysis has no use for, and what only a quick one has."""
+    given = options_given(context)
+    if quick and given & NOT_QUICK:
+        raise typer.BadParameter("it goes with --layers and --budget only", param_hint="--quick")
+    if not quick and "budget" in given:
+        raise typer.BadParameter("it goes with --quick only", param_hint="--budget")
+
+
 def command_line(context: typer.Context) -> str:
     """The command that gives such a result, without the options that say where it goes."""
-    words = context.command_path.split()
+    words, given = context.command_path.split(), options_given(context)
     for option in context.command.params:
-        name, source = str(option.name), context.get_parameter_source(str(option.name))
-        if source and source.name == "COMMANDLINE" and name not in WHERE_TO:
+        name = str(option.name)
+        if name in given - WHERE_TO:
             value = context.params[name]
             words += [option.opts[-1], *([] if value is True else [str(value)])]
     return shlex.join(words)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,8 +29,9 @@ def check_writable(path: Path | None) -> Path | None:
         try:
             place.exists()  # raises for a name that is too long
             problem = "it is a folder" if not path.name or place.is_dir() else ""
-            problem = problem or ("" if place.parent.is_dir() else f"there is no folder {str(path.parent)!r}")
-            beside = place if place.exists() and not place.is_file() else place.parent  # a pipe or a device is kept
+            parent = place.parent if path.is_symlink() else path.parent  # as it was given, where it was
+            problem = problem or ("" if place.parent.is_dir() else f"there is no folder {str(parent)!r}")
+            beside = path if path.exists() and not path.is_file() else place.parent  # a pipe or a device is kept
             problem = problem or ("" if os.access(beside, os.W_OK) else os.strerror(errno.EACCES))
         except OSError as error:
             problem = str(error.strerror)
@@ -86,32 +86,13 @@ def format_json(value: Any, indent: str = "") -> str:
 
 
 def write(path: Path, text: str, option: str = "--output") -> None:
-    """Write a file whole or not at all: to a temporary name beside it, then renamed. A link is followed.
+    """Write a file as `plots.write_file` does; `option` is the one that named it."""
+    from chuk_lazarus.introspection.moe.plots import write_file
 
-    `option` is the one that named it.
-    """
-    place = Path(os.path.realpath(path))
     try:
-        if place.exists() and not place.is_file():  # a pipe or a device
-            place.write_text(text, encoding="utf-8")
-            return
-        descriptor, temporary = tempfile.mkstemp(prefix=".lazarus-", dir=place.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, place)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_file(path, text.encode())
     except OSError as error:
         raise typer.BadParameter(f"can't write {str(path)!r}: {error.strerror}", param_hint=option) from None
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
 
 
 def print_hint(text: str) -> None:

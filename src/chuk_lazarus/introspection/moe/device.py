@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import InvalidRequest
+
 _PIECE = 1 << 15
 _one_at_a_time = Lock()  # threads share the GPU
 
@@ -32,18 +34,23 @@ def look_up(table: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.
 
 @cache
 def gpu() -> Any:
-    """MLX's GPU device; None where there is none, or it is not to be used."""
+    """MLX's GPU device; None where there is none, or it is not to be used. Raises InvalidRequest where it is wanted and
+    there is none."""
     wanted = os.environ.get("LAZARUS_DEVICE", "")
+    if wanted not in ("", "cpu", "gpu"):
+        raise InvalidRequest(f"LAZARUS_DEVICE is {wanted}", "set it to cpu or gpu")
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     if wanted == "gpu" or (apple and wanted != "cpu"):
         os.environ.setdefault("MLX_ENABLE_TF32", "0")  # ten bits of a product are too few for a rank
-        with suppress(ImportError, RuntimeError):
+        with suppress(ImportError, RuntimeError, ValueError):
             import mlx.core as mx
 
             device = mx.Device(mx.gpu, 0)
             with _one_at_a_time:  # a device that can't work says so here
                 mx.eval(mx.zeros((1,), stream=device))
             return device
+    if wanted == "gpu":
+        raise InvalidRequest("LAZARUS_DEVICE is gpu, and MLX finds none here", "unset it")
     return None
 
 

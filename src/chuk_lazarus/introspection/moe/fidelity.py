@@ -121,10 +121,12 @@ class Trial:
                 f"layer {self.layer.number}, expert {expert}: its outputs are too large for float32",
                 "it can't be verified",
             )
-        rounding = {}
-        for bits in COMPARED:
+
+        def run_rounded(bits: int) -> NDArray[np.float32]:
             rounded = {role: round_to_bits(matrix, bits) for role, matrix in exact.items()}
-            rounding[bits] = relative_error(run_expert(x, rounded, biases, self._activation), wanted)
+            return run_expert(x, rounded, biases, self._activation)
+
+        rounding = {bits: relative_error(run_rounded(bits), wanted) for bits in COMPARED}
         weights = {role: relative_error(rebuilt[role], matrix) for role, matrix in exact.items()}
         return Comparison(weights, rounding, wanted, got)
 

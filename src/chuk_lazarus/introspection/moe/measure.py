@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from threading import Lock
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +140,7 @@ def measure_layer(
                 spectra, shares = zip(*(found[role] for found in deltas), strict=True)
                 result[role] = RoleMeasure(
                     layer.shape(role),
-                    first.gram(role),
+                    first.gram[role],
                     tuple(chosen),
                     spectra,
                     float(np.mean(shares)),
@@ -211,7 +211,7 @@ class _FirstPass:
         self.layer = tensor.layer
         shapes = {role: self.layer.shape(role) for role in tensor.spec.roles}
         self.base = {role: np.empty(shape, np.float32) for role, shape in shapes.items()}
-        self._grams: dict[str, dict[int, NDArray[np.float64]]] = {role: {} for role in shapes}
+        self.gram = {role: np.zeros((self.layer.count, self.layer.count)) for role in shapes}
         self._queries = {
             role: np.empty((*positions.shape, shape[0 if role == "down" else 1]), np.float32)
             for role, shape in shapes.items()
@@ -222,31 +222,26 @@ class _FirstPass:
 
     def take_all(self, pool: ThreadPoolExecutor, done: "Counter") -> None:
         """Read all windows, side by side."""
-        windows = self.tensor.windows(window_weights() // cores())
+        windows = self.tensor.windows(window_weights() // worker_count(self.layer))
         for taken in pool.map(self.take, windows):
-            done.add(taken)
+            for role, gram, weights in taken:  # in the order of the windows, so that sums do not depend on the threads
+                self.gram[role] += gram
+                done.add(weights)
 
-    def take(self, window: tuple[int, int]) -> int:
-        """Read one window of stored rows of all experts; returns how many weights that were."""
-        pieces = self.tensor.read(range(self.layer.count), *window)
-        for piece in pieces:
+    def take(self, window: tuple[int, int]) -> list[tuple[str, NDArray[Any], int]]:
+        """Read one window of stored rows of all experts; returns by role their products, and of how many weights."""
+        found = []
+        for piece in self.tensor.read(range(self.layer.count), *window):
             gram = gram_matrix(piece.values.reshape(self.layer.count, -1))
             if not np.isfinite(gram).all():
                 self._refuse(piece)
-            self._grams[piece.role][window[0]] = gram.astype(np.float64)
+            found.append((piece.role, gram, piece.values.size))
             self.base[piece.role][piece.index] = mean_expert(piece.values)
             for expert, matrices in self._kept.items():
                 matrices[piece.role][piece.index] = piece.values[expert]
             if self.positions.size:
                 self._note_queries(piece)
-        return sum(piece.values.size for piece in pieces)
-
-    def gram(self, role: str) -> NDArray[np.float64]:
-        """Summed in the order of the windows, so that the result does not depend on the threads."""
-        total = np.zeros((self.layer.count, self.layer.count))
-        for _, gram in sorted(self._grams[role].items(), key=lambda item: item[0]):
-            total += gram
-        return total
+        return found
 
     def deltas(self, expert: int) -> tuple[dict[str, tuple[NDArray[np.float64], float]], dict[str, Nearest]]:
         """By role: the energy spectrum of an expert's delta, and the delta's share of the expert's energy; and where
@@ -339,13 +334,18 @@ def worker_threads(layer: ExpertLayer | None = None, matrices: int = 2) -> Itera
 
     Experts side by side beat one BLAS call on all cores as soon as another program wants a core.
     """
-    largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
     with threadpool_limits(1, user_api="blas"):
-        pool = ThreadPoolExecutor(max(1, min(cores(), room() // (matrices * largest))))
+        pool = ThreadPoolExecutor(worker_count(layer, matrices))
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def worker_count(layer: ExpertLayer | None = None, matrices: int = 2) -> int:
+    """How many threads `worker_threads` has."""
+    largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
+    return max(1, min(cores(), room() // (matrices * largest)))
 
 
 def cores() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, printable
 from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
 from .weights.source import Progress, Range
 
@@ -163,6 +163,7 @@ def check_folder(target: Path, source: Path | None, force: bool, least: int) -> 
     folder, unfinished, _ = _places(target, source)
     with _explaining(unfinished):
         _check_free(folder, force)
+        _check_own(unfinished)
         _check_room(unfinished, least)
         parent = next(parent for parent in folder.parents if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -188,6 +189,20 @@ def _check_free(folder: Path, force: bool) -> None:
         raise InvalidRequest(f"{folder} is there already", hint)
 
 
+def _check_own(unfinished: Path) -> None:
+    """Refuse a folder of unfinished work that is a link, or holds what we never put there: a link, a pipe, a folder.
+
+    Somebody may have prepared it, so that we write or delete elsewhere, or take what is elsewhere into the model.
+    """
+    hint = "remove it, or choose another name"
+    if unfinished.is_symlink():
+        raise InvalidRequest(f"{unfinished} is a link, and should be a folder of unfinished work", hint)
+    with suppress(FileNotFoundError):
+        for path in unfinished.iterdir():
+            if path.is_symlink() or not path.is_file():
+                raise InvalidRequest(f"{path} is no regular file, and so not of unfinished work", hint)
+
+
 def write_model(
     target: Path,
     shards: Sequence[Shard],
@@ -210,9 +225,10 @@ def write_model(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     files = {INDEX: as_json(index), **files, CONFIG: config}
     known = sum(len(data) for data in files.values() if isinstance(data, bytes))
-    written = _Written(progress, f"writing {folder.name}", total)
+    written = _Written(progress, f"writing {printable(folder.name)}", total)
     with _explaining(unfinished):
         _check_free(folder, force)
+        _check_own(unfinished)
         _check_room(unfinished, sum(len(shard.header) for shard in shards) + total + known)
         with _claimed(unfinished, plan, config, force) as descriptor:
             for name, shard in zip(names, shards, strict=True):
@@ -246,7 +262,7 @@ def _claimed(unfinished: Path, plan: Mapping[str, Any], config: bytes, force: bo
     Raises InvalidRequest when other work is in it, or another process.
     """
     unfinished.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
@@ -278,7 +294,8 @@ def _whole(path: Path) -> Iterator[int]:
     """A file to write, which gets its name when it is whole and safe on disk."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        temporary.unlink(missing_ok=True)  # never written into: it may have another name, too
+        file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
             yield file
             os.fsync(file)

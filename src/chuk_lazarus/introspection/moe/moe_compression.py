@@ -365,7 +365,7 @@ class MoECompressionService:
             )
             return MoEOverlayCompression(
                 **job.identity(),
-                folder=str(target),
+                folder=printable(str(target)),
                 rule=str(rule),
                 ranks=chosen,
                 bytes_before=before,
@@ -390,7 +390,7 @@ class MoECompressionService:
             written = Checkpoint(Folder(target))
             return MoEOverlayExport(
                 overlay=printable(str(overlay)),
-                folder=str(target),
+                folder=printable(str(target)),
                 family=found.family,
                 layers=found.layers,
                 bytes=sum(written.info(name).nbytes for name in written.names),

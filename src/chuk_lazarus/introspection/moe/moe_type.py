@@ -30,7 +30,7 @@ from .reports import (
     Similarity,
 )
 from .similarity import pairwise_cosines
-from .spectra import effective_rank, mean_rank, noise_rank, sample_decay
+from .spectra import SHARES, effective_rank, mean_rank, noise_rank, sample_decay
 from .sweep import Sweep, describe_state
 from .weights.expert_layer import ExpertLayer
 from .weights.experts import Experts
@@ -38,7 +38,6 @@ from .weights.layouts import Kind
 from .weights.range_cache import parse_size
 from .weights.source import Progress, unwatched
 
-VARIANCE = (0.90, 0.95, 0.99)
 DEFAULT_EXPERTS = 8
 BUDGET = "64MB"  # of a quick analysis
 MATCH_BINS = 50
@@ -59,7 +58,7 @@ class MoETypeService:
         layer: int | None = None,
         layers: Sequence[int] | str | None = None,
         experts: int | None = DEFAULT_EXPERTS,
-        variance: Sequence[float] = VARIANCE,
+        variance: Sequence[float] = SHARES,
         parent: str | None = None,
         thorough: bool = False,
         dask: str | None = None,
@@ -107,7 +106,7 @@ class MoETypeService:
         layer: int | None = None,
         layers: Sequence[int] | str | None = None,
         experts: int | None = DEFAULT_EXPERTS,
-        variance: Sequence[float] = VARIANCE,
+        variance: Sequence[float] = SHARES,
         thorough: bool = False,
         progress: Progress | None = None,
     ) -> MoETypeComparison:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from shlex import quote
 from threading import BoundedSemaphore
 from typing import Any
 
@@ -173,7 +174,8 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
 def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, dict[str, int]] | None:
     """The ranks by this rule of a stopped `write_overlay` of the same model into `folder`, or None without one."""
     try:
-        plan = json.loads((folder.with_name(f"{folder.name}.partial") / PLAN).read_bytes())
+        place = Path(os.path.realpath(folder))
+        plan = json.loads((place.with_name(f"{place.name}.partial") / PLAN).read_bytes())
         ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
         if ours and plan.items() >= _origin(experts.checkpoint).items():
             return {int(layer): own for layer, own in plan["ranks"].items()}
@@ -264,6 +266,7 @@ def _fill_layer(
 
 def _card(facts: Mapping[str, Any], layers: Sequence[ExpertLayer], before: int, after: int, text: str) -> str:
     source = printable(facts["source"])
+    shown = _code_span(source)
     ranks = {
         number: " ".join(f"{role} {rank}" for role, rank in own.items()) for number, own in facts["layers"].items()
     }
@@ -273,13 +276,13 @@ def _card(facts: Mapping[str, Any], layers: Sequence[ExpertLayer], before: int, 
     first, own = next(iter(facts["layers"].items()))
     options = " ".join(f"--{role}-rank {rank}" for role, rank in own.items())
     lines = [
-        f"# Overlay of {source}",
+        f"# Overlay of {shown}",
         "",
         "The routed experts of this model are stored as one base and low-rank factors: expert = base + left @ right.",
         "Everything else is a copy, byte for byte. Loaders that do not know `overlay_config` find no experts here:",
         "export the folder to a standard checkpoint for them.",
         "",
-        f"- source: {source}" + (f", revision {facts['revision']}" if facts["revision"] else ""),
+        f"- source: {shown}" + (f", revision {facts['revision']}" if facts["revision"] else ""),
         *(
             f"- ranks of layer{'s' if len(numbers) > 1 else ''} {spans(numbers)}: {own}"
             for own, numbers in by_ranks.items()
@@ -289,9 +292,15 @@ def _card(facts: Mapping[str, Any], layers: Sequence[ExpertLayer], before: int, 
         "",
         "What an overlay of these ranks leaves of the source's experts is measured, layer by layer, by",
         "",
-        f"    lazarus introspect moe-expert moe-overlay-verify -m {source} --layer {first} {options}",
+        f"    lazarus introspect moe-expert moe-overlay-verify -m {quote(source)} --layer {first} {options}",
     ]
     return "\n".join([*lines, *(["", text.strip()] if text.strip() else []), ""])
+
+
+def _code_span(text: str) -> str:
+    """A line as Markdown that shows it as it is: no link, picture or HTML in it is one."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

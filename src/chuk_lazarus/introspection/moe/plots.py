@@ -246,14 +246,27 @@ def save(figure: "Figure", path: str | Path) -> None:
         data = to_svg(figure).encode()
     else:
         data = _render(figure, ending[1:], {"Software": None} if ending == ".png" else {"CreationDate": None})
-    place = Path(os.path.realpath(path))  # a link is followed
     try:
-        with tempfile.TemporaryDirectory(prefix=".lazarus-", dir=place.parent) as folder:
-            part = Path(folder, "figure")
-            part.write_bytes(data)
-            os.replace(part, place)
+        write_file(path, data)
     except OSError as error:
         raise InvalidRequest(f"can't write {str(path)!r}: {error.strerror}") from None
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a result whole or not at all, with the permissions of the file that it replaces; raises OSError.
+
+    A link is followed. A pipe or a device stays what it is, and gets the bytes.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    place = Path(os.path.realpath(path))
+    with tempfile.TemporaryDirectory(prefix=".lazarus-", dir=place.parent) as folder:
+        part = Path(folder, "result")
+        part.write_bytes(data)
+        if place.exists():
+            part.chmod(place.stat().st_mode & 0o777)
+        os.replace(part, place)
 
 
 def to_svg(figure: "Figure") -> str:

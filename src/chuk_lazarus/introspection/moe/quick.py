@@ -8,15 +8,15 @@ the same order the same part is read, and of n out of N neurons, shuffled, n / N
 import time
 from collections.abc import Sequence
 from functools import partial
-from math import ceil
+from math import ceil, prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .classifier import Verdict, judge_quick
+from .classifier import MEASURED, Verdict, judge_quick
 from .errors import InvalidRequest, ModelUnreadable, NotMoE, printable
 from .lineage import Evidence, as_neurons, draw_neurons, find_nearest, join, weigh
-from .measure import bytes_to_measure, evenly_spaced, worker_threads
+from .measure import bytes_to_measure, evenly_spaced, room, worker_threads
 from .reports import Cost, MoEQuickAnalysis, QuickLayer
 from .weights.expert_layer import ExpertLayer, ExpertTensor
 from .weights.experts import Experts
@@ -24,6 +24,8 @@ from .weights.source import Progress
 
 LAYERS, EXPERTS = 3, 16
 QUERIES = 1024  # neurons of a layer that are looked for
+LEAST_EXPERTS = 4  # below which there is too little to compare
+COPIES = 2  # of what is read, in float32, that matching takes
 LEAST = 16  # neurons of an expert below which nothing can be said
 LEAST_WIDTH = 64  # of 100 million unrelated pairs of this width one is close; of half the width, one of 30,000
 NO_VERDICT = Verdict("UNDETERMINED", 0.5)
@@ -44,16 +46,17 @@ def analyze_quickly(
         if layer.count < 2:
             raise NotMoE(f"layer {layer.number} has a single expert: there is nothing to compare it with")
     headers = opened.checkpoint.bytes_read
-    results = [_analyze_layer(layer, budget // len(analysed), progress) for layer in analysed]
+    results = [_analyze_layer(layer, budget, len(analysed), progress) for layer in analysed]
     neurons = sum(result.neurons for result in results)
-    close = sum(result.close * result.neurons for result in results) / neurons
-    reach = sum(result.reach * result.neurons for result in results) / neurons
+
+    def mean(figure: str) -> float:
+        return sum(float(getattr(result, figure)) * result.neurons for result in results) / neurons
+
+    close, reach = mean("close"), mean("reach")
     verdict, notes = judge_quick(close, reach, neurons), list(opened.notes)
-    if (width := min(layer.sizes["H"] for layer in analysed)) < LEAST_WIDTH:
+    if (width := min(result.inputs for result in results)) < LEAST_WIDTH:
         verdict = NO_VERDICT
-        notes.append(
-            f"at a hidden size of {width} unrelated neurons are close, too: a quick verdict needs {LEAST_WIDTH}"
-        )
+        notes.append(f"by {width} inputs unrelated neurons are close, too: a quick verdict needs {LEAST_WIDTH}")
     elif all(result.chance == 1.0 for result in results):
         verdict = NO_VERDICT
         notes.append("no neuron is near to any other: the weights are zeros, or all orthogonal")
@@ -70,6 +73,9 @@ def analyze_quickly(
         moe_layers=opened.layers,
         type=verdict.origin,
         confidence=verdict.confidence,
+        full_confidence=MEASURED[verdict.origin]
+        if verdict.origin != "UNDETERMINED"
+        else min(MEASURED["UPCYCLED"], MEASURED["NATIVE"]),
         kind=max(kinds, key=kinds.count) if kinds and verdict.origin == "UPCYCLED" else None,
         close=close,
         reach=reach,
@@ -105,13 +111,23 @@ def _bytes_of_a_neuron(layer: ExpertLayer) -> float:
     return sum(info.nbytes for tensor in tensors for info in tensor.infos()) / layer.count / layer.sizes["I"]
 
 
-def _analyze_layer(layer: ExpertLayer, budget: int, progress: Progress) -> QuickLayer:
-    chosen = evenly_spaced(layer.count, EXPERTS)
+def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progress) -> QuickLayer:
+    """One of so many layers, which share the budget."""
     roles, tensors = roles_to_read(layer)
     of_a_neuron = _bytes_of_a_neuron(layer)
-    count = min(layer.sizes["I"], int(budget / len(chosen) / of_a_neuron))
+    turned = [tensor.rows for tensor in tensors if not tensor.has_neurons_as_rows]
+    wanted = EXPERTS
+    while True:
+        chosen = evenly_spaced(layer.count, wanted)
+        in_memory = 4 * len(chosen) * len(roles) * layer.sizes["H"]
+        count = min(layer.sizes["I"], int(budget / layers / len(chosen) / of_a_neuron), room() // (COPIES * in_memory))
+        # of columns some inputs are read: of fewer experts, where that makes them enough
+        inputs = min([layer.sizes["H"], *(rows * count // layer.sizes["I"] for rows in turned)])
+        if not turned or inputs >= LEAST_WIDTH or len(chosen) <= LEAST_EXPERTS:
+            break
+        wanted = len(chosen) // 2
     if count < min(LEAST, layer.sizes["I"]):
-        least = ceil(LEAST * len(chosen) * of_a_neuron * LAYERS / 1e6)
+        least = ceil(LEAST * len(chosen) * of_a_neuron * layers / 1e6)
         raise InvalidRequest(f"the budget is too small for {len(chosen)} experts", f"allow {least} MB, or more")
     layer.prefetch(progress, [one for tensor in tensors for one in _ranges(tensor, chosen, count)])
     with worker_threads() as pool:
@@ -124,6 +140,8 @@ def _analyze_layer(layer: ExpertLayer, budget: int, progress: Progress) -> Quick
                         "too large for float32",
                         "the checkpoint is broken",
                     )
+        inputs = min(matrix.shape[1] for matrix in parts[0].values())
+        numbers = sum(matrix.size for matrix in parts[0].values())
         count = min(len(matrix) for matrix in parts[0].values())
         positions = draw_neurons(len(chosen), count, QUERIES)
         owner, places = np.repeat(np.arange(len(chosen)), positions.shape[1]), positions.reshape(-1)
@@ -137,7 +155,8 @@ def _analyze_layer(layer: ExpertLayer, budget: int, progress: Progress) -> Quick
         layer=layer.number,
         experts=chosen,
         neurons=evidence.queries,
-        part=count / layer.sizes["I"],
+        part=numbers / sum(prod(layer.shape(role)) for role in roles),
+        inputs=inputs,
         reach=1.0 - (1.0 - count / layer.sizes["I"]) ** (len(chosen) - 1),
         kept=evidence.kept,
         close=evidence.close,

@@ -14,9 +14,14 @@ TokensFrom = Literal["tokenizer", "bytes"]
 
 
 class Report(BaseModel):
-    """A frozen result that validates its own JSON, and shows itself in a notebook as it does in a terminal."""
+    """A frozen result that validates its own JSON, and shows itself in a notebook as it does in a terminal.
 
-    model_config = ConfigDict(frozen=True, serialize_by_alias=True, validate_by_name=True, extra="forbid")
+    Its numbers are finite.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, serialize_by_alias=True, validate_by_name=True, extra="forbid", allow_inf_nan=False
+    )
 
     def _repr_html_(self) -> str:
         from .tables import to_html
@@ -284,7 +289,7 @@ class MoETypeAnalysis(Identity):
 
 
 class QuickLayer(Report):
-    """What a part of one layer says: the first neurons, the share `part` of all, of `experts`.
+    """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
 
     Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, by gate and up alone (up and
     down of ungated experts); `reach` is the share that would be found again if the experts were shuffled copies.
@@ -294,6 +299,7 @@ class QuickLayer(Report):
     experts: tuple[int, ...]
     neurons: int
     part: float
+    inputs: int
     reach: float
     kept: float
     close: float
@@ -306,7 +312,8 @@ class MoEQuickAnalysis(Identity):
     """How one model's experts were trained, by a part of some experts in a few layers.
 
     `type` and `confidence`, the rate of such verdicts that are right, come from `close` and `reach`, means over
-    `layers`. `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of `stored_bytes`,
+    `layers`; `full_confidence` is the rate of full analyses that say so (of those that decide, where this one does
+    not). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of `stored_bytes`,
     those of all experts (taken from the analysed layers); a full analysis of one layer would read `full_bytes`.
     """
 
@@ -314,6 +321,7 @@ class MoEQuickAnalysis(Identity):
     moe_layers: tuple[int, ...]
     type: Origin
     confidence: float
+    full_confidence: float
     kind: str | None
     close: float
     reach: float

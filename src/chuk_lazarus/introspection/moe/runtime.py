@@ -202,7 +202,8 @@ def evaluate(model: Module, tokens: Any, context: int, *, batch: int = 8) -> Eva
     """Predict each of `tokens` but the first, once, in windows of `context` tokens that do not overlap.
 
     `tokens` [count] is a list or an array of whole numbers. `model` is any of mlx-lm's, overlaid or not: tokens [batch,
-    length] -> logits [batch, length, vocabulary]; `batch` is how many windows go through it at once.
+    length] -> logits [batch, length, vocabulary]; `batch` is how many windows go through it at once. Raises
+    ModelUnreadable where the loss is not finite.
     """
     ids = mx.array(tokens)
     if ids.ndim != 1 or ids.size < 2 or not mx.issubdtype(ids.dtype, mx.integer):
@@ -222,9 +223,11 @@ def evaluate(model: Module, tokens: Any, context: int, *, batch: int = 8) -> Eva
         total += float(cross_entropy(logits, targets, reduction="sum"))
     seconds = time.perf_counter() - started
     loss = total / count
+    if not math.isfinite(loss):
+        raise ModelUnreadable(f"its loss on this text is {loss}", "its weights are broken, or too large to be run")
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=math.exp(min(700.0, loss)),
         tokens=count,
         context=context,
         seconds=seconds,
@@ -260,12 +263,21 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
 
 def _check_folder(folder: Path) -> dict[int, Ranks]:
     """The ranks of each overlaid layer, once the folder's files are known to be sound."""
+    _check_files(folder)
     checkpoint = Checkpoint(Folder(folder))
     layers = _read_ranks(checkpoint.config.get("overlay_config"))
     files = {checkpoint.info(name).file for name in checkpoint.names}
     if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - files):
         raise ModelUnreadable(f"{stray[0]} is not in the index", "it may be of an older overlay: remove it")
     return layers
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse links out of the folder, pipes and devices among all that mlx-lm and transformers may read there."""
+    files, templates = Folder(folder), folder / "additional_chat_templates"
+    inside = [*([templates] if templates.is_symlink() else []), *templates.glob("*.jinja")]
+    for name in sorted(files.files | {str(path.relative_to(folder)) for path in inside}):
+        files.open(name)
 
 
 def _read_ranks(found: Any) -> dict[int, Ranks]:
@@ -389,26 +401,28 @@ def evaluate_pair(
     _check_pair(original, overlay)
     kind, tokens = _tokenize(original, text, limit)
 
-    def run(model: Module) -> Evaluation:
-        size = _parameter_bytes(model)
-        if mx.default_device() == mx.cpu:
-            model.set_dtype(mx.float32)
-        return evaluate(model, tokens, context).model_copy(update={"parameter_bytes": size})
+    def run(folder: Path, load: Callable[[Path], tuple[Module, Any]]) -> Evaluation:
+        with naming(str(folder)):
+            try:
+                model, _ = load(folder)
+                size = _parameter_bytes(model)
+                if mx.default_device() == mx.cpu:
+                    model.set_dtype(mx.float32)
+                return evaluate(model, tokens, context).model_copy(update={"parameter_bytes": size})
+            except MoEError:
+                raise
+            except Exception as error:  # see load_overlay
+                reason = " ".join(str(error).split())[:300]
+                raise ModelUnreadable(f"mlx-lm can't run it: {reason or type(error).__name__}") from error
 
-    with naming(str(original)):
-        try:
-            plain = run(load_model(original)[0])
-        except MoEError:
-            raise
-        except Exception as error:  # see load_overlay
-            reason = " ".join(str(error).split())[:300]
-            raise ModelUnreadable(f"mlx-lm can't run it: {reason or type(error).__name__}") from error
+    plain = run(original, load_model)
     mx.clear_cache()
-    return kind, plain, run(load_overlay(overlay)[0])
+    return kind, plain, run(overlay, load_overlay)
 
 
 def _check_pair(original: Path, overlay: Path) -> None:
     """Refuse an overlay of another model: what both have as it was must be the same; the smallest tensors tell."""
+    _check_files(original)
     _check_folder(overlay)
     plain, overlaid = (Checkpoint(Folder(folder)) for folder in (original, overlay))
     common = set(plain.names) & set(overlaid.names)
@@ -433,10 +447,10 @@ def _tokenize(folder: Path, text: str, limit: int | None) -> tuple[TokensFrom, l
 
         try:
             tokenizer = load_tokenizer(folder, {"trust_remote_code": False})  # type: ignore[no-untyped-call]
+            return "tokenizer", list(tokenizer.encode(text))[:limit]
         except Exception as error:  # whatever it stumbles upon in a stranger's files
             said = " ".join(str(error).split())
-            raise ModelUnreadable(f"the tokenizer in {folder} can't be loaded: {said}") from None
-        return "tokenizer", list(tokenizer.encode(text))[:limit]
+            raise ModelUnreadable(f"the tokenizer in {folder} can't be used: {said}") from None
     vocabulary = Checkpoint(Folder(folder)).config.get("vocab_size")
     if vocabulary != 256:
         raise ModelUnreadable(f"{folder} has no tokenizer", "put the model's tokenizer files beside its weights")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .device import gram
 from .lapack import symmetric_eigenvalues
 
+SHARES = (0.90, 0.95, 0.99)  # of energy, whose ranks must be right to the last
 DECAY_POINTS = 65  # of a spectrum that a report keeps
 MARGIN = 1e-6  # of their sum, by which leading energies in float32 may err
 TINY = 1e-25  # an energy below this has lost digits in float32
@@ -23,13 +24,13 @@ def energy_spectrum(matrix: NDArray[np.float32]) -> NDArray[np.float64]:
 
     They are the eigenvalues of the Gram matrix on the short side, which costs a fraction of a singular value
     decomposition. Product and solver work in float32, where sums of leading values err by less than MARGIN of the
-    whole; where that could change the 95 % rank, they are done again in float64.
+    whole; where that could change the rank at one of SHARES, they are done again in float64.
     """
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     product = gram_matrix(short)
     if product.dtype == np.float32:
         spectrum = symmetric_eigenvalues(product)[::-1].clip(min=0.0).astype(np.float64)
-        if not is_close_call(spectrum, 0.95):
+        if not any(is_close_call(spectrum, share) for share in SHARES):
             return spectrum
         wide = short.astype(np.float64)
         product = wide @ wide.T

@@ -7,6 +7,7 @@ goes when the job is done.
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -84,7 +85,8 @@ class Sweep:
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             for folder in self._folder.parent.iterdir():
-                if folder.stat().st_mtime < time.time() - LEFT:
+                is_ours = re.fullmatch("[0-9a-f]{32}", folder.name)
+                if is_ours and folder.stat().st_mtime < time.time() - LEFT:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _recall(self, layer: ExpertLayer, read: Callable[[str], Found]) -> Found | None:

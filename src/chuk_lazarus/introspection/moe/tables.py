@@ -192,7 +192,8 @@ def render_layout(layout: MoELayout) -> "RenderableType":
         (
             "An analysis",
             f"reads {format_bytes(layout.analysis_bytes)} (moe-type-analyze), {format_bytes(layout.quick_bytes)} "
-            f"(--quick), or {format_bytes(layout.stored_bytes)} (--layers all)",
+            f"(--quick), or {format_bytes(layout.analysis_bytes * layout.stored_bytes / first.stored_bytes)} "
+            "(--layers all)",
         ),
         *(("Note", note) for note in layout.notes),
     ]

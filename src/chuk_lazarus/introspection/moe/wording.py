@@ -1,6 +1,8 @@
 """Results in words: figures with their units, verdicts in a sentence."""
 
-from .classifier import LINEAGE, MEASURED, is_alike_in_place
+from math import ceil
+
+from .classifier import LINEAGE, QUICK, is_alike_in_place
 from .reports import Cosine, MoEQuickAnalysis, MoETypeAnalysis, Projection
 
 
@@ -79,13 +81,24 @@ def explain_quick(report: MoEQuickAnalysis) -> str:
             return f"{evidence}: {report.kind}."
         case "NATIVE":
             return f"{evidence}: each expert has neurons of its own, or all of them were drawn anew."
+    if report.reach < QUICK.reach and report.close < QUICK.least:
+        return f"{evidence}: too few to call that NATIVE; {_enough(report)}."
     return f"{evidence}: too few to tell."
+
+
+def _enough(report: MoEQuickAnalysis) -> str:
+    """The budget whose reach a NATIVE verdict needs: n out of N neurons of E experts reach 1 - (1 - n / N)^(E - 1)."""
+    others = min(len(layer.experts) for layer in report.layers) - 1
+    part = min(layer.part for layer in report.layers)
+    wanted = report.weight_bytes * (1 - (1 - QUICK.reach) ** (1 / others)) / part
+    return f"--budget {ceil(1.05 * wanted / 1e6)}MB would do"
 
 
 def explain_surer(report: MoEQuickAnalysis) -> str:
     """What a full analysis of one layer would cost, and how much surer it would be."""
-    full = MEASURED[report.type] if report.type != "UNDETERMINED" else min(MEASURED["UPCYCLED"], MEASURED["NATIVE"])
-    return f"without --quick, one layer: {format_bytes(report.full_bytes)}, and {full:.0%} confidence"
+    full, same = f"{report.full_confidence:.0%} confidence", report.full_confidence == report.confidence
+    what = "no surer by the rates measured, but with ranks and an overlay" if same else full
+    return f"without --quick, one layer: {format_bytes(report.full_bytes)}, {what}"
 
 
 def explain_rule(analysis: MoETypeAnalysis) -> str:

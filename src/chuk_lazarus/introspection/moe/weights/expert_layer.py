@@ -400,15 +400,20 @@ class ExpertTensor:
                 else:
                     yield info.file, Checkpoint.row_range(info, low, high, leading)
 
+    @property
+    def has_neurons_as_rows(self) -> bool:
+        """Whether a neuron's vector is a stored row, and not a column."""
+        return "I" in self._groups[0]
+
     def neurons(self, count: int) -> list[Range]:
-        """The stored rows that hold the first `count` neurons of an expert; where rows are no neurons, as many rows as
-        hold the same share of every neuron."""
+        """The stored rows that hold the first `count` neurons of an expert; where neurons are columns, as many rows as
+        hold no more than the same share of every neuron."""
         rows, first, size = self.rows, self._groups[0], self.layer.sizes["I"]
         if first == ("2", "I"):
             return [(0, count), (size, size + count)]
         if first == ("I", "2"):
             return [(0, 2 * count)]
-        return [(0, -(-rows * count // size))]
+        return [(0, max(1, rows * count // size))]
 
     def _cut(self, values: NDArray[np.float32], start: int) -> Iterator[Piece]:
         """Cut stored rows, from `start` on, into the pieces of each role, in canonical orientation."""

@@ -22,6 +22,8 @@ from .source import Range
 DEFAULT_LIMIT = "20GB"
 STALE = 24 * 3600  # seconds after which a temporary file is nobody's any more
 
+_RANGE = re.compile(r"(\d{1,18})-(\d{1,18})-[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"\.part-[a-z0-9_]{8}")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -121,14 +123,17 @@ class RangeCache:
             self._used.add(path)
 
     def trim(self) -> None:
-        """Delete the least recently used ranges beyond the limit, and temporary files that were left behind."""
-        found = []
-        for path in [*self.folder.glob("*/*"), *self.folder.parent.glob("*/.part-*")]:
+        """Delete the least recently used ranges beyond the limit, and temporary files that were left behind.
+
+        Whatever has not a name of ours is not ours: the cache folder may have been somebody's before.
+        """
+        found, cache = [], self.folder.parent
+        for path in [*self.folder.glob("*/*"), *cache.glob("files/.part-*"), *cache.glob("refs/.part-*")]:
             with contextlib.suppress(OSError):  # another process may have deleted it
                 status = path.stat()
-                if not path.name.startswith(".part-"):
+                if _RANGE.fullmatch(path.name):
                     found.append((status.st_mtime, status.st_size, path))
-                elif status.st_mtime < time.time() - STALE:
+                elif _TEMPORARY.fullmatch(path.name) and status.st_mtime < time.time() - STALE:
                     path.unlink()
         excess = sum(size for _, size, _ in found) - self.limit
         for _, size, path in sorted(found):
@@ -146,9 +151,7 @@ class RangeCache:
                 names: list[str] = []
                 with contextlib.suppress(OSError):
                     names = os.listdir(folder)
-                matches = [
-                    match for name in names if (match := re.fullmatch(r"(\d{1,18})-(\d{1,18})-[0-9a-f]{8}", name))
-                ]
+                matches = [match for name in names if (match := _RANGE.fullmatch(name))]
                 segments = [Segment(int(match[1]), int(match[2]), folder / match[0]) for match in matches]
                 self._segments[key] = _in_order(segments)
             return self._segments[key]
