@@ -97,6 +97,8 @@ class Fault:
     """Send at most this many body bytes, then close in order, with a Content-Length that promises all of them."""
     cut_after: int | None = None
     """Send at most this many body bytes, then reset the connection."""
+    extra: int | None = None
+    """Send so many zeros after the body of a file, in chunks: an answer that does not say how long it is."""
     hits: int = 0
     """How many requests it was applied to."""
 
@@ -405,7 +407,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(length))
+        chunked = fault.extra is not None and self.command != "HEAD" and not isinstance(body, bytes)
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(length))))
         self.end_headers()
         remaining = 0 if self.command == "HEAD" else min(limits)
         if isinstance(body, bytes):
@@ -414,20 +417,24 @@ class _Handler(BaseHTTPRequestHandler):
             with body[0].open("rb") as stream:
                 stream.seek(body[1])
                 while remaining and (chunk := stream.read(min(CHUNK, remaining))):
-                    self._send_chunk(status, chunk)
+                    self._send_chunk(status, chunk, chunked)
                     remaining -= len(chunk)
+        if chunked:
+            for start in range(0, fault.extra or 0, CHUNK):
+                self._send_chunk(status, bytes(min(CHUNK, (fault.extra or 0) - start)), chunked)
+            self.wfile.write(b"0\r\n\r\n")
         if broken:
             self.close_connection = True
             if fault.cut_after is not None:
                 self.server.reset(self.connection)
 
-    def _send_chunk(self, status: int, chunk: bytes) -> None:
+    def _send_chunk(self, status: int, chunk: bytes, framed: bool = False) -> None:
         """Send a piece of the body, counted beforehand so that a client that has it finds it in the log."""
         if not chunk:
             return
         self.server.hub._answered(self.index, status, self.sent + len(chunk))
         try:
-            self.wfile.write(chunk)
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if framed else chunk)
         except OSError:
             self.server.hub._answered(self.index, status, self.sent)
             raise

@@ -500,6 +500,18 @@ def test_a_full_disk_is_said_in_one_line(options: list[str]) -> None:
     assert "space" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit for what a process is given")
+def test_what_is_not_the_output_is_not_called_so(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A survey whose processes can't be started."""
+    for number in range(100):
+        monkeypatch.setenv(f"FILLING_{number}", "x" * 100_000)
+    assert run(["introspect", "moe-expert", "moe-type-survey", "demo:native"]) == 3
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert sys.executable in err
+    assert "output" not in err
+
+
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_mixtral(tmp_path_factory.mktemp("large") / "m", 3, 4, 1536, 1536)

@@ -379,6 +379,59 @@ def test_a_single_downloaded_shard_is_used(hub: HubServer, cache: Path, sharded:
     assert {request.file for request in weight_requests(hub)} == {"model-00002-of-00003.safetensors"}
 
 
+@pytest.mark.parametrize("as_link", [True, False], ids=["link", "file"])
+@pytest.mark.parametrize("content", [b"", b'{"model_type": "mix', b"\0" * 90], ids=["empty", "half", "zeros"])
+def test_a_broken_config_is_fetched_again(
+    hub: HubServer, cache: Path, made: Path, sharded: Path, content: bytes, as_link: bool
+) -> None:
+    """As a machine leaves it that has lost its power; caches are made of links, where the system has them."""
+    name = publish(hub, sharded)
+    for filename in ("config.json", "model.safetensors.index.json"):
+        path = Path(hf_hub_download(name, filename))
+        if not as_link:
+            path.unlink()
+        path.write_bytes(content)
+    assert figures(analyze(name, 1)) == figures(analyze(sharded, 1))
+    hub.clear_requests()
+    assert figures(analyze(name, 1)) == figures(analyze(sharded, 1))
+    assert [request for request in hub.requests if request.file.endswith(".json")] == []
+
+
+def test_a_config_that_is_broken_on_the_hub_is_fetched_once(hub: HubServer, cache: Path, tmp_path: Path) -> None:
+    broken = make(tmp_path / "broken", 3)
+    (broken / "config.json").write_text("{")
+    name = publish(hub, broken)
+    for _ in range(2):
+        hub.clear_requests()
+        with pytest.raises(ModelUnreadable, match=r"config\.json"):
+            analyze(name)
+        assert [request.method for request in hub.requests if request.file == "config.json"] == ["HEAD", "GET"]
+
+
+def test_a_broken_config_without_a_network(hub: HubServer, cache: Path, made: Path) -> None:
+    name = publish(hub, made)
+    analyze(name)
+    path = Path(hf_hub_download(name, "config.json"))
+    path.write_bytes(path.read_bytes()[:20])
+    check_refusal(*cli(name, HF_HUB_OFFLINE="1"), name, "HF_HUB_OFFLINE")
+    assert figures(analyze(name)) == figures(analyze(made))
+
+
+@pytest.mark.parametrize("extra", [None, 0])
+def test_json_that_is_too_long_is_not_fetched(hub: HubServer, cache: Path, tmp_path: Path, extra: int | None) -> None:
+    """With and without a length in the answer."""
+    large = make(tmp_path / "large", 4)
+    with (large / "config.json").open("ab") as file:
+        file.truncate(200_000_000)
+    name = publish(hub, large)
+    if extra is not None:
+        hub.fail(**CONFIG, extra=extra)
+    with pytest.raises(ModelUnreadable, match="longer than 100,000,000 bytes"):
+        analyze(name)
+    assert hub.body_bytes("config.json") < (30_000_000 if extra is None else 150_000_000)
+    assert list(Path(os.environ["HF_HOME"]).rglob("*.incomplete")) == []
+
+
 # Without a network
 
 
@@ -413,6 +466,34 @@ def test_nobody_listens_at_the_endpoint(cache: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
         check_refusal(*quick_cli("tests/unreachable", HF_ENDPOINT=endpoint), "tests/unreachable", "HF_ENDPOINT")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("SSL_CERT_FILE", "/nonexistent", ["can't start", "No such file"]),
+        ("SSL_CERT_FILE", __file__, ["can't start"]),
+        ("ALL_PROXY", "socks5://name:secret@127.0.0.1:9", ["can't start", "socksio"]),
+        ("https_proxy", "gopher://name:secret@127.0.0.1:9", ["can't start", "proxy"]),
+        ("HTTPS_PROXY", "http://[::1", ["can't start", "proxy"]),
+        ("HF_HUB_ETAG_TIMEOUT", "abc", ["can't start", "no number"]),
+    ],
+)
+def test_settings_that_the_client_cannot_start_with(
+    hub: HubServer, cache: Path, made: Path, variable: str, value: str, words: list[str]
+) -> None:
+    code, out, err = cli(publish(hub, made), **{variable: value})
+    check_refusal(code, out, err, variable, *words)
+    assert "secret" not in err
+    assert hub.requests == []
+
+
+def test_a_model_that_is_here_needs_no_certificates(hub: HubServer, cache: Path, made: Path) -> None:
+    name = publish(hub, made)
+    warm = analyze(name, 0)
+    code, out, err = cli(name, "--layer", "0", SSL_CERT_FILE="/nonexistent")
+    assert (code, err) == (0, "")
+    assert figures(out) == figures(warm)
 
 
 def test_a_model_that_is_here_outlives_the_hub(hub: HubServer, cache: Path, made: Path) -> None:
@@ -452,6 +533,9 @@ PASSING: dict[str, dict[str, Any]] = {
     "short body": {**WEIGHTS, "short_body": 300_000, "when": for_a_layer},
     "less than was asked for": {**WEIGHTS, "truncate": 300_000, "times": 2, "when": for_a_layer},
     "empty answer": {**WEIGHTS, "truncate": 0, "times": 2},
+    "more than was asked for": {**WEIGHTS, "extra": 1},
+    "more than was asked for, for a layer": {**WEIGHTS, "extra": 300_000, "times": 2, "when": for_a_layer},
+    "no length": {**WEIGHTS, "extra": 0, "times": 2},
     "wrong Content-Range": {**WEIGHTS, "content_range": "bytes 7-{end}/{size}"},
     "Content-Range of another file": {**WEIGHTS, "content_range": "bytes {start}-{end}/12345", "when": for_a_layer},
     "senseless Content-Range": {**WEIGHTS, "content_range": "pages 1-2", "times": 2},
@@ -475,6 +559,7 @@ PASSING: dict[str, dict[str, Any]] = {
     "config is cut": {**CONFIG, "cut_after": 5},
     "config is short": {**CONFIG, "short_body": 5},
     "config is truncated": {**CONFIG, "truncate": 5},
+    "more than config": {**CONFIG, "extra": 1},
     "HEAD of config fails": {**CONFIG, "method": "HEAD", "status": 503},
     "HEAD of config is cut": {**CONFIG, "method": "HEAD", "cut_after": 0},
 }
@@ -555,6 +640,7 @@ STAYING: dict[str, dict[str, Any]] = {
     "cut for a layer": {**WEIGHTS, "cut_after": 0, "when": for_a_layer},
     "500 for a layer": {**WEIGHTS, "status": 500, "when": for_a_layer},
     "empty answer": {**WEIGHTS, "truncate": 0},
+    "more than was asked for": {**WEIGHTS, "extra": 1, "when": for_a_layer},
     "an error page that claims to be fine": {**WEIGHTS, "status": 200},
     "redirect without a target": {**WEIGHTS, "where": "resolve", "method": None, "status": 302},
     "redirect in circles": {**WEIGHTS, "where": "resolve", "status": 302, "headers": {"Location": "?again"}},
@@ -579,6 +665,15 @@ def test_a_lasting_fault_ends_in_one_line(hub: HubServer, cache: Path, made: Pat
     check_clean(cache)
     hub.faults.clear()
     assert figures(analyze(name, 1)) == figures(analyze(made, 1))
+
+
+def test_what_has_no_end_is_not_read_to_it(hub: HubServer, cache: Path, made: Path) -> None:
+    name = publish(hub, made)
+    fault = hub.fail(**WEIGHTS, extra=10**9, when=for_a_layer, times=None)
+    with pytest.raises(ModelUnreadable, match="more or less"):
+        analyze(name, 1)
+    assert fault.hits == len(hub_module.RETRY_DELAYS) + 1
+    assert hub.body_bytes() < fault.hits * 30_000_000  # what sockets hold, and no more
 
 
 def test_a_big_file_is_not_taken_from_a_server_that_ignores_ranges(
@@ -689,6 +784,18 @@ def test_the_cache_keeps_to_its_limit(
         assert cached_bytes(cache) <= max(4_000_000, report.cost.bytes_fetched)
     assert analyze(names[-1], 1).cost.bytes_fetched == 0, "the last model is to stay"
     assert analyze(names[0], 1).cost.bytes_fetched > 0, "the first model is to go"
+
+
+def test_what_is_not_of_the_cache_stays(cache: Path) -> None:
+    """Its folder may have been somebody's before."""
+    names = ["ranges/photos/a.jpg", "ranges/photos/1-2.jpg", "ranges/photos/.part-1.jpg", "photos/.part-abcdefgh"]
+    for name in names:
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_text("mine")
+        os.utime(cache / name, (0, 0))
+    RangeCache(cache, 0).write("key", 0, b"bytes")
+    RangeCache(cache, 0).trim()
+    assert {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()} == set(names)
 
 
 def test_a_job_larger_than_the_limit_ends_well(

@@ -250,7 +250,15 @@ def test_a_quick_survey_gives_the_quick_verdicts(tmp_path: Path) -> None:
     assert show(both.summary(), 80).count("100 %") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--quick", "--layer", "1"], ["--memory", "1GB", "--dask", "tcp://head:8786"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--quick", "--layer", "1"],
+        ["--budget", "1MB"],
+        ["--plan", "--jobs", "2"],
+        ["--memory", "1GB", "--dask", "tcp://head:8786"],
+    ],
+)
 def test_options_that_do_not_go_together(capsys: Capture, arguments: list[str]) -> None:
     assert run([*SURVEY, "demo:native", *arguments]) == 2
     assert arguments[0] in capsys.readouterr().err
@@ -268,10 +276,13 @@ def test_processes_share_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(subprocess, "Popen", note)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8), raising=False)
     with memory_limit("3GB"):
+        ask("demo:native", "demo:upcycled", "demo:permuted", "demo:parent", jobs=3)
         ask("demo:native", "demo:upcycled", jobs=3)
+        ask("demo:native", jobs=40)
     with memory_limit("256MB"):
-        ask("demo:native", jobs=9)
-    assert [words[2:] for words in asked] == [[10**9, 2], [10**9, 2], [256 * 10**6, 1]]
+        ask("demo:native", "demo:upcycled", jobs=2)
+    three, two, one, little = [10**9, 2], [3 * 10**9 // 2, 4], [3 * 10**9, 8], [256 * 10**6, 4]
+    assert [words[2:] for words in asked] == [*[three] * 4, *[two] * 2, one, *[little] * 2]
 
 
 def test_options_hold_where_the_list_says_nothing_else(tmp_path: Path) -> None:
@@ -343,6 +354,20 @@ def test_toml_lists_that_cannot_be(capsys: Capture, tmp_path: Path, text: str, w
     refused(capsys, [str(tmp_path / "list.toml")], *words)
 
 
+@pytest.mark.parametrize(
+    "line", ["n" * 200_000, f"demo:native parent={'n' * 5000}", f"demo:native layers={','.join('1' * 3000)}"]
+)
+def test_what_is_too_long_for_a_request_is_named(capsys: Capture, tmp_path: Path, line: str) -> None:
+    (tmp_path / "list.txt").write_text(f"demo:upcycled\n{line}\n")
+    refused(capsys, [str(tmp_path / "list.txt")], "list.txt, line 2", "longer than 4096 characters")
+
+
+def test_the_longest_request_is_a_row() -> None:
+    (row,) = ask(SurveyRequest(model="😀" * 4096, parent="😀" * 4096, layers=",".join("1" * 2048)), jobs=2).rows
+    assert row.error
+    assert row.error.code == 3
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "missing.toml", "n" * 300 + ".txt"])
 def test_lists_that_are_not_there(capsys: Capture, tmp_path: Path, name: str) -> None:
     refused(capsys, [str(tmp_path / name)], name)
@@ -392,6 +417,37 @@ def test_the_plan_is_what_the_files_take(tmp_path: Path) -> None:
     assert [one.stored_bytes for one in plan.models] == [*(layout.stored_bytes for layout in layouts), None]
     assert plan.layer_bytes == sum(layout.layers[0].stored_bytes for layout in layouts)
     assert "1 model;" in show(plan, 80)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"layers": "9" * 400},
+        {"experts": "9" * 400},
+        {"hidden": -1},
+        {"intermediate": 0},
+        {"layers": 2**40 + 1},
+        {"hidden": "inf"},
+        {"hidden": "nan"},
+        {"layers": '"two"'},
+    ],
+    ids=lambda shape: str(shape)[:24],
+)
+def test_a_shape_that_cannot_be_is_none(capsys: Capture, tmp_path: Path, shape: dict[str, Any]) -> None:
+    sizes = {"layers": 2, "experts": 4, "hidden": 8, "intermediate": 16}
+    tables = (", ".join(f"{name} = {size}" for name, size in (sizes | given).items()) for given in (shape, {}))
+    text = "\n".join(f'[[model]]\nid = "org/{len(one)}"\nstorage = "f32"\nshape = {{ {one} }}' for one in tables)
+    (tmp_path / "list.toml").write_text(text)
+    plan = MoESurveyService.plan([str(tmp_path / "list.toml")])
+    assert [one.stored_bytes for one in plan.models] == [None, 2 * 4 * 3 * 8 * 16 * 4]
+    assert run([*SURVEY, str(tmp_path / "list.toml"), "--plan"]) == 0
+    assert "12.3 kB" in capsys.readouterr().out
+
+
+def test_the_largest_shape_is_shown(tmp_path: Path) -> None:
+    sizes = ", ".join(f"{name} = {2**40}" for name in ("layers", "experts", "hidden", "intermediate"))
+    (tmp_path / "list.toml").write_text(f'[[model]]\nid = "a/b"\nstorage = "fp8"\nshape = {{ {sizes} }}\n')
+    assert show(MoESurveyService.plan([str(tmp_path / "list.toml")]), 80)
 
 
 def test_the_plan_of_the_known_models(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,6 +544,48 @@ def test_the_file_of_something_else_is_refused_and_kept(capsys: Capture, tmp_pat
     file.write_bytes(content)
     refused(capsys, ["demo:native", "-o", str(file)], "not of a survey")
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("answer.model", "x\x1b[31my"),
+        ("answer.kind", "\x1b]0;title\x07"),
+        ("answer.storage", "bf16\r"),
+        ("answer.family", "\u202efamily"),
+        ("answer.notes", ["a\nnote"]),
+        ("request.model", "\x9b31m"),
+        ("stated", "\x1b"),
+        ("answer.kept", float("nan")),
+        ("answer.kept", float("inf")),
+        ("answer.overlay_ratio", 1e300),
+        ("answer.cost.bytes_read", 10**400),
+        ("answer.experts", -(10**30)),
+        ("answer.layers", [10**400]),
+    ],
+    ids=lambda value: ascii(value)[:24],
+)
+def test_rows_that_we_would_not_write_are_refused(
+    capsys: Capture, tmp_path: Path, two_lines: list[bytes], place: str, value: object
+) -> None:
+    row = json.loads(two_lines[0])
+    *outer, last = place.split(".")
+    inner = row
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    content = two_lines[1] + json.dumps(row).encode() + b"\n" + two_lines[1]
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    refused(capsys, ["demo:native", "--json", "-o", str(tmp_path / "rows.jsonl")], "line 2", "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_bytes() == content
+
+
+def test_an_odd_config_does_not_spoil_the_file(tmp_path: Path) -> None:
+    model, file = Path(copy_demo(tmp_path / "model")), tmp_path / "rows.jsonl"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "x\x1b[31m", "hidden_act": "\x07"}))
+    first = ask(str(model), file=file)
+    assert ask(str(model), file=file) == first
 
 
 def test_a_broken_line_before_others_is_refused(tmp_path: Path, two_lines: list[bytes]) -> None:
@@ -595,6 +693,19 @@ def test_a_model_that_takes_its_process_down_costs_its_own_answer(
     assert rows[1].error
     assert rows[1].error.code == 128 + signal.SIGKILL
     assert "signal 9" in rows[1].error.message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to end by")
+def test_a_process_that_is_killed_while_it_writes_its_row_has_none(
+    tmp_path: Path, two_lines: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "row").write_bytes(two_lines[0][:200])
+    end = f"import os; os.write(1, open({str(tmp_path / 'row')!r}, 'rb').read()); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr("chuk_lazarus.introspection.moe.moe_survey.WORKER", (sys.executable, "-c", end))
+    (row,) = ask("demo:native").rows
+    assert row.answer is None
+    assert row.error
+    assert row.error.code == 128 + signal.SIGKILL
 
 
 def test_an_end_by_the_caller_leaves_no_process(hub: HubServer, slow: str, tmp_path: Path) -> None:

@@ -88,7 +88,10 @@ def _end_usage(error: typer.TyperException, as_json: bool) -> int:
 
 
 def _end_output(error: OSError, as_json: bool) -> int:
-    """End when stdout takes no more: done if the reader has gone, else a failure."""
+    """End when stdout takes no more: done if the reader has gone, else a failure. An error of a file names it."""
+    if error.filename:
+        print_error(3, f"{error.filename}: {error.strerror}", "", as_json)
+        return 3
     with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())  # so that Python does not complain again at exit
     if isinstance(error, BrokenPipeError):

@@ -1,7 +1,8 @@
 """Many machines: tasks for the workers of a dask.distributed scheduler.
 
 A task is pure, so that dask may give it to another worker when one is lost. A worker takes one task at a time, with all
-its threads and within its memory. Nothing else in the house knows of dask.
+its threads and within its memory, and gets the next one when that has ended: whatever a worker holds when it is lost
+counts as what may have cost it. Nothing else in the house knows of dask.
 """
 
 import logging
@@ -9,11 +10,13 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
@@ -30,6 +33,7 @@ PATIENCE = 10  # seconds in which a scheduler must answer
 RETRIES = 2  # of a task that has failed otherwise than by an error of the model
 SHARE = 60  # % of a worker's memory: dask begins to act on a worker that takes more
 PAUSE = 0.2  # seconds between two words of a worker on the same work
+LOOK = 5.0  # seconds between two looks for workers that have come
 PACKAGES = ("chuk-lazarus", "distributed")  # whose versions must be the same everywhere
 LOGGERS = ("distributed", "distributed.client")
 
@@ -122,15 +126,24 @@ class Cluster:
         topic = self._client.id if watch else None  # which the scheduler forgets with the client
         if topic:
             self._client.subscribe_topic(topic, lambda event: news.put(event[1]))
-        futures = self._client.map(
-            _work, tasks, range(len(tasks)), topic=topic, pure=False, retries=RETRIES, key=f"lazarus-{uuid4().hex}"
-        )
-        for number, future in enumerate(futures):
-            future.add_done_callback(lambda done, number=number: news.put((number, done)))
-        futures.clear()  # a result goes when it has been taken
+        due, busy, looked = deque(range(len(tasks))), dict[int, str | None](), -inf
         while shown:
-            match news.get():
+            if due and time.monotonic() > looked + LOOK:
+                for worker in self._find_idle(busy)[: len(due)]:
+                    number = due.popleft()
+                    busy[number] = worker
+                    future = self._start(tasks[number], number, topic, worker)
+                    future.add_done_callback(lambda done, number=number: news.put((number, done)))
+                    del future  # a result goes when it has been taken
+                looked = time.monotonic()
+            try:
+                event = news.get(timeout=LOOK if due else None)
+            except Empty:
+                continue
+            match event:
                 case (int(number), future):
+                    del busy[number]
+                    looked = -inf
                     found = self._take(future, tasks[number].what)
                     for what, total in shown.pop(number).items():
                         if watch:
@@ -139,6 +152,31 @@ class Cluster:
                 case [number, what, done, total] if watch and number in shown:
                     shown[number][what] = total
                     watch(number, what, done, total)
+
+    def _find_idle(self, busy: Mapping[int, str | None]) -> list[str | None]:
+        """The workers that have no task; one yet to come, None, where there is no other and nothing to wait for."""
+        try:
+            there = self._client.nthreads()
+        except OSError:
+            raise self._lost() from None
+        return [worker for worker in there if worker not in busy.values()] or ([] if busy else [None])
+
+    def _start(self, task: Task[Found], number: int, topic: str | None, worker: str | None) -> "Future":
+        """Have a task done by a worker, or by another if that is lost."""
+        return self._client.submit(
+            _work,
+            task,
+            number,
+            topic,
+            pure=False,
+            retries=RETRIES,
+            key=f"lazarus-{uuid4().hex}",
+            workers=worker and [worker],
+            allow_other_workers=worker is not None,
+        )
+
+    def _lost(self) -> ClusterUnusable:
+        return ClusterUnusable(f"the scheduler at {self._address} was lost", "start it and try again")
 
     def _take(self, future: "Future", what: str) -> Any:
         from distributed import CancelledError, KilledWorker
@@ -152,7 +190,7 @@ class Cluster:
                 "see its log; perhaps it lacks memory",
             )
         except CancelledError:
-            raise ClusterUnusable(f"the scheduler at {self._address} was lost", "start it and try again") from None
+            raise self._lost() from None
 
 
 @contextmanager

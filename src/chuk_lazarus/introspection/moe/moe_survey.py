@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from io import FileIO
-from math import fsum
+from math import fsum, prod
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -43,6 +43,9 @@ from .wording import mean_over_layers
 LISTS = (".txt", ".toml")
 OPTIONS = ("parent", "layers", "experts")
 BITS = {"f32": 32, "bf16": 16, "f16": 16, "fp8": 8 + 32 / 128**2, "mxfp4": 4 + 8 / 32}  # of a weight and its scale
+MAX_WORDS = 4096  # characters of a name or of a list of layers; the request is an argument of a process
+MAX_SIZE = 2**40  # of anything in the shape of a model
+MAX_NUMBER = 2**63  # in a row
 LINE_START = b'{"schema": "moe-type-survey-row/1"'
 # -P: a file in the current folder, which may be a stranger's, must not be imported in a library's place
 WORKER = (sys.executable, "-P", "-c", f"from {__name__} import work; work()")
@@ -217,6 +220,9 @@ def _entry(where: str, options: Mapping[str, Any]) -> Entry:
             raise InvalidRequest(f"{where}: {name} is not the name of a model")
     layers, experts, stated = options.get("layers"), options.get("experts"), options.get("origin")
     layers = None if layers is None else str(layers)
+    for name, value in (("id", model), ("parent", parent), ("layers", layers)):
+        if value and len(value) > MAX_WORDS:
+            raise InvalidRequest(f"{where}: {name} is longer than {MAX_WORDS} characters")
     try:
         if layers not in (None, "all"):
             parse_layers(layers)
@@ -236,11 +242,11 @@ def _entry(where: str, options: Mapping[str, Any]) -> Entry:
 def _bytes_by_shape(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The bytes of one layer's routed experts, and of all layers', where a list gives their shape."""
     try:
-        shape, bits = options["shape"], BITS[options["storage"]]
-        weights = int(shape["experts"]) * (3 if options.get("gated", True) else 2)
-        weights *= int(shape["hidden"]) * int(shape["intermediate"])
-        layer = round(weights * bits / 8)
-        return layer, layer * int(shape["layers"])
+        sizes = [int(options["shape"][name]) for name in ("layers", "experts", "hidden", "intermediate")]
+        if not all(0 < size <= MAX_SIZE for size in sizes):
+            return None, None
+        layer = round(prod(sizes[1:]) * (3 if options.get("gated", True) else 2) * BITS[options["storage"]] / 8)
+        return layer, layer * sizes[0]
     except (KeyError, TypeError, ValueError, OverflowError):
         return None, None
 
@@ -251,22 +257,33 @@ def _take_up(path: Path) -> dict[SurveyRequest, SurveyRow]:
     A last line that is not whole, of a survey that was killed while writing it, is cut off. Raises InvalidRequest for a
     file that has anything else in it.
     """
-    rows = {}
+    rows, number = {}, 0
     try:
         data = path.read_bytes() if path.is_file() else b""
         *lines, rest = data.split(b"\n")
-        for line in lines:
-            row = SurveyRow.model_validate_json(line)
-            rows[row.request] = row
-        if rest[: len(LINE_START)] != LINE_START[: len(rest)]:
-            raise ValueError("not the beginning of a row")
+        for number, line in enumerate([*lines, rest], 1):
+            if number <= len(lines):
+                row = SurveyRow.model_validate_json(line)
+                _check_plain(row.model_dump())
+                rows[row.request] = row
+            elif line[: len(LINE_START)] != LINE_START[: len(line)]:
+                raise ValueError("not the beginning of a row")
         if rest:
             os.truncate(path, len(data) - len(rest))
     except OSError as error:
         raise InvalidRequest(f"can't go on with {str(path)!r}: {error.strerror}") from None
     except ValueError:
-        raise InvalidRequest(f"{str(path)!r} has lines that are not of a survey", "give another file") from None
+        raise InvalidRequest(f"line {number} of {str(path)!r} is not of a survey", "give another file") from None
     return rows
+
+
+def _check_plain(value: Any) -> None:
+    """Raise ValueError where a string can't be shown, or a number is larger than any that we write."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_plain(inner)
+    elif not (value.isprintable() if isinstance(value, str) else abs(value or 0) <= MAX_NUMBER):
+        raise ValueError("not of a survey")
 
 
 def _open(path: Path | None) -> FileIO:
@@ -294,6 +311,7 @@ def _analyze_apart(entries: Sequence[Entry], jobs: int, progress: Progress | Non
     """
     running: set[subprocess.Popen[bytes]] = set()
     stopped, lock = Event(), Lock()
+    jobs = max(1, min(jobs, len(entries)))
     limits = max(LEAST_MEMORY, memory() // jobs), max(1, cores() // jobs)
 
     def analyze(number: int, entry: Entry) -> None:
@@ -306,6 +324,8 @@ def _analyze_apart(entries: Sequence[Entry], jobs: int, progress: Progress | Non
             if stopped.is_set():
                 process.kill()
             for line in process.stdout or ():
+                if not line.endswith(b"\n"):
+                    break  # it was killed while writing it
                 match json.loads(line):
                     case [what, done, total] if progress:
                         shown[what] = total

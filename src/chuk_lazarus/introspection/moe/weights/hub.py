@@ -18,6 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+
+from ..errors import ModelUnreadable, MoEError
+
+try:
+    import huggingface_hub.constants  # noqa: F401  which reads the environment
+except ValueError as error:
+    wrong = [name for name, value in os.environ.items() if name.startswith("HF_") and repr(value) in str(error)]
+    raise ModelUnreadable(
+        "the Hub's client can't start: one of its variables is no number", f"correct or unset {', '.join(wrong)}"
+    ) from None
 from huggingface_hub import (
     HfApi,
     get_hf_file_metadata,
@@ -41,9 +51,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     get_session,
     hf_raise_for_status,
     parse_ratelimit_headers,
+    tqdm,
 )
 
-from ..errors import ModelUnreadable, MoEError
 from .range_cache import RangeCache, cache_folder, cache_limit, merge, read_checked, write_checked
 from .source import ByteSource, LocalFile, Progress, Range, is_inside, list_parts
 
@@ -52,6 +62,7 @@ CHUNK = 16 * 2**20  # bytes of one request, so of one cached range
 GAP = 4096  # fetch this many unwanted bytes rather than make another request
 READ_AHEAD = 100_000  # most headers fit in it, so that one costs a single request
 ATTEMPTS = 5  # to read what was fetched: another process that keeps to a smaller limit may delete it in between
+MAX_JSON = 100_000_000  # bytes of a config or an index, as of a header
 SMALL = 64 * 2**20  # a file that we take whole from a server that ignores Range
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 ENOUGH = 64 * 1024  # bytes; a connection that breaks after so many is worth another one
@@ -59,6 +70,8 @@ LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait: the Hub counts
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
+CERTIFICATES = frozenset({"SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"})
+PROXIES = frozenset({"ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"})
 COMMIT = r"[0-9a-zA-Z]{1,64}"  # the Hub's have 40 digits
 
 T = TypeVar("T")
@@ -90,7 +103,7 @@ class HubRepository:
         """A file of the repository: a downloaded one if there is, else one that fetches what is read."""
         if filename not in self._open:
             downloaded = self._find_downloaded(filename)
-            if filename.endswith(".json") and not (isinstance(downloaded, str) and os.path.getsize(downloaded)):
+            if filename.endswith(".json") and not (isinstance(downloaded, str) and _is_json(downloaded)):
                 downloaded = self.persist(lambda: self._download(filename))
             local = isinstance(downloaded, str)
             self._open[filename] = LocalFile(Path(str(downloaded))) if local else HubFile(self, filename)
@@ -143,6 +156,7 @@ class HubRepository:
         failures, before = 0, done()
         while True:
             try:
+                _start_client()
                 return function()
             except (HfHubHTTPError, httpx2.RequestError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
                 cause: BaseException = error
@@ -185,11 +199,15 @@ class HubRepository:
         return try_to_load_from_cache(self.name, filename, revision=self.revision)
 
     def _download(self, filename: str) -> str:
-        again = isinstance(self._find_downloaded(filename), str)  # an empty one
+        there = self._find_downloaded(filename)
         try:
+            if isinstance(there, str) and not _is_json(there):
+                os.unlink(os.path.realpath(there))  # the client would keep it; snapshots are links to files, or files
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(there)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of little room: where there is too little, an error follows
-                path = hf_hub_download(self.name, filename, revision=self.revision, force_download=again)
+                path = hf_hub_download(self.name, filename, revision=self.revision, tqdm_class=_Meter)
         except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError):
             raise
         except OSError as error:
@@ -320,9 +338,10 @@ class HubFile:
                     received.extend(data)
                     self.repository.received(len(data))
                     count(len(data))
+                    if len(received) > stop - start:
+                        received.clear()
+                        break
             if len(received) != stop - start:
-                if len(received) > stop - start:
-                    received.clear()
                 raise _BadAnswer(f"a server sent more or less of {self.name} than was asked for")
 
         self.repository.persist(go_on, lambda: len(received))
@@ -345,6 +364,50 @@ class HubFile:
             "a server between here and the Hub ignores Range requests",
             f"run: hf download {self.repository.name}, then try again",
         )
+
+
+class _Meter(tqdm):
+    """A progress bar of the Hub's client that shows nothing, and stops the download of what is too long for JSON."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]
+        self._received = 0
+        self._check(self.total or 0)
+
+    def update(self, n: float | None = 1) -> None:
+        self._received += int(n or 0)
+        self._check(self._received)
+
+    def _check(self, size: float) -> None:
+        if size > MAX_JSON:
+            raise ModelUnreadable(f"a JSON file of the model is longer than {MAX_JSON:,} bytes")
+
+
+def _is_json(path: str) -> bool:
+    """Whether a file has JSON in it, and not the half of it that a broken machine leaves; others judge what is huge."""
+    try:
+        if os.path.getsize(path) <= MAX_JSON:
+            json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    except OSError:  # it is for the reader to say what is wrong
+        pass
+    return True
+
+
+def _start_client() -> None:
+    """Have the Hub's client take up certificates and proxies; raises _Unreachable."""
+    try:
+        get_session()
+        return
+    except ImportError:
+        what, names = "a SOCKS proxy needs the package socksio", PROXIES
+    except OSError as error:
+        what, names = str(error.strerror), CERTIFICATES
+    except (ValueError, httpx2.InvalidURL):  # whose text may have a password in it
+        what, names = "a proxy's address is no URL", PROXIES
+    given = ", ".join(name for name in os.environ if name.upper() in names)
+    raise _Unreachable(f"the Hub's client can't start: {what}", given and f"correct or unset {given}")
 
 
 class _BadAnswer(Exception):
