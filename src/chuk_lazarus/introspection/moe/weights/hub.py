@@ -202,9 +202,10 @@ class HubRepository:
         there = self._find_downloaded(filename)
         try:
             if isinstance(there, str) and not _is_json(there):
-                os.unlink(os.path.realpath(there))  # the client would keep it; snapshots are links to files, or files
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(there)
+                blob = Path(os.path.realpath(there))
+                os.unlink(there)  # the client would keep it; snapshots are links to blobs, or files
+                if blob.parent.name == "blobs":
+                    blob.unlink(missing_ok=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of little room: where there is too little, an error follows
                 path = hf_hub_download(self.name, filename, revision=self.revision, tqdm_class=_Meter)
