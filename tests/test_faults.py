@@ -361,6 +361,7 @@ ROLES = {"gate": "w1", "up": "w3", "down": "w2"}
 COMMANDS = {
     "layout": ["moe-layout", "-m", "{model}"],
     "analyze": ["moe-type-analyze", "-m", "{model}", "--experts", "all"],
+    "analyze all": ["moe-type-analyze", "-m", "{model}", "--layers", "all"],
     "quick": ["moe-type-analyze", "-m", "{model}", "--quick"],
     "compute": ["moe-overlay-compute", "-m", "{model}"],
     "compute to an error": ["moe-overlay-compute", "-m", "{model}", "--max-error", "0.1"],
@@ -484,6 +485,26 @@ def test_what_is_not_finite_is_named(tmp_path: Path, role: str, value: Any) -> N
         assert code == 3, command
         assert "layer 0, expert 2" in found["error"]["message"]
         assert role in found["error"]["message"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_lies_beside_the_experts_and_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    """The router of a layer whose outputs are mixed, and the neighbour that a layer's neurons are compared with."""
+    model = Path(write(tmp_path / "m", lambda e, name, x: x))
+    tensors = load_file(model / "model.safetensors")
+    tensors |= {name.replace("layers.0", "layers.1"): values for name, values in tensors.items()}
+    (model / "config.json").write_text((model / "config.json").read_text().replace('layers": 1', 'layers": 2'))
+    prefix = "model.layers.{}.block_sparse_moe.{}.weight"
+    for name, command, words in (
+        (prefix.format(0, "gate"), "verify", "layer 0: the router holds"),
+        (prefix.format(0, "gate"), "compress", "layer 0: the router holds"),
+        (prefix.format(1, "experts.0.w1"), "analyze all", "layer 1, expert 0: the gate projection holds"),
+    ):
+        spoilt = tensors[name].copy()
+        spoilt[1, 2] = value
+        save_file(tensors | {name: spoilt}, model / "model.safetensors")
+        code, found = call(command, str(model))
+        assert (code, words in found["error"]["message"]) == (3, True), found
 
 
 @pytest.mark.parametrize("experts", [0, 1])

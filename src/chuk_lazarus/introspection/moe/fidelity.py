@@ -73,7 +73,7 @@ class Alternative:
 
 def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: str, normalise: bool) -> Inputs:
     """Seeded Gaussian inputs of the scale that the norm before the experts gives them, and how the router shares them
-    out."""
+    out; raises ModelUnreadable where that is not finite."""
     x = np.random.default_rng(seed).standard_normal((count, layer.sizes["H"])).astype(np.float32)
     norm = layer.norm()
     if norm is not None and norm.any():
@@ -81,9 +81,8 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
     router = layer.router()
     if router is None:
         return Inputs(x, None)
-    return Inputs(
-        x,
-        route(
+    with np.errstate(over="ignore", invalid="ignore"):
+        shares = route(
             x,
             router.weight,
             router.bias,
@@ -91,8 +90,13 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
             top_k=min(top_k, layer.count),
             scoring=scoring,
             normalise=normalise,
-        ),
-    )
+        )
+    if not np.isfinite(shares).all():
+        raise ModelUnreadable(
+            f"layer {layer.number}: the router holds NaN, infinity or numbers too large for float32",
+            "the checkpoint is broken",
+        )
+    return Inputs(x, shares)
 
 
 class Trial:

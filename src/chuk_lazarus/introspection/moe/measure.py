@@ -234,7 +234,7 @@ class _FirstPass:
         for piece in self.tensor.read(range(self.layer.count), *window):
             gram = gram_matrix(piece.values.reshape(self.layer.count, -1))
             if not np.isfinite(gram).all():
-                self._refuse(piece)
+                _refuse(self.layer, int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
             found.append((piece.role, gram, piece.values.size))
             self.base[piece.role][piece.index] = mean_expert(piece.values)
             for expert, matrices in self._kept.items():
@@ -251,7 +251,7 @@ class _FirstPass:
         spectra = {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}
         for role, (_, share) in spectra.items():
             if not np.isfinite(share):
-                self._refuse_numbers(expert, role)
+                _refuse(self.layer, expert, role)
         return spectra, found
 
     def find(self, role: str, matrix: NDArray[np.float32]) -> Nearest:
@@ -268,16 +268,6 @@ class _FirstPass:
             held = (wanted >= neurons.start) & (wanted < neurons.stop)
             values = as_neurons(piece.role, piece.values[expert])
             self._queries[piece.role][place, held, inputs.start : inputs.stop] = values[wanted[held] - neurons.start]
-
-    def _refuse(self, piece: Piece) -> NoReturn:
-        self._refuse_numbers(int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
-
-    def _refuse_numbers(self, expert: int, role: str) -> NoReturn:
-        raise ModelUnreadable(
-            f"layer {self.layer.number}, expert {expert}: the {role} projection holds NaN, infinity or numbers "
-            "too large for float32",
-            "the checkpoint is broken",
-        )
 
 
 def mean_expert(values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -297,7 +287,18 @@ def mean_expert(values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _matrix(layer: ExpertLayer, role: str, expert: int) -> NDArray[np.float32]:
     tensor = next(tensor for tensor in layer.tensors if role in tensor.spec.roles)
-    return tensor.matrices(expert)[role]
+    matrix = tensor.matrices(expert)[role]
+    if not np.isfinite(matrix).all():
+        _refuse(layer, expert, role)
+    return matrix
+
+
+def _refuse(layer: ExpertLayer, expert: int, role: str) -> NoReturn:
+    raise ModelUnreadable(
+        f"layer {layer.number}, expert {expert}: the {role} projection holds NaN, infinity or numbers too large for "
+        "float32",
+        "the checkpoint is broken",
+    )
 
 
 def _delta_spectrum(matrix: NDArray[np.float32], base: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
