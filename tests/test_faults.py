@@ -162,6 +162,21 @@ sys.argv[1:] = ["introspect", "moe-expert", "moe-type-analyze", "-m", "demo:nati
 from chuk_lazarus.cli import main
 main()
 """
+TURNED = """
+import os, sys, time
+from chuk_lazarus.introspection.moe import MoETypeService
+def turn(*arguments, **options):
+    try:
+        os.kill(os.getpid(), int(number))
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise ValueError("as C++ does with an exception that it does not expect") from None
+MoETypeService.analyze = turn
+number = sys.argv.pop()
+sys.argv[1:] = ["introspect", "moe-expert", "moe-type-analyze", "-m", "demo:native"]
+from chuk_lazarus.cli import main
+main()
+"""
 LOADING = """
 import os, signal, sys
 class Finder:
@@ -197,10 +212,11 @@ def test_threads_that_are_busy_do_not_keep_an_interruption_waiting(signals: list
     )
 
 
+@pytest.mark.parametrize("program", [LOADING, TURNED], ids=["loading", "turned into another exception"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_while_libraries_are_loaded(number: int) -> None:
+def test_interrupted_in_libraries(number: int, program: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LOADING, str(int(number))], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, str(int(number))], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "lazarus: interrupted\n")
 

@@ -23,6 +23,11 @@ def main() -> None:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         _give_up()
+    except BaseException:
+        is_interrupted = signal.getsignal(signal.SIGINT) is _give_up
+        if is_interrupted:  # a library has made something else of it
+            _give_up()
+        raise
     if code == INTERRUPTED:
         os._exit(code)  # has been said; nothing is waited for any more
     sys.exit(code)
