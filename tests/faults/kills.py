@@ -33,6 +33,7 @@ TESTS = Path(__file__).parents[1]
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
 
+from figures import report  # noqa: E402  found by the line above
 from hub_server import HubServer  # noqa: E402  found by the line above
 
 PROGRAM = [sys.executable, "-c", "from chuk_lazarus.cli import main; main()", "introspect", "moe-expert"]
@@ -319,12 +320,7 @@ def main() -> int:
         "failed": failed,
         "seconds": round(time.monotonic() - started),
     }
-    print(json.dumps(figures, indent=2))
-    if arguments.results:
-        runs: list[Any] = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
-        others = [run for run in runs if run["command"] != command]
-        arguments.results.write_text(json.dumps([*others, figures], indent=2) + "\n")
-    return 1 if failed else 0
+    return report(figures, arguments.results)
 
 
 if __name__ == "__main__":

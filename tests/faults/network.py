@@ -39,6 +39,7 @@ TESTS = Path(__file__).parents[1]
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
 
+from figures import report  # noqa: E402  found by the line above
 from hub_server import HubServer, Request  # noqa: E402  found by the line above
 
 LAYERS, EXPERTS, WIDE, HIDDEN = 3, 4, 96, 128
@@ -666,12 +667,7 @@ def main() -> int:
         "slowest": {"seconds": round(slowest[0], 1), "run": slowest[1]},
         "seconds": round(time.monotonic() - started),
     }
-    print(json.dumps(figures, indent=2))
-    if arguments.results:
-        runs: list[Any] = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
-        others = [run for run in runs if run["command"] != figures["command"]]
-        arguments.results.write_text(json.dumps([*others, figures], indent=2) + "\n")
-    return 1 if failed else 0
+    return report(figures, arguments.results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
+from figures import report  # noqa: E402  found by the line above
 from hub_server import HubServer  # noqa: E402  found by the line above
 
 MEMORY_LIMIT = 8 * 2**30  # of address space, so that a runaway ends in MemoryError
@@ -104,12 +105,7 @@ def fuzz(arguments: argparse.Namespace, root: Path) -> int:
         "cpu_seconds": round(time.process_time() - cpu),
         "seconds": round(time.monotonic() - started),
     }
-    print(json.dumps(figures, indent=2))
-    if arguments.results:
-        runs: list[Any] = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
-        others = [run for run in runs if run["command"] != figures["command"]]
-        arguments.results.write_text(json.dumps([*others, figures], indent=2) + "\n")
-    return 1 if failed else 0
+    return report(figures, arguments.results)
 
 
 def keep(folder: Path, case: Any, name: str, kind: str, detail: str) -> None:

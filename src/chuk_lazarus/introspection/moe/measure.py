@@ -234,7 +234,7 @@ class _FirstPass:
         for piece in self.tensor.read(range(self.layer.count), *window):
             gram = gram_matrix(piece.values.reshape(self.layer.count, -1))
             if not np.isfinite(gram).all():
-                _refuse(self.layer, int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
+                refuse(self.layer, int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
             found.append((piece.role, gram, piece.values.size))
             self.base[piece.role][piece.index] = mean_expert(piece.values)
             for expert, matrices in self._kept.items():
@@ -251,7 +251,7 @@ class _FirstPass:
         spectra = {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}
         for role, (_, share) in spectra.items():
             if not np.isfinite(share):
-                _refuse(self.layer, expert, role)
+                refuse(self.layer, expert, role)
         return spectra, found
 
     def find(self, role: str, matrix: NDArray[np.float32]) -> Nearest:
@@ -289,11 +289,12 @@ def _matrix(layer: ExpertLayer, role: str, expert: int) -> NDArray[np.float32]:
     tensor = next(tensor for tensor in layer.tensors if role in tensor.spec.roles)
     matrix = tensor.matrices(expert)[role]
     if not np.isfinite(matrix).all():
-        _refuse(layer, expert, role)
+        refuse(layer, expert, role)
     return matrix
 
 
-def _refuse(layer: ExpertLayer, expert: int, role: str) -> NoReturn:
+def refuse(layer: ExpertLayer, expert: int, role: str) -> NoReturn:
+    """Raise ModelUnreadable for a matrix that is not finite."""
     raise ModelUnreadable(
         f"layer {layer.number}, expert {expert}: the {role} projection holds NaN, infinity or numbers too large for "
         "float32",

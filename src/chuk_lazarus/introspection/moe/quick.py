@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .classifier import MEASURED, Verdict, judge_quick
-from .errors import InvalidRequest, ModelUnreadable, NotMoE, printable
+from .errors import InvalidRequest, NotMoE, printable
 from .lineage import Evidence, as_neurons, draw_neurons, find_nearest, join, weigh
-from .measure import bytes_to_measure, evenly_spaced, room, worker_threads
+from .measure import bytes_to_measure, evenly_spaced, refuse, room, worker_threads
 from .reports import Cost, MoEQuickAnalysis, QuickLayer
 from .weights.expert_layer import ExpertLayer, ExpertTensor
 from .weights.experts import Experts
@@ -135,11 +135,7 @@ def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progr
         for expert, part in zip(chosen, parts, strict=True):
             for role, values in part.items():
                 if not np.isfinite(values).all():
-                    raise ModelUnreadable(
-                        f"layer {layer.number}, expert {expert}: the {role} projection holds NaN, infinity or numbers "
-                        "too large for float32",
-                        "the checkpoint is broken",
-                    )
+                    refuse(layer, expert, role)
         inputs = min(matrix.shape[1] for matrix in parts[0].values())
         numbers = sum(matrix.size for matrix in parts[0].values())
         count = min(len(matrix) for matrix in parts[0].values())
