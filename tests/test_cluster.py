@@ -31,7 +31,7 @@ from chuk_lazarus.introspection.moe import (
     cluster,
 )
 from chuk_lazarus.introspection.moe.cluster import ClusterUnusable, Task, connect
-from chuk_lazarus.introspection.moe.weights.source import Progress
+from chuk_lazarus.introspection.moe.progress import Progress
 from conftest import FIXTURES
 from hub_server import Fault, HubServer
 

@@ -15,13 +15,7 @@ from safetensors.numpy import save_file
 from scipy.stats import binomtest, norm
 
 from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeService
-from chuk_lazarus.introspection.moe.classifier import (
-    LINEAGE,
-    MEASURED,
-    LineageThresholds,
-    is_alike_in_place,
-    judge,
-)
+from chuk_lazarus.introspection.moe.classifier import LINEAGE, MEASURED, LineageThresholds, is_alike_in_place, judge
 from chuk_lazarus.introspection.moe.errors import InvalidRequest
 from chuk_lazarus.introspection.moe.lineage import (
     Evidence,

@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 from chuk_lazarus.introspection.moe.measure import kept_weights
 from chuk_lazarus.introspection.moe.moe_type import DEFAULT_EXPERTS
+from chuk_lazarus.introspection.moe.text import format_bytes
 from chuk_lazarus.introspection.moe.weights.layouts import Layout, load_table
-from chuk_lazarus.introspection.moe.wording import format_bytes
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"

@@ -26,7 +26,7 @@ app.add_typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from chuk_lazarus import __version__
+        from .. import __version__
 
         typer.echo(f"lazarus {__version__}")
         raise typer.Exit
@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         return _end_output(error, as_json)
     except Exception as error:
-        from chuk_lazarus.introspection.moe import MoEError
+        from ..introspection.moe import MoEError
 
         if not isinstance(error, MoEError):
             raise

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from scipy.special import bdtrc
 
-Origin = Literal["UPCYCLED", "NATIVE", "UNDETERMINED"]
+from .terms import Origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from uuid import uuid4
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError
 from .measure import LEAST_MEMORY, memory_limit, thread_limit
+from .progress import Progress
 from .weights.experts import split_model
-from .weights.source import Folder, Progress
+from .weights.source import Folder
 
 if TYPE_CHECKING:
     from distributed import Client, Future

@@ -1,6 +1,6 @@
 """What can go wrong, one class per exit code."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONGEST = 2000  # characters of a message
@@ -52,7 +52,7 @@ class UnknownFormat(MoEError):
 
 
 @contextmanager
-def naming(model: str) -> Iterator[None]:
+def name_model(model: str) -> Iterator[None]:
     """Put the model's name before the message of an error that does not have it."""
     try:
         yield
@@ -60,14 +60,3 @@ def naming(model: str) -> Iterator[None]:
         if printable(model) in error.message:
             raise
         raise type(error)(f"{model}: {error.message}", error.hint) from None
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Whole numbers in short: [0, 1, 2, 5] -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{low}-{high}" if high > low else f"{low}" for low, high in runs)

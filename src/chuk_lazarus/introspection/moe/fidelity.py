@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .errors import ModelUnreadable
 from .forward import route, run_expert
-from .measure import Counter, RoleMeasure, mean_experts, subtract_base, worker_threads
+from .measure import RoleMeasure, count_experts, mean_experts, subtract_base, worker_threads
 from .overlay import (
     BYTES_PER_NUMBER,
     Choice,
@@ -23,9 +23,9 @@ from .overlay import (
     round_to_bits,
     spread_rank,
 )
+from .progress import Progress
 from .spectra import energy_spectrum, total_energy
 from .weights.expert_layer import ExpertLayer
-from .weights.source import Progress
 
 BITS = (8, 4, 3)
 COMPARED = (8, 4)  # the usual quantisations, beside which an output error is shown
@@ -173,7 +173,7 @@ def check_layer(layer: ExpertLayer, ranks: Mapping[str, int], trial: Trial, prog
     """Rebuild every expert from base and factors as a file would hold them, and compare with the original."""
     layer.prefetch(progress)
     bases: dict[str, NDArray[np.float32]] = {}
-    done = Counter(progress, f"verifying layer {layer.number}", layer, layer.count)
+    done = count_experts(progress, f"verifying layer {layer.number}", layer, layer.count)
 
     def check(expert: int) -> Comparison:
         exact = layer.matrices(expert)
@@ -216,7 +216,7 @@ def compare_alternatives(
     """Weight errors of plain quantisation, overlay and SVD at the bytes that 8, 4 and 3 bits take; from the sampled
     experts."""
     chosen = next(iter(measures.values())).chosen
-    done = Counter(progress, f"alternatives for layer {layer.number}", layer, len(chosen))
+    done = count_experts(progress, f"alternatives for layer {layer.number}", layer, len(chosen))
 
     def probe(expert: int) -> tuple[dict[str, NDArray[np.float64]], dict[int, float], float]:
         matrices = layer.matrices(expert)

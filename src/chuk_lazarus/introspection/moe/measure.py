@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
-from threading import Lock
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,10 +20,10 @@ from threadpoolctl import threadpool_limits
 
 from .errors import InvalidRequest, ModelUnreadable
 from .lineage import Nearest, as_neurons, draw_neurons, find_nearest, join
+from .progress import Counter, Progress
 from .spectra import ROUNDING, energy_spectrum, gram_matrix, total_energy
+from .text import parse_size
 from .weights.expert_layer import ExpertLayer, ExpertTensor, Piece
-from .weights.range_cache import parse_size
-from .weights.source import Progress
 
 WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
 GROUP = 16  # experts that are summed in float32
@@ -126,7 +125,7 @@ def measure_layer(
     result: dict[str, RoleMeasure] = {}
     layer.prefetch(progress)
     positions = draw_neurons(len(chosen), layer.sizes["I"], queries)
-    done = Counter(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
+    done = count_experts(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
     with worker_threads(layer) as pool:
         for tensor in layer.tensors:
             first = _FirstPass(tensor, chosen, positions)
@@ -315,19 +314,9 @@ def _delta_spectrum(matrix: NDArray[np.float32], base: NDArray[np.float32]) -> t
     return energy_spectrum(matrix), share
 
 
-class Counter:
-    """Tells of progress in stored bytes, from several threads; the job is to go over so many experts of a layer."""
-
-    def __init__(self, progress: Progress, what: str, layer: ExpertLayer, experts: int) -> None:
-        self._progress, self._what, self._lock, self._done = progress, what, Lock(), 0
-        self._bytes_per_weight = layer.stored_bytes / layer.parameters
-        self._total = layer.stored_bytes * experts // layer.count
-
-    def add(self, weights: int) -> None:
-        """So many weights are done."""
-        with self._lock:
-            self._done += weights
-            self._progress(self._what, min(self._total, round(self._done * self._bytes_per_weight)), self._total)
+def count_experts(progress: Progress, what: str, layer: ExpertLayer, experts: int) -> Counter:
+    """A counter of decoded weights that tells of stored bytes; the job is to read this many experts of a layer."""
+    return Counter(progress, what, layer.stored_bytes * experts // layer.count, layer.stored_bytes / layer.parameters)
 
 
 @contextmanager

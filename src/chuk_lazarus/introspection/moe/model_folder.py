@@ -15,12 +15,12 @@ from functools import partial
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from .errors import InvalidRequest, printable
+from .progress import Counter, Progress
 from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
-from .weights.source import Progress, Range
+from .weights.source import Range
 
 CONFIG = "config.json"
 PLAN = "plan.json"
@@ -85,22 +85,10 @@ class Shard:
         return list(zip(ordered, accumulate(tensor.nbytes for tensor in ordered), strict=True))
 
 
-class _Written:
-    """Adds up the bytes written, from several threads."""
-
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
-        self._progress, self._what, self._total, self._done, self._lock = progress, what, total, 0, Lock()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            self._progress(self._what, self._done, self._total)
-
-
 class ShardFile:
     """A shard while it is written, from several threads, at any place."""
 
-    def __init__(self, descriptor: int, shard: Shard, written: _Written) -> None:
+    def __init__(self, descriptor: int, shard: Shard, written: Counter) -> None:
         self._descriptor = descriptor
         self._written = written
         self._offsets = shard.offsets
@@ -225,7 +213,7 @@ def write_model(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     files = {INDEX: as_json(index), **files, CONFIG: config}
     known = sum(len(data) for data in files.values() if isinstance(data, bytes))
-    written = _Written(progress, f"writing {printable(folder.name)}", total)
+    written = Counter(progress, f"writing {printable(folder.name)}", total)
     with _explaining(unfinished):
         _check_free(folder, force)
         _check_own(unfinished)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InvalidRequest, NotMoE, naming, printable, spans
+from .errors import InvalidRequest, NotMoE, name_model, printable
 from .fidelity import (
     Alternative,
     LayerFidelity,
@@ -24,6 +24,7 @@ from .fidelity import (
 from .forward import ACTIVATIONS
 from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .overlay import Choice, original_bytes, overlay_bytes, spread_rank
+from .progress import Progress, no_progress
 from .reports import (
     Cost,
     ErrorSpread,
@@ -40,10 +41,11 @@ from .reports import (
 )
 from .spectra import mean_rank
 from .sweep import Sweep
+from .text import format_ranges
 from .weights.checkpoint import Checkpoint
 from .weights.expert_layer import ExpertLayer
 from .weights.experts import Experts
-from .weights.source import Folder, Progress, find_repository, unwatched
+from .weights.source import Folder, find_repository
 
 Ranks = dict[str, int]
 TOLERANCE = 0.05
@@ -187,7 +189,7 @@ class MoECompressionService:
         in MoETypeService. Raises a child of MoEError.
         """
         rule = RankRule(ranks or {}, energy, max_error, target_ratio)
-        with naming(model):
+        with name_model(model):
             job = _Job(model, layer, layers, progress)
             measured = job.measure_all(rule, experts)
             chosen = rule.choose(measured)
@@ -233,7 +235,7 @@ class MoECompressionService:
         rule = RankRule(ranks or {}, energy, max_error, target_ratio)
         if not 0 <= tolerance < inf:
             raise InvalidRequest(f"the tolerance is {tolerance:g}", "give a number from 0 on, such as 0.05")
-        with naming(model):
+        with name_model(model):
             job = _Job(model, layer, layers, progress)
             job.check_activation()
             chosen, measured = job.choose_ranks(rule, experts)
@@ -274,7 +276,7 @@ class MoECompressionService:
         Ranks as in `compute`, spread over the measured layers.
         """
         rule = RankRule(ranks or {}, energy, max_error, target_ratio)
-        with naming(model):
+        with name_model(model):
             job = _Job(model, None, layers, progress, samples)
             measured, alternatives = job.compare_all(rule, experts)
             job.end()
@@ -324,11 +326,11 @@ class MoECompressionService:
         from .overlay_checkpoint import check_target, planned_ranks, read_overlay, write_overlay
 
         rule, target = RankRule(ranks or {}, energy, max_error, target_ratio), Path(folder).expanduser()
-        with naming(model):
+        with name_model(model):
             job = _Job(model, None, layers, progress)
             numbers = [one.number for one in job.layers]
             check_target(job.experts, target, numbers, force)
-            text = f"{rule}; {experts or 'all'} experts of layers {spans(numbers)}"
+            text = f"{rule}; {experts or 'all'} experts of layers {format_ranges(numbers)}"
             chosen = planned_ranks(job.experts, target, text)
             measured: dict[int, _Measured] = {}
             if chosen is None:
@@ -384,9 +386,9 @@ class MoECompressionService:
         from .overlay_checkpoint import export_overlay, read_overlay
 
         started, source, target = time.perf_counter(), Path(overlay).expanduser(), Path(folder).expanduser()
-        with naming(str(overlay)):
+        with name_model(str(overlay)):
             found = read_overlay(source)
-            export_overlay(source, target, force=force, progress=progress or unwatched)
+            export_overlay(source, target, force=force, progress=progress or no_progress)
             written = Checkpoint(Folder(target))
             return MoEOverlayExport(
                 overlay=printable(str(overlay)),
@@ -444,7 +446,7 @@ class _Job:
     ) -> None:
         self._model = model
         self._started = time.perf_counter()
-        self.progress: Progress = progress or unwatched
+        self.progress: Progress = progress or no_progress
         self._sweeps: list[Sweep] = []
         self.experts = Experts.open(model)
         if samples is not None and layers is None:

@@ -3,16 +3,16 @@
 import time
 from collections.abc import Sequence
 
-from .errors import MoEError, naming, printable
+from .errors import MoEError, name_model, printable
 from .measure import bytes_to_measure, evenly_spaced
 from .moe_type import BUDGET, DEFAULT_EXPERTS
 from .quick import quick_bytes
 from .reports import Cost, LayerLayout, MoELayout, SharedExperts
+from .text import parse_size
 from .weights.checkpoint import Checkpoint
 from .weights.expert_layer import ExpertLayer
 from .weights.experts import Experts, split_model
 from .weights.layouts import Kind, match_names, split_name
-from .weights.range_cache import parse_size
 from .weights.source import find_repository
 
 
@@ -30,7 +30,7 @@ class MoELayoutService:
         The headers that hold `layers` are read; if None, those of the first and the last MoE layer, and the others are
         taken to be like them unless all headers had to be read anyway. Raises a child of MoEError.
         """
-        with naming(model):
+        with name_model(model):
             return _describe(model, layers)
 
 

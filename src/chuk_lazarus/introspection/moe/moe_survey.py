@@ -24,6 +24,7 @@ from .cluster import Cluster, Task, connect, locate
 from .errors import InvalidRequest, MoEError, printable
 from .measure import LEAST_MEMORY, cores, memory, memory_limit, thread_limit
 from .moe_type import DEFAULT_EXPERTS, MoETypeService
+from .progress import Progress
 from .reports import (
     MoEQuickAnalysis,
     MoESurveyPlan,
@@ -35,9 +36,8 @@ from .reports import (
     SurveyRequest,
     SurveyRow,
 )
+from .text import parse_size
 from .weights.experts import parse_layers
-from .weights.range_cache import parse_size
-from .weights.source import Progress
 from .wording import mean_over_layers
 
 LISTS = (".txt", ".toml")

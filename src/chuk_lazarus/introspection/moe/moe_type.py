@@ -8,12 +8,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .classifier import THRESHOLDS, Origin, classify, is_alike_in_place, judge
+from .classifier import THRESHOLDS, classify, is_alike_in_place, judge
 from .cluster import Cluster, Task, connect, locate
-from .errors import InvalidRequest, MoEError, NotMoE, UnknownFormat, naming, printable
+from .errors import InvalidRequest, MoEError, NotMoE, UnknownFormat, name_model, printable
 from .lineage import QUERIES, Evidence, find_groups, name_kind, weigh, weigh_parent
 from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .overlay import original_bytes, overlay_bytes
+from .progress import Progress, no_progress
 from .quick import analyze_quickly
 from .reports import (
     Cosine,
@@ -32,11 +33,11 @@ from .reports import (
 from .similarity import pairwise_cosines
 from .spectra import SHARES, effective_rank, mean_rank, noise_rank, sample_decay
 from .sweep import Sweep, describe_state
+from .terms import Origin
+from .text import parse_size
 from .weights.expert_layer import ExpertLayer
 from .weights.experts import Experts
 from .weights.layouts import Kind
-from .weights.range_cache import parse_size
-from .weights.source import Progress, unwatched
 
 DEFAULT_EXPERTS = 8
 BUDGET = "64MB"  # of a quick analysis
@@ -81,8 +82,8 @@ class MoETypeService:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
         wanted, queries = (None, None) if thorough else (experts and max(2, experts), QUERIES)
         sample = Sample(wanted, queries, shares)
-        with connect(dask) as cluster, naming(model):
-            return _analyze(model, layer, layers, sample, parent, progress or unwatched, cluster)
+        with connect(dask) as cluster, name_model(model):
+            return _analyze(model, layer, layers, sample, parent, progress or no_progress, cluster)
 
     @staticmethod
     def quick(
@@ -97,8 +98,8 @@ class MoETypeService:
         Without `layers`, three evenly spaced MoE layers are looked into. Raises a child of MoEError.
         """
         size = budget if isinstance(budget, int) else parse_size(budget, "the budget")
-        with naming(model):
-            return analyze_quickly(model, layers, size, DEFAULT_EXPERTS, progress or unwatched)
+        with name_model(model):
+            return analyze_quickly(model, layers, size, DEFAULT_EXPERTS, progress or no_progress)
 
     @staticmethod
     def compare(
@@ -257,7 +258,7 @@ def _cost_since(started: float, opened: Experts) -> Cost:
 def _open_parent(parent: str, layers: Sequence[ExpertLayer]) -> Experts:
     """The dense model's feed-forwards, or an MoE's shared experts, which may be what the dense layer has become; raises
     InvalidRequest where they can't be those of the parent."""
-    with naming(parent):
+    with name_model(parent):
         dense = Experts.open(parent, "dense" if _has_dense(parent, layers) else "shared")
         for layer in layers:
             if layer.number not in dense.layers:

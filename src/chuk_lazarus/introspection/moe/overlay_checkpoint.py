@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable, spans
+from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable
 from .fidelity import MATRICES, Comparison, Trial, split
 from .measure import WINDOW, mean_experts, room, worker_threads
 from .model_folder import (
@@ -42,12 +42,15 @@ from .model_folder import (
     write_model,
 )
 from .overlay import Factors, rebuild
+from .progress import Progress
+from .terms import ROLES
+from .text import format_ranges
 from .weights.checkpoint import INDEX, QUANTIZATION_KEYS, Checkpoint, TensorInfo
 from .weights.codecs import NOT_DECODED, Part, Stored, recognise
 from .weights.expert_layer import MAX_EXPERTS, ExpertLayer, stored_rows
 from .weights.experts import TEXT_CONFIGS, Experts
-from .weights.layouts import ROLES, Layout, group_quantised, load_table
-from .weights.source import QUANTIZATION_FILES, Folder, Progress, Repository
+from .weights.layouts import Layout, group_quantised, load_table
+from .weights.source import QUANTIZATION_FILES, Folder, Repository
 from .weights.stored import BIAS, Infos, open_stored, read_rows
 
 VERSION = 1
@@ -98,7 +101,7 @@ def write_overlay(
         raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
     layers = [_check_ranks(experts, number, ranks[number]) for number in sorted(ranks)]
     if not layers:
-        raise InvalidRequest("no layer is given a rank", f"the MoE layers are {spans(experts.layers)}")
+        raise InvalidRequest("no layer is given a rank", f"the MoE layers are {format_ranges(experts.layers)}")
     source = source or _name(checkpoint.repository)
     overlaid = [
         (layer, {role: ranks[layer.number][role] for role in layer.roles}, _templates(layer)) for layer in layers
@@ -192,7 +195,9 @@ def _checksum(ranks: Any) -> str:
 def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> ExpertLayer:
     """The layer, if these ranks fit it; raises InvalidRequest."""
     if number not in experts.layers:
-        raise InvalidRequest(f"layer {number} is not an MoE layer", f"the MoE layers are {spans(experts.layers)}")
+        raise InvalidRequest(
+            f"layer {number} is not an MoE layer", f"the MoE layers are {format_ranges(experts.layers)}"
+        )
     layer = experts.layer(number)
     if ranks.keys() != set(layer.roles):
         wanted, given = (", ".join(sorted(roles)) or "nothing" for roles in (layer.roles, ranks))
@@ -284,7 +289,7 @@ def _card(facts: Mapping[str, Any], layers: Sequence[ExpertLayer], before: int, 
         "",
         f"- source: {shown}" + (f", revision {facts['revision']}" if facts["revision"] else ""),
         *(
-            f"- ranks of layer{'s' if len(numbers) > 1 else ''} {spans(numbers)}: {own}"
+            f"- ranks of layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)}: {own}"
             for own, numbers in by_ranks.items()
         ),
         f"- experts of these layers as they were: {sum(layer.stored_bytes for layer in layers):,} bytes",
@@ -418,7 +423,7 @@ class OverlayCheckpoint:
     def _info(self, layer: int, role: str, part: str) -> TensorInfo:
         if layer not in self.ranks or role not in self.ranks[layer]:
             raise InvalidRequest(
-                f"layer {layer} has no {role} overlay", f"the overlaid layers are {spans(self.layers)}"
+                f"layer {layer} has no {role} overlay", f"the overlaid layers are {format_ranges(self.layers)}"
             )
         name = f"{self._prefixes[layer]}.overlay.{role}.{part}"
         if name not in self.names:

@@ -9,21 +9,18 @@ from shlex import quote
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING, NamedTuple
 
-from chuk_lazarus import __version__
-
-from .errors import printable, spans
+from ... import __version__
+from .errors import printable
 from .reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
+from .text import format_bytes, format_ranges, percent, whole_percent
 from .wording import (
     explain,
     explain_parent,
     explain_rule,
-    format_bytes,
     format_compressible,
     format_cosine,
     format_rank,
     mean_over_layers,
-    percent,
-    whole_percent,
 )
 
 if TYPE_CHECKING:
@@ -159,7 +156,7 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
     return [
         *([("Revision", model.revision)] if model.revision else []),
         ("Family", f"{model.family} ({kind})"),
-        ("Layers", f"{spans([x.layer for x in model.layers])}, of {len(model.moe_layers)} with experts"),
+        ("Layers", f"{format_ranges([x.layer for x in model.layers])}, of {len(model.moe_layers)} with experts"),
         ("Sampled", f"{lineage.neurons:,} neurons of {len(lineage.experts)} experts in each layer"),
         *([("Parent", explain_parent(model))] if model.parent else []),
         ("By rank", explain_rule(model)),

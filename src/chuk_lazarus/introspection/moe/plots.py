@@ -5,9 +5,7 @@ marker, too. Figures are made without pyplot, so in any thread, and a notebook s
 """
 
 import hashlib
-import os
 import re
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,8 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InvalidRequest, printable, spans
+from .errors import InvalidRequest, printable
+from .files import write_file
 from .reports import (
     Identity,
     LayerAnalysis,
@@ -36,11 +35,12 @@ from .reports import (
     Projection,
 )
 from .spectra import noise_decay, noise_rank
-from .wording import format_bytes, percent
+from .text import format_bytes, format_ranges, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 ENDINGS = (".png", ".svg", ".pdf")
 WIDTH = 7.5  # inches: a page's, so that type is printed in its own size
@@ -252,23 +252,6 @@ def save(figure: "Figure", path: str | Path) -> None:
         raise InvalidRequest(f"can't write {str(path)!r}: {error.strerror}") from None
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a result whole or not at all, with the permissions of the file that it replaces; raises OSError.
-
-    A link is followed. A pipe or a device stays what it is, and gets the bytes.
-    """
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    place = Path(os.path.realpath(path))
-    with tempfile.TemporaryDirectory(prefix=".lazarus-", dir=place.parent) as folder:
-        part = Path(folder, "result")
-        part.write_bytes(data)
-        if place.exists():
-            part.chmod(place.stat().st_mode & 0o777)
-        os.replace(part, place)
-
-
 def to_svg(figure: "Figure") -> str:
     """A figure as one `<svg>` element, for a page or a file of its own: text as text, nothing from elsewhere.
 
@@ -362,7 +345,7 @@ def _name(model: Identity) -> str:
 
 
 def _layers(numbers: Sequence[int]) -> str:
-    return f"layer{'' if len(numbers) == 1 else 's'} {spans(numbers)}"
+    return f"layer{'' if len(numbers) == 1 else 's'} {format_ranges(numbers)}"
 
 
 def _source(model: Identity | None, layers: Sequence[LayerAnalysis]) -> list[str]:

@@ -17,10 +17,10 @@ from .classifier import MEASURED, Verdict, judge_quick
 from .errors import InvalidRequest, NotMoE, printable
 from .lineage import Evidence, as_neurons, draw_neurons, find_nearest, join, weigh
 from .measure import bytes_to_measure, evenly_spaced, refuse, room, worker_threads
+from .progress import Progress
 from .reports import Cost, MoEQuickAnalysis, QuickLayer
 from .weights.expert_layer import ExpertLayer, ExpertTensor
 from .weights.experts import Experts
-from .weights.source import Progress
 
 LAYERS, EXPERTS = 3, 16
 QUERIES = 1024  # neurons of a layer that are looked for

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .classifier import Origin
+from .terms import Origin
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -161,7 +161,7 @@ class Cost(Report):
 
     def describe(self) -> str:
         """For instance "read 805.3 MB, of which 0 B over the network, in 1.6 s"."""
-        from .wording import format_bytes
+        from .text import format_bytes
 
         read, fetched = format_bytes(self.bytes_read), format_bytes(self.bytes_fetched)
         return f"read {read}, of which {fetched} over the network, in {self.seconds:.1f} s"

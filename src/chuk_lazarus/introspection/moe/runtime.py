@@ -19,7 +19,7 @@ from mlx.utils import tree_reduce, tree_unflatten
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlx_lm.utils import _get_classes, load_model
 
-from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, naming
+from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, name_model
 from .reports import Evaluation, TokensFrom
 from .weights.checkpoint import Checkpoint
 from .weights.source import Folder
@@ -245,7 +245,7 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
     no class for, or no experts of the kind that we replace.
     """
     folder = Path(folder)
-    with naming(str(folder)):
+    with name_model(str(folder)):
         if not folder.is_dir():
             raise ModelUnreadable("there is no such folder", "give the folder of an overlay checkpoint")
         layers = _check_folder(folder)
@@ -402,7 +402,7 @@ def evaluate_pair(
     kind, tokens = _tokenize(original, text, limit)
 
     def run(folder: Path, load: Callable[[Path], tuple[Module, Any]]) -> Evaluation:
-        with naming(str(folder)):
+        with name_model(str(folder)):
             try:
                 model, _ = load(folder)
                 size = _parameter_bytes(model)

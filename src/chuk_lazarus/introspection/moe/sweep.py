@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from chuk_lazarus import __version__
-
+from ... import __version__
+from .files import cache_folder, read_checked, write_checked
+from .progress import Progress
 from .weights.checkpoint import Checkpoint
 from .weights.expert_layer import ExpertLayer
-from .weights.range_cache import cache_folder, read_checked, write_checked
-from .weights.source import Folder, Progress
+from .weights.source import Folder
 
 LEFT = 30 * 24 * 3600  # seconds after which nobody comes back to an interrupted job
 

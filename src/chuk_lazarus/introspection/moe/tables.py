@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from .errors import spans
 from .reports import (
     Identity,
     LayerAnalysis,
@@ -24,20 +23,17 @@ from .reports import (
     SurveyAnswer,
     SurveyRow,
 )
+from .text import format_bytes, format_count, format_ranges, percent, whole_percent
 from .wording import (
     explain,
     explain_parent,
     explain_quick,
     explain_rule,
     explain_surer,
-    format_bytes,
     format_compressible,
     format_cosine,
-    format_count,
     format_rank,
     mean_over_layers,
-    percent,
-    whole_percent,
 )
 
 if TYPE_CHECKING:
@@ -161,16 +157,16 @@ def render_layout(layout: MoELayout) -> "RenderableType":
             "Storage",
             f"{', '.join(formats)}, by layer below" if len(set(map(_storage, layout.layers))) > 1 else _storage(first),
         ),
-        ("MoE layers", f"{len(layout.moe_layers)} ({spans(layout.moe_layers)})"),
+        ("MoE layers", f"{len(layout.moe_layers)} ({format_ranges(layout.moe_layers)})"),
     ]
     for where, numbers in (
         ("", set(layout.dense_layers).difference(layout.moe_layers)),
         (", beside the experts", set(layout.dense_layers).intersection(layout.moe_layers)),
     ):
         if numbers:
-            rows.append(("Dense layers", f"{len(numbers)} ({spans(sorted(numbers))}){where}"))
+            rows.append(("Dense layers", f"{len(numbers)} ({format_ranges(sorted(numbers))}){where}"))
     if layout.mtp_layers:
-        rows.append(("MTP layers", f"{len(layout.mtp_layers)} ({spans(layout.mtp_layers)}), not in the sums"))
+        rows.append(("MTP layers", f"{len(layout.mtp_layers)} ({format_ranges(layout.mtp_layers)}), not in the sums"))
     rows += [
         ("Experts", f"{experts}, {layout.top_k} for each token, {layout.activation}"),
         ("Shapes", f"{shapes(first.shapes)} (out x in)"),
@@ -208,7 +204,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def _layers(layers: Sequence[LayerLayout]) -> str:
-    return f"layer{'' if len(layers) == 1 else 's'} {spans([layer.layer for layer in layers])}"
+    return f"layer{'' if len(layers) == 1 else 's'} {format_ranges([layer.layer for layer in layers])}"
 
 
 def _storage(layer: LayerLayout) -> str:
@@ -242,7 +238,7 @@ def _storage_table(layout: MoELayout) -> "Table":
     for layer in layout.layers:
         alike.setdefault((_storage(layer), layer.experts, layer.stored_bytes), []).append(layer.layer)
     for (storage, experts, nbytes), numbers in alike.items():
-        table.add_row(spans(numbers), str(experts), storage, format_bytes(nbytes))
+        table.add_row(format_ranges(numbers), str(experts), storage, format_bytes(nbytes))
     return table
 
 

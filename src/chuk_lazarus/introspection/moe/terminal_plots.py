@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .reports import LayerAnalysis, Projection, Similarity
 from .spectra import noise_decay
-from .wording import whole_percent
+from .text import whole_percent
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

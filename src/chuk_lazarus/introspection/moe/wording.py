@@ -4,16 +4,7 @@ from math import ceil
 
 from .classifier import LINEAGE, QUICK, is_alike_in_place
 from .reports import Cosine, MoEQuickAnalysis, MoETypeAnalysis, Projection
-
-
-def percent(share: float) -> str:
-    """For instance "48.9 %"."""
-    return f"{100 * share:.1f} %"
-
-
-def whole_percent(share: float) -> str:
-    """For instance "49 %"."""
-    return f"{100 * share:.0f} %"
+from .text import format_bytes, percent
 
 
 def format_rank(projection: Projection) -> str:
@@ -29,23 +20,6 @@ def format_cosine(cosine: Cosine) -> str:
 def format_compressible(analysis: MoETypeAnalysis) -> str:
     """For instance "yes (overlay 7.9x)"."""
     return f"{'yes' if analysis.compressible else 'no'} (overlay {analysis.overlay_ratio:.1f}x)"
-
-
-def format_count(number: float) -> str:
-    """A number with three digits or so and a unit: 46.7 B, 805 M, 12.3 k."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:,.{0 if number >= 100 * size else 1}f} {unit}"
-    return f"{number:,.0f}"
-
-
-def format_bytes(count: float) -> str:
-    """For instance "1.2 GB"; decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def explain(analysis: MoETypeAnalysis) -> str:

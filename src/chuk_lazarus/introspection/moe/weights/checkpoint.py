@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidRequest, ModelUnreadable, UnknownFormat
+from ..progress import Progress
 from . import gguf
 from .safetensors_header import parse_json_object, read_header
-from .source import QUANTIZATION_FILES, ByteSource, Progress, Range, Repository, is_inside, list_parts
+from .source import QUANTIZATION_FILES, ByteSource, Range, Repository, is_inside, list_parts
 from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_name
 
 __all__ = ["DTYPES", "INDEX", "QUANTIZATION_KEYS", "Checkpoint", "TensorInfo", "find_weight_files"]

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelUnreadable, UnknownFormat
+from ..progress import Progress
+from ..terms import ROLES
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import Stored
-from .layouts import ROLES, Layout, Matches, Parts, StoredTensor, split_name
-from .source import Progress, Range
+from .layouts import Layout, Matches, Parts, StoredTensor, split_name
+from .source import Range
 from .stored import BIAS, Infos, find_rows, find_slices, open_stored, outline, read_rows
 
 MATRIX_WINDOW = 4_000_000  # weights of one expert decoded at a time

@@ -6,7 +6,8 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable, spans
+from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
+from ..text import format_ranges
 from .checkpoint import QUANTIZATION_KEYS, Checkpoint
 from .expert_layer import DoesNotFit, ExpertLayer
 from .layouts import Kind, Matches, has_feature, is_listed, match_names, usual_activation
@@ -63,7 +64,7 @@ class Experts:
         self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= last))
         if left_out := self._open(self._match, min(self._match.layers)).left_out:
             self.notes.append(
-                f"experts {spans(left_out)} of a layer have no weights, or other shapes, and are left out"
+                f"experts {format_ranges(left_out)} of a layer have no weights, or other shapes, and are left out"
             )
         if not self.layers:
             raise ModelUnreadable(
@@ -93,7 +94,9 @@ class Experts:
     def layer(self, number: int) -> ExpertLayer:
         """One MoE layer; raises InvalidRequest, naming the layers there are, when it is none."""
         if number not in self._match.layers:
-            raise InvalidRequest(f"layer {number} is not an MoE layer", f"the MoE layers are {spans(self.layers)}")
+            raise InvalidRequest(
+                f"layer {number} is not an MoE layer", f"the MoE layers are {format_ranges(self.layers)}"
+            )
         return self._open(self._match, number)
 
     def choose_layers(self, layer: int | None, layers: Sequence[int] | str | None) -> tuple[int, ...]:
@@ -113,7 +116,7 @@ class Experts:
         for number in chosen:
             self.layer(number)
         if not chosen:
-            raise InvalidRequest(f"{layers!r} chooses no layer", f"the MoE layers are {spans(self.layers)}")
+            raise InvalidRequest(f"{layers!r} chooses no layer", f"the MoE layers are {format_ranges(self.layers)}")
         return tuple(dict.fromkeys(chosen))
 
     def _open(self, match: Matches, number: int) -> ExpertLayer:

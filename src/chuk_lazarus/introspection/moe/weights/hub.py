@@ -54,8 +54,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     tqdm,
 )
 
-from .range_cache import RangeCache, cache_folder, cache_limit, merge, read_checked, write_checked
-from .source import ByteSource, LocalFile, Progress, Range, is_inside, list_parts
+from ..files import cache_folder, read_checked, write_checked
+from ..progress import Progress
+from .range_cache import RangeCache, cache_limit, merge
+from .source import ByteSource, LocalFile, Range, is_inside, list_parts
 
 PARALLEL = 4
 CHUNK = 16 * 2**20  # bytes of one request, so of one cached range

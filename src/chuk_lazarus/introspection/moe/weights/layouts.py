@@ -15,8 +15,6 @@ from typing import Any, Literal
 Kind = Literal["routed", "shared", "dense"]
 """Routed experts, shared experts, or the feed-forward of a dense layer."""
 
-ROLES = ("gate", "up", "down")
-
 _LAYER = re.compile(
     r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
 )

@@ -8,7 +8,6 @@ library fits: those for HTTP keep no partial answers, and diskcache unpickles wh
 import contextlib
 import os
 import re
-import tempfile
 import time
 import zlib
 from collections.abc import Iterable
@@ -16,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from ..errors import InvalidRequest, ModelUnreadable
+from ..errors import ModelUnreadable
+from ..files import write_whole
+from ..text import parse_size
 from .source import Range
 
 DEFAULT_LIMIT = "20GB"
@@ -24,29 +25,11 @@ STALE = 24 * 3600  # seconds after which a temporary file is nobody's any more
 
 _RANGE = re.compile(r"(\d{1,18})-(\d{1,18})-[0-9a-f]{8}")
 _TEMPORARY = re.compile(r"\.part-[a-z0-9_]{8}")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def cache_folder() -> Path:
-    """$LAZARUS_CACHE, or chuk-lazarus in the user's cache folder."""
-    own = os.environ.get("LAZARUS_CACHE")
-    try:
-        return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "chuk-lazarus")).expanduser()
-    except RuntimeError:
-        raise ModelUnreadable(f"the cache folder {own or '~/.cache'} is nobody's", "set LAZARUS_CACHE") from None
 
 
 def cache_limit() -> int:
     """$LAZARUS_CACHE_LIMIT in bytes, such as 500MB or 20GB."""
     return parse_size(os.environ.get("LAZARUS_CACHE_LIMIT") or DEFAULT_LIMIT, "LAZARUS_CACHE_LIMIT")
-
-
-def parse_size(text: str, what: str) -> int:
-    """A number of bytes, written like 500MB or 20GB; raises InvalidRequest that names `what` it is."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    if not match:
-        raise InvalidRequest(f"{what} is {text!r}, which is no size", "write it like 500MB or 20GB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,33 +175,6 @@ class RangeCache:
             self._used.discard(segment.path)
         with contextlib.suppress(OSError):
             segment.path.unlink()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, its folder too if need be; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_checked(path: Path, text: str) -> None:
-    """Write a text whole or not at all, behind its checksum; raises OSError."""
-    data = text.encode()
-    write_whole(path, b"%08x\n%b" % (zlib.crc32(data), data))
-
-
-def read_checked(path: Path) -> str:
-    """What `write_checked` wrote; raises OSError, or ValueError where somebody else has changed it."""
-    checksum, _, data = path.read_bytes().partition(b"\n")
-    if checksum != b"%08x" % zlib.crc32(data):
-        raise ValueError(f"{path} is damaged")
-    return data.decode()
 
 
 def _in_order(segments: Iterable[Segment]) -> list[Segment]:

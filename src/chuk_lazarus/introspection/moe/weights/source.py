@@ -3,22 +3,15 @@
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import ModelUnreadable
+from ..progress import Progress
 
 Range = tuple[int, int]
 """Half-open range of byte offsets in a file."""
-
-Progress = Callable[[str, int, int], None]
-"""Told of work as it goes on: (what, done, total)."""
-
-
-def unwatched(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
-
 
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """What ModelOpt, AutoGPTQ and AutoAWQ say of the quantisation where config.json says nothing."""

@@ -1,0 +1,29 @@
+"""Progress of work: who is told of it, and how much is done."""
+
+from collections.abc import Callable
+from threading import Lock
+
+Progress = Callable[[str, int, int], None]
+"""Told of work as it goes on: (what, done, total)."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Counter:
+    """Adds up what several threads have done, and tells of it.
+
+    `total` is in the units that are told, bytes as a rule; what is added is in units of its own, `scale` of the others
+    each.
+    """
+
+    def __init__(self, progress: Progress, what: str, total: int, scale: float = 1.0) -> None:
+        self._progress, self._what, self._total, self._scale = progress, what, total, scale
+        self._lock, self._done = Lock(), 0
+
+    def add(self, count: int) -> None:
+        """Count this much more as done."""
+        with self._lock:
+            self._done += count
+            self._progress(self._what, min(self._total, round(self._done * self._scale)), self._total)

@@ -1,0 +1,55 @@
+"""Numbers in words, and words as numbers: figures with their units, sizes, runs of whole numbers."""
+
+import re
+from collections.abc import Sequence
+
+from .errors import InvalidRequest
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers in short: [0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{low}-{high}" if high > low else f"{low}" for low, high in runs)
+
+
+def percent(share: float) -> str:
+    """For instance "48.9 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def whole_percent(share: float) -> str:
+    """For instance "49 %"."""
+    return f"{100 * share:.0f} %"
+
+
+def format_count(number: float) -> str:
+    """A number with three digits or so and a unit: 46.7 B, 805 M, 12.3 k."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.{0 if number >= 100 * size else 1}f} {unit}"
+    return f"{number:,.0f}"
+
+
+def format_bytes(count: float) -> str:
+    """For instance "1.2 GB"; decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str, what: str) -> int:
+    """A number of bytes, written like 500MB or 20GB; raises InvalidRequest that names `what` it is."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not match:
+        raise InvalidRequest(f"{what} is {text!r}, which is no size", "write it like 500MB or 20GB")
+    return int(float(match[1]) * _UNITS[match[2]])
