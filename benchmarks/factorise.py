@@ -13,7 +13,7 @@ import numpy as np
 from layers import OLMOE, write_model
 from measuring import apart, benchmark, medians, over
 
-from chuk_lazarus.introspection.moe.spectra import effective_rank, energy_spectrum
+from chuk_lazarus.introspection.moe.numerics.spectra import effective_rank, energy_spectrum
 
 WAYS = {"ours": "factorise", "full SVD": "factorise_by_svd", "randomised SVD": "factorise_at_random"}
 SAMPLE = 4

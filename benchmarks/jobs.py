@@ -30,9 +30,9 @@ from chuk_lazarus.introspection.moe import (
     measure,
     memory_limit,
     overlay,
-    spectra,
 )
-from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues
+from chuk_lazarus.introspection.moe.numerics import spectra
+from chuk_lazarus.introspection.moe.numerics.lapack import symmetric_eigenvalues
 from chuk_lazarus.introspection.moe.weights.codecs import fp8, mxfp4, plain
 
 Array = NDArray[Any]

@@ -17,8 +17,8 @@ from measuring import Figures, apart, benchmark, cores, medians, over, timed
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues
-from chuk_lazarus.introspection.moe.spectra import energy_spectrum
+from chuk_lazarus.introspection.moe.numerics.lapack import symmetric_eigenvalues
+from chuk_lazarus.introspection.moe.numerics.spectra import energy_spectrum
 
 SHAPES = {"1024 x 2048": (1024, 2048), "2880 x 2880": (2880, 2880)}
 SAMPLE = 4

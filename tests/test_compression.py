@@ -27,8 +27,9 @@ from chuk_lazarus.introspection.moe import (
     moe_compression,
     overlay_checkpoint,
 )
-from chuk_lazarus.introspection.moe.forward import route, run_expert
-from chuk_lazarus.introspection.moe.overlay import Factors, as_stored, factorise, rebuild
+from chuk_lazarus.introspection.moe.numerics.forward import route, run_expert
+from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
+from chuk_lazarus.introspection.moe.overlay import as_stored
 from chuk_lazarus.introspection.moe.reports import SameBytes
 from test_layouts import RECIPES
 

@@ -17,17 +17,8 @@ from scipy.stats import binomtest, norm
 from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeService
 from chuk_lazarus.introspection.moe.classifier import LINEAGE, MEASURED, LineageThresholds, is_alike_in_place, judge
 from chuk_lazarus.introspection.moe.errors import InvalidRequest
-from chuk_lazarus.introspection.moe.lineage import (
-    Evidence,
-    Nearest,
-    draw_neurons,
-    find_groups,
-    find_nearest,
-    join,
-    name_kind,
-    weigh,
-    weigh_parent,
-)
+from chuk_lazarus.introspection.moe.lineage import Evidence, find_groups, name_kind, weigh, weigh_parent
+from chuk_lazarus.introspection.moe.numerics.neurons import Nearest, draw_neurons, find_nearest, join
 
 Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
 EXPERTS, NEURONS, HIDDEN = 8, 256, 48

@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from chuk_lazarus.introspection.moe.overlay import (
-    Choice,
-    as_stored,
-    factorise,
-    overlay_bytes,
-    quantised_bytes,
-    rebuild,
-    relative_error,
-    round_to_bits,
-    spread_rank,
-)
-from chuk_lazarus.introspection.moe.spectra import energy_spectrum
+from chuk_lazarus.introspection.moe.numerics.low_rank import factorise, overlay_bytes, rebuild, relative_error
+from chuk_lazarus.introspection.moe.numerics.spectra import energy_spectrum
+from chuk_lazarus.introspection.moe.overlay import Choice, as_stored, quantised_bytes, round_to_bits, spread_rank
 
 
 def gaussian(shape: tuple[int, int], seed: int = 0) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ import encoders_float
 import encoders_packed
 from chuk_lazarus.introspection.moe import model_folder
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, UnknownFormat
-from chuk_lazarus.introspection.moe.overlay import relative_error
+from chuk_lazarus.introspection.moe.numerics.low_rank import relative_error
 from chuk_lazarus.introspection.moe.overlay_checkpoint import (
     OverlayCheckpoint,
     export_overlay,

@@ -35,6 +35,7 @@ from chuk_lazarus.introspection.moe import (
     MoETypeComparison,
     MoETypeService,
 )
+from chuk_lazarus.introspection.moe.numerics.spectra import noise_decay, noise_rank
 from chuk_lazarus.introspection.moe.plots import (
     plot_analysis,
     plot_comparison,
@@ -47,7 +48,6 @@ from chuk_lazarus.introspection.moe.plots import (
     to_svg,
 )
 from chuk_lazarus.introspection.moe.reports import LayerAnalysis, Similarity
-from chuk_lazarus.introspection.moe.spectra import noise_decay, noise_rank
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DEMO = Path(chuk_lazarus.__file__).parent / "demo"

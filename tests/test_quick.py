@@ -15,7 +15,7 @@ from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import MoELayoutService, MoEQuickAnalysis, MoETypeService, quick
 from chuk_lazarus.introspection.moe.classifier import judge_quick
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, MoEError
-from chuk_lazarus.introspection.moe.lineage import as_neurons
+from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons
 from chuk_lazarus.introspection.moe.quick import read_part, roles_to_read
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.source import LocalFile

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
-from chuk_lazarus.introspection.moe.overlay import Factors, as_stored, factorise, rebuild
+from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
+from chuk_lazarus.introspection.moe.overlay import as_stored
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

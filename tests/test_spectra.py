@@ -16,11 +16,12 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 
 from chuk_lazarus.cli.app import run
-from chuk_lazarus.introspection.moe import MoETypeService, device
-from chuk_lazarus.introspection.moe.device import gram_by_mlx
-from chuk_lazarus.introspection.moe.lapack import symmetric_eigenvalues, symmetric_eigenvectors
-from chuk_lazarus.introspection.moe.similarity import pairwise_cosines
-from chuk_lazarus.introspection.moe.spectra import (
+from chuk_lazarus.introspection.moe import MoETypeService
+from chuk_lazarus.introspection.moe.numerics import device
+from chuk_lazarus.introspection.moe.numerics.device import gram_by_mlx
+from chuk_lazarus.introspection.moe.numerics.gram import pairwise_cosines, total_energy
+from chuk_lazarus.introspection.moe.numerics.lapack import symmetric_eigenvalues, symmetric_eigenvectors
+from chuk_lazarus.introspection.moe.numerics.spectra import (
     effective_rank,
     energy_spectrum,
     is_close_call,
@@ -28,7 +29,6 @@ from chuk_lazarus.introspection.moe.spectra import (
     noise_decay,
     noise_rank,
     sample_decay,
-    total_energy,
 )
 from chuk_lazarus.introspection.moe.weights.codecs import mxfp4, mxfp8
 from conftest import FIXTURES

@@ -26,7 +26,8 @@ from torch import Tensor
 from chuk_lazarus.introspection.moe import Experts as Stored
 from chuk_lazarus.introspection.moe import MoETypeService
 from chuk_lazarus.introspection.moe.errors import MoEError
-from chuk_lazarus.introspection.moe.lineage import as_neurons, find_nearest, join, weigh_parent
+from chuk_lazarus.introspection.moe.lineage import weigh_parent
+from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons, find_nearest, join
 from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer
 
 HERE = Path(__file__).resolve().parent

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import chuk_lazarus
-from chuk_lazarus.introspection.moe.overlay import Choice, factorise, quantised_bytes, round_to_bits, spread_rank
-from chuk_lazarus.introspection.moe.spectra import energy_spectrum
+from chuk_lazarus.introspection.moe.numerics.low_rank import factorise
+from chuk_lazarus.introspection.moe.numerics.spectra import energy_spectrum
+from chuk_lazarus.introspection.moe.overlay import Choice, quantised_bytes, round_to_bits, spread_rank
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "02_training_history"))

@@ -39,7 +39,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.mixtral import Model, ModelArgs
 
-from chuk_lazarus.introspection.moe.overlay import factorise, rebuild
+from chuk_lazarus.introspection.moe.numerics.low_rank import factorise, rebuild
 from chuk_lazarus.introspection.moe.runtime import OverlayMoE, evaluate
 
 HERE = Path(__file__).resolve().parent

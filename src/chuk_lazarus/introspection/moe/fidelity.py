@@ -9,22 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ModelUnreadable
-from .forward import route, run_expert
 from .measure import RoleMeasure, count_experts, mean_experts, subtract_base, worker_threads
-from .overlay import (
-    BYTES_PER_NUMBER,
-    Choice,
-    Factors,
-    as_stored,
-    factorise,
-    quantised_bytes,
-    rebuild,
-    relative_error,
-    round_to_bits,
-    spread_rank,
-)
+from .numerics.forward import route, run_expert
+from .numerics.gram import total_energy
+from .numerics.low_rank import BYTES_PER_NUMBER, Factors, factorise, rebuild, relative_error
+from .numerics.spectra import energy_spectrum
+from .overlay import Choice, as_stored, quantised_bytes, round_to_bits, spread_rank
 from .progress import Progress
-from .spectra import energy_spectrum, total_energy
 from .weights.expert_layer import ExpertLayer
 
 BITS = (8, 4, 3)

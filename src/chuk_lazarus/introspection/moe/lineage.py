@@ -14,29 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtrc, ndtr
 
-Array = NDArray[np.float32]
+from .numerics.neurons import Array, Nearest
 
-SHORT, LONG = 1e-12, 1e18  # lengths between which squares lose nothing in float32
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
 FEW = 0.02  # close neurons: fewer say nothing of the kind
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
-
-
-@dataclass(frozen=True, slots=True)
-class Nearest:
-    """What one role's vectors say about queries and experts, each array [queries, experts].
-
-    `neuron` is the expert's neuron that is nearest to the query, `cosine` how near, and `runner_up` how near the second
-    nearest is; `in_place` is the cosine with the neuron at the query's own position, `mean` and `deviation` are those
-    of the cosines with all neurons of the expert.
-    """
-
-    neuron: NDArray[np.int32]
-    cosine: Array
-    runner_up: Array
-    in_place: Array
-    mean: Array
-    deviation: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,40 +52,6 @@ class Evidence:
     cosine_p_value: float
     nearest: Array
     runner_up: Array
-
-
-def draw_neurons(experts: int, neurons: int, queries: int | None, seed: int = 0) -> NDArray[np.intp]:
-    """Which neurons of each expert to look for in the others, [experts, n]: all for None."""
-    wanted = neurons if queries is None else min(neurons, -(-queries // experts))
-    rng = np.random.default_rng(seed)
-    return np.stack([np.sort(rng.choice(neurons, wanted, replace=False)) for _ in range(experts)])
-
-
-def as_neurons(role: str, matrix: Array) -> Array:
-    """A role's matrix with a row for each neuron: rows of gate and up, columns of down."""
-    return matrix.T if role == "down" else matrix
-
-
-def find_nearest(queries: Array, positions: NDArray[np.intp], neurons: Array) -> Nearest:
-    """For queries [n, d] from `positions` [n] of their experts, the nearest of `neurons` [m, d]; arrays are [n, 1].
-
-    Cosines are taken after the mean direction of the queries is subtracted: what all neurons share would make them
-    alike. Lengths do not matter. A neuron of zeros, as from padding or pruning, has no direction: its cosines are 0.
-    """
-    asked, pool = _unit(queries), _unit(neurons)
-    center = asked.sum(axis=0) / max(1, np.count_nonzero(asked.any(axis=1)))
-    cosines = _centered(asked, center) @ _centered(pool, center).T
-    found = cosines.argmax(axis=1)[:, None]
-    in_place = np.take_along_axis(cosines, np.minimum(positions, len(neurons) - 1)[:, None], axis=1)
-    mean, deviation = cosines.mean(axis=1, keepdims=True), cosines.std(axis=1, keepdims=True)
-    best = np.take_along_axis(cosines, found, axis=1)
-    np.put_along_axis(cosines, found, -1.0, axis=1)
-    return Nearest(found.astype(np.int32), best, cosines.max(axis=1, keepdims=True), in_place, mean, deviation)
-
-
-def join(columns: Sequence[Nearest]) -> Nearest:
-    """The experts of several as one."""
-    return Nearest(*(np.hstack([getattr(one, name) for one in columns]) for name in Nearest.__slots__))
 
 
 def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArray[np.intp], neurons: int) -> Evidence:
@@ -231,31 +179,3 @@ def _chance(found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> 
         return 0.0
     shares = [np.bincount(role[near], minlength=neurons) / near.sum() for role in found]
     return float(np.prod(shares, axis=0).sum())
-
-
-def _centered(rows: Array, center: Array) -> Array:
-    """Directions of unit rows as seen from the center; zeros stay zeros. Overwrites the rows."""
-    empty = _lengths(rows) == 0
-    rows -= center
-    rows[empty] = 0
-    rows /= _or_one(_lengths(rows))
-    return rows
-
-
-def _unit(rows: Array) -> Array:
-    """Rows of length 1, whatever their scale; zeros stay zeros."""
-    with np.errstate(over="ignore"):
-        lengths = _lengths(rows)
-    if not (lengths.min(initial=np.inf) > SHORT and lengths.max(initial=0.0) < LONG):
-        rows = rows / np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        lengths = _lengths(rows)
-    return np.asarray(rows / _or_one(lengths))
-
-
-def _lengths(rows: Array) -> Array:
-    return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows)))
-
-
-def _or_one(lengths: Array) -> Array:
-    """Lengths to divide rows by, [n, 1]."""
-    return np.where(lengths > 0, lengths, np.float32(1))[:, None]

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from .errors import InvalidRequest, ModelUnreadable
-from .lineage import Nearest, as_neurons, draw_neurons, find_nearest, join
+from .numerics.gram import gram_matrix, total_energy
+from .numerics.neurons import Nearest, as_neurons, draw_neurons, find_nearest, join
+from .numerics.spectra import ROUNDING, energy_spectrum
 from .progress import Counter, Progress
-from .spectra import ROUNDING, energy_spectrum, gram_matrix, total_energy
 from .text import parse_size
 from .weights.expert_layer import ExpertLayer, ExpertTensor, Piece
 

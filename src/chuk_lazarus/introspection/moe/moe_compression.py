@@ -21,9 +21,11 @@ from .fidelity import (
     energy_left,
     overlay_choices,
 )
-from .forward import ACTIVATIONS
 from .measure import RoleMeasure, evenly_spaced, measure_layer
-from .overlay import Choice, original_bytes, overlay_bytes, spread_rank
+from .numerics.forward import ACTIVATIONS
+from .numerics.low_rank import original_bytes, overlay_bytes
+from .numerics.spectra import mean_rank
+from .overlay import Choice, spread_rank
 from .progress import Progress, no_progress
 from .reports import (
     Cost,
@@ -39,7 +41,6 @@ from .reports import (
     MoEOverlayVerification,
     SameBytes,
 )
-from .spectra import mean_rank
 from .sweep import Sweep
 from .text import format_ranges
 from .weights.checkpoint import Checkpoint

@@ -13,7 +13,9 @@ from .cluster import Cluster, Task, connect, locate
 from .errors import InvalidRequest, MoEError, NotMoE, UnknownFormat, name_model, printable
 from .lineage import QUERIES, Evidence, find_groups, name_kind, weigh, weigh_parent
 from .measure import RoleMeasure, evenly_spaced, measure_layer
-from .overlay import original_bytes, overlay_bytes
+from .numerics.gram import pairwise_cosines
+from .numerics.low_rank import original_bytes, overlay_bytes
+from .numerics.spectra import SHARES, effective_rank, mean_rank, noise_rank, sample_decay
 from .progress import Progress, no_progress
 from .quick import analyze_quickly
 from .reports import (
@@ -30,8 +32,6 @@ from .reports import (
     Projection,
     Similarity,
 )
-from .similarity import pairwise_cosines
-from .spectra import SHARES, effective_rank, mean_rank, noise_rank, sample_decay
 from .sweep import Sweep, describe_state
 from .terms import Origin
 from .text import parse_size

@@ -7,75 +7,20 @@ rank (Eckart and Young, 1936).
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
 from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .lapack import symmetric_eigenvectors
-from .spectra import gram_matrix, total_energy
-
-BYTES_PER_NUMBER = 2
+from .numerics.low_rank import BYTES_PER_NUMBER
 
 Key = TypeVar("Key")
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """A low-rank matrix, `left @ right`: float32 [out, rank] and [rank, in]."""
-
-    left: NDArray[np.float32]
-    right: NDArray[np.float32]
-
-
-def factorise(delta: NDArray[np.float32], rank: int) -> Factors:
-    """The best factors of that rank in the Frobenius norm, for a delta [out, in].
-
-    The factor on the short side is orthonormal: the leading eigenvectors of the Gram matrix there. Raises ValueError
-    for a rank below 0 or above min(out, in).
-    """
-    out, inner = delta.shape
-    if not 0 <= rank <= min(out, inner):
-        raise ValueError(f"rank {rank} of a {out} x {inner} matrix")
-    if rank == 0:
-        return Factors(np.zeros((out, 0), np.float32), np.zeros((0, inner), np.float32))
-    if out > inner:
-        transposed = factorise(delta.T, rank)
-        return Factors(np.ascontiguousarray(transposed.right.T), np.ascontiguousarray(transposed.left.T))
-    gram = gram_matrix(delta)
-    _, vectors = symmetric_eigenvectors(gram) if gram.dtype == np.float32 else np.linalg.eigh(gram)
-    left = np.ascontiguousarray(vectors[:, : -rank - 1 : -1].astype(np.float32))
-    return Factors(left, left.T @ delta)
-
-
-def rebuild(base: NDArray[np.float32], factors: Factors) -> NDArray[np.float32]:
-    """`base + left @ right`, [out, in]."""
-    return base + factors.left @ factors.right
 
 
 def as_stored(array: NDArray[Any]) -> NDArray[np.float32]:
     """The numbers as a bfloat16 file would give them back."""
     return array.astype(ml_dtypes.bfloat16).astype(np.float32)
-
-
-def relative_error(approximation: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
-    """The Frobenius norm of the difference over that of the exact matrix; 0 for two zero matrices."""
-    rows = len(exact), -1  # of stacks of matrices, too
-    energy, lost = total_energy(exact.reshape(rows)), total_energy((approximation - exact).reshape(rows))
-    return sqrt(lost / energy) if energy else float(lost > 0)
-
-
-def overlay_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, float], experts: int) -> int:
-    """Bytes of base and factors for matrices of these shapes and ranks, by role, at two bytes a number."""
-    numbers = sum(m * n + experts * ranks[role] * (m + n) for role, (m, n) in shapes.items())
-    return round(BYTES_PER_NUMBER * numbers)
-
-
-def original_bytes(shapes: Mapping[str, tuple[int, int]], experts: int) -> int:
-    """Bytes of the experts themselves at two bytes a weight."""
-    return BYTES_PER_NUMBER * experts * sum(prod(shape) for shape in shapes.values())
 
 
 @dataclass(frozen=True, slots=True)

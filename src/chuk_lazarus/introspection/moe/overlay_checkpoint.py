@@ -41,7 +41,7 @@ from .model_folder import (
     grouped,
     write_model,
 )
-from .overlay import Factors, rebuild
+from .numerics.low_rank import Factors, rebuild
 from .progress import Progress
 from .terms import ROLES
 from .text import format_ranges

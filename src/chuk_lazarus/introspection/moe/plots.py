@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from .errors import InvalidRequest, printable
 from .files import write_file
+from .numerics.spectra import noise_decay, noise_rank
 from .reports import (
     Identity,
     LayerAnalysis,
@@ -34,7 +35,6 @@ from .reports import (
     MoETypeComparison,
     Projection,
 )
-from .spectra import noise_decay, noise_rank
 from .text import format_bytes, format_ranges, percent
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from .classifier import MEASURED, Verdict, judge_quick
 from .errors import InvalidRequest, NotMoE, printable
-from .lineage import Evidence, as_neurons, draw_neurons, find_nearest, join, weigh
+from .lineage import Evidence, weigh
 from .measure import bytes_to_measure, evenly_spaced, refuse, room, worker_threads
+from .numerics.neurons import as_neurons, draw_neurons, find_nearest, join
 from .progress import Progress
 from .reports import Cost, MoEQuickAnalysis, QuickLayer
 from .weights.expert_layer import ExpertLayer, ExpertTensor

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .numerics.spectra import noise_decay
 from .reports import LayerAnalysis, Projection, Similarity
-from .spectra import noise_decay
 from .text import whole_percent
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InvalidRequest
+from ..errors import InvalidRequest
 
 _PIECE = 1 << 15
 _one_at_a_time = Lock()  # threads share the GPU

@@ -3,18 +3,16 @@
 from collections.abc import Sequence
 from functools import cache
 from math import cos, pi, sin, sqrt
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .device import gram
+from .gram import gram_matrix
 from .lapack import symmetric_eigenvalues
 
 SHARES = (0.90, 0.95, 0.99)  # of energy, whose ranks must be right to the last
 DECAY_POINTS = 65  # of a spectrum that a report keeps
 MARGIN = 1e-6  # of their sum, by which leading energies in float32 may err
-TINY = 1e-25  # an energy below this has lost digits in float32
 ROUNDING = 1e-9
 """A delta with less than this share of its expert's energy is rounding, not structure."""
 
@@ -44,23 +42,6 @@ def is_close_call(spectrum: NDArray[np.float64], fraction: float) -> bool:
         return True
     sums = np.cumsum(spectrum)
     return bool(total > 0 and np.abs(sums[:-1] - fraction * total).min(initial=np.inf) < MARGIN * total)
-
-
-def gram_matrix(rows: NDArray[np.float32]) -> NDArray[Any]:
-    """The products of all pairs of rows, [n, n]; in float32, or in float64 where they would vanish or overflow."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        product = gram(rows)
-    if TINY < product.diagonal().max(initial=0.0) < np.inf:
-        return product
-    wide = rows.astype(np.float64)
-    return wide @ wide.T
-
-
-def total_energy(matrix: NDArray[np.float32]) -> float:
-    """The sum of the squares of a matrix: of each row in float32, of the rows in float64."""
-    with np.errstate(over="ignore"):
-        total = float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))
-    return total if TINY < total < np.inf else float(np.square(matrix, dtype=np.float64).sum())
 
 
 def effective_rank(spectrum: NDArray[np.float64], fraction: float) -> int:
