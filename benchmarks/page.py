@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from measuring import CLOCKS, Figures
 
-from chuk_lazarus.introspection.moe.plots import COLORS, GREY, STYLE, WIDTH, save
+from chuk_lazarus.introspection.moe.views.figures.style import COLORS, GREY, STYLE, WIDTH, save
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"

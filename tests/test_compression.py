@@ -30,7 +30,7 @@ from chuk_lazarus.introspection.moe import (
 from chuk_lazarus.introspection.moe.numerics.forward import route, run_expert
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
 from chuk_lazarus.introspection.moe.overlay import as_stored
-from chuk_lazarus.introspection.moe.reports import SameBytes
+from chuk_lazarus.introspection.moe.reports.overlays import SameBytes
 from test_layouts import RECIPES
 
 FIXTURES = Path(__file__).parent / "fixtures"

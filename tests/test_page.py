@@ -23,8 +23,8 @@ from rich.console import Console
 import chuk_lazarus
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, MoETypeService
-from chuk_lazarus.introspection.moe.page import to_page
-from chuk_lazarus.introspection.moe.terminal_plots import LayerDrawing
+from chuk_lazarus.introspection.moe.views.page import to_page
+from chuk_lazarus.introspection.moe.views.terminal import LayerDrawing
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DEMO = Path(chuk_lazarus.__file__).parent / "demo"

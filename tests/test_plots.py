@@ -36,18 +36,17 @@ from chuk_lazarus.introspection.moe import (
     MoETypeService,
 )
 from chuk_lazarus.introspection.moe.numerics.spectra import noise_decay, noise_rank
-from chuk_lazarus.introspection.moe.plots import (
+from chuk_lazarus.introspection.moe.reports.provenance import LayerAnalysis, Similarity
+from chuk_lazarus.introspection.moe.views.figures.overlays import plot_estimate
+from chuk_lazarus.introspection.moe.views.figures.provenance import (
     plot_analysis,
     plot_comparison,
     plot_decay,
     plot_depth,
-    plot_estimate,
     plot_matches,
     plot_similarity,
-    save,
-    to_svg,
 )
-from chuk_lazarus.introspection.moe.reports import LayerAnalysis, Similarity
+from chuk_lazarus.introspection.moe.views.figures.style import save, to_svg
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DEMO = Path(chuk_lazarus.__file__).parent / "demo"

@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         return _end_output(error, as_json)
     except Exception as error:
-        from ..introspection.moe import MoEError
+        from chuk_lazarus.introspection.moe import MoEError
 
         if not isinstance(error, MoEError):
             raise

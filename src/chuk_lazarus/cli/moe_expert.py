@@ -12,7 +12,7 @@ from .output import check_drawable, check_writable, print_hint, progress_bar, sh
 EXAMPLE = "\b\nExample:\n  lazarus introspect moe-expert moe-type-analyze -m demo:native"
 
 if TYPE_CHECKING:
-    from ..introspection.moe import Cost
+    from chuk_lazarus.introspection.moe import Cost
 
 app = typer.Typer(
     help=f"Mixture-of-Experts checkpoints: how they were trained, and what can be saved.\n\n{EXAMPLE}",
@@ -146,7 +146,7 @@ def layout(
       lazarus introspect moe-expert moe-layout -m demo:upcycled
       lazarus introspect moe-expert moe-layout -m deepseek-ai/DeepSeek-V3
     """
-    from ..introspection.moe import MoELayoutService
+    from chuk_lazarus.introspection.moe import MoELayoutService
 
     report = MoELayoutService.describe(model, layers=layers)
     show(report, as_json, output)
@@ -197,8 +197,9 @@ def analyze(
       lazarus introspect moe-expert moe-type-analyze -m demo:upcycled --layers all --html page.html --plot figure.pdf
       lazarus introspect moe-expert moe-type-analyze -m deepseek-ai/DeepSeek-V3 --layers all --dask tcp://head:8786
     """
-    from ..introspection.moe import MoETypeService, page, plots
-    from ..introspection.moe.terminal_plots import LayerDrawing
+    from chuk_lazarus.introspection.moe import MoETypeService, plots
+    from chuk_lazarus.introspection.moe.views import page
+    from chuk_lazarus.introspection.moe.views.terminal import LayerDrawing
 
     check_quick(context, quick)
     if quick:
@@ -256,7 +257,8 @@ def compare(
       lazarus introspect moe-expert moe-type-compare -m demo:upcycled -c demo:native
       lazarus introspect moe-expert moe-type-compare -m openai/gpt-oss-20b -c allenai/OLMoE-1B-7B-0924
     """
-    from ..introspection.moe import MoETypeService, page, plots
+    from chuk_lazarus.introspection.moe import MoETypeService, plots
+    from chuk_lazarus.introspection.moe.views import page
 
     with progress_bar(quiet) as progress:
         report = MoETypeService.compare(
@@ -306,7 +308,7 @@ def compute(
       lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --layers all --target-ratio 2
       lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --max-error 0.05
     """
-    from ..introspection.moe import MoECompressionService
+    from chuk_lazarus.introspection.moe import MoECompressionService
 
     with progress_bar(quiet) as progress:
         report = MoECompressionService.compute(
@@ -356,7 +358,7 @@ def verify(
       lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled
       lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled --max-error 0.02 --tolerance 0.03
     """
-    from ..introspection.moe import MoECompressionService
+    from chuk_lazarus.introspection.moe import MoECompressionService
 
     with progress_bar(quiet) as progress:
         report = MoECompressionService.verify(
@@ -412,7 +414,7 @@ def estimate(
       lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled
       lazarus introspect moe-expert moe-overlay-estimate -m allenai/OLMoE-1B-7B-0924 --samples 4
     """
-    from ..introspection.moe import MoECompressionService, plots
+    from chuk_lazarus.introspection.moe import MoECompressionService, plots
 
     with progress_bar(quiet) as progress:
         report = MoECompressionService.estimate(
@@ -462,7 +464,7 @@ def compress(
       lazarus introspect moe-expert moe-overlay-compress -m demo:upcycled -O ./overlay
       lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --target-ratio 3
     """
-    from ..introspection.moe import MoECompressionService
+    from chuk_lazarus.introspection.moe import MoECompressionService
 
     with progress_bar(quiet) as progress:
         report = MoECompressionService.compress(
@@ -496,7 +498,7 @@ def export(
     Example:
       lazarus introspect moe-expert moe-overlay-export ./overlay -O ./rebuilt
     """
-    from ..introspection.moe import MoECompressionService
+    from chuk_lazarus.introspection.moe import MoECompressionService
 
     with progress_bar(quiet) as progress:
         report = MoECompressionService.export(overlay, folder, force=force, progress=progress)
@@ -519,7 +521,7 @@ def evaluate(
     Example:
       lazarus introspect moe-expert moe-overlay-eval -m demo:upcycled --overlay ./overlay --text README.md
     """
-    from ..introspection.moe import MoECompressionService
+    from chuk_lazarus.introspection.moe import MoECompressionService
 
     show(
         MoECompressionService.evaluate(model, overlay, text, context=context, tokens=tokens),
@@ -583,7 +585,7 @@ def survey(
       lazarus introspect moe-expert moe-type-survey models.txt --quick -o quick.jsonl
       lazarus introspect moe-expert moe-type-survey experiments/known_models/models.toml --plan
     """
-    from ..introspection.moe import MoESurveyService
+    from chuk_lazarus.introspection.moe import MoESurveyService
 
     if plan:
         if options_given(context) - {"models", "plan", "as_json", "quiet", "verbose"}:
@@ -639,7 +641,7 @@ def command_line(context: typer.Context) -> str:
 def limit_memory(context: typer.Context, size: str | None) -> str | None:
     """Keep to a limit while the command runs."""
     if size:
-        from ..introspection.moe import memory_limit
+        from chuk_lazarus.introspection.moe import memory_limit
 
         context.with_resource(memory_limit(size))
     return size

@@ -51,7 +51,7 @@ def _clear_left(folder: Path) -> None:
 def check_drawable(path: Path | None) -> Path | None:
     """Refuse a place for a figure that can't be written, or whose name does not end as one of ours."""
     if path is not None:
-        from ..introspection.moe.plots import ENDINGS
+        from chuk_lazarus.introspection.moe.views.figures.style import ENDINGS
 
         if path.suffix.lower() not in ENDINGS:
             raise typer.BadParameter(f"{str(path)!r} does not end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
@@ -87,7 +87,7 @@ def format_json(value: Any, indent: str = "") -> str:
 
 def write(path: Path, text: str, option: str = "--output") -> None:
     """Write a file as `plots.write_file` does; `option` is the one that named it."""
-    from ..introspection.moe.files import write_file
+    from chuk_lazarus.introspection.moe.files import write_file
 
     try:
         write_file(path, text.encode())

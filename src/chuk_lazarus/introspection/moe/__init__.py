@@ -101,6 +101,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `lazarus --help` must not wait for numpy and pydantic."""
     for module, names in _HOMES.items():
         if name in names:
+            if module == "reports":
+                import_module(".views", __name__)  # which registers how reports are shown
             return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from . import views  # noqa: F401  which registers how reports are shown
 from .errors import InvalidRequest, NotMoE, name_model, printable
 from .fidelity import (
     Alternative,

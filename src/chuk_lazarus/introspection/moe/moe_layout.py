@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from . import views  # noqa: F401  which registers how reports are shown
 from .errors import MoEError, name_model, printable
 from .measure import bytes_to_measure, evenly_spaced
 from .moe_type import BUDGET, DEFAULT_EXPERTS

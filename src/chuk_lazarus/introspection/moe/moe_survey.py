@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
+from . import views  # noqa: F401  which registers how reports are shown
 from .cluster import Cluster, Task, connect, locate
 from .errors import InvalidRequest, MoEError, printable
 from .measure import LEAST_MEMORY, cores, memory, memory_limit, thread_limit
@@ -38,7 +39,6 @@ from .reports import (
 )
 from .text import parse_size
 from .weights.experts import parse_layers
-from .wording import mean_over_layers
 
 LISTS = (".txt", ".toml")
 OPTIONS = ("parent", "layers", "experts")
@@ -451,7 +451,7 @@ def _shorten(analysis: MoETypeAnalysis) -> SurveyAnswer:
     parents = [layer.lineage.parent.kept for layer in analysis.layers if layer.lineage.parent]
     return SurveyAnswer(
         **_shared(analysis),
-        **{figure: mean_over_layers(analysis, figure) for figure in ("kept", "close", "chance")},
+        **{figure: analysis.mean_over_layers(figure) for figure in ("kept", "close", "chance")},
         layers=tuple(layer.layer for layer in analysis.layers),
         parent_kept=sum(parents) / len(parents) if parents else None,
     )

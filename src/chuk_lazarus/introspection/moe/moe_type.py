@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from . import views  # noqa: F401  which registers how reports are shown
 from .classifier import THRESHOLDS, classify, is_alike_in_place, judge
 from .cluster import Cluster, Task, connect, locate
 from .errors import InvalidRequest, MoEError, NotMoE, UnknownFormat, name_model, printable
@@ -24,7 +25,7 @@ from .reports import (
     DocumentedRule,
     LayerAnalysis,
     Lineage,
-    Matches,
+    MatchHistogram,
     MoEQuickAnalysis,
     MoETypeAnalysis,
     MoETypeComparison,
@@ -335,7 +336,7 @@ def _lineage(
         cosine_p_value=evidence.cosine_p_value,
         groups=find_groups(evidence, chosen),
         pairs=_rounded(evidence.pairs),
-        matches=Matches(nearest=_histogram(evidence.nearest), runner_up=_histogram(evidence.runner_up)),
+        matches=MatchHistogram(nearest=_histogram(evidence.nearest), runner_up=_histogram(evidence.runner_up)),
         above=above,
         unrelated=unrelated,
         parent=match,

@@ -9,18 +9,18 @@ from shlex import quote
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import __version__
-from .errors import printable
-from .reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
-from .text import format_bytes, format_ranges, percent, whole_percent
-from .wording import (
+from .... import __version__
+from ..errors import printable
+from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
+from ..text import format_bytes, format_ranges, percent, whole_percent
+from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_similarity, to_svg
+from .words import (
     explain,
     explain_parent,
     explain_rule,
     format_compressible,
     format_cosine,
     format_rank,
-    mean_over_layers,
 )
 
 if TYPE_CHECKING:
@@ -164,9 +164,6 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
     ]
 
 
-# Tables
-
-
 def _over_roles(layer: LayerAnalysis, figure: str) -> float:
     return mean(float(getattr(projection, figure)) for projection in layer.projections.values())
 
@@ -185,7 +182,7 @@ def _format_mean_rank(model: MoETypeAnalysis, role: str) -> str:
 def _headline(model: MoETypeAnalysis) -> list[tuple[str, str, str]]:
     """The figures that matter most: name, value, and what to hold it against."""
     role = model.rank_projection
-    kept, close, chance = (percent(mean_over_layers(model, figure)) for figure in ("kept", "close", "chance"))
+    kept, close, chance = (percent(model.mean_over_layers(figure)) for figure in ("kept", "close", "chance"))
     noise = percent(_over_layers(model, lambda layer: layer.projections[role].noise_rank_ratio))
     pays = "compressible" if model.compressible else "not compressible"
     return [
@@ -206,9 +203,9 @@ def _evidence(models: Sequence[MoETypeAnalysis]) -> Table:
         ("Verdict", lambda model: model.type),
         ("Confidence", lambda model: whole_percent(model.confidence)),
         ("Kind", lambda model: model.kind or "–"),
-        ("Neurons found again", lambda model: percent(mean_over_layers(model, "kept"))),
-        ("closely", lambda model: percent(mean_over_layers(model, "close"))),
-        ("by chance", lambda model: percent(mean_over_layers(model, "chance"))),
+        ("Neurons found again", lambda model: percent(model.mean_over_layers("kept"))),
+        ("closely", lambda model: percent(model.mean_over_layers("close"))),
+        ("by chance", lambda model: percent(model.mean_over_layers("chance"))),
         ("Gate rank", lambda model: _format_mean_rank(model, "gate")),
         ("Up rank", lambda model: _format_mean_rank(model, "up")),
         ("Down rank", lambda model: _format_mean_rank(model, "down")),
@@ -285,27 +282,23 @@ def _expert_table(layer: LayerAnalysis) -> Table:
     )
 
 
-# Figures
-
-
 def _pictures(report: MoETypeAnalysis | MoETypeComparison) -> list[Picture]:
     """The figures; none where matplotlib can't be had."""
-    from . import plots
 
     def draw(title: str, figure: "Figure", numbers: str) -> Picture:
-        return Picture(title, plots.to_svg(figure), numbers)
+        return Picture(title, to_svg(figure), numbers)
 
     try:
         if isinstance(report, MoETypeComparison):
-            return [draw("The models compared", plots.plot_comparison(report), _compared(report))]
+            return [draw("The models compared", plot_comparison(report), _compared(report))]
         first = report.layers[0]
         pictures = [
-            draw(f"Neurons, layer {first.layer}", plots.plot_matches(first), _matched(first)),
-            draw(f"Experts, layer {first.layer}", plots.plot_similarity(first), _alike(first)),
-            draw(f"Deltas, layer {first.layer}", plots.plot_decay(first), _decaying(first)),
+            draw(f"Neurons, layer {first.layer}", plot_matches(first), _matched(first)),
+            draw(f"Experts, layer {first.layer}", plot_similarity(first), _alike(first)),
+            draw(f"Deltas, layer {first.layer}", plot_decay(first), _decaying(first)),
         ]
         if len(report.layers) > 1:
-            pictures.append(draw("From layer to layer", plots.plot_depth(report), _by_layer(report)))
+            pictures.append(draw("From layer to layer", plot_depth(report), _by_layer(report)))
         return pictures
     except ImportError:
         return []
@@ -361,14 +354,11 @@ def _by_layer(model: MoETypeAnalysis) -> str:
 
 def _compared(comparison: MoETypeComparison) -> str:
     models = (
-        f"{model.model}: {percent(mean_over_layers(model, 'kept'))} of the neurons found again, "
+        f"{model.model}: {percent(model.mean_over_layers('kept'))} of the neurons found again, "
         f"{model.rank_projection} rank {percent(model.rank_ratio)}, cosine {model.cosine:.3f}"
         for model in comparison.models
     )
     return f"{'; '.join(models)}."
-
-
-# What next
 
 
 def _next_steps(model: MoETypeAnalysis) -> Iterator[Step]:

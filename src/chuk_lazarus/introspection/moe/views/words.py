@@ -2,9 +2,9 @@
 
 from math import ceil
 
-from .classifier import LINEAGE, QUICK, is_alike_in_place
-from .reports import Cosine, MoEQuickAnalysis, MoETypeAnalysis, Projection
-from .text import format_bytes, percent
+from ..classifier import LINEAGE, QUICK, is_alike_in_place
+from ..reports import Cosine, MoEQuickAnalysis, MoETypeAnalysis, Projection
+from ..text import format_bytes, percent
 
 
 def format_rank(projection: Projection) -> str:
@@ -25,14 +25,14 @@ def format_compressible(analysis: MoETypeAnalysis) -> str:
 def explain(analysis: MoETypeAnalysis) -> str:
     """One sentence on why the verdict is what it is."""
     neurons = sum(layer.lineage.neurons for layer in analysis.layers)
-    kept, close, chance = (mean_over_layers(analysis, figure) for figure in ("kept", "close", "chance"))
+    kept, close, chance = (analysis.mean_over_layers(figure) for figure in ("kept", "close", "chance"))
     evidence = (
         f"{percent(kept)} of {neurons:,} neurons are found again in another expert ({percent(close)} closely), "
         f"{percent(chance)} by chance"
     )
     match analysis.type:
         case "UPCYCLED":
-            cosine, permuted = (mean_over_layers(analysis, figure) for figure in ("cosine", "permuted_cosine"))
+            cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
             if close < LINEAGE.close_upcycled and is_alike_in_place([layer.lineage for layer in analysis.layers]):
                 evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
             return f"{evidence}: {analysis.kind}."
@@ -93,8 +93,3 @@ def explain_parent(analysis: MoETypeAnalysis) -> str:
     if kept - chance < LINEAGE.native:
         return share
     return f"{share}; cosine {cosine:.2f}, {percent(place)} of them at their own position"
-
-
-def mean_over_layers(analysis: MoETypeAnalysis, figure: str) -> float:
-    """The mean of a figure of the lineage."""
-    return sum(float(getattr(layer.lineage, figure)) for layer in analysis.layers) / len(analysis.layers)

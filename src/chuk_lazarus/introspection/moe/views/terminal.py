@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .numerics.spectra import noise_decay
-from .reports import LayerAnalysis, Projection, Similarity
-from .text import whole_percent
+from ..numerics.spectra import noise_decay
+from ..reports import LayerAnalysis, Projection, Similarity
+from ..text import whole_percent
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

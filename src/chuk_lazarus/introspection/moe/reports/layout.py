@@ -1,0 +1,67 @@
+"""What is in a checkpoint."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from .report import Cost, Identity, Report
+
+if TYPE_CHECKING:
+    pass
+
+
+class LayerLayout(Report):
+    """How one layer's routed experts lie in the files; `formats` are the storage formats by role, shapes [out, in] by
+    role, bytes what the files spend."""
+
+    layer: int
+    storage: str
+    formats: dict[str, str]
+    experts: int
+    shapes: dict[str, tuple[int, int]]
+    parameters: int
+    stored_bytes: int
+
+
+class SharedExperts(Report):
+    """The experts that every token passes through, in `layers`; shapes and bytes are those of one layer.
+
+    Several shared experts often lie in one matrix, and are one here.
+    """
+
+    family: str
+    storage: str
+    layers: tuple[int, ...]
+    shapes: dict[str, tuple[int, int]]
+    stored_bytes: int
+
+
+class MoELayout(Identity):
+    """What is in a checkpoint, from its headers alone.
+
+    `family` is the row of the layout table, `stack` what the tensors' names begin with, `stacks` all such beginnings
+    with experts; `tensors` names the stored tensors of the first described layer by what they hold. `layers` are the
+    layers whose headers were read; `exact` says whether these are all, else `parameters` and `stored_bytes`, those of
+    all routed experts of `moe_layers`, take the others to be like them. `dense_layers` have a dense feed-forward, in
+    the place of experts or beside them. `analysis_bytes` is what an analysis with default options would read of the
+    experts, `quick_bytes` what a quick one would at most.
+    """
+
+    schema_: Literal["moe-layout/1"] = Field(default="moe-layout/1", alias="schema")
+    stack: str
+    stacks: tuple[str, ...]
+    top_k: int
+    activation: str
+    moe_layers: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
+    dense_layers: tuple[int, ...]
+    tensors: dict[str, tuple[str, ...]]
+    layers: tuple[LayerLayout, ...]
+    shared: SharedExperts | None
+    exact: bool
+    parameters: int
+    stored_bytes: int
+    analysis_bytes: int
+    quick_bytes: int
+    notes: tuple[str, ...]
+    cost: Cost

@@ -1,0 +1,186 @@
+"""What can be saved: overlays computed, verified, estimated, written and run."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from .report import Cost, Identity, Report
+
+if TYPE_CHECKING:
+    pass
+
+TokensFrom = Literal["tokenizer", "bytes"]
+
+
+class LayerOverlay(Report):
+    """A layer as an overlay.
+
+    `ranks` by role; `energy_kept` the share of the deltas' energy that they hold; `weight_error` the relative Frobenius
+    error of the experts that follows from it. Bytes as in MoETypeAnalysis.
+    """
+
+    layer: int
+    ranks: dict[str, int]
+    max_ranks: dict[str, int]
+    energy_kept: dict[str, float]
+    weight_error: float
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+    ratio: float
+
+
+class MoEOverlay(Identity):
+    """What ranks an overlay needs, and what it takes; `rule` says how the ranks were chosen."""
+
+    schema_: Literal["moe-overlay/1"] = Field(default="moe-overlay/1", alias="schema")
+    rule: str
+    layers: tuple[LayerOverlay, ...]
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+    ratio: float
+    ratio_vs_stored: float
+    notes: tuple[str, ...]
+    cost: Cost
+
+
+class ErrorSpread(Report):
+    """A relative Frobenius error: mean and maximum over the experts."""
+
+    mean: float
+    max: float
+
+
+class LayerVerification(Report):
+    """What an overlay does to one layer's experts.
+
+    `output_error` is that of the whole expert function on seeded inputs, `worst_expert` whose it is largest;
+    `mixed_output_error` that of the layer's output through its router, null where no router is known. For comparison,
+    `rounding_error` is the mean output error of the same experts plainly quantised, by bits.
+    """
+
+    layer: int
+    ranks: dict[str, int]
+    weight_error: dict[str, ErrorSpread]
+    output_error: ErrorSpread
+    worst_expert: int
+    mixed_output_error: float | None
+    rounding_error: dict[str, float]
+
+
+class MoEOverlayVerification(Identity):
+    """Whether the worst expert's output error stays within the tolerance."""
+
+    schema_: Literal["moe-overlay-verification/1"] = Field(default="moe-overlay-verification/1", alias="schema")
+    passed: bool
+    tolerance: float
+    rule: str
+    activation: str
+    inputs: int
+    seed: int
+    layers: tuple[LayerVerification, ...]
+    notes: tuple[str, ...]
+    cost: Cost
+
+
+class LayerEstimate(Report):
+    """One layer of a whole-model estimate; where `measured` is false, the ranks lie between those of its neighbours."""
+
+    layer: int
+    measured: bool
+    ranks: dict[str, int]
+    weight_error: float
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+
+
+class SameBytes(Report):
+    """Relative weight errors of three ways to spend the bytes that plain quantisation to `bits` takes, over the
+    measured layers.
+
+    `overlay` is null where not even its base fits.
+    """
+
+    bits: int
+    bytes: int
+    quantisation: float
+    overlay: float | None
+    svd: float
+
+
+class MoEOverlayEstimate(Identity):
+    """What an overlay would take for the whole model, and what pays at the same bytes."""
+
+    schema_: Literal["moe-overlay-estimate/1"] = Field(default="moe-overlay-estimate/1", alias="schema")
+    rule: str
+    moe_layers: tuple[int, ...]
+    layers_measured: tuple[int, ...]
+    layers: tuple[LayerEstimate, ...]
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+    ratio: float
+    ratio_vs_stored: float
+    weight_error: float
+    same_bytes: tuple[SameBytes, ...]
+    advice: str
+    notes: tuple[str, ...]
+    cost: Cost
+
+
+class Evaluation(Report):
+    """How well and how fast a model predicts tokens: `loss` in nats per token, of the `tokens` that were predicted.
+
+    `parameter_bytes` is what the model's parameters take in memory.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+    context: int
+    seconds: float
+    tokens_per_second: float
+    parameter_bytes: int
+
+
+class MoEOverlayCompression(Identity):
+    """An overlay checkpoint that was written into `folder`; bytes are of all the model's tensors, before and after."""
+
+    schema_: Literal["moe-overlay-compression/1"] = Field(default="moe-overlay-compression/1", alias="schema")
+    folder: str
+    rule: str
+    ranks: dict[int, dict[str, int]]
+    bytes_before: int
+    bytes_after: int
+    ratio: float
+    verification: tuple[LayerVerification, ...]
+    notes: tuple[str, ...]
+    cost: Cost
+
+
+class MoEOverlayExport(Report):
+    """A standard checkpoint that was rebuilt from an overlay."""
+
+    schema_: Literal["moe-overlay-export/1"] = Field(default="moe-overlay-export/1", alias="schema")
+    overlay: str
+    folder: str
+    family: str
+    layers: tuple[int, ...]
+    bytes: int
+    seconds: float
+
+
+class MoEOverlayEvaluation(Report):
+    """How a model and its overlay predict the same text; `loss_difference` is overlay minus original."""
+
+    schema_: Literal["moe-overlay-evaluation/1"] = Field(default="moe-overlay-evaluation/1", alias="schema")
+    model: str
+    overlay: str
+    text: str
+    tokens_from: TokensFrom
+    original_result: Evaluation
+    overlay_result: Evaluation
+    loss_difference: float
+    perplexity_ratio: float

@@ -1,0 +1,228 @@
+"""How a model was trained: verdict and evidence."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ..terms import Origin
+from .report import Cost, Identity, Report, as_details
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Cosine(Report):
+    """Mean pairwise cosine of the experts' flattened matrices; `mean` and `std` are those of the down projections."""
+
+    mean: float
+    std: float
+    gate: float | None = None
+    up: float
+    down: float
+
+
+class Projection(Report):
+    """The deltas (expert minus mean of all experts) of one projection.
+
+    `rank` is the effective rank at each share of energy, mean over `experts`, and `expert_ranks` are those of each;
+    `rank_ratio` is that at 0.95 over `max_rank`, and `noise_rank_ratio` the same rank over that of an iid Gaussian
+    matrix of the same shape. `delta_energy` is the delta's share of an expert's energy. `decay` has the singular values
+    at evenly spaced ranks from the first to the last, over their root mean square, mean over `experts`.
+    """
+
+    shape: tuple[int, int]
+    max_rank: int
+    rank: dict[str, float]
+    rank_ratio: float
+    noise_rank_ratio: float
+    delta_energy: float
+    experts: tuple[int, ...]
+    expert_ranks: dict[str, tuple[int, ...]]
+    decay: tuple[float, ...]
+
+
+class Similarity(Report):
+    """The cosines between the flattened down projections of `experts`, all of a layer or 64 evenly spaced ones."""
+
+    experts: tuple[int, ...]
+    cosine: tuple[tuple[float, ...], ...]
+
+
+class MatchHistogram(Report):
+    """How many of the sampled neurons have such a mean cosine over the roles, in equal bins from -1 to 1.
+
+    `nearest` counts the cosines with the nearest neurons of another expert, `runner_up` those with the second nearest:
+    what the nearest of unrelated neurons looks like.
+    """
+
+    nearest: tuple[int, ...]
+    runner_up: tuple[int, ...]
+
+
+class ParentMatch(Report):
+    """Which of the sampled neurons come from a dense parent's feed-forward in the layer of the same number.
+
+    `kept`, `chance`, `p_value` and `in_place` as in Lineage; `cosine` is the mean cosine of the found neurons. By
+    expert: `shares` of its neurons, and the `ranges` of the parent's neurons (first, last) that they were found among.
+    """
+
+    kept: float
+    chance: float
+    p_value: float
+    in_place: float
+    cosine: float
+    shares: dict[int, float]
+    ranges: dict[int, tuple[int, int]]
+
+
+class Lineage(Report):
+    """Whether neurons of one expert are found again in others.
+
+    A neuron is found again where its gate row, up row and down column all have one and the same neuron of another
+    expert for their nearest. Of `neurons` sampled in `experts`, `kept` is the share for which this holds in some other
+    expert, `close` that for which the mean cosine is then at least 0.5, `chance` the share to be expected of unrelated
+    experts, and `p_value` the probability of so many by that chance. `spread` is the share of other experts in which a
+    kept neuron is found, `in_place` the share of these matches at the neuron's own position, `groups` the experts that
+    share more than half of their neurons, `pairs` the share of the neurons of one of `experts` (row) that are found in
+    another (column). `cosine` is the mean of neurons at the same position, `permuted_cosine` what to expect of it if
+    each expert's neurons were shuffled, and `cosine_p_value` the probability of so much or more if they were. `above`
+    says, by role, for what share of neurons the nearest in another expert is nearer than `unrelated`, the nearest that
+    any has in an expert of another layer; both null where no other layer is analysed.
+    """
+
+    neurons: int
+    experts: tuple[int, ...]
+    kept: float
+    close: float
+    chance: float
+    p_value: float
+    spread: float
+    in_place: float
+    cosine: float
+    permuted_cosine: float
+    cosine_p_value: float
+    groups: tuple[tuple[int, ...], ...]
+    pairs: tuple[tuple[float, ...], ...]
+    matches: MatchHistogram
+    above: dict[str, float] | None
+    unrelated: dict[str, float] | None
+    parent: ParentMatch | None
+
+
+class DocumentedRule(Report):
+    """What the documented rule (gate rank and cosine) says, and where its outcome differs, why."""
+
+    type: Origin
+    confidence: float
+    why: str | None
+
+
+class LayerAnalysis(Report):
+    """One layer's evidence, and what it would say alone."""
+
+    layer: int
+    type: Origin
+    confidence: float
+    kind: str | None
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+    overlay_ratio: float
+    cosine: Cosine
+    similarity: Similarity
+    projections: dict[str, Projection]
+    lineage: Lineage
+
+
+class MoETypeAnalysis(Identity):
+    """How one model's experts were trained, as far as their neurons tell, and whether an overlay would pay.
+
+    `type` and `confidence`, a measured rate, come from the layers' `lineage`, `kind` says what kind of upcycling it
+    looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with.
+    `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
+    `original_bytes` counts two bytes a weight, `stored_bytes` what the files really spend, `overlay_bytes` a base and
+    rank-r factors at two bytes a number, r being each projection's mean 95 %-energy rank; all three are of the analysed
+    layers.
+    """
+
+    schema_: Literal["moe-type-analysis/1"] = Field(default="moe-type-analysis/1", alias="schema")
+    moe_layers: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
+    type: Origin
+    confidence: float
+    kind: str | None
+    documented_rule: DocumentedRule
+    parent: str | None
+    rank_projection: Literal["gate", "up"]
+    rank_ratio: float
+    cosine: float
+    compressible: bool
+    overlay_ratio: float
+    original_bytes: int
+    stored_bytes: int
+    overlay_bytes: int
+    layers: tuple[LayerAnalysis, ...]
+    notes: tuple[str, ...]
+    cost: Cost
+
+    def mean_over_layers(self, figure: str) -> float:
+        """The mean of one of the figures of `Lineage` over the analysed layers."""
+        return sum(float(getattr(layer.lineage, figure)) for layer in self.layers) / len(self.layers)
+
+    def details(self) -> "RenderableType":
+        """The ranks of the single experts, as a table for `rich.print`."""
+        return as_details(self)
+
+
+class QuickLayer(Report):
+    """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
+
+    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, by gate and up alone (up and
+    down of ungated experts); `reach` is the share that would be found again if the experts were shuffled copies.
+    """
+
+    layer: int
+    experts: tuple[int, ...]
+    neurons: int
+    part: float
+    inputs: int
+    reach: float
+    kept: float
+    close: float
+    chance: float
+    in_place: float
+    kind: str | None
+
+
+class MoEQuickAnalysis(Identity):
+    """How one model's experts were trained, by a part of some experts in a few layers.
+
+    `type` and `confidence`, the rate of such verdicts that are right, come from `close` and `reach`, means over
+    `layers`; `full_confidence` is the rate of full analyses that say so (of those that decide, where this one does
+    not). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of `stored_bytes`,
+    those of all experts (taken from the analysed layers); a full analysis of one layer would read `full_bytes`.
+    """
+
+    schema_: Literal["moe-type-quick/1"] = Field(default="moe-type-quick/1", alias="schema")
+    moe_layers: tuple[int, ...]
+    type: Origin
+    confidence: float
+    full_confidence: float
+    kind: str | None
+    close: float
+    reach: float
+    budget: int
+    weight_bytes: int
+    stored_bytes: int
+    share: float
+    full_bytes: int
+    layers: tuple[QuickLayer, ...]
+    notes: tuple[str, ...]
+    cost: Cost
+
+
+class MoETypeComparison(Report):
+    """Several analyses side by side."""
+
+    schema_: Literal["moe-type-comparison/1"] = Field(default="moe-type-comparison/1", alias="schema")
+    models: tuple[MoETypeAnalysis, ...]

@@ -1,0 +1,412 @@
+"""Figures of verdicts and their evidence."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle, islice
+from math import ceil, isnan, nan
+from statistics import fmean
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...numerics.spectra import noise_decay, noise_rank
+from ...reports import Identity, LayerAnalysis, Lineage, MoETypeAnalysis, MoETypeComparison, Projection
+from ...text import percent
+from .style import (
+    COLORS,
+    GREY,
+    ROLE_STYLES,
+    STYLES,
+    WIDTH,
+    finish,
+    format_share,
+    name_layers,
+    new_figure,
+    panels,
+    styled,
+    wrap,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+MARKS = "osD^vP*X"  # of the shares of energy
+FLOOR = 0.01  # of the root mean square: smaller singular values are off the scale
+LEAST_SCALE = 0.1  # the least top of a heat map's scale, so that noise does not look like structure
+DECAY = (
+    "Singular values of the deltas (expert minus mean of all experts) over their root mean square, mean over the "
+    "sampled experts; grey: Gaussian noise of the same shape. Marks: effective ranks at shares of the energy."
+)
+SIMILARITY = (
+    "Cosine of the experts' flattened down projections, and the share of an expert's sampled neurons (row) that are "
+    "found again in another (column); alike experts stand together."
+)
+MATCHES = (
+    "Cosine of sampled neurons with the nearest neuron of another expert, and with the second nearest, which is what "
+    "unrelated neurons look like."
+)
+DEPTH = "Effective rank at 95 % of the delta's energy, mean cosine of two experts, and neurons found in another expert."
+COMPARISON = (
+    "Top, the first analysed layer of each: singular values of the deltas (expert minus mean of all experts) over "
+    "their root mean square; broad and pale, Gaussian noise of the same shape. Bottom, means over the layers: upright "
+    "ticks are the rank of noise, and the share found by chance; bars the standard deviation over pairs of experts."
+)
+
+
+@styled()
+def plot_decay(layer: LayerAnalysis, model: Identity | None = None, command: str | None = None) -> "Figure":
+    """The deltas' singular values against those of noise, a panel for each projection.
+
+    Singular values are over their root mean square, ranks a share of the greatest possible one.
+    """
+    figure = new_figure(2.9, "How fast the deltas' singular values fall")
+    _paint_decays(panels(figure, figure.add_gridspec()[0], len(layer.projections)), layer)
+    return finish(figure, DECAY, _source(model, [layer]), command)
+
+
+@styled()
+def plot_similarity(layer: LayerAnalysis, model: Identity | None = None, command: str | None = None) -> "Figure":
+    """How alike the experts are: the cosines of their down projections, and the share of neurons found again.
+
+    The order of the experts is that of a hierarchical clustering with average linkage.
+    """
+    figure = new_figure(3.4, "How alike the experts are")
+    _paint_similarity(panels(figure, figure.add_gridspec()[0], 2), layer)
+    return finish(figure, SIMILARITY, _source(model, [layer]), command)
+
+
+@styled()
+def plot_matches(layer: LayerAnalysis, model: Identity | None = None, command: str | None = None) -> "Figure":
+    """How near a neuron's nearest in another expert is, against its second nearest: what chance does."""
+    figure = new_figure(2.7, "How near the nearest neurons are")
+    ax = figure.subplots()
+    _paint_matches(ax, layer.lineage)
+    ax.set_title("")
+    return finish(figure, f"{MATCHES} {_found(layer.lineage)}", _source(model, [layer]), command)
+
+
+@styled()
+def plot_depth(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure":
+    """Rank ratio, cosine and the share of neurons found again, by layer."""
+    figure = new_figure(5.2, "From layer to layer")
+    axes = figure.subplots(3, 1, sharex=True)
+    _paint_depth(axes, analysis.layers)
+    for ax in axes:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        ax.label_outer()
+    return finish(figure, DEPTH, _source(analysis, analysis.layers), command)
+
+
+@styled()
+def plot_analysis(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure":
+    """An analysis in one figure: decay, similarity and matches of its first layer, and what changes with depth."""
+    first, many = analysis.layers[0], len(analysis.layers) > 1
+    figure = new_figure(7.4 if many else 4.7, f"{_name(analysis)}: {_verdict(analysis)}")
+    rows = figure.add_gridspec(4, height_ratios=(2, 2, 2, 0.36)) if many else figure.add_gridspec(2)
+    _paint_decays(panels(figure, rows[0], len(first.projections)), first)
+    *heat_maps, matches = panels(figure, rows[1], 3)
+    _paint_similarity(heat_maps, first)
+    _paint_matches(matches, first.lineage)
+    text = [DECAY, f"{SIMILARITY} {MATCHES} {_found(first.lineage)}"]
+    if many:
+        axes = panels(figure, rows[2], 3)
+        _paint_depth(axes, analysis.layers)
+        for ax, key in zip(axes, panels(figure, rows[3], 3), strict=True):
+            key.set_axis_off()
+            key.legend(*ax.get_legend_handles_labels(), loc="upper left", ncols=2, borderpad=0, borderaxespad=0)
+        text = [f"Top, layer {first.layer}: {text[0]}", f"Middle, layer {first.layer}: {text[1]}", f"Bottom: {DEPTH}"]
+    return finish(figure, "\n".join(text), _source(analysis, analysis.layers), command)
+
+
+@styled()
+def plot_comparison(comparison: MoETypeComparison, command: str | None = None) -> "Figure":
+    """Several models in one figure: decay in the first layer of each; ranks, cosines and neurons found again."""
+    models = comparison.models
+    names = [wrap(f"{_name(model)}: {_verdict(model)}", WIDTH - 0.8) for model in models]
+    key = sum(0.21 + 0.13 * name.count("\n") for name in names)
+    figure = new_figure(4.8 + key, "Models compared")
+    rows = figure.add_gridspec(3, height_ratios=(key, 2.4, 2.4))
+    _paint_names(figure.add_subplot(rows[0]), names)
+    roles = [role for role in ROLE_STYLES if any(role in model.layers[0].projections for model in models)]
+    _paint_decays_of_models(panels(figure, rows[1], len(roles[:2])), models, roles[:2])
+    ranks, cosines, found = panels(figure, rows[2], 3)
+
+    def means(of: Callable[[LayerAnalysis], float]) -> list[float]:
+        return [_mean(model, of) for model in models]
+
+    _paint_dots(
+        ranks,
+        "Rank (95 %)",
+        {role: means(partial(_rank_ratio, role=role)) for role in roles},
+        ticks={role: means(partial(_noise_ratio, role=role)) for role in roles},
+    )
+    _paint_dots(
+        cosines,
+        "Cosine",
+        {role: means(partial(_cosine, role=role)) for role in roles},
+        bars={"down": means(lambda layer: layer.cosine.std)},
+    )
+    chance = means(lambda layer: layer.lineage.chance)
+    _paint_dots(
+        found,
+        "Neurons found",
+        {"again": means(lambda layer: layer.lineage.kept), "closely": means(lambda layer: layer.lineage.close)},
+        ticks={"again": chance, "closely": chance},
+    )
+    cosines.set_xlim(*_from_zero(*cosines.dataLim.intervalx))
+    for ax in (ranks, found):
+        ax.set_xlim(-0.03, 1.03)
+        ax.xaxis.set_major_formatter(format_share)
+    return finish(figure, COMPARISON, [line for model in models for line in _source(model, model.layers)], command)
+
+
+def _name(model: Identity) -> str:
+    return model.model + (f" @ {model.revision[:12]}" if model.revision else "")
+
+
+def _source(model: Identity | None, layers: Sequence[LayerAnalysis]) -> list[str]:
+    """What a caption says of where the figures come from."""
+    where = name_layers([layer.layer for layer in layers])
+    return [f"{_name(model)}, {where}" if model else where.capitalize()]
+
+
+def _verdict(analysis: MoETypeAnalysis) -> str:
+    return analysis.type + ("" if analysis.type == "UNDETERMINED" else f" ({analysis.confidence:.0%} confidence)")
+
+
+def _found(lineage: Lineage) -> str:
+    return (
+        f"{percent(lineage.kept)} of {lineage.neurons:,} neurons are found again, {percent(lineage.close)} closely, "
+        f"{percent(lineage.chance)} by chance."
+    )
+
+
+def _paint_decays(axes: Sequence["Axes"], layer: LayerAnalysis) -> None:
+    for ax, (role, projection) in zip(axes, layer.projections.items(), strict=True):
+        _paint_decay(ax, role, projection)
+    _scale_decays(axes)
+
+
+def _paint_decay(ax: "Axes", role: str, projection: Projection) -> None:
+    color, dash, _ = ROLE_STYLES[role]
+    shares, largest = _rank_shares(projection), projection.max_rank
+    noise = noise_decay(projection.shape, len(projection.decay))
+    ax.plot(shares, noise, color=GREY, linewidth=3, alpha=0.5)
+    middle = len(shares) * 2 // 3
+    ax.annotate("noise", (shares[middle], noise[middle]), (3, 3), textcoords="offset points", color=GREY)
+    if any(projection.decay):
+        ax.plot(shares, projection.decay, color=color, linestyle=dash)
+    else:
+        ax.text(0.97, 0.97, "no deltas: the sampled\nexperts are equal", transform=ax.transAxes, ha="right", va="top")
+    ranks = sorted(projection.rank.items(), key=lambda item: float(item[0]))
+    for mark, (energy, rank) in zip(cycle(MARKS), ranks, strict=False):
+        share = 100 * rank / largest
+        height = float(np.interp(share, shares, projection.decay)) if rank else nan
+        label = f"{format_share(float(energy))}: rank {rank:.0f}"
+        ax.plot(share, height, mark, color=color, markerfacecolor="white", markeredgewidth=1.4, label=label)
+    out, inner = projection.shape
+    ax.set(title=f"{role}, {out} × {inner}", xlabel=f"rank, % of {largest}")
+    ax.legend(loc="best")
+
+
+def _rank_shares(projection: Projection) -> NDArray[np.float64]:
+    """Which ranks the values of `decay` have, in per cent of the greatest."""
+    places = np.linspace(0, projection.max_rank - 1, len(projection.decay)).round()
+    return np.asarray(100 * (places + 1) / projection.max_rank)
+
+
+def _scale_decays(axes: Sequence["Axes"]) -> None:
+    """One logarithmic scale with room for the lines of all panels."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for ax in axes for line in ax.lines])
+    seen = values[values >= FLOOR]
+    low, high = 0.6 * seen.min(), 1.5 * seen.max()
+    for ax in axes:
+        ax.set_yscale("log")
+        ax.set_ylim(low, high)
+        ax.set_xlim(-2, 102)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.tick_params(labelleft=ax is axes[0])
+    axes[0].set_ylabel("singular value")
+
+
+def _paint_similarity(axes: Sequence["Axes"], layer: LayerAnalysis) -> None:
+    left, right = axes
+    similarity, lineage = layer.similarity, layer.lineage
+    cosines, pairs = np.array(similarity.cosine), np.array(lineage.pairs)
+    if similarity.experts == lineage.experts:
+        order = right_order = _order(cosines + pairs + pairs.T)
+    else:
+        order, right_order = _order(cosines), _order(pairs + pairs.T)
+    _paint_heat(left, cosines, similarity.experts, order, "Cosine (down)")
+    _paint_heat(right, pairs, lineage.experts, right_order, "Neurons found again", format_share)
+    left.set(xlabel="expert", ylabel="expert")
+    right.set(xlabel="in expert", ylabel="neurons of expert")
+
+
+def _order(likeness: NDArray[np.float64]) -> list[int]:
+    """The order of a hierarchical clustering: the alike stand together, and else the lower number comes first."""
+    from scipy.cluster.hierarchy import linkage
+
+    distances = (likeness.max() - likeness[np.triu_indices(len(likeness), 1)]).round(2)
+    groups = [[i] for i in range(len(likeness))]
+    for one, other, *_ in linkage(distances, "average"):
+        first, second = sorted((groups[int(one)], groups[int(other)]), key=min)
+        groups.append(first + second)
+    return groups[-1]
+
+
+def _paint_heat(
+    ax: "Axes",
+    values: NDArray[np.float64],
+    experts: Sequence[int],
+    order: Sequence[int],
+    title: str,
+    scale: Callable[[float, object], str] | None = None,
+) -> None:
+    """A square of experts by experts, the diagonal left out."""
+    import matplotlib
+
+    shown = np.where(np.eye(len(values), dtype=bool), nan, values)[np.ix_(order, order)]
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad="#E4E4E4")
+    low, high = min(0.0, float(np.nanmin(shown))), max(LEAST_SCALE, float(np.nanmax(shown)))
+    figure: Any = ax.figure
+    image = ax.imshow(shown, cmap=colors, vmin=low, vmax=high, interpolation="nearest")
+    bar = figure.colorbar(image, cax=ax.inset_axes((1.04, 0, 0.06, 1)), format=scale)
+    bar.solids.set_rasterized(True)  # as strips, they would show seams
+    bar.outline.set_visible(False)
+    ticks = range(0, len(order), ceil(len(order) / 8))
+    names = [str(experts[order[i]]) for i in ticks]
+    ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
+    ax.set_yticks(ticks, names)
+    for panel in (ax, bar.ax):
+        panel.grid(False)
+        panel.spines[:].set_visible(False)
+    ax.set_title(title)
+
+
+def _paint_matches(ax: "Axes", lineage: Lineage) -> None:
+    matches = lineage.matches
+    nearest, second = (np.array(counts) / lineage.neurons for counts in (matches.nearest, matches.runner_up))
+    edges = np.linspace(-1, 1, len(nearest) + 1)
+    ax.stairs(second, edges, color=GREY, linestyle="--", linewidth=1.4, label="second nearest")
+    ax.stairs(nearest, edges, color=COLORS[0], fill=True, alpha=0.35)
+    ax.stairs(nearest, edges, color=COLORS[0], linewidth=1.4, label="nearest")
+    ax.set_xlim(edges[np.flatnonzero(nearest + second)[0]] - 0.06, 1.02)
+    ax.set_ylim(0, 1.45 * max(nearest.max(), second.max()))  # room for the key
+    ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])
+    ax.yaxis.set_major_formatter(format_share)
+    ax.set(title="Nearest neurons", xlabel="cosine, mean over the roles", ylabel="neurons")
+    ax.legend(loc="best")
+
+
+def _paint_depth(axes: Sequence["Axes"], layers: Sequence[LayerAnalysis]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ranks, cosines, found = axes
+    numbers = [layer.layer for layer in layers]
+    every = ceil(len(layers) / 12)
+
+    def draw(ax: "Axes", values: Sequence[float], style: tuple[str, str, str], label: str) -> None:
+        color, dash, marker = style
+        ax.plot(numbers, values, color=color, linestyle=dash, marker=marker, markevery=every, label=label)
+
+    roles = [role for role in ROLE_STYLES if any(role in layer.projections for layer in layers)]
+    for role in roles:
+        draw(ranks, [_rank_ratio(layer, role) for layer in layers], ROLE_STYLES[role], role)
+        draw(cosines, [_cosine(layer, role) for layer in layers], ROLE_STYLES[role], role)
+    noise = [fmean(_noise_ratio(layer, role) for role in layer.projections) for layer in layers]
+    ranks.plot(numbers, noise, color=GREY, linewidth=3, alpha=0.5, zorder=1, label="noise")
+    for figure, style, label in (
+        ("kept", ROLE_STYLES["gate"], "found again"),
+        ("close", ROLE_STYLES["up"], "closely"),
+        ("chance", (GREY, ":", "x"), "by chance"),
+    ):
+        draw(found, [getattr(layer.lineage, figure) for layer in layers], style, label)
+    cosines.set_ylim(*_from_zero(*cosines.dataLim.intervaly))
+    for ax in (ranks, found):
+        ax.set_ylim(-0.03, 1.03)
+        ax.yaxis.set_major_formatter(format_share)
+    for ax, title in ((ranks, "Rank (95 %)"), (cosines, "Cosine"), (found, "Neurons found again")):
+        ax.set(title=title, xlabel="layer")
+        ax.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _from_zero(low: float, high: float) -> tuple[float, float]:
+    """A scale for cosines that begins at zero, so that little differences look little."""
+    top = max(LEAST_SCALE, 1.1 * high)
+    return min(-0.03 * top, 1.1 * low), top
+
+
+def _rank_ratio(layer: LayerAnalysis, role: str) -> float:
+    """NaN where the layer has no such projection, as in the two below."""
+    return layer.projections[role].rank_ratio if role in layer.projections else nan
+
+
+def _noise_ratio(layer: LayerAnalysis, role: str) -> float:
+    if role not in layer.projections:
+        return nan
+    projection = layer.projections[role]
+    return noise_rank(projection.shape, 0.95) / projection.max_rank
+
+
+def _cosine(layer: LayerAnalysis, role: str) -> float:
+    return float(getattr(layer.cosine, role)) if role in layer.projections else nan
+
+
+def _mean(model: MoETypeAnalysis, of: Callable[[LayerAnalysis], float]) -> float:
+    """Over the layers that have the figure."""
+    found = [value for layer in model.layers if not isnan(value := of(layer))]
+    return fmean(found) if found else nan
+
+
+def _paint_names(ax: "Axes", names: Sequence[str]) -> None:
+    """A key of models in place of a panel."""
+    ax.set_axis_off()
+    for color, dash, marker in islice(cycle(STYLES), len(names)):
+        ax.plot([], [], color=color, linestyle=dash, marker=marker, label="?")
+    key = ax.legend(loc="upper left", borderpad=0, borderaxespad=0)
+    for text, name in zip(key.get_texts(), names, strict=True):
+        text.set_text(name)  # not given as a label: one that begins with "_" would be left out
+
+
+def _paint_decays_of_models(axes: Sequence["Axes"], models: Sequence[MoETypeAnalysis], roles: Sequence[str]) -> None:
+    for ax, role in zip(axes, roles, strict=True):
+        for model, (color, dash, marker) in zip(models, cycle(STYLES), strict=False):
+            if not (projection := model.layers[0].projections.get(role)):
+                continue
+            shares = _rank_shares(projection)
+            ax.plot(shares, noise_decay(projection.shape, len(shares)), color=color, linewidth=3, alpha=0.3)
+            if any(projection.decay):
+                every = ceil(len(shares) / 8)
+                ax.plot(shares, projection.decay, color=color, linestyle=dash, marker=marker, markevery=every)
+        ax.set(title=f"{role}, deltas", xlabel="rank, % of the greatest")
+    _scale_decays(axes)
+
+
+def _paint_dots(
+    ax: "Axes",
+    title: str,
+    rows: Mapping[str, Sequence[float]],
+    ticks: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    bars: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> None:
+    """A line for each name, on it a mark for each model, and where given a tick in its colour or a bar about it."""
+    for place, (name, values) in enumerate(rows.items()):
+        for number, (value, (color, _, marker)) in enumerate(zip(values, cycle(STYLES), strict=False)):
+            y = place + 0.7 * ((number + 0.5) / len(values) - 0.5)
+            if name in ticks:
+                ax.plot(ticks[name][number], y, "|", color=color, markersize=9, markeredgewidth=1.4)
+            if name in bars:
+                ax.plot([value - bars[name][number], value + bars[name][number]], [y, y], color=color, linewidth=1.2)
+            ax.plot(value, y, marker, color=color)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.margins(x=0.1)
+    ax.set_title(title)

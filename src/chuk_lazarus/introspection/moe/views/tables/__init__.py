@@ -1,0 +1,1 @@
+"""Results as rich tables: what a terminal and a notebook show."""
