@@ -27,10 +27,10 @@ from chuk_lazarus.introspection.moe import (
     MoELayoutService,
     MoETypeService,
     lineage,
-    measure,
     memory_limit,
     overlay,
 )
+from chuk_lazarus.introspection.moe.jobs import measure
 from chuk_lazarus.introspection.moe.numerics import spectra
 from chuk_lazarus.introspection.moe.numerics.lapack import symmetric_eigenvalues
 from chuk_lazarus.introspection.moe.weights.codecs import fp8, mxfp4, plain

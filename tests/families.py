@@ -13,7 +13,7 @@ from pathlib import Path
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import Kind, Layout, load_table
-from chuk_lazarus.introspection.moe.weights.source import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from chuk_lazarus.introspection.moe.weights.stored import open_stored
 
 HERE = Path(__file__).parent

@@ -21,7 +21,7 @@ import encoders_packed
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.experts import Experts
-from chuk_lazarus.introspection.moe.weights.source import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from hub_server import HubServer
 
 FIXTURES = Path(__file__).parent / "fixtures"

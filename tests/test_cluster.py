@@ -28,9 +28,9 @@ from chuk_lazarus.introspection.moe import (
     MoETypeService,
     SurveyRequest,
     SurveyRow,
-    cluster,
 )
-from chuk_lazarus.introspection.moe.cluster import ClusterUnusable, Task, connect
+from chuk_lazarus.introspection.moe.jobs import cluster
+from chuk_lazarus.introspection.moe.jobs.cluster import ClusterUnusable, Task, connect
 from chuk_lazarus.introspection.moe.progress import Progress
 from conftest import FIXTURES
 from hub_server import Fault, HubServer
@@ -277,13 +277,13 @@ def test_the_commands(machines: Machines, model: str, capsys: Capture, tmp_path:
 
 def test_a_worker_takes_one_task_with_its_threads_and_memory(machines: Machines) -> None:
     def look(progress: object) -> tuple[int, int, int]:
-        from chuk_lazarus.introspection.moe.measure import cores, room
+        from chuk_lazarus.introspection.moe.jobs.resources import cores, matrix_memory
 
         os.environ["RUNNING"] = str(int(os.environ.get("RUNNING", 0)) + 1)
         time.sleep(0.01)
         running = int(os.environ["RUNNING"])
         os.environ["RUNNING"] = str(running - 1)
-        return running, cores(), room()
+        return running, cores(), matrix_memory()
 
     with connect(machines.address) as workers:
         assert workers

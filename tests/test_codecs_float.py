@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chuk_lazarus.introspection.moe.errors import ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.weights.checkpoint import DTYPES, Checkpoint
 from chuk_lazarus.introspection.moe.weights.codecs import NOT_DECODED, SAME_PART, Part, Stored, recognise
-from chuk_lazarus.introspection.moe.weights.source import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from chuk_lazarus.introspection.moe.weights.stored import open_stored, read_rows
 from conftest import FIXTURES
 from encoded import Encoded

@@ -24,10 +24,10 @@ from safetensors.numpy import load_file, save_file
 
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import ModelUnreadable, MoECompressionService, MoEError, MoETypeService
-from chuk_lazarus.introspection.moe import measure as measuring
-from chuk_lazarus.introspection.moe.weights import hub as hub_module
-from chuk_lazarus.introspection.moe.weights import range_cache
-from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache
+from chuk_lazarus.introspection.moe.jobs import measure as measuring
+from chuk_lazarus.introspection.moe.weights.repositories import hub as hub_module
+from chuk_lazarus.introspection.moe.weights.repositories import range_cache
+from chuk_lazarus.introspection.moe.weights.repositories.range_cache import RangeCache
 from faults import kills
 from fuzz.cases import deadline
 from hub_server import HubServer

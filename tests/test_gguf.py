@@ -29,7 +29,7 @@ from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.codecs import Part, recognise
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.gguf import PIECE, read_header
-from chuk_lazarus.introspection.moe.weights.source import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from chuk_lazarus.introspection.moe.weights.stored import open_stored, read_rows
 from hub_server import HubServer
 

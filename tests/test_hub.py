@@ -33,10 +33,10 @@ from chuk_lazarus.introspection.moe import (
     MoETypeAnalysis,
     MoETypeService,
 )
-from chuk_lazarus.introspection.moe.weights import hub as hub_module
-from chuk_lazarus.introspection.moe.weights.hub import READ_AHEAD
-from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache, merge
-from chuk_lazarus.introspection.moe.weights.source import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories import hub as hub_module
+from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories.hub import READ_AHEAD
+from chuk_lazarus.introspection.moe.weights.repositories.range_cache import RangeCache, merge
 from conftest import FIXTURES
 from hub_server import HubServer, Request
 

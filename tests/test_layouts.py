@@ -22,15 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from chuk_lazarus.introspection.moe import measure
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
-from chuk_lazarus.introspection.moe.measure import evenly_spaced, measure_layer
+from chuk_lazarus.introspection.moe.jobs import measure
+from chuk_lazarus.introspection.moe.jobs.measure import evenly_spaced, measure_layer
 from chuk_lazarus.introspection.moe.progress import Progress
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer, ExpertTensor
 from chuk_lazarus.introspection.moe.weights.experts import Experts, split_model
 from chuk_lazarus.introspection.moe.weights.layouts import Kind, Layout, StoredAxes, is_listed, load_table, match_names
-from chuk_lazarus.introspection.moe.weights.source import Folder, Range
+from chuk_lazarus.introspection.moe.weights.repositories.local import Folder
+from chuk_lazarus.introspection.moe.weights.repositories.source import Range
 
 Array = NDArray[Any]
 Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, out, in]

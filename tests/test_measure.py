@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from chuk_lazarus.introspection.moe import Experts, InvalidRequest, MoETypeAnalysis, MoETypeService
-from chuk_lazarus.introspection.moe import measure as measuring
-from chuk_lazarus.introspection.moe.measure import evenly_spaced, mean_expert, measure_layer
+from chuk_lazarus.introspection.moe.jobs import measure as measuring
+from chuk_lazarus.introspection.moe.jobs.measure import evenly_spaced, mean_expert, measure_layer
 
 Weights = dict[str, NDArray[np.float32]]
 NAMES = {"gate": "w1", "up": "w3", "down": "w2"}

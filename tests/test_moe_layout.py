@@ -26,10 +26,10 @@ from chuk_lazarus.introspection.moe import (
     MoETypeService,
     NotMoE,
     UnknownFormat,
-    measure,
 )
-from chuk_lazarus.introspection.moe.weights.hub import READ_AHEAD
-from chuk_lazarus.introspection.moe.weights.source import LocalFile
+from chuk_lazarus.introspection.moe.jobs import measure
+from chuk_lazarus.introspection.moe.weights.repositories.hub import READ_AHEAD
+from chuk_lazarus.introspection.moe.weights.repositories.local import LocalFile
 from conftest import FIXTURES
 from encoders_float import ENCODERS as FLOAT_ENCODERS
 from encoders_packed import ENCODERS as PACKED_ENCODERS

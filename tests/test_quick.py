@@ -15,11 +15,11 @@ from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import MoELayoutService, MoEQuickAnalysis, MoETypeService, quick
 from chuk_lazarus.introspection.moe.classifier import judge_quick
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, MoEError
+from chuk_lazarus.introspection.moe.jobs.parts import read_part, roles_to_read
 from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons
-from chuk_lazarus.introspection.moe.quick import read_part, roles_to_read
 from chuk_lazarus.introspection.moe.views.words import explain_quick
 from chuk_lazarus.introspection.moe.weights.experts import Experts
-from chuk_lazarus.introspection.moe.weights.source import LocalFile
+from chuk_lazarus.introspection.moe.weights.repositories.local import LocalFile
 from hub_server import HubServer
 
 FIXTURES = Path(__file__).parent / "fixtures"

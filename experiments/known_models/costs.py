@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from chuk_lazarus.introspection.moe.measure import kept_weights
+from chuk_lazarus.introspection.moe.jobs.resources import kept_weights
 from chuk_lazarus.introspection.moe.moe_type import DEFAULT_EXPERTS
 from chuk_lazarus.introspection.moe.text import format_bytes
 from chuk_lazarus.introspection.moe.weights.layouts import Layout, load_table

@@ -97,7 +97,7 @@ def hasten() -> None:
     """Shorten every wait, ours and those of the Hub's client; in this process, for good."""
     from huggingface_hub.utils import _http
 
-    from chuk_lazarus.introspection.moe.weights import hub
+    from chuk_lazarus.introspection.moe.weights.repositories import hub
 
     class Hasty:
         """The module `time`, but nobody sleeps."""

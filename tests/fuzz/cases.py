@@ -35,7 +35,7 @@ from chuk_lazarus.introspection.moe import (
     moe_survey,
 )
 from chuk_lazarus.introspection.moe.overlay_checkpoint import read_overlay
-from chuk_lazarus.introspection.moe.weights import hub
+from chuk_lazarus.introspection.moe.weights.repositories import hub
 
 from .corpus import (
     JOBS,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
-    from .measure import memory_limit
+    from .jobs.resources import memory_limit
     from .moe_compression import MoECompressionService
     from .moe_layout import MoELayoutService
     from .moe_survey import MoESurveyService
@@ -69,7 +69,7 @@ __all__ = [
 
 _HOMES = {
     "errors": ("InvalidRequest", "ModelUnreadable", "MoEError", "NotMoE", "UnknownFormat"),
-    "measure": ("memory_limit",),
+    "jobs.resources": ("memory_limit",),
     "moe_compression": ("MoECompressionService",),
     "moe_layout": ("MoELayoutService",),
     "moe_survey": ("MoESurveyService",),

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ModelUnreadable
-from .measure import RoleMeasure, count_experts, mean_experts, subtract_base, worker_threads
+from .jobs.measure import RoleMeasure, count_experts, mean_experts, subtract_base
+from .jobs.resources import worker_threads
 from .numerics.forward import route, run_expert
 from .numerics.gram import total_energy
 from .numerics.low_rank import BYTES_PER_NUMBER, Factors, factorise, rebuild, relative_error

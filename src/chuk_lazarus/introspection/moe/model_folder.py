@@ -20,7 +20,7 @@ from typing import Any
 from .errors import InvalidRequest, printable
 from .progress import Counter, Progress
 from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
-from .weights.source import Range
+from .weights.repositories.source import Range
 
 CONFIG = "config.json"
 PLAN = "plan.json"

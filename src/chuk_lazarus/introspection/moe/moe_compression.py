@@ -22,7 +22,8 @@ from .fidelity import (
     energy_left,
     overlay_choices,
 )
-from .measure import RoleMeasure, evenly_spaced, measure_layer
+from .jobs.measure import RoleMeasure, evenly_spaced, measure_layer
+from .jobs.resume import ResumableLayers
 from .numerics.forward import ACTIVATIONS
 from .numerics.low_rank import original_bytes, overlay_bytes
 from .numerics.spectra import mean_rank
@@ -42,12 +43,12 @@ from .reports import (
     MoEOverlayVerification,
     SameBytes,
 )
-from .sweep import Sweep
 from .text import format_ranges
 from .weights.checkpoint import Checkpoint
 from .weights.expert_layer import ExpertLayer
 from .weights.experts import Experts
-from .weights.source import Folder, find_repository
+from .weights.repositories.find import find_repository
+from .weights.repositories.local import Folder
 
 Ranks = dict[str, int]
 TOLERANCE = 0.05
@@ -449,7 +450,7 @@ class _Job:
         self._model = model
         self._started = time.perf_counter()
         self.progress: Progress = progress or no_progress
-        self._sweeps: list[Sweep] = []
+        self._sweeps: list[ResumableLayers] = []
         self.experts = Experts.open(model)
         if samples is not None and layers is None:
             places = evenly_spaced(len(self.experts.layers), samples)
@@ -464,9 +465,9 @@ class _Job:
         for sweep in self._sweeps:
             sweep.end()
 
-    def sweep(self, *job: Any) -> Sweep:
+    def sweep(self, *job: Any) -> ResumableLayers:
         """A new one over the layers, for work that `job` (JSON) describes."""
-        self._sweeps.append(Sweep(self.experts.checkpoint, [*job, self._model], self.layers, self.progress))
+        self._sweeps.append(ResumableLayers(self.experts.checkpoint, [*job, self._model], self.layers, self.progress))
         return self._sweeps[-1]
 
     def measure_all(self, rule: RankRule, experts: int | None) -> dict[int, _Measured]:

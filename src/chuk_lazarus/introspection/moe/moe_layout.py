@@ -1,20 +1,11 @@
 """What is in this checkpoint? `MoELayoutService` tells it from the headers alone."""
 
-import time
 from collections.abc import Sequence
 
 from . import views  # noqa: F401  which registers how reports are shown
-from .errors import MoEError, name_model, printable
-from .measure import bytes_to_measure, evenly_spaced
-from .moe_type import BUDGET, DEFAULT_EXPERTS
-from .quick import quick_bytes
-from .reports import Cost, LayerLayout, MoELayout, SharedExperts
-from .text import parse_size
-from .weights.checkpoint import Checkpoint
-from .weights.expert_layer import ExpertLayer
-from .weights.experts import Experts, split_model
-from .weights.layouts import Kind, match_names, split_name
-from .weights.source import find_repository
+from .errors import name_model
+from .jobs.layout import describe_layout
+from .reports import MoELayout
 
 
 class MoELayoutService:
@@ -32,102 +23,4 @@ class MoELayoutService:
         taken to be like them unless all headers had to be read anyway. Raises a child of MoEError.
         """
         with name_model(model):
-            return _describe(model, layers)
-
-
-def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
-    started = time.perf_counter()
-    name, stack = split_model(model)
-    checkpoint = Checkpoint(find_repository(name))
-    experts = Experts(checkpoint, stack=stack)
-    first, last = experts.layer(experts.layers[0]), experts.layer(experts.layers[-1])
-    opened = [first] if first.number == last.number else [first, last]
-    if layers is not None:
-        opened = [experts.layer(number) for number in sorted(experts.choose_layers(None, layers))]
-    elif all(layer.sizes for layer in opened) and all(map(checkpoint.is_at_hand, checkpoint.names)):
-        opened = [experts.layer(number) for number in experts.layers]  # all headers are read already
-    described = [_describe_layer(layer) for layer in opened]
-    # a layer of multi-token prediction is described where it is asked for, and is in no sum unless it is all there is
-    counted = [layer for layer in described if layer.layer in experts.layers] or described
-    share = len(experts.layers) / len(counted)
-    notes = list(experts.notes)
-    dense = _open_beside(checkpoint, "dense", experts, notes)
-    shared = _open_beside(checkpoint, "shared", experts, notes)
-    repository = checkpoint.repository
-    return MoELayout(
-        model=printable(model),
-        revision=repository.revision,
-        family=experts.family,
-        model_type=experts.model_type,
-        storage=", ".join(dict.fromkeys(layer.storage for layer in described)),
-        experts=described[0].experts,
-        stack=experts.stack,
-        stacks=experts.stacks,
-        top_k=experts.top_k,
-        activation=experts.activation,
-        moe_layers=experts.layers,
-        mtp_layers=experts.mtp_layers,
-        dense_layers=dense.layers if dense else (),
-        tensors=_names(opened[0]),
-        layers=tuple(described),
-        shared=_describe_shared(shared) if shared else None,
-        exact={layer.layer for layer in counted} == set(experts.layers),
-        parameters=round(share * sum(layer.parameters for layer in counted)),
-        stored_bytes=round(share * sum(layer.stored_bytes for layer in counted)),
-        analysis_bytes=bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS)),
-        notes=tuple(notes),
-        quick_bytes=quick_bytes(opened[0], len(experts.layers), parse_size(BUDGET, "the budget")),
-        cost=Cost(
-            bytes_read=checkpoint.bytes_read,
-            bytes_fetched=repository.bytes_fetched,
-            seconds=time.perf_counter() - started,
-        ),
-    )
-
-
-def _describe_layer(layer: ExpertLayer) -> LayerLayout:
-    formats = {role: tensor.stored.codec for tensor in layer.tensors for role in tensor.spec.roles}
-    return LayerLayout(
-        layer=layer.number,
-        storage=layer.storage,
-        formats={role: formats[role] for role in layer.roles},
-        experts=layer.count,
-        shapes={role: layer.shape(role) for role in layer.roles},
-        parameters=layer.parameters,
-        stored_bytes=layer.stored_bytes,
-    )
-
-
-def _describe_shared(shared: Experts) -> SharedExperts:
-    layer = shared.layer(shared.layers[0])
-    return SharedExperts(
-        family=shared.family,
-        storage=layer.storage,
-        layers=shared.layers,
-        shapes={role: layer.shape(role) for role in layer.roles},
-        stored_bytes=layer.stored_bytes,
-    )
-
-
-def _names(layer: ExpertLayer) -> dict[str, tuple[str, ...]]:
-    """The names of the files' tensors by what they hold, the largest first, with {expert} for an expert's number."""
-    names: dict[str, tuple[str, ...]] = {}
-    for tensor in layer.tensors:
-        sizes: dict[str, int] = {}
-        for info in tensor.infos():
-            name = ".".join(split_name(info.name))
-            sizes[name] = sizes.get(name, 0) + info.nbytes
-        names[tensor.spec.role] = tuple(sorted(sizes, key=lambda name: (-sizes[name], name)))
-    return names
-
-
-def _open_beside(checkpoint: Checkpoint, kind: Kind, experts: Experts, notes: list[str]) -> Experts | None:
-    """What else of a kind is in the same stack; None where there is none, or, with a note, where it can't be read."""
-    try:
-        found = Experts(checkpoint, kind, experts.stack)
-    except MoEError as error:
-        if experts.stack in {match.root for match in match_names(checkpoint.names, kind)[0]}:
-            what = {"shared": "shared experts", "dense": "dense layers"}[kind]
-            notes.append(f"the {what} can't be described: {error.message}")
-        return None
-    return found if found.stack == experts.stack else None
+            return describe_layout(model, layers)

@@ -21,10 +21,11 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from . import views  # noqa: F401  which registers how reports are shown
-from .cluster import Cluster, Task, connect, locate
 from .errors import InvalidRequest, MoEError, printable
-from .measure import LEAST_MEMORY, cores, memory, memory_limit, thread_limit
-from .moe_type import DEFAULT_EXPERTS, MoETypeService
+from .jobs.cluster import Cluster, Task, connect, locate
+from .jobs.measure import DEFAULT_EXPERTS
+from .jobs.resources import LEAST_MEMORY, cores, memory, memory_limit, thread_limit
+from .moe_type import MoETypeService
 from .progress import Progress
 from .reports import (
     MoEQuickAnalysis,

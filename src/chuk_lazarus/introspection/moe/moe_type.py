@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from . import views  # noqa: F401  which registers how reports are shown
 from .classifier import THRESHOLDS, classify, is_alike_in_place, judge
-from .cluster import Cluster, Task, connect, locate
 from .errors import InvalidRequest, MoEError, NotMoE, UnknownFormat, name_model, printable
+from .jobs.cluster import Cluster, Task, connect, locate
+from .jobs.measure import DEFAULT_EXPERTS, RoleMeasure, evenly_spaced, measure_layer
+from .jobs.parts import BUDGET
+from .jobs.resume import ResumableLayers, describe_state
 from .lineage import QUERIES, Evidence, find_groups, name_kind, weigh, weigh_parent
-from .measure import RoleMeasure, evenly_spaced, measure_layer
 from .numerics.gram import pairwise_cosines
 from .numerics.low_rank import original_bytes, overlay_bytes
 from .numerics.spectra import SHARES, effective_rank, mean_rank, noise_rank, sample_decay
@@ -33,15 +35,12 @@ from .reports import (
     Projection,
     Similarity,
 )
-from .sweep import Sweep, describe_state
 from .terms import Origin
 from .text import parse_size
 from .weights.expert_layer import ExpertLayer
 from .weights.experts import Experts
 from .weights.layouts import Kind
 
-DEFAULT_EXPERTS = 8
-BUDGET = "64MB"  # of a quick analysis
 MATCH_BINS = 50
 MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
 
@@ -164,7 +163,7 @@ def _analyze(
     dense = _open_parent(parent, analysed) if parent else None
     origin = describe_state(dense.checkpoint) if dense else None
     job = ["analyze", model, sample.experts, sample.variance, sample.queries, origin]
-    sweep = Sweep(opened.checkpoint, job, analysed, progress)
+    sweep = ResumableLayers(opened.checkpoint, job, analysed, progress)
     neighbours = {
         one.number: after if after is not one and after.roles == one.roles else None
         for one, after in zip(analysed, [*analysed[1:], *analysed[:1]], strict=True)

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, printable
 from .fidelity import MATRICES, Comparison, Trial, split
-from .measure import WINDOW, mean_experts, room, worker_threads
+from .jobs.measure import WINDOW, mean_experts
+from .jobs.resources import matrix_memory, worker_threads
 from .model_folder import (
     CONFIG,
     PLAN,
@@ -45,13 +46,16 @@ from .numerics.low_rank import Factors, rebuild
 from .progress import Progress
 from .terms import ROLES
 from .text import format_ranges
-from .weights.checkpoint import INDEX, QUANTIZATION_KEYS, Checkpoint, TensorInfo
+from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
 from .weights.codecs import NOT_DECODED, Part, Stored, recognise
 from .weights.expert_layer import MAX_EXPERTS, ExpertLayer, stored_rows
-from .weights.experts import TEXT_CONFIGS, Experts
+from .weights.experts import Experts
 from .weights.layouts import Layout, group_quantised, load_table
-from .weights.source import QUANTIZATION_FILES, Folder, Repository
+from .weights.model_config import find_quantization, without_quantization
+from .weights.repositories.local import Folder
+from .weights.repositories.source import QUANTIZATION_FILES, Repository
 from .weights.stored import BIAS, Infos, open_stored, read_rows
+from .weights.tensor_info import INTEGER_DTYPES, PLAIN_DTYPES
 
 VERSION = 1
 CARD = "README.md"
@@ -59,17 +63,11 @@ CARD = "README.md"
 SMALL = 64 * 2**20  # bytes of a file beside the weights that is copied
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})  # dtypes that no quantised weight has
-INTEGERS = frozenset({"I32", "I16", "I8", "U64", "U32", "U16", "U8"})  # a quantised weight, or a plain mask or table
 
 # What loaders want beside the weights: tokenizers, templates, generation settings, a model's own code; and licences.
 _WANTED = re.compile(r"[^/]+\.(?:json|jinja|model|txt|tiktoken|py)|(?:LICEN[CS]E|NOTICE)[^/]*")
 _UNWANTED = re.compile(r"config\.json|plan\.json|.*\.index\.json|(?:hf_)?quant(?:ize)?_config\.json")
 _OVERLAY = re.compile(r"(?P<prefix>.+\.(?P<layer>\d{1,9}))\.overlay\.(?P<role>gate|up|down)\.(?:base|left|right)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model -> overlay
 
 
 def write_overlay(
@@ -121,8 +119,8 @@ def write_overlay(
         ),
     ]
     config = checkpoint.config
-    if all(info.dtype in PLAIN for info in others):
-        config = _without_quantization(config)
+    if all(info.dtype in PLAIN_DTYPES for info in others):
+        config = without_quantization(config)
     facts = {
         "version": VERSION,
         "source": source,
@@ -308,10 +306,6 @@ def _code_span(text: str) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading an overlay
-
-
 class OverlayCheckpoint:
     """An overlay checkpoint: base and factors by layer, role and expert, read when asked for.
 
@@ -463,10 +457,6 @@ def _parse_ranks(layers: Any, row: Layout) -> dict[int, dict[str, int]]:
     return dict(sorted(result.items()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Overlay -> model
-
-
 def export_overlay(folder: Path, target: Path, *, force: bool = False, progress: Progress) -> None:
     """Write the overlay checkpoint in `folder` as a plain one of its original family, bf16, into `target`.
 
@@ -481,7 +471,7 @@ def export_overlay(folder: Path, target: Path, *, force: bool = False, progress:
     layout = rows[rows[overlay.family].plain or overlay.family]
     names = sorted(set(checkpoint.names) - overlay.names)
     shards = [
-        *grouped(_decoded(checkpoint, names, _quantization(overlay.config)), checkpoint, progress),
+        *grouped(_decoded(checkpoint, names, find_quantization(overlay.config)), checkpoint, progress),
         *(
             Shard(_expert_tensors(overlay, layer, layout), partial(_fill_experts, overlay, layer, layout, progress))
             for layer in overlay.layers
@@ -492,7 +482,7 @@ def export_overlay(folder: Path, target: Path, *, force: bool = False, progress:
         if tensor.name in written:
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
-    config = _without_quantization(overlay.config)
+    config = without_quantization(overlay.config)
     del config["overlay_config"]
     write_model(
         target,
@@ -529,7 +519,7 @@ def _fill_experts(overlay: OverlayCheckpoint, layer: int, layout: Layout, progre
     """Write the rebuilt experts of one layer."""
     overlay.prefetch(layer, progress)
     bases = {role: overlay.base(layer, role) for role in overlay.ranks[layer]}
-    at_work = BoundedSemaphore(max(1, room() // (4 * bases["down"].nbytes)))
+    at_work = BoundedSemaphore(max(1, matrix_memory() // (4 * bases["down"].nbytes)))
 
     def put_together(expert: int) -> None:
         for spec in layout.tensors:
@@ -554,15 +544,15 @@ def _decoded(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping
     groups = {
         plain: own
         for plain, own in group_quantised(names).items()
-        if quantization or any(infos[name].dtype not in PLAIN for name in own.values())
+        if quantization or any(infos[name].dtype not in PLAIN_DTYPES for name in own.values())
     }
     used = {name for own in groups.values() for name in own.values()}
     items = [
         _decoded_item(checkpoint, plain, *open_stored(checkpoint, own, quantization)) for plain, own in groups.items()
     ]
     for name, info in infos.items():
-        is_table = not quantization and info.dtype in INTEGERS and not name.endswith(".weight")
-        if name not in used and info.dtype not in PLAIN and not is_table:
+        is_table = not quantization and info.dtype in INTEGER_DTYPES and not name.endswith(".weight")
+        if name not in used and info.dtype not in PLAIN_DTYPES and not is_table:
             items.append(_decoded_item(checkpoint, name, *_open_alone(info, quantization), info.shape))
             used.add(name)
     modules = [item.tensor.name.removesuffix(".weight") for item in items]
@@ -614,10 +604,6 @@ def _write_decoded(checkpoint: Checkpoint, infos: Infos, stored: Stored, name: s
             offset += len(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a model's folder holds beside its weights
-
-
 def _name(repository: Repository) -> str:
     return str(repository.path if isinstance(repository, Folder) else getattr(repository, "name", ""))
 
@@ -654,21 +640,3 @@ def _small_files(repository: Repository) -> dict[str, bytes]:
             if file.size <= SMALL:
                 result[name] = file.read(0, file.size)
     return result
-
-
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without what it says about quantisation, neither its own nor that of its text part."""
-    return {
-        key: _without_quantization(value) if key in TEXT_CONFIGS and isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in QUANTIZATION_KEYS
-    }
-
-
-def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config or its text part says first about quantisation."""
-    for key in QUANTIZATION_KEYS:
-        if isinstance(found := config.get(key), dict) and found:
-            return found
-    inner = (_quantization(config[key]) for key in TEXT_CONFIGS if isinstance(config.get(key), dict))
-    return next((one for one in inner if one), {})

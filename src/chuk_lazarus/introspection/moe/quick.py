@@ -11,19 +11,19 @@ from functools import partial
 from math import ceil, prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .classifier import MEASURED, Verdict, judge_quick
 from .errors import InvalidRequest, NotMoE, printable
+from .jobs.measure import bytes_to_measure, evenly_spaced, refuse
+from .jobs.parts import EXPERTS, LAYERS, bytes_per_neuron, part_ranges, read_part, roles_to_read
+from .jobs.resources import matrix_memory, worker_threads
 from .lineage import Evidence, weigh
-from .measure import bytes_to_measure, evenly_spaced, refuse, room, worker_threads
-from .numerics.neurons import as_neurons, draw_neurons, find_nearest, join
+from .numerics.neurons import draw_neurons, find_nearest, join
 from .progress import Progress
 from .reports import Cost, MoEQuickAnalysis, QuickLayer
-from .weights.expert_layer import ExpertLayer, ExpertTensor
+from .weights.expert_layer import ExpertLayer
 from .weights.experts import Experts
 
-LAYERS, EXPERTS = 3, 16
 QUERIES = 1024  # neurons of a layer that are looked for
 LEAST_EXPERTS = 4  # below which there is too little to compare
 COPIES = 2  # of what is read, in float32, that matching takes
@@ -95,33 +95,18 @@ def analyze_quickly(
     )
 
 
-def quick_bytes(layer: ExpertLayer, layers: int, budget: int) -> int:
-    """What a quick analysis reads at most of the experts of a model with so many layers like this one."""
-    whole = _bytes_of_a_neuron(layer) * layer.sizes["I"] * len(evenly_spaced(layer.count, EXPERTS))
-    return min(budget, round(whole * len(evenly_spaced(layers, LAYERS))))
-
-
-def roles_to_read(layer: ExpertLayer) -> tuple[list[str], list[ExpertTensor]]:
-    """The roles that are read, gate and up, of ungated experts up and down; and the tensors that hold them."""
-    roles = [role for role in layer.roles if role != "down"] if "gate" in layer.roles else list(layer.roles)
-    return roles, [tensor for tensor in layer.tensors if set(tensor.spec.roles) & set(roles)]
-
-
-def _bytes_of_a_neuron(layer: ExpertLayer) -> float:
-    _, tensors = roles_to_read(layer)
-    return sum(info.nbytes for tensor in tensors for info in tensor.infos()) / layer.count / layer.sizes["I"]
-
-
 def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progress) -> QuickLayer:
     """One of so many layers, which share the budget."""
     roles, tensors = roles_to_read(layer)
-    of_a_neuron = _bytes_of_a_neuron(layer)
+    of_a_neuron = bytes_per_neuron(layer)
     turned = [tensor.rows for tensor in tensors if not tensor.has_neurons_as_rows]
     wanted = EXPERTS
     while True:
         chosen = evenly_spaced(layer.count, wanted)
         in_memory = 4 * len(chosen) * len(roles) * layer.sizes["H"]
-        count = min(layer.sizes["I"], int(budget / layers / len(chosen) / of_a_neuron), room() // (COPIES * in_memory))
+        count = min(
+            layer.sizes["I"], int(budget / layers / len(chosen) / of_a_neuron), matrix_memory() // (COPIES * in_memory)
+        )
         # of columns some inputs are read: of fewer experts, where that makes them enough
         inputs = min([layer.sizes["H"], *(rows * count // layer.sizes["I"] for rows in turned)])
         if not turned or inputs >= LEAST_WIDTH or len(chosen) <= LEAST_EXPERTS:
@@ -130,7 +115,7 @@ def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progr
     if count < min(LEAST, layer.sizes["I"]):
         least = ceil(LEAST * len(chosen) * of_a_neuron * layers / 1e6)
         raise InvalidRequest(f"the budget is too small for {len(chosen)} experts", f"allow {least} MB, or more")
-    layer.prefetch(progress, [one for tensor in tensors for one in _ranges(tensor, chosen, count)])
+    layer.prefetch(progress, [one for tensor in tensors for one in part_ranges(tensor, chosen, count)])
     with worker_threads() as pool:
         parts = list(pool.map(lambda expert: read_part(tensors, roles, expert, count), chosen))
         for expert, part in zip(chosen, parts, strict=True):
@@ -161,24 +146,6 @@ def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progr
         in_place=evidence.in_place,
         kind=_name_kind(evidence),
     )
-
-
-def read_part(
-    tensors: Sequence[ExpertTensor], roles: Sequence[str], expert: int, count: int
-) -> dict[str, NDArray[np.float32]]:
-    """By role, the first `count` neurons of an expert, [count, inputs]; of a transposed tensor all neurons, and as many
-    of their inputs as take no more bytes."""
-    found: dict[str, NDArray[np.float32]] = {}
-    for tensor in tensors:
-        for window in tensor.neurons(count):
-            for piece in tensor.read([expert], *window):
-                if piece.role in roles:
-                    found[piece.role] = as_neurons(piece.role, piece.values[0])
-    return found
-
-
-def _ranges(tensor: ExpertTensor, chosen: Sequence[int], count: int) -> list[tuple[str, tuple[int, int]]]:
-    return [one for expert in chosen for window in tensor.neurons(count) for one in tensor.byte_ranges(expert, *window)]
 
 
 def _name_kind(evidence: Evidence) -> str | None:

@@ -22,7 +22,7 @@ from mlx_lm.utils import _get_classes, load_model
 from .errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, name_model
 from .reports import Evaluation, TokensFrom
 from .weights.checkpoint import Checkpoint
-from .weights.source import Folder
+from .weights.repositories.local import Folder
 
 VERSION = 1
 ROLES = ("gate", "up", "down")

@@ -14,14 +14,7 @@ from ..errors import printable
 from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
 from ..text import format_bytes, format_ranges, percent, whole_percent
 from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_similarity, to_svg
-from .words import (
-    explain,
-    explain_parent,
-    explain_rule,
-    format_compressible,
-    format_cosine,
-    format_rank,
-)
+from .words import explain, explain_parent, explain_rule, format_compressible, format_cosine, format_rank
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from ..errors import InvalidRequest, ModelUnreadable, UnknownFormat
 from ..progress import Progress
 from . import gguf
+from .model_config import QUANTIZATION_KEYS, nested_objects, read_quantization
+from .repositories.source import QUANTIZATION_FILES, ByteSource, Range, Repository, is_inside, list_parts
 from .safetensors_header import parse_json_object, read_header
-from .source import QUANTIZATION_FILES, ByteSource, Range, Repository, is_inside, list_parts
 from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_name
 
 __all__ = ["DTYPES", "INDEX", "QUANTIZATION_KEYS", "Checkpoint", "TensorInfo", "find_weight_files"]
 
 INDEX = "model.safetensors.index.json"
-QUANTIZATION_KEYS = ("quantization_config", "quantization")
 _LORA = re.compile(r"(?P<stem>.+?)[.]lora_[aAbB](?:[.].+)?")
 _RANK = re.compile(r"-TP-\d+\.safetensors$")  # a file of one tensor parallel rank, as Grok-2 has them
 
@@ -154,11 +154,11 @@ class Checkpoint:
         if isinstance(own, dict) and {"bits", "group_size"} <= own.keys() and "quantization_config" in config:
             # MLX's; the other may be that of the model it was converted from, whose format is gone
             return {**config, "quantization_config": own}
-        said = (part.get(key) for part in _objects(config) for key in QUANTIZATION_KEYS)
+        said = (part.get(key) for part in nested_objects(config) for key in QUANTIZATION_KEYS)
         if any(isinstance(one, dict) and one for one in said):
             return config
         for file in QUANTIZATION_FILES:
-            if file in self.repository.files and (found := _read_quantization(file, self._json(file))):
+            if file in self.repository.files and (found := read_quantization(file, self._json(file))):
                 return {**config, "quantization_config": found}
         return config
 
@@ -215,28 +215,6 @@ class _Counted:
     def read(self, start: int, stop: int) -> bytes:
         self._count(stop - start)
         return self._source.read(start, stop)
-
-
-def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config and every object in it."""
-    found = [config]
-    for one in found:
-        yield one
-        found += [value for value in one.values() if isinstance(value, dict)]
-
-
-def _read_quantization(file: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What one of QUANTIZATION_FILES says, as a config's quantization_config would; {} for nothing."""
-    method, renamed = {
-        "hf_quant_config.json": ("modelopt", {}),
-        "quantize_config.json": ("gptq", {}),
-        "quant_config.json": ("awq", {"w_bit": "bits", "q_group_size": "group_size"}),
-    }[file]
-    if method == "modelopt":
-        inner = found.get("quantization")
-        found = inner if isinstance(inner, dict) and inner.get("quant_algo") else {}
-    found = {renamed.get(key, key): value for key, value in found.items()}
-    return {**found, "quant_method": found.get("quant_method") or method} if found else {}
 
 
 def _element(info: TensorInfo) -> np.dtype[Any]:

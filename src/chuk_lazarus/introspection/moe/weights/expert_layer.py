@@ -18,8 +18,8 @@ from ..progress import Progress
 from ..terms import ROLES
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import Stored
-from .layouts import Layout, Matches, Parts, StoredTensor, split_name
-from .source import Range
+from .layouts import Layout, LayoutMatch, Parts, StoredTensor, split_name
+from .repositories.source import Range
 from .stored import BIAS, Infos, find_rows, find_slices, open_stored, outline, read_rows
 
 MATRIX_WINDOW = 4_000_000  # weights of one expert decoded at a time
@@ -62,7 +62,7 @@ class ExpertLayer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        match: Matches,
+        match: LayoutMatch,
         number: int,
         expected: Mapping[str, int | None],
         quantization: Mapping[str, Any],

@@ -2,31 +2,24 @@
 
 import os
 import re
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
 from ..text import format_ranges
-from .checkpoint import QUANTIZATION_KEYS, Checkpoint
+from .checkpoint import Checkpoint
 from .expert_layer import DoesNotFit, ExpertLayer
-from .layouts import Kind, Matches, has_feature, is_listed, match_names, usual_activation
-from .source import find_repository
-
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-ACTIVATION_KEYS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "dense_act_fn")
-TOP_K_KEYS = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-    "moe_top_k",
-    "moe_num_active_primary_experts",
-    "experts_per_token",
-    "router_topk",
+from .layouts import Kind, LayoutMatch, has_feature, is_listed, match_names, usual_activation
+from .model_config import (
+    ACTIVATION_KEYS,
+    QUANTIZATION_KEYS,
+    TOP_K_KEYS,
+    count_experts,
+    layer_config,
+    stack_config,
+    text_config,
 )
-EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "moe_num_primary_experts")
+from .repositories.find import find_repository
 
 
 class Experts:
@@ -41,7 +34,7 @@ class Experts:
     def __init__(self, checkpoint: Checkpoint, kind: Kind = "routed", stack: str | None = None) -> None:
         self.checkpoint = checkpoint
         self.kind = kind
-        self.config = _text_config(checkpoint.config)
+        self.config = text_config(checkpoint.config)
         self.notes: list[str] = []
         matches, partial, unmatched = match_names(checkpoint.names, kind)
         if unmatched:
@@ -53,7 +46,7 @@ class Experts:
             raise self._nothing()
         self.stacks = tuple(sorted(sizes, key=lambda root: (_is_mtp_root(root), -sizes[root], root)))
         root = self._choose_stack(stack)
-        self.config, is_own = _stack_config(checkpoint.config, root)
+        self.config, is_own = stack_config(checkpoint.config, root)
         self._match = self._choose([match for match in matches if match.root == root])
         depth = self.config.get("num_hidden_layers")
         main = [one for one in self.stacks if not _is_mtp_root(one)]
@@ -119,10 +112,10 @@ class Experts:
             raise InvalidRequest(f"{layers!r} chooses no layer", f"the MoE layers are {format_ranges(self.layers)}")
         return tuple(dict.fromkeys(chosen))
 
-    def _open(self, match: Matches, number: int) -> ExpertLayer:
+    def _open(self, match: LayoutMatch, number: int) -> ExpertLayer:
         expected: dict[str, int | None] = {}
         if self.kind == "routed":
-            expected[self.checkpoint.config_file] = _config_count(_layer_config(self.config, number))
+            expected[self.checkpoint.config_file] = count_experts(layer_config(self.config, number))
             router = match.beside.get(number, {}).get("router", {}).get("weight")
             if router and match.layout.is_flattened:
                 expected[router] = next(iter(self.checkpoint.info(router).shape), None)
@@ -168,7 +161,7 @@ class Experts:
         found = (config.get(key) for config in configs for key in QUANTIZATION_KEYS)
         return next((one for one in found if isinstance(one, dict) and one), {})
 
-    def _refuse(self, partial: list[Matches], unmatched: list[str]) -> NoReturn:
+    def _refuse(self, partial: list[LayoutMatch], unmatched: list[str]) -> NoReturn:
         """Raise for tensors that look like routed experts and are in no layout."""
         for match in partial:
             if match.names.issuperset(unmatched):
@@ -197,7 +190,7 @@ class Experts:
                 "the model is an overlay, whose experts are stored as base and factors",
                 "give the model that it was made from, or export it to a standard checkpoint",
             )
-        if (count := _config_count(self.config) or 0) > 1:
+        if (count := count_experts(self.config) or 0) > 1:
             return UnknownFormat(
                 f"{self.checkpoint.config_file} says that there are {count} experts, and no tensor's name is known",
                 f"model_type is {self.model_type or 'not given'}; please report it",
@@ -229,7 +222,7 @@ class Experts:
             raise InvalidRequest(f"the model has no stack of layers named {wanted}", f"there are {others}")
         return found[0]
 
-    def _choose(self, candidates: list[Matches]) -> Matches:
+    def _choose(self, candidates: list[LayoutMatch]) -> LayoutMatch:
         """The one match whose layout fits the shapes and leaves no tensor over; where several do, the config's
         model_type decides."""
         fitting = []
@@ -284,38 +277,6 @@ def split_model(model: str) -> tuple[str, str | None]:
     """A model's name and the stack that follows it behind a #, if one does: "org/name#encoder"."""
     name, mark, stack = model.rpartition("#")
     return (name, stack) if mark and name and not os.path.exists(model) else (model, None)
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a multimodal config that describes the language model."""
-    while inner := next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None):
-        config = inner
-    return config
-
-
-def _stack_config(config: dict[str, Any], root: str) -> tuple[dict[str, Any], bool]:
-    """The part of a multimodal config that describes a stack of layers ("talker.model" has a `talker_config`), and
-    whether it is this stack's own."""
-    first = root.partition(".")[0].removesuffix("_encoder")
-    inner = config.get(f"{first}_config")
-    return (_text_config(inner), True) if isinstance(inner, dict) else (_text_config(config), False)
-
-
-def _layer_config(config: dict[str, Any], number: int) -> Mapping[str, Any]:
-    """The config with what it says about one layer."""
-    by_layer = config.get("per_layer_config")
-    own = by_layer.get(str(number)) if isinstance(by_layer, dict) else None
-    return ChainMap(own, config) if isinstance(own, dict) else config
-
-
-def _config_count(config: Mapping[str, Any]) -> int | None:
-    """How many experts the config says there are."""
-    for part in (config, config.get("ffn_config")):
-        if isinstance(part, Mapping):
-            for key in EXPERT_COUNTS:
-                if type(count := part.get(key)) is int:
-                    return count
-    return None
 
 
 def _is_mtp_root(root: str) -> bool:

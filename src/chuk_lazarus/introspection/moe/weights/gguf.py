@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from ..errors import ModelUnreadable, UnknownFormat
-from .source import ByteSource
+from .repositories.source import ByteSource
 from .tensor_info import MAX_HEADER, MAX_NAME, TensorInfo, check_apart, check_name
 
 PIECE = 2**20  # read at once while the header goes on; the first time a quarter of it

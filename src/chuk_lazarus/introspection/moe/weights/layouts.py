@@ -226,7 +226,7 @@ def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
 
 
 @dataclass(slots=True)
-class Matches:
+class LayoutMatch:
     """What the names of a checkpoint hold for one row of the table below one root, such as "model".
 
     `layers[layer][role][expert]` are the parts of a stored tensor; the expert is None where one tensor holds them all.
@@ -312,12 +312,12 @@ def _place_beside(pattern: str) -> tuple[str, str] | None:
     return None
 
 
-def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[Matches], list[Matches], list[str]]:
+def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[LayoutMatch], list[LayoutMatch], list[str]]:
     """All matches of the names with rows of the table: complete ones, then others, then the names that stay over.
 
     Those that stay over look like routed experts and are in no complete match.
     """
-    matches: dict[tuple[int, str], Matches] = {}
+    matches: dict[tuple[int, str], LayoutMatch] = {}
     beside: dict[str, dict[int, dict[str, Parts]]] = {}
     suspects: list[str] = []
     for name in names:
@@ -332,7 +332,7 @@ def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[Match
             beside.setdefault(root, {}).setdefault(layer, {}).setdefault(what, {})[part] = name
         for row, role, part in _places(pattern, kind):
             if (row, root) not in matches:
-                matches[row, root] = Matches(load_table()[row], root, beside.setdefault(root, {}))
+                matches[row, root] = LayoutMatch(load_table()[row], root, beside.setdefault(root, {}))
             experts = matches[row, root].layers.setdefault(layer, {}).setdefault(role, {})
             experts.setdefault(number, {})[part] = name
     complete = [found for found in matches.values() if found.is_complete]

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from ..errors import ModelUnreadable
-from .source import ByteSource
+from .repositories.source import ByteSource
 from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_apart, check_name
 
 PACKED = frozenset({"F4"})

@@ -1,4 +1,11 @@
-"""Where a tensor lies in a file and what its elements are, whatever the container."""
+"""Overlay checkpoints on disk: a whole model whose routed experts are kept as base and factors, and the way back.
+
+`write_overlay` makes such a folder out of any model that `Experts` reads, `read_overlay` opens one, `export_overlay`
+turns it into a checkpoint of the original family again. Both writers stream: they hold no more than the base of one
+layer and the experts that the worker threads are busy with.
+
+`model_folder` writes the folders, so that they are whole or not there.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,3 +77,9 @@ def check_apart(tensors: Iterable[TensorInfo], file: str) -> None:
     for before, after in pairwise(in_order):
         if after.start < before.stop:
             raise ModelUnreadable(f"{file}: {before.name} and {after.name} share bytes: the header is broken")
+
+
+PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})  # dtypes that no quantised weight has
+INTEGER_DTYPES = frozenset(
+    {"I32", "I16", "I8", "U64", "U32", "U16", "U8"}
+)  # a quantised weight, or a plain mask or table

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from . import Part, Stored
+from .codec import Part, Stored
 from .gptq import scale_rows
 
 

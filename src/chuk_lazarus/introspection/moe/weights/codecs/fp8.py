@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from . import Part, Stored
+from .codec import Part, Stored
 from .small_floats import E8M0, is_one_per_matrix, scale_groups, widen
 
 WEIGHTS = ("F8_E4M3", "F8_E5M2")

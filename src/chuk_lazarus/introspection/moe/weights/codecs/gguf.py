@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from . import Part, Stored, plain
+from . import plain
+from .codec import Part, Stored
 
 SCALE = "weight_scale"
 

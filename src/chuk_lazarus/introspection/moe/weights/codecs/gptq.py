@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from . import Part, Stored
 from .bits import unpack, unpack_rows
+from .codec import Part, Stored
 
 WIDTHS = (2, 3, 4, 8)
 FORMATS = {"gptq": 1, "gptq_v2": 0}

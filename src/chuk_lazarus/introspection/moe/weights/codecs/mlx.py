@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from . import Part, Stored
 from .bits import unpack
+from .codec import Part, Stored
 from .small_floats import E4M3, E8M0, is_one_per_matrix, scale_groups, unpack_e2m1, widen
 
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)

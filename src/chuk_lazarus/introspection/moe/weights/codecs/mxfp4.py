@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable
-from . import Part, Stored
+from .codec import Part, Stored
 from .fp8 import SCALE_NAMES
 from .small_floats import E8M0, scale_groups, unpack_e2m1, widen
 

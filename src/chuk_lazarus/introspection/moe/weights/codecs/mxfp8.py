@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import Part, Stored
+from .codec import Part, Stored
 from .fp8 import SCALE_NAMES, WEIGHTS, find_blocks, grid
 from .small_floats import E8M0, scale_groups, widen
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable
-from . import Part, Stored
+from .codec import Part, Stored
 from .mxfp4 import find_pairs, pairs_shape
 from .small_floats import is_one_per_matrix, scale_groups, unpack_e2m1, widen
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from . import Part, Stored
 from .bits import unpack, unpack_rows
+from .codec import Part, Stored
 
 FLOATS = ("BF16", "F16", "F32")
 WIDTHS = (1, 2, 4, 8)

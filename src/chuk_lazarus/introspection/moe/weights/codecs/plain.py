@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import Part, Stored
+from .codec import Part, Stored
 
 NAMES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f64"}
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from ..errors import ModelUnreadable
-from ..files import write_whole
-from ..text import parse_size
+from ...errors import ModelUnreadable
+from ...files import write_whole
+from ...text import parse_size
 from .source import Range
 
 DEFAULT_LIMIT = "20GB"

@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ... import __version__
-from .files import cache_folder, read_checked, write_checked
-from .progress import Progress
-from .weights.checkpoint import Checkpoint
-from .weights.expert_layer import ExpertLayer
-from .weights.source import Folder
+from .... import __version__
+from ..files import cache_folder, read_checked, write_checked
+from ..progress import Progress
+from ..weights.checkpoint import Checkpoint
+from ..weights.expert_layer import ExpertLayer
+from ..weights.repositories.local import Folder
 
 LEFT = 30 * 24 * 3600  # seconds after which nobody comes back to an interrupted job
 
 Found = TypeVar("Found")
 
 
-class Sweep:
+class ResumableLayers:
     """One job over several layers, known by what it does (`job`, JSON) and by the state of the model's files."""
 
     def __init__(

@@ -1,66 +1,13 @@
-"""Where bytes come from: a file of a local folder here, a file on the Hub in `hub.py`."""
+"""Models in folders on this machine."""
 
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from ..errors import ModelUnreadable
-from ..progress import Progress
-
-Range = tuple[int, int]
-"""Half-open range of byte offsets in a file."""
-
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""What ModelOpt, AutoGPTQ and AutoAWQ say of the quantisation where config.json says nothing."""
-
-MAX_PARTS = 1000  # of a split GGUF file
-DEMO_MODELS = ("upcycled", "native", "permuted", "parent")
-DEMO_FOLDER = Path(__file__).parents[3] / "demo"
-
-
-def list_parts(file: str) -> list[str]:
-    """The names of all parts of the GGUF file that `file` is a part of; itself alone where it is not split."""
-    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file)
-    if not match or not 0 < int(match[2]) <= MAX_PARTS:
-        return [file]
-    return [f"{match[1]}-{number:05}-of-{match[2]}.gguf" for number in range(1, int(match[2]) + 1)]
-
-
-def is_inside(file: str) -> bool:
-    """Whether the name of a file, as others list it, is that of one in the model, or below it."""
-    return not (file.startswith("/") or "\\" in file or ".." in file.split("/")) and file.isprintable()
-
-
-class ByteSource(Protocol):
-    """One file, read by byte ranges."""
-
-    @property
-    def size(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> bytes: ...
-
-
-class Repository(Protocol):
-    """The files of one model."""
-
-    @property
-    def revision(self) -> str | None: ...
-
-    @property
-    def files(self) -> frozenset[str]: ...
-
-    @property
-    def bytes_fetched(self) -> int:
-        """How many bytes have come over a network so far."""
-        ...
-
-    def open(self, filename: str) -> ByteSource: ...
-
-    def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
-        """Bring the wanted ranges of each file near, so that reading them is quick."""
+from ...errors import ModelUnreadable
+from ...progress import Progress
+from .source import QUANTIZATION_FILES, Range, list_parts
 
 
 class LocalFile:
@@ -138,34 +85,3 @@ class Folder:
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
         """Nothing to do: the bytes are here."""
-
-
-def find_repository(model: str) -> Repository:
-    """The repository that the user means by `model`.
-
-    `demo:NAME` is an embedded model; then an existing folder or file; then a Hub id, `org/name` or `org/name@revision`,
-    or a GGUF file of it, `org/name/path/file.gguf`. Raises ModelUnreadable when it is none of these.
-    """
-    if model.startswith("demo:"):
-        name = model.removeprefix("demo:")
-        if name not in DEMO_MODELS:
-            known = ", ".join(f"demo:{known}" for known in DEMO_MODELS)
-            raise ModelUnreadable(f"there is no embedded model {model}", f"there are {known}")
-        return Folder(DEMO_FOLDER / name)
-    path = Path(model)
-    try:
-        path = path.expanduser()
-        found = bool(model) and path.exists()
-    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, a NUL
-        found = False
-    if found:
-        return Folder(path.parent if path.name.endswith(".safetensors.index.json") else path)
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([^@]+\.gguf))?(?:@([\w./-]+))?", model)
-    if match and not match[1].endswith((".safetensors", ".gguf")):
-        from .hub import HubRepository
-
-        return HubRepository(match[1], match[3], match[2])
-    raise ModelUnreadable(
-        f"{model}: no such folder or file" if model else "no model was given",
-        "give a folder, a .safetensors or .gguf file, a Hub id such as org/name, or demo:upcycled",
-    )

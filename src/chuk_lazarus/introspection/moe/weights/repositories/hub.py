@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from ..errors import ModelUnreadable, MoEError
+from ...errors import ModelUnreadable, MoEError
 
 try:
     import huggingface_hub.constants  # noqa: F401  which reads the environment
@@ -54,10 +54,11 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     tqdm,
 )
 
-from ..files import cache_folder, read_checked, write_checked
-from ..progress import Progress
+from ...files import cache_folder, read_checked, write_checked
+from ...progress import Progress
+from .local import LocalFile
 from .range_cache import RangeCache, cache_limit, merge
-from .source import ByteSource, LocalFile, Range, is_inside, list_parts
+from .source import ByteSource, Range, is_inside, list_parts
 
 PARALLEL = 4
 CHUNK = 16 * 2**20  # bytes of one request, so of one cached range

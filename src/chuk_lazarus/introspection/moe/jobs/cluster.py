@@ -21,11 +21,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
-from .errors import InvalidRequest, ModelUnreadable, MoEError
-from .measure import LEAST_MEMORY, memory_limit, thread_limit
-from .progress import Progress
-from .weights.experts import split_model
-from .weights.source import Folder
+from ..errors import InvalidRequest, ModelUnreadable, MoEError
+from ..progress import Progress
+from ..weights.experts import split_model
+from ..weights.repositories.local import Folder
+from .resources import LEAST_MEMORY, memory_limit, thread_limit
 
 if TYPE_CHECKING:
     from distributed import Client, Future

@@ -1,0 +1,50 @@
+"""A part of a layer: some neurons of some experts, read for a quick look."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..numerics.neurons import as_neurons
+from ..weights.expert_layer import ExpertLayer, ExpertTensor
+from .measure import evenly_spaced
+
+LAYERS, EXPERTS = 3, 16
+BUDGET = "64MB"  # of a quick analysis, if the user gives none
+
+
+def quick_bytes(layer: ExpertLayer, layers: int, budget: int) -> int:
+    """What a quick analysis reads at most of the experts of a model with so many layers like this one."""
+    whole = bytes_per_neuron(layer) * layer.sizes["I"] * len(evenly_spaced(layer.count, EXPERTS))
+    return min(budget, round(whole * len(evenly_spaced(layers, LAYERS))))
+
+
+def roles_to_read(layer: ExpertLayer) -> tuple[list[str], list[ExpertTensor]]:
+    """The roles that are read, gate and up, of ungated experts up and down; and the tensors that hold them."""
+    roles = [role for role in layer.roles if role != "down"] if "gate" in layer.roles else list(layer.roles)
+    return roles, [tensor for tensor in layer.tensors if set(tensor.spec.roles) & set(roles)]
+
+
+def bytes_per_neuron(layer: ExpertLayer) -> float:
+    """What the files spend on the roles of one neuron that are read."""
+    _, tensors = roles_to_read(layer)
+    return sum(info.nbytes for tensor in tensors for info in tensor.infos()) / layer.count / layer.sizes["I"]
+
+
+def read_part(
+    tensors: Sequence[ExpertTensor], roles: Sequence[str], expert: int, count: int
+) -> dict[str, NDArray[np.float32]]:
+    """By role, the first `count` neurons of an expert, [count, inputs]; of a transposed tensor all neurons, and as many
+    of their inputs as take no more bytes."""
+    found: dict[str, NDArray[np.float32]] = {}
+    for tensor in tensors:
+        for window in tensor.neurons(count):
+            for piece in tensor.read([expert], *window):
+                if piece.role in roles:
+                    found[piece.role] = as_neurons(piece.role, piece.values[0])
+    return found
+
+
+def part_ranges(tensor: ExpertTensor, chosen: Sequence[int], count: int) -> list[tuple[str, tuple[int, int]]]:
+    """The byte ranges, each with its file's name, that hold the first `count` neurons of the chosen experts."""
+    return [one for expert in chosen for window in tensor.neurons(count) for one in tensor.byte_ranges(expert, *window)]

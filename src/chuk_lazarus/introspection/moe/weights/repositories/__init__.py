@@ -1,0 +1,1 @@
+"""Where bytes come from: folders on this machine and models on the Hub."""

@@ -1,0 +1,42 @@
+"""Which repository a user means by a model's name."""
+
+import re
+from pathlib import Path
+
+from ...errors import ModelUnreadable
+from .local import Folder
+from .source import Repository
+
+DEMO_MODELS = ("upcycled", "native", "permuted", "parent")
+DEMO_FOLDER = Path(__file__).parents[4] / "demo"
+
+
+def find_repository(model: str) -> Repository:
+    """The repository that the user means by `model`.
+
+    `demo:NAME` is an embedded model; then an existing folder or file; then a Hub id, `org/name` or `org/name@revision`,
+    or a GGUF file of it, `org/name/path/file.gguf`. Raises ModelUnreadable when it is none of these.
+    """
+    if model.startswith("demo:"):
+        name = model.removeprefix("demo:")
+        if name not in DEMO_MODELS:
+            known = ", ".join(f"demo:{known}" for known in DEMO_MODELS)
+            raise ModelUnreadable(f"there is no embedded model {model}", f"there are {known}")
+        return Folder(DEMO_FOLDER / name)
+    path = Path(model)
+    try:
+        path = path.expanduser()
+        found = bool(model) and path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, a NUL
+        found = False
+    if found:
+        return Folder(path.parent if path.name.endswith(".safetensors.index.json") else path)
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([^@]+\.gguf))?(?:@([\w./-]+))?", model)
+    if match and not match[1].endswith((".safetensors", ".gguf")):
+        from .hub import HubRepository
+
+        return HubRepository(match[1], match[3], match[2])
+    raise ModelUnreadable(
+        f"{model}: no such folder or file" if model else "no model was given",
+        "give a folder, a .safetensors or .gguf file, a Hub id such as org/name, or demo:upcycled",
+    )
