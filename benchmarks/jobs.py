@@ -26,13 +26,13 @@ from chuk_lazarus.introspection.moe import (
     MoECompressionService,
     MoELayoutService,
     MoETypeService,
-    lineage,
     memory_limit,
-    overlay,
 )
 from chuk_lazarus.introspection.moe.jobs import measure
 from chuk_lazarus.introspection.moe.numerics import spectra
 from chuk_lazarus.introspection.moe.numerics.lapack import symmetric_eigenvalues
+from chuk_lazarus.introspection.moe.overlays import quantisation as overlay
+from chuk_lazarus.introspection.moe.provenance import lineage
 from chuk_lazarus.introspection.moe.weights.codecs import fp8, mxfp4, plain
 
 Array = NDArray[Any]

@@ -23,13 +23,13 @@ from chuk_lazarus.introspection.moe import (
     MoEOverlayEstimate,
     MoEOverlayVerification,
     NotMoE,
-    fidelity,
     moe_compression,
-    overlay_checkpoint,
 )
 from chuk_lazarus.introspection.moe.numerics.forward import route, run_expert
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
-from chuk_lazarus.introspection.moe.overlay import as_stored
+from chuk_lazarus.introspection.moe.overlays import fidelity
+from chuk_lazarus.introspection.moe.overlays.checkpoint import writer as overlay_checkpoint
+from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
 from chuk_lazarus.introspection.moe.reports.overlays import SameBytes
 from test_layouts import RECIPES
 

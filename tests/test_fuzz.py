@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import Experts, MoECompressionService, MoELayoutService, MoETypeService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable
-from chuk_lazarus.introspection.moe.overlay_checkpoint import read_overlay
+from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import read_overlay
 from chuk_lazarus.introspection.moe.weights.repositories.local import LocalFile
 from chuk_lazarus.introspection.moe.weights.safetensors_header import read_header
 from fuzz.cases import OK, Bench, Hangs, Outcome, deadline, read_everything

@@ -15,10 +15,22 @@ from safetensors.numpy import save_file
 from scipy.stats import binomtest, norm
 
 from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeService
-from chuk_lazarus.introspection.moe.classifier import LINEAGE, MEASURED, LineageThresholds, is_alike_in_place, judge
 from chuk_lazarus.introspection.moe.errors import InvalidRequest
-from chuk_lazarus.introspection.moe.lineage import Evidence, find_groups, name_kind, weigh, weigh_parent
 from chuk_lazarus.introspection.moe.numerics.neurons import Nearest, draw_neurons, find_nearest, join
+from chuk_lazarus.introspection.moe.provenance.classifier import (
+    LINEAGE,
+    MEASURED,
+    LineageThresholds,
+    classify_by_neurons,
+    is_alike_in_place,
+)
+from chuk_lazarus.introspection.moe.provenance.lineage import (
+    Evidence,
+    find_groups,
+    match_evidence,
+    name_kind,
+    parent_evidence,
+)
 
 Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
 EXPERTS, NEURONS, HIDDEN = 8, 256, 48
@@ -307,9 +319,9 @@ def test_zero_vectors_are_like_nothing() -> None:
     nothing = find_nearest(0 * asked, np.arange(8), 0 * asked)
     assert not nothing.cosine.any()
     both = {"gate": join([nothing, nothing]), "up": join([nothing, nothing])}
-    lost = weigh(both, np.repeat([0, 1], 4), np.arange(8), 8)
+    lost = match_evidence(both, np.repeat([0, 1], 4), np.arange(8), 8)
     assert (lost.kept, lost.close, lost.chance) == (0, 0, 1)  # nothing to judge by
-    parent = weigh_parent({"gate": nothing, "up": nothing}, np.repeat([0, 1], 4), np.arange(8), 8)
+    parent = parent_evidence({"gate": nothing, "up": nothing}, np.repeat([0, 1], 4), np.arange(8), 8)
     assert (parent.kept, parent.chance) == (0, 1)
 
 
@@ -331,7 +343,7 @@ def test_chance_is_what_roles_that_know_nothing_of_each_other_give() -> None:
     own = np.repeat(np.arange(4), 2000)
     hubs = np.array([0.3, *[0.7 / 31] * 31])  # one neuron of 32 is nearest to nearly a third of all
     roles = {role: some(rng.choice(32, (8000, 4), p=hubs).astype(np.int32)) for role in ("gate", "up", "down")}
-    evidence = weigh(roles, own, np.zeros(8000, np.intp), 32)
+    evidence = match_evidence(roles, own, np.zeros(8000, np.intp), 32)
     pair = 0.3**3 + 31 * (0.7 / 31) ** 3
     assert evidence.chance == pytest.approx(1 - (1 - pair) ** 3, rel=0.05)
     assert evidence.kept == pytest.approx(evidence.chance, rel=0.15)
@@ -400,7 +412,7 @@ def test_evidence_by_its_definitions(experts: int, neurons: int, each: int, seed
     chance = 1 - np.mean(missed)
     z = sum(np.subtract(means["in_place"], means["mean"])) / np.sqrt(2 * np.square(means["deviation"]).sum())
 
-    evidence = weigh(roles, own, positions, neurons)
+    evidence = match_evidence(roles, own, positions, neurons)
     assert evidence.queries == len(own)
     assert evidence.kept == pytest.approx(kept / len(own))
     assert evidence.close == pytest.approx(close / len(own))
@@ -421,18 +433,18 @@ def test_evidence_by_its_definitions(experts: int, neurons: int, each: int, seed
 def test_close_begins_at_a_half(cosine: float, close: float) -> None:
     found, figures = np.zeros((2, 2), np.int32), np.full((2, 2), cosine, np.float32)
     role = Nearest(found, figures, figures, figures, figures, figures)
-    assert weigh({"gate": role, "up": role}, np.arange(2), np.zeros(2, np.intp), 3).close == close
+    assert match_evidence({"gate": role, "up": role}, np.arange(2), np.zeros(2, np.intp), 3).close == close
 
 
 def test_nothing_found_again() -> None:
     """And cosines that do not scatter: no z-score, so nothing is proved."""
     own, nowhere = np.repeat(np.arange(2), 4), np.zeros(8, np.intp)
     roles = {role: some(np.full((8, 2), place, np.int32)) for place, role in enumerate(ROLES)}
-    evidence = weigh(roles, own, nowhere, 3)
+    evidence = match_evidence(roles, own, nowhere, 3)
     figures = (evidence.kept, evidence.close, evidence.chance, evidence.spread, evidence.in_place)
     assert figures == (0, 0, 0, 0, 0)
     assert (evidence.p_value, evidence.cosine_p_value) == (1, 1)
-    parent = weigh_parent({role: join([found]) for role, found in roles.items()}, own, nowhere, 3)
+    parent = parent_evidence({role: join([found]) for role, found in roles.items()}, own, nowhere, 3)
     assert (parent.kept, parent.chance, parent.p_value, parent.in_place, parent.cosine) == (0, 0, 1, 0, 0)
     assert (parent.shares.tolist(), parent.ranges.tolist()) == ([0, 0], [[-1, -1], [-1, -1]])
 
@@ -449,7 +461,7 @@ def test_evidence_of_a_parent_by_its_definitions(neurons: int, each: int, seed: 
     kept = [q for q in range(3 * each) if len({found[role][q] for role in ROLES}) == 1 and near[q]]
     shares = {role: [np.mean(np.array(found[role])[near] == n) for n in range(neurons)] for role in ROLES}
     chance = sum(np.prod([shares[role][n] for role in ROLES]) for n in range(neurons))
-    evidence = weigh_parent(roles, own, positions, neurons)
+    evidence = parent_evidence(roles, own, positions, neurons)
     assert evidence.queries == 3 * each
     assert evidence.kept == pytest.approx(len(kept) / len(own))
     assert evidence.chance == pytest.approx(chance)
@@ -535,7 +547,7 @@ def test_more_kept_is_never_more_native(
     order = {"NATIVE": 0, "UNDETERMINED": 1, "UPCYCLED": 2}
     (low, high), (far, near) = sorted((kept, more)), sorted((close, closer))
     less, greater = Facts(neurons, low, far, chance), Facts(neurons, high, near, chance)
-    assert order[judge([less]).origin] <= order[judge([greater]).origin]
+    assert order[classify_by_neurons([less]).origin] <= order[classify_by_neurons([greater]).origin]
 
 
 MANY, FEW = 4096, 8
@@ -558,8 +570,8 @@ MANY, FEW = 4096, 8
     ],
 )
 def test_verdicts(facts: Facts, origin: str) -> None:
-    assert judge([facts]).origin == origin
-    assert judge([facts, facts]).origin == origin
+    assert classify_by_neurons([facts]).origin == origin
+    assert classify_by_neurons([facts, facts]).origin == origin
 
 
 EXACT = LineageThresholds(  # numbers that float arithmetic meets exactly
@@ -589,14 +601,14 @@ EXACT = LineageThresholds(  # numbers that float arithmetic meets exactly
     ],
 )
 def test_where_verdicts_begin(facts: Facts, origin: str) -> None:
-    assert judge([facts], EXACT).origin == origin
+    assert classify_by_neurons([facts], EXACT).origin == origin
 
 
 @pytest.mark.parametrize(("found", "p_value"), [(1, 1 - 0.99**8), (2, 1 - 0.99**8 - 8 * 0.01 * 0.99**7)])
 def test_the_p_value_is_that_of_so_many_or_more(found: int, p_value: float) -> None:
     facts = [Facts(8, found / 8, 0.0, 0.01)]
     for factor, origin in ((1.001, "UPCYCLED"), (0.999, "UNDETERMINED")):
-        assert judge(facts, LineageThresholds(p_value=p_value * factor, times=1.0)).origin == origin
+        assert classify_by_neurons(facts, LineageThresholds(p_value=p_value * factor, times=1.0)).origin == origin
 
 
 def test_more_layers_have_more_chances() -> None:
@@ -616,15 +628,15 @@ def test_confidence_is_the_measured_rate() -> None:
         assert right == tried
         assert low == pytest.approx(0.025 ** (1 / tried), abs=1e-4)
         assert MEASURED[origin] == floor(100 * low) / 100
-    assert judge([Facts(MANY, 1.0, 1.0, 0.0)]).confidence == MEASURED["UPCYCLED"]
-    assert judge([Facts(MANY, 0.0, 0.0, 0.0)]).confidence == MEASURED["NATIVE"]
-    assert judge([Facts(MANY, 0.2, 0.0, 0.2)]).confidence == MEASURED["UNDETERMINED"] == 0.5
+    assert classify_by_neurons([Facts(MANY, 1.0, 1.0, 0.0)]).confidence == MEASURED["UPCYCLED"]
+    assert classify_by_neurons([Facts(MANY, 0.0, 0.0, 0.0)]).confidence == MEASURED["NATIVE"]
+    assert classify_by_neurons([Facts(MANY, 0.2, 0.0, 0.2)]).confidence == MEASURED["UNDETERMINED"] == 0.5
 
 
 def test_layers_count_by_their_neurons() -> None:
     native, copies = Facts(100, 0.0, 0.0, 0.0001), Facts(100, 1.0, 1.0, 0.0001)
-    assert judge([native, copies]).origin == "UPCYCLED"
-    assert judge([native] * 200 + [copies]).origin == "NATIVE"
+    assert classify_by_neurons([native, copies]).origin == "UPCYCLED"
+    assert classify_by_neurons([native] * 200 + [copies]).origin == "NATIVE"
 
 
 def cosine_p_value(base: NDArray[np.float32], copies: list[NDArray[np.float32]]) -> float:
@@ -632,7 +644,9 @@ def cosine_p_value(base: NDArray[np.float32], copies: list[NDArray[np.float32]])
     positions = np.tile(np.arange(len(base)), len(copies) + 1)
     experts = [base, *copies]
     found = join([find_nearest(np.concatenate(experts), positions, expert) for expert in experts])
-    return weigh({"up": found}, np.repeat(np.arange(len(experts)), len(base)), positions, len(base)).cosine_p_value
+    return match_evidence(
+        {"up": found}, np.repeat(np.arange(len(experts)), len(base)), positions, len(base)
+    ).cosine_p_value
 
 
 def test_the_p_value_of_the_positional_cosine_is_that_of_shuffled_neurons() -> None:

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.numerics.low_rank import factorise, overlay_bytes, rebuild, relative_error
 from chuk_lazarus.introspection.moe.numerics.spectra import energy_spectrum
-from chuk_lazarus.introspection.moe.overlay import Choice, as_stored, quantised_bytes, round_to_bits, spread_rank
+from chuk_lazarus.introspection.moe.overlays.allocation import allocate
+from chuk_lazarus.introspection.moe.overlays.curves import RateCurve
+from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored, quantised_bytes, round_to_bits
 
 
 def gaussian(shape: tuple[int, int], seed: int = 0) -> NDArray[np.float32]:
@@ -88,7 +90,7 @@ def test_error_falls_with_rank(rows: int, columns: int, seed: int) -> None:
 spectra = st.lists(st.floats(0, 100), min_size=1, max_size=4).map(lambda x: np.sort(np.array(x))[::-1])
 
 
-def left_out(choices: dict[int, Choice], ranks: dict[int, int]) -> float:
+def left_out(choices: dict[int, RateCurve], ranks: dict[int, int]) -> float:
     return sum(float(choice.spectrum[ranks[key] :].sum()) for key, choice in choices.items())
 
 
@@ -96,8 +98,8 @@ def left_out(choices: dict[int, Choice], ranks: dict[int, int]) -> float:
 @given(st.lists(spectra, min_size=1, max_size=3), st.integers(0, 14))
 def test_spread_rank_is_the_best_of_all_ways_to_spend_the_bytes(found: list[NDArray[np.float64]], budget: int) -> None:
     """Brute force, uniform ranks among the candidates, at equal costs."""
-    choices = {key: Choice(spectrum, 1) for key, spectrum in enumerate(found)}
-    ranks = spread_rank(choices, budget=budget)
+    choices = {key: RateCurve(spectrum, 1) for key, spectrum in enumerate(found)}
+    ranks = allocate(choices, budget=budget)
     assert sum(ranks.values()) <= budget
     candidates = itertools.product(*(range(len(spectrum) + 1) for spectrum in found))
     best = min(left_out(choices, dict(enumerate(c))) for c in candidates if sum(c) <= budget)
@@ -109,10 +111,10 @@ def test_spread_rank_is_the_best_of_all_ways_to_spend_the_bytes(found: list[NDAr
 def test_spread_rank_at_unequal_costs_is_at_most_one_rank_from_uniform(
     found: list[tuple[NDArray[np.float64], int]], uniform: int
 ) -> None:
-    choices = {key: Choice(spectrum, cost) for key, (spectrum, cost) in enumerate(found)}
+    choices = {key: RateCurve(spectrum, cost) for key, (spectrum, cost) in enumerate(found)}
     same = {key: min(uniform, len(choice.spectrum)) for key, choice in choices.items()}
     budget = sum(choices[key].cost * rank for key, rank in same.items())
-    ranks = spread_rank(choices, budget=budget)
+    ranks = allocate(choices, budget=budget)
     assert sum(choices[key].cost * rank for key, rank in ranks.items()) <= budget
     largest = max(float(choice.spectrum[0]) for choice in choices.values())
     assert left_out(choices, ranks) <= left_out(choices, same) + largest + 1e-9
@@ -123,11 +125,11 @@ def test_spread_rank_at_unequal_costs_is_at_most_one_rank_from_uniform(
 def test_spread_rank_stops_as_soon_as_the_error_is_small_enough(
     found: list[NDArray[np.float64]], energy_left: float
 ) -> None:
-    choices = {key: Choice(spectrum, 1) for key, spectrum in enumerate(found)}
-    ranks = spread_rank(choices, energy_left=energy_left)
+    choices = {key: RateCurve(spectrum, 1) for key, spectrum in enumerate(found)}
+    ranks = allocate(choices, energy_left=energy_left)
     assert left_out(choices, ranks) <= energy_left + 1e-9
     if sum(ranks.values()):
-        fewer = spread_rank(choices, budget=sum(ranks.values()) - 1)
+        fewer = allocate(choices, budget=sum(ranks.values()) - 1)
         assert left_out(choices, fewer) >= energy_left - 1e-9
 
 
@@ -154,8 +156,8 @@ def test_spread_rank_stops_as_soon_as_the_error_is_small_enough(
 def test_spread_rank_by_hand(
     spectra: list[list[float]], costs: list[int], limits: dict[str, float], ranks: list[int]
 ) -> None:
-    choices = {n: Choice(np.array(one), cost) for n, (one, cost) in enumerate(zip(spectra, costs, strict=True))}
-    assert spread_rank(choices, **limits) == dict(enumerate(ranks))
+    choices = {n: RateCurve(np.array(one), cost) for n, (one, cost) in enumerate(zip(spectra, costs, strict=True))}
+    assert allocate(choices, **limits) == dict(enumerate(ranks))
 
 
 def test_stored_numbers_are_bfloat16() -> None:

@@ -26,16 +26,12 @@ from safetensors.numpy import save_file
 
 import encoders_float
 import encoders_packed
-from chuk_lazarus.introspection.moe import model_folder
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, UnknownFormat
 from chuk_lazarus.introspection.moe.numerics.low_rank import relative_error
-from chuk_lazarus.introspection.moe.overlay_checkpoint import (
-    OverlayCheckpoint,
-    export_overlay,
-    planned_ranks,
-    read_overlay,
-    write_overlay,
-)
+from chuk_lazarus.introspection.moe.overlays.checkpoint import folder as model_folder
+from chuk_lazarus.introspection.moe.overlays.checkpoint.export import export_overlay
+from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import OverlayCheckpoint, read_overlay
+from chuk_lazarus.introspection.moe.overlays.checkpoint.writer import planned_ranks, write_overlay
 from chuk_lazarus.introspection.moe.weights.expert_layer import stored_rows
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import group_quantised, load_table, split_name

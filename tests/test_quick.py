@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from chuk_lazarus.cli.app import run
-from chuk_lazarus.introspection.moe import MoELayoutService, MoEQuickAnalysis, MoETypeService, quick
-from chuk_lazarus.introspection.moe.classifier import judge_quick
+from chuk_lazarus.introspection.moe import MoELayoutService, MoEQuickAnalysis, MoETypeService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, MoEError
 from chuk_lazarus.introspection.moe.jobs.parts import read_part, roles_to_read
 from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons
+from chuk_lazarus.introspection.moe.provenance import quick
+from chuk_lazarus.introspection.moe.provenance.classifier import classify_quickly
 from chuk_lazarus.introspection.moe.views.words import explain_quick
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.repositories.local import LocalFile
@@ -162,7 +163,7 @@ def test_trained_models_of_known_history(name: str, origin: str) -> None:
     ],
 )
 def test_the_quick_rule(close: float, reach: float, neurons: int, origin: str) -> None:
-    assert judge_quick(close, reach, neurons).origin == origin
+    assert classify_quickly(close, reach, neurons).origin == origin
 
 
 def test_confidence_is_the_measured_rate() -> None:
@@ -170,8 +171,8 @@ def test_confidence_is_the_measured_rate() -> None:
     folder = Path(__file__).parents[1] / "experiments/02_training_history"
     held_out = json.loads((folder / "results.json").read_text())["held_out"]["quick"]["0.25"]
     for figures, key in (((0.9, 1.0, 1000), "called_upcycled"), ((0.0, 1.0, 1000), "called_native")):
-        assert judge_quick(*figures).confidence == floor(100 * held_out[key][2][0]) / 100
-    assert judge_quick(0.0, 0.1, 1000).confidence == 0.5
+        assert classify_quickly(*figures).confidence == floor(100 * held_out[key][2][0]) / 100
+    assert classify_quickly(0.0, 0.1, 1000).confidence == 0.5
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], large: str) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
-from chuk_lazarus.introspection.moe.overlay import as_stored
+from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,19 +23,15 @@ with warnings.catch_warnings():
     pytest.importorskip("mlx_lm")
     import mlx.nn as nn
     import mlx.optimizers as optim
+    from chuk_lazarus.introspection.moe.runtime import Evaluation
     from mlx.utils import tree_flatten
     from mlx_lm.generate import generate_step
     from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
     from mlx_lm.utils import load_model
 
-    from chuk_lazarus.introspection.moe.runtime import (
-        Evaluation,
-        OverlayGLU,
-        OverlayLinear,
-        OverlayMoE,
-        evaluate,
-        load_overlay,
-    )
+    from chuk_lazarus.introspection.moe.overlays.runtime.evaluate import evaluate
+    from chuk_lazarus.introspection.moe.overlays.runtime.load import load_overlay
+    from chuk_lazarus.introspection.moe.overlays.runtime.modules import OverlayGLU, OverlayLinear, OverlayMoE
 
 Array = NDArray[np.float32]
 Matrices = dict[int, dict[str, Array]]  # layer -> role -> [experts, out, in]

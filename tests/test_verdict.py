@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chuk_lazarus.introspection.moe.classifier import Thresholds, classify
 from chuk_lazarus.introspection.moe.numerics.low_rank import original_bytes, overlay_bytes
+from chuk_lazarus.introspection.moe.provenance.classifier import Thresholds, classify
 
 GPT_OSS = dict.fromkeys(("gate", "up", "down"), (2880, 2880))
 OLMOE = {"gate": (1024, 2048), "up": (1024, 2048), "down": (2048, 1024)}

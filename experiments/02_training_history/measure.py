@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import beta, rankdata
 
 from chuk_lazarus.introspection.moe import InvalidRequest, MoETypeService
-from chuk_lazarus.introspection.moe.classifier import LINEAGE, THRESHOLDS
+from chuk_lazarus.introspection.moe.provenance.classifier import LINEAGE, THRESHOLDS
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION = {0, 1, 2, 3, 7}

@@ -26,8 +26,8 @@ from torch import Tensor
 from chuk_lazarus.introspection.moe import Experts as Stored
 from chuk_lazarus.introspection.moe import MoETypeService
 from chuk_lazarus.introspection.moe.errors import MoEError
-from chuk_lazarus.introspection.moe.lineage import weigh_parent
 from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons, find_nearest, join
+from chuk_lazarus.introspection.moe.provenance.lineage import parent_evidence
 from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer
 
 HERE = Path(__file__).resolve().parent
@@ -316,7 +316,7 @@ def match(asked: list[dict[str, np.ndarray]], pools: list[dict[str, np.ndarray]]
     own = np.repeat(np.arange(len(asked)), len(asked[0]["gate"]))
     queries = {role: np.concatenate([one[role] for one in asked]) for role in ROLES}
     nearest = [{role: find_nearest(queries[role], places, pool[role]) for role in ROLES} for pool in pools]
-    chances = [weigh_parent(one, own, places, len(pools[0]["gate"])).chance for one in nearest]
+    chances = [parent_evidence(one, own, places, len(pools[0]["gate"])).chance for one in nearest]
     found = np.stack([join([one[role] for one in nearest]).neuron for role in ROLES])
     kept = float((found == found[0]).all(axis=0).any(axis=1).mean())
     chance = 1.0 - float(np.prod([1.0 - chance for chance in chances]))

@@ -31,7 +31,9 @@ from torch.nn.utils import parametrize
 import chuk_lazarus
 from chuk_lazarus.introspection.moe.numerics.low_rank import factorise
 from chuk_lazarus.introspection.moe.numerics.spectra import energy_spectrum
-from chuk_lazarus.introspection.moe.overlay import Choice, quantised_bytes, round_to_bits, spread_rank
+from chuk_lazarus.introspection.moe.overlays.allocation import allocate
+from chuk_lazarus.introspection.moe.overlays.curves import RateCurve
+from chuk_lazarus.introspection.moe.overlays.quantisation import quantised_bytes, round_to_bits
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "02_training_history"))
@@ -239,9 +241,9 @@ def factored(model: zoo.Model, share: float, base: bool) -> zoo.Model:
         for role, found in matrices(block.experts).items():
             mean = found.mean(dim=0) if base else torch.zeros_like(found[0])
             spectrum = np.sum([energy_spectrum(delta.numpy()) for delta in found - mean], axis=0)
-            choices[layer, role] = Choice(spectrum, 2 * len(found) * sum(mean.shape))
+            choices[layer, role] = RateCurve(spectrum, 2 * len(found) * sum(mean.shape))
             budget += 2 * (share * found.numel() - (mean.numel() if base else 0))
-    for (layer, role), rank in spread_rank(choices, budget=budget).items():
+    for (layer, role), rank in allocate(choices, budget=budget).items():
         parametrize.register_parametrization(model.blocks[layer].experts, role, LowRank(rank, base))
     return model
 

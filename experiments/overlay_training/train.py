@@ -40,7 +40,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.mixtral import Model, ModelArgs
 
 from chuk_lazarus.introspection.moe.numerics.low_rank import factorise, rebuild
-from chuk_lazarus.introspection.moe.runtime import OverlayMoE, evaluate
+from chuk_lazarus.introspection.moe.overlays.runtime.evaluate import evaluate
+from chuk_lazarus.introspection.moe.overlays.runtime.modules import OverlayMoE
 
 HERE = Path(__file__).resolve().parent
 

@@ -117,7 +117,7 @@ def hasten() -> None:
 def hasty_worker() -> None:
     """What a survey starts for each model, without the waits."""
     hasten()
-    from chuk_lazarus.introspection.moe.moe_survey import work
+    from chuk_lazarus.introspection.moe.provenance.survey import work
 
     work()
 

@@ -34,7 +34,7 @@ from chuk_lazarus.introspection.moe import (
     SurveyRow,
     moe_survey,
 )
-from chuk_lazarus.introspection.moe.overlay_checkpoint import read_overlay
+from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import read_overlay
 from chuk_lazarus.introspection.moe.weights.repositories import hub
 
 from .corpus import (

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .moe_layout import MoELayoutService
     from .moe_survey import MoESurveyService
     from .moe_type import MoETypeService
+    from .overlays.runtime.load import load_overlay as load_overlay
+    from .overlays.runtime.modules import (
+        OverlayMoE as OverlayMoE,  # not in __all__: these two need MLX, which some platforms lack
+    )
     from .reports import (
         Cost,
         MoELayout,
@@ -32,8 +36,6 @@ if TYPE_CHECKING:
         SurveyRequest,
         SurveyRow,
     )
-    from .runtime import OverlayMoE as OverlayMoE  # not in __all__: these two need MLX, which some platforms lack
-    from .runtime import load_overlay as load_overlay
     from .weights.expert_layer import ExpertLayer
     from .weights.experts import Experts
 
@@ -91,7 +93,8 @@ _HOMES = {
         "SurveyRequest",
         "SurveyRow",
     ),
-    "runtime": ("OverlayMoE", "load_overlay"),
+    "overlays.runtime.load": ("load_overlay",),
+    "overlays.runtime.modules": ("OverlayMoE",),
     "weights.expert_layer": ("ExpertLayer",),
     "weights.experts": ("Experts",),
 }

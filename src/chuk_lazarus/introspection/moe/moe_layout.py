@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from . import views  # noqa: F401  which registers how reports are shown
-from .errors import name_model
 from .jobs.layout import describe_layout
 from .reports import MoELayout
 
@@ -22,5 +21,4 @@ class MoELayoutService:
         The headers that hold `layers` are read; if None, those of the first and the last MoE layer, and the others are
         taken to be like them unless all headers had to be read anyway. Raises a child of MoEError.
         """
-        with name_model(model):
-            return describe_layout(model, layers)
+        return describe_layout(model, layers)

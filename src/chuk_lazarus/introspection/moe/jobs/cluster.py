@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -24,7 +23,7 @@ from uuid import uuid4
 from ..errors import InvalidRequest, ModelUnreadable, MoEError
 from ..progress import Progress
 from ..weights.experts import split_model
-from ..weights.repositories.local import Folder
+from ..weights.fingerprint import file_sizes
 from .resources import LEAST_MEMORY, memory_limit, thread_limit
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Place:
         """Raise ModelUnreadable where a worker does not see these files."""
         if self.sizes is not None:
             path = split_model(self.name)[0]
-            found, hint = _file_sizes(path), "workers must see a model at the same path, or read it from the Hub"
+            found, hint = file_sizes(path), "workers must see a model at the same path, or read it from the Hub"
             if found is None:
                 raise ModelUnreadable(f"worker {worker} does not see {path}", hint)
             if found != self.sizes:
@@ -79,20 +78,8 @@ def locate(model: str, revision: str | None = None) -> Place:
     if revision:
         return Place(f"{name.partition('@')[0]}@{revision}{behind}", None)
     path = os.path.abspath(os.path.expanduser(name))
-    sizes = None if name.startswith("demo:") else _file_sizes(path)
+    sizes = None if name.startswith("demo:") else file_sizes(path)
     return Place(model if sizes is None else path + behind, sizes)
-
-
-def _file_sizes(path: str) -> dict[str, int] | None:
-    """The bytes of a model's weights and configs by name, None where there is nothing at the path."""
-    try:
-        if not os.path.exists(path):
-            return None
-        folder = Folder(Path(path))
-        files = (name for name in folder.files if name.endswith((".safetensors", ".gguf", ".json")))
-        return {name: (folder.path / name).stat().st_size for name in files}
-    except (OSError, MoEError):
-        return None
 
 
 @dataclass(frozen=True, slots=True)

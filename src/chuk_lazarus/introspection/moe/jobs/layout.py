@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from ..errors import MoEError, printable
+from ..errors import MoEError, name_model, printable
 from ..reports import Cost, LayerLayout, MoELayout, SharedExperts
 from ..text import parse_size
 from ..weights.checkpoint import Checkpoint
@@ -11,12 +11,19 @@ from ..weights.expert_layer import ExpertLayer
 from ..weights.experts import Experts, split_model
 from ..weights.layouts import Kind, match_names, split_name
 from ..weights.repositories.find import find_repository
-from .measure import DEFAULT_EXPERTS, bytes_to_measure, evenly_spaced
+from .measure import DEFAULT_EXPERTS, bytes_to_measure
+from .model import evenly_spaced
 from .parts import BUDGET, quick_bytes
+from .resources import Resources
 
 
 def describe_layout(model: str, layers: Sequence[int] | str | None) -> MoELayout:
     """The layout of a model, by the headers that hold `layers`; None for the first and the last MoE layer's."""
+    with name_model(model):
+        return _describe(model, layers)
+
+
+def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
     started = time.perf_counter()
     name, stack = split_model(model)
     checkpoint = Checkpoint(find_repository(name))
@@ -55,7 +62,7 @@ def describe_layout(model: str, layers: Sequence[int] | str | None) -> MoELayout
         exact={layer.layer for layer in counted} == set(experts.layers),
         parameters=round(share * sum(layer.parameters for layer in counted)),
         stored_bytes=round(share * sum(layer.stored_bytes for layer in counted)),
-        analysis_bytes=bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS)),
+        analysis_bytes=bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS), Resources.current()),
         notes=tuple(notes),
         quick_bytes=quick_bytes(opened[0], len(experts.layers), parse_size(BUDGET, "the budget")),
         cost=Cost(

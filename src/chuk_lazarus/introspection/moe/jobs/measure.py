@@ -20,7 +20,7 @@ from ..numerics.neurons import Nearest, as_neurons, draw_neurons, find_nearest, 
 from ..numerics.spectra import ROUNDING, energy_spectrum
 from ..progress import Counter, Progress
 from ..weights.expert_layer import ExpertLayer, ExpertTensor, Piece
-from .resources import kept_weights, window_weights, worker_count, worker_threads
+from .resources import Resources
 
 DEFAULT_EXPERTS = 8  # of a layer, whose spectra an analysis takes
 WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
@@ -48,32 +48,26 @@ class RoleMeasure:
     elsewhere: tuple[Nearest, ...]
 
 
-def evenly_spaced(count: int, wanted: int | None) -> tuple[int, ...]:
-    """`wanted` evenly spaced numbers out of range(count), all of them for None."""
-    if wanted is None or wanted >= count:
-        return tuple(range(count))
-    return tuple(int(i) for i in np.linspace(0, count - 1, wanted).round())
-
-
 def measure_layer(
     layer: ExpertLayer,
     chosen: Sequence[int],
+    resources: Resources,
     progress: Progress,
     queries: int | None = 0,
     others: Sequence[tuple[ExpertLayer, int]] = (),
 ) -> dict[str, RoleMeasure]:
     """The figures of every role of a layer; raises ModelUnreadable where a weight is not finite.
 
-    So many neurons of all chosen experts together, all for None, are looked for in the chosen experts and in `others`,
-    experts of other layers or models.
+    `queries` neurons of all chosen experts together, all for None, are looked for in the chosen experts and in
+    `others`, experts of other layers or models.
     """
     result: dict[str, RoleMeasure] = {}
     layer.prefetch(progress)
     positions = draw_neurons(len(chosen), layer.sizes["I"], queries)
     done = count_experts(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
-    with worker_threads(layer) as pool:
+    with resources.worker_threads(layer) as pool:
         for tensor in layer.tensors:
-            first = _FirstPass(tensor, chosen, positions)
+            first = _FirstPass(tensor, chosen, positions, resources)
             first.take_all(pool, done)
             deltas, columns = [], []
             for found, nearest in pool.map(first.deltas, chosen):
@@ -95,19 +89,21 @@ def measure_layer(
     return {role: result[role] for role in layer.roles}
 
 
-def bytes_to_measure(layer: ExpertLayer, chosen: Sequence[int]) -> int:
+def bytes_to_measure(layer: ExpertLayer, chosen: Sequence[int], resources: Resources) -> int:
     """How many bytes of the files `measure_layer` reads: every expert once, and the chosen ones again where they are
     too large to be kept."""
     return sum(
-        info.nbytes if _are_kept(tensor, len(chosen)) else info.nbytes * (layer.count + len(chosen)) // layer.count
+        info.nbytes
+        if _are_kept(tensor, len(chosen), resources)
+        else info.nbytes * (layer.count + len(chosen)) // layer.count
         for tensor in layer.tensors
         for info in tensor.infos()
     )
 
 
-def _are_kept(tensor: ExpertTensor, experts: int) -> bool:
-    """Whether so many experts' matrices fit in memory between the passes."""
-    return experts * sum(prod(tensor.layer.shape(role)) for role in tensor.spec.roles) <= kept_weights()
+def _are_kept(tensor: ExpertTensor, experts: int, resources: Resources) -> bool:
+    """Whether the matrices of this many experts fit in memory between the passes."""
+    return experts * sum(prod(tensor.layer.shape(role)) for role in tensor.spec.roles) <= resources.kept_weights
 
 
 def mean_experts(tensor: ExpertTensor, pool: ThreadPoolExecutor) -> dict[str, NDArray[np.float64]]:
@@ -148,8 +144,11 @@ def subtract_base(layer: int, role: str, matrix: NDArray[np.float32], base: NDAr
 class _FirstPass:
     """Base and Gram matrix of the roles in one stored tensor, gathered window by window."""
 
-    def __init__(self, tensor: ExpertTensor, chosen: Sequence[int], positions: NDArray[np.intp]) -> None:
+    def __init__(
+        self, tensor: ExpertTensor, chosen: Sequence[int], positions: NDArray[np.intp], resources: Resources
+    ) -> None:
         self.tensor = tensor
+        self.resources = resources
         self.chosen = chosen
         self.positions = positions
         self.layer = tensor.layer
@@ -161,12 +160,12 @@ class _FirstPass:
             for role, shape in shapes.items()
         }
         self._kept: dict[int, dict[str, NDArray[np.float32]]] = {}
-        if _are_kept(tensor, len(chosen)):
+        if _are_kept(tensor, len(chosen), resources):
             self._kept = {e: {role: np.empty_like(base) for role, base in self.base.items()} for e in chosen}
 
-    def take_all(self, pool: ThreadPoolExecutor, done: "Counter") -> None:
+    def take_all(self, pool: ThreadPoolExecutor, done: Counter) -> None:
         """Read all windows, side by side."""
-        windows = self.tensor.windows(window_weights() // worker_count(self.layer))
+        windows = self.tensor.windows(self.resources.window_weights // self.resources.worker_count(self.layer))
         for taken in pool.map(self.take, windows):
             for role, gram, weights in taken:  # in the order of the windows, so that sums do not depend on the threads
                 self.gram[role] += gram

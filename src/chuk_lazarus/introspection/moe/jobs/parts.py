@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from ..numerics.neurons import as_neurons
 from ..weights.expert_layer import ExpertLayer, ExpertTensor
-from .measure import evenly_spaced
+from .model import evenly_spaced
 
 LAYERS, EXPERTS = 3, 16
 BUDGET = "64MB"  # of a quick analysis, if the user gives none

@@ -1,10 +1,15 @@
-"""Memory and threads: how much of them the work on layers may take."""
+"""Memory and threads: how much of them a job may take.
+
+A job reads the limits once, when it opens its model, and hands them down: `memory_limit` and `thread_limit` hold in
+their context, which the threads of a pool do not inherit.
+"""
 
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from math import prod
 
 from threadpoolctl import threadpool_limits
@@ -20,7 +25,7 @@ _threads: ContextVar[int | None] = ContextVar("threads", default=None)
 
 @contextmanager
 def memory_limit(size: int | str | None) -> Iterator[None]:
-    """Within this context, work on layers takes about `size` bytes ("1GB") of memory; 2 GB outside of it, or for None.
+    """Within this context, jobs take about `size` bytes ("1GB") of memory; 2 GB outside of it, or for None.
 
     A few matrices of one expert must fit whatever the limit. Raises InvalidRequest for what is no size, or too little.
     """
@@ -36,7 +41,7 @@ def memory_limit(size: int | str | None) -> Iterator[None]:
 
 @contextmanager
 def thread_limit(count: int) -> Iterator[None]:
-    """Within this context, work on layers takes `count` threads; a thread per core outside of it."""
+    """Within this context, jobs take `count` threads; a thread per core outside of it."""
     token = _threads.set(count)
     try:
         yield
@@ -44,52 +49,60 @@ def thread_limit(count: int) -> Iterator[None]:
         _threads.reset(token)
 
 
-def memory() -> int:
-    """About how many bytes the work on layers may take."""
-    return _memory.get()
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one job may take: about `memory` bytes, and `threads`."""
+
+    memory: int
+    threads: int
+
+    @classmethod
+    def current(cls) -> "Resources":
+        """What the limits allow here and now; for the thread that starts a job."""
+        return cls(_memory.get(), _threads.get() or _count_cores())
+
+    def share(self, jobs: int) -> "Resources":
+        """The part of each of several jobs that run side by side."""
+        return Resources(max(LEAST_MEMORY, self.memory // jobs), max(1, self.threads // jobs))
+
+    @property
+    def window_weights(self) -> int:
+        """Weights of all experts that are decoded at a time, by all threads together: 2.8 % of the memory.
+
+        Larger windows were slower: what a thread decodes is memory that glibc keeps only up to 32 MB, beyond which the
+        kernel clears it again for every window.
+        """
+        return self.memory * 7 // 1000
+
+    @property
+    def kept_weights(self) -> int:
+        """Weights of chosen experts that are kept between the passes: 28 % of the memory."""
+        return self.memory * 7 // 100
+
+    @property
+    def matrix_memory(self) -> int:
+        """Bytes that the matrices which threads work on may take together: half of the memory."""
+        return self.memory // 2
+
+    def worker_count(self, layer: ExpertLayer | None = None, matrices: int = 2) -> int:
+        """How many threads fit: fewer than `threads` where `matrices` of the layer for each would take too much."""
+        largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
+        return max(1, min(self.threads, self.matrix_memory // (matrices * largest)))
+
+    @contextmanager
+    def worker_threads(self, layer: ExpertLayer | None = None, matrices: int = 2) -> Iterator[ThreadPoolExecutor]:
+        """A pool of `worker_count` threads, each with a BLAS of one thread.
+
+        Experts side by side beat one BLAS call on all cores as soon as another program wants a core.
+        """
+        with threadpool_limits(1, user_api="blas"):
+            pool = ThreadPoolExecutor(self.worker_count(layer, matrices))
+            try:
+                yield pool
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
-def window_weights() -> int:
-    """Weights of all experts that are decoded at a time, by all threads together: 2.8 % of the memory.
-
-    Larger windows were slower: what a thread decodes is memory that glibc keeps only up to 32 MB, beyond which the
-    kernel clears it anew for every window.
-    """
-    return memory() * 7 // 1000
-
-
-def kept_weights() -> int:
-    """Weights of chosen experts that are kept between the passes: 28 % of the memory."""
-    return memory() * 7 // 100
-
-
-def matrix_memory() -> int:
-    """Bytes that the matrices which threads work on may take together: half of the memory."""
-    return memory() // 2
-
-
-@contextmanager
-def worker_threads(layer: ExpertLayer | None = None, matrices: int = 2) -> Iterator[ThreadPoolExecutor]:
-    """As many threads as `cores`, each with a BLAS of one thread; fewer where `matrices` for each took too much room.
-
-    Experts side by side beat one BLAS call on all cores as soon as another program wants a core.
-    """
-    with threadpool_limits(1, user_api="blas"):
-        pool = ThreadPoolExecutor(worker_count(layer, matrices))
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def worker_count(layer: ExpertLayer | None = None, matrices: int = 2) -> int:
-    """How many threads `worker_threads` has."""
-    largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
-    return max(1, min(cores(), matrix_memory() // (matrices * largest)))
-
-
-def cores() -> int:
-    """How many cores work on layers may use: those of this process, or what `thread_limit` says."""
-    if count := _threads.get():
-        return count
+def _count_cores() -> int:
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

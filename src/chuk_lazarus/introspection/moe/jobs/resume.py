@@ -10,20 +10,23 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .... import __version__
+from pydantic import TypeAdapter
+
+from chuk_lazarus import __version__
+
 from ..files import cache_folder, read_checked, write_checked
 from ..progress import Progress
 from ..weights.checkpoint import Checkpoint
 from ..weights.expert_layer import ExpertLayer
-from ..weights.repositories.local import Folder
+from ..weights.fingerprint import fingerprint
 
 LEFT = 30 * 24 * 3600  # seconds after which nobody comes back to an interrupted job
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class ResumableLayers:
@@ -32,53 +35,49 @@ class ResumableLayers:
     def __init__(
         self, checkpoint: Checkpoint, job: Sequence[Any], layers: Sequence[ExpertLayer], progress: Progress
     ) -> None:
-        self._progress, self._many = progress, len(layers) > 1
+        self._progress, self._layers = progress, layers
         self._total, self._done = sum(layer.stored_bytes for layer in layers), 0
         self._under_way: dict[int, int] = {}  # bytes of each layer that is not done
-        known = [__version__, job, [layer.number for layer in layers], describe_state(checkpoint)]
+        known = [__version__, job, [layer.number for layer in layers], fingerprint(checkpoint)]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         self._folder = cache_folder() / "sweeps" / digest[:32]
 
-    def layer(
-        self,
-        layer: ExpertLayer,
-        find: Callable[[Progress], Found],
-        write: Callable[[Found], str],
-        read: Callable[[str], Found],
-    ) -> Found:
-        """What `find` finds of a layer, unless an earlier run of the same job has found it.
+    def each(self, kind: TypeAdapter[Result], measure: Callable[[ExpertLayer, Progress], Result]) -> list[Result]:
+        """What `measure` finds of each layer, or what an earlier run of the same job has found.
 
-        `write` makes text of it, and `read` the thing of the text, or raises ValueError.
+        `kind` is the type of a result; it writes and reads what is kept.
         """
-        found = self._recall(layer, read)
-        if found is None:
-            found = find(self._watch(layer))
-            self._keep(layer, write(found))
-        self._end(layer)
-        return found
 
-    def layers(
+        def measure_all(due: Sequence[ExpertLayer], watched: Sequence[Progress]) -> Iterator[tuple[int, Result]]:
+            for place, layer in enumerate(due):
+                yield place, measure(layer, watched[place])
+
+        return self.all(kind, measure_all)
+
+    def all(
         self,
-        layers: Sequence[ExpertLayer],
-        find: Callable[[Sequence[ExpertLayer], Sequence[Progress]], Iterable[tuple[int, Found]]],
-        write: Callable[[Found], str],
-        read: Callable[[str], Found],
-    ) -> list[Found]:
-        """What is found of each layer: `find` is asked for those that no earlier run of the same job has found.
+        kind: TypeAdapter[Result],
+        measure: Callable[[Sequence[ExpertLayer], Sequence[Progress]], Iterable[tuple[int, Result]]],
+    ) -> list[Result]:
+        """As `each`, where `measure` is asked once, for all layers that no earlier run has a result of.
 
-        It gets these layers and the progress of each, and gives, in any order, the place of a layer among them and what
-        it has found. `write` and `read` are as for `layer`.
+        It gets these layers and the progress of each, and gives, in any order, the place of a layer among them and its
+        result.
         """
-        known = {one.number: found for one in layers if (found := self._recall(one, read)) is not None}
-        self._done += sum(one.stored_bytes for one in layers if one.number in known)
+        results = {layer.number: kept for layer in self._layers if (kept := self._read_kept(kind, layer)) is not None}
+        self._done += sum(layer.stored_bytes for layer in self._layers if layer.number in results)
         self._tell()
-        due = [one for one in layers if one.number not in known]
-        for place, found in find(due, [self._watch(one) for one in due]):
-            one = due[place]
-            self._keep(one, write(found))
-            known[one.number] = found
-            self._end(one)
-        return [known[one.number] for one in layers]
+        due = [layer for layer in self._layers if layer.number not in results]
+        for place, result in measure(due, [self._watch(layer) for layer in due]):
+            layer = due[place]
+            results[layer.number] = result
+            if self._is_kept:
+                with contextlib.suppress(OSError):  # a full disk costs the way back, and nothing else
+                    write_checked(self._path(layer), kind.dump_json(result).decode())
+            self._under_way.pop(layer.number, None)
+            self._done += layer.stored_bytes
+            self._tell()
+        return [results[layer.number] for layer in self._layers]
 
     def end(self) -> None:
         """Forget what was kept: the job is done. What others have left for a month goes, too."""
@@ -89,27 +88,22 @@ class ResumableLayers:
                 if is_ours and folder.stat().st_mtime < time.time() - LEFT:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def _recall(self, layer: ExpertLayer, read: Callable[[str], Found]) -> Found | None:
-        if self._many:
+    @property
+    def _is_kept(self) -> bool:
+        """Whether results are kept: a single layer is soon measured again."""
+        return len(self._layers) > 1
+
+    def _read_kept(self, kind: TypeAdapter[Result], layer: ExpertLayer) -> Result | None:
+        if self._is_kept:
             with contextlib.suppress(OSError, ValueError):
-                return read(read_checked(self._place(layer)))
+                return kind.validate_json(read_checked(self._path(layer)))
         return None
 
-    def _keep(self, layer: ExpertLayer, text: str) -> None:
-        if self._many:
-            with contextlib.suppress(OSError):  # a full disk costs the way back, and nothing else
-                write_checked(self._place(layer), text)
-
-    def _end(self, layer: ExpertLayer) -> None:
-        self._under_way.pop(layer.number, None)
-        self._done += layer.stored_bytes
-        self._tell()
-
-    def _place(self, layer: ExpertLayer) -> Path:
+    def _path(self, layer: ExpertLayer) -> Path:
         return self._folder / f"{layer.number}.json"
 
     def _tell(self) -> None:
-        if self._many:
+        if self._is_kept:
             self._progress("all layers", self._done + sum(self._under_way.values()), self._total)
 
     def _watch(self, layer: ExpertLayer) -> Progress:
@@ -122,17 +116,3 @@ class ResumableLayers:
                 self._tell()
 
         return report
-
-
-def describe_state(checkpoint: Checkpoint) -> list[Any]:
-    """What tells this state of a model from any other: a commit on the Hub, or the files' sizes and times here."""
-    repository = checkpoint.repository
-    if not isinstance(repository, Folder):
-        return [getattr(repository, "name", ""), repository.revision, sorted(repository.files)]
-    place = Path(repository.path).resolve()
-    state: dict[str, list[int]] = {}
-    for name in sorted(repository.files):
-        with contextlib.suppress(OSError):  # a link that leads nowhere
-            found = (place / name).stat()
-            state[name] = [found.st_size, found.st_mtime_ns]
-    return [str(place), state]

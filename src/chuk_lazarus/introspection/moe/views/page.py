@@ -9,7 +9,8 @@ from shlex import quote
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING, NamedTuple
 
-from .... import __version__
+from chuk_lazarus import __version__
+
 from ..errors import printable
 from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
 from ..text import format_bytes, format_ranges, percent, whole_percent

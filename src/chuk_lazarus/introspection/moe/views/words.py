@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from ..classifier import LINEAGE, QUICK, is_alike_in_place
+from ..provenance.classifier import LINEAGE, QUICK, is_alike_in_place
 from ..reports import Cosine, MoEQuickAnalysis, MoETypeAnalysis, Projection
 from ..text import format_bytes, percent
 

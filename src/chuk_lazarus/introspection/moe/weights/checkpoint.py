@@ -61,6 +61,11 @@ class Checkpoint:
             )
 
     @property
+    def files(self) -> set[str]:
+        """The files that hold its tensors."""
+        return {file for files in self._files.values() for file in files}
+
+    @property
     def is_gguf(self) -> bool:
         return self.config_file.endswith(".gguf")
 

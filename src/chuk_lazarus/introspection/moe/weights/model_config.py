@@ -4,6 +4,7 @@ from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+CONFIG = "config.json"
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 ACTIVATION_KEYS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "dense_act_fn")
 TOP_K_KEYS = (

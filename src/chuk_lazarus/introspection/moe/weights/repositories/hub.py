@@ -86,6 +86,8 @@ class HubRepository:
     `bytes_fetched` counts the bytes of weight files that came over the network.
     """
 
+    folder = None
+
     def __init__(self, name: str, revision: str | None, file: str | None = None) -> None:
         self.name = name
         self.bytes_fetched = 0

@@ -59,6 +59,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path if path.is_dir() else path.parent
+        self.name, self.folder = str(self.path), Path(os.path.realpath(self.path))
         self._named = path  # by the user, who may name what he likes
         try:
             names = {entry.name for entry in self.path.iterdir() if not entry.is_dir()}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from ...progress import Progress
@@ -38,7 +39,17 @@ class ByteSource(Protocol):
 
 
 class Repository(Protocol):
-    """The files of one model."""
+    """The files of one model.
+
+    `name` is what it is called: its id on the Hub, or where it lies on this machine; `folder` is that place with all
+    links followed, None for what is elsewhere.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path | None: ...
 
     @property
     def revision(self) -> str | None: ...

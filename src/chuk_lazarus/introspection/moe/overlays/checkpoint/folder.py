@@ -17,12 +17,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .errors import InvalidRequest, printable
-from .progress import Counter, Progress
-from .weights.checkpoint import INDEX, Checkpoint, TensorInfo
-from .weights.repositories.source import Range
+from ...errors import InvalidRequest, printable
+from ...progress import Counter, Progress
+from ...weights.checkpoint import INDEX, Checkpoint, TensorInfo
+from ...weights.model_config import CONFIG
+from ...weights.repositories.source import Range
 
-CONFIG = "config.json"
 PLAN = "plan.json"
 TEMPORARY = ".tmp"
 

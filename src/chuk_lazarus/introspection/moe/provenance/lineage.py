@@ -1,4 +1,4 @@
-"""Where a layer's neurons come from: matching them between experts, or with a dense parent. Pure arrays.
+"""Where a layer's neurons come from: the evidence of neurons matched between experts, or with a dense parent.
 
 A neuron is a gate row, an up row and a down column. Copies of one neuron stay nearest to each other under long
 training, shuffling and slicing, in all three vectors at once; neurons that were never the same are each other's
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtrc, ndtr
 
-from .numerics.neurons import Array, Nearest
+from ..numerics.neurons import Array, Nearest
 
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
 FEW = 0.02  # close neurons: fewer say nothing of the kind
@@ -54,7 +54,9 @@ class Evidence:
     runner_up: Array
 
 
-def weigh(roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArray[np.intp], neurons: int) -> Evidence:
+def match_evidence(
+    roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArray[np.intp], neurons: int
+) -> Evidence:
     """The evidence of all roles' matches.
 
     `own` [queries] is the query's own expert, whose matches are left out, `positions` [queries] its place there, and
@@ -149,7 +151,7 @@ class ParentEvidence:
     ranges: NDArray[np.int64]
 
 
-def weigh_parent(
+def parent_evidence(
     roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArray[np.intp], neurons: int
 ) -> ParentEvidence:
     """The evidence of all roles' matches with one dense feed-forward that has so many neurons."""

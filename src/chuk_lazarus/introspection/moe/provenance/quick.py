@@ -5,24 +5,24 @@ an expert's neurons tells nearly as much as all of them, as long as it has enoug
 the same order the same part is read, and of n out of N neurons, shuffled, n / N are met in any other expert's part.
 """
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from math import ceil, prod
 
 import numpy as np
 
-from .classifier import MEASURED, Verdict, judge_quick
-from .errors import InvalidRequest, NotMoE, printable
-from .jobs.measure import bytes_to_measure, evenly_spaced, refuse
-from .jobs.parts import EXPERTS, LAYERS, bytes_per_neuron, part_ranges, read_part, roles_to_read
-from .jobs.resources import matrix_memory, worker_threads
-from .lineage import Evidence, weigh
-from .numerics.neurons import draw_neurons, find_nearest, join
-from .progress import Progress
-from .reports import Cost, MoEQuickAnalysis, QuickLayer
-from .weights.expert_layer import ExpertLayer
-from .weights.experts import Experts
+from ..errors import InvalidRequest, name_model
+from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure, refuse
+from ..jobs.model import OpenedModel, evenly_spaced
+from ..jobs.parts import BUDGET, EXPERTS, LAYERS, bytes_per_neuron, part_ranges, read_part, roles_to_read
+from ..jobs.resources import Resources
+from ..numerics.neurons import draw_neurons, find_nearest, join
+from ..progress import Progress, no_progress
+from ..reports import MoEQuickAnalysis, QuickLayer
+from ..text import parse_size
+from ..weights.expert_layer import ExpertLayer
+from .classifier import MEASURED, Verdict, classify_quickly
+from .lineage import Evidence, match_evidence
 
 QUERIES = 1024  # neurons of a layer that are looked for
 LEAST_EXPERTS = 4  # below which there is too little to compare
@@ -33,28 +33,33 @@ NO_VERDICT = Verdict("UNDETERMINED", 0.5)
 
 
 def analyze_quickly(
-    model: str, layers: Sequence[int] | str | None, budget: int, full_experts: int, progress: Progress
+    model: str,
+    *,
+    layers: Sequence[int] | str | None = None,
+    budget: int | str = BUDGET,
+    progress: Progress | None = None,
 ) -> MoEQuickAnalysis:
-    """The verdict from at most about `budget` bytes of the experts' weights; headers come on top.
+    """The verdict from at most about `budget` bytes ("64MB") of the experts' weights; headers come on top.
 
     Raises InvalidRequest where the budget is too small for a part of the experts that says anything.
     """
-    started = time.perf_counter()
-    opened = Experts.open(model)
-    places = [opened.layers[i] for i in evenly_spaced(len(opened.layers), LAYERS)]
-    analysed = [opened.layer(number) for number in opened.choose_layers(None, layers or places)]
-    for layer in analysed:
-        if layer.count < 2:
-            raise NotMoE(f"layer {layer.number} has a single expert: there is nothing to compare it with")
-    headers = opened.checkpoint.bytes_read
-    results = [_analyze_layer(layer, budget, len(analysed), progress) for layer in analysed]
+    size = budget if isinstance(budget, int) else parse_size(budget, "the budget")
+    with name_model(model):
+        return _analyze(model, layers, size, progress or no_progress)
+
+
+def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progress: Progress) -> MoEQuickAnalysis:
+    opened = OpenedModel(model, None, layers or None, samples=LAYERS, purpose="compare it with")
+    experts = opened.experts
+    headers = experts.checkpoint.bytes_read
+    results = [_analyze_layer(layer, budget, len(opened.layers), opened.resources, progress) for layer in opened.layers]
     neurons = sum(result.neurons for result in results)
 
     def mean(figure: str) -> float:
         return sum(float(getattr(result, figure)) * result.neurons for result in results) / neurons
 
     close, reach = mean("close"), mean("reach")
-    verdict, notes = judge_quick(close, reach, neurons), list(opened.notes)
+    verdict, notes = classify_quickly(close, reach, neurons), list(experts.notes)
     if (width := min(result.inputs for result in results)) < LEAST_WIDTH:
         verdict = NO_VERDICT
         notes.append(f"by {width} inputs unrelated neurons are close, too: a quick verdict needs {LEAST_WIDTH}")
@@ -62,16 +67,11 @@ def analyze_quickly(
         verdict = NO_VERDICT
         notes.append("no neuron is near to any other: the weights are zeros, or all orthogonal")
     kinds = [result.kind for result in results if result.kind]
-    stored = round(sum(layer.stored_bytes for layer in analysed) / len(analysed) * len(opened.layers))
-    first, read = analysed[0], opened.checkpoint.bytes_read - headers
+    stored = round(sum(layer.stored_bytes for layer in opened.layers) / len(opened.layers) * len(experts.layers))
+    first, read = opened.layers[0], experts.checkpoint.bytes_read - headers
     return MoEQuickAnalysis(
-        model=printable(model),
-        revision=opened.checkpoint.repository.revision,
-        family=opened.family,
-        model_type=opened.model_type,
-        storage=", ".join(dict.fromkeys(layer.storage for layer in analysed)),
-        experts=first.count,
-        moe_layers=opened.layers,
+        **opened.identity(),
+        moe_layers=experts.layers,
         type=verdict.origin,
         confidence=verdict.confidence,
         full_confidence=MEASURED[verdict.origin]
@@ -84,19 +84,17 @@ def analyze_quickly(
         weight_bytes=read,
         stored_bytes=stored,
         share=read / stored,
-        full_bytes=bytes_to_measure(first, evenly_spaced(first.count, full_experts)),
+        full_bytes=bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS), opened.resources),
         layers=tuple(results),
         notes=tuple(notes),
-        cost=Cost(
-            bytes_read=opened.checkpoint.bytes_read,
-            bytes_fetched=opened.checkpoint.repository.bytes_fetched,
-            seconds=time.perf_counter() - started,
-        ),
+        cost=opened.cost(),
     )
 
 
-def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progress) -> QuickLayer:
-    """One of so many layers, which share the budget."""
+def _analyze_layer(
+    layer: ExpertLayer, budget: int, layers: int, resources: Resources, progress: Progress
+) -> QuickLayer:
+    """One of `layers` layers, which share the budget."""
     roles, tensors = roles_to_read(layer)
     of_a_neuron = bytes_per_neuron(layer)
     turned = [tensor.rows for tensor in tensors if not tensor.has_neurons_as_rows]
@@ -105,7 +103,9 @@ def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progr
         chosen = evenly_spaced(layer.count, wanted)
         in_memory = 4 * len(chosen) * len(roles) * layer.sizes["H"]
         count = min(
-            layer.sizes["I"], int(budget / layers / len(chosen) / of_a_neuron), matrix_memory() // (COPIES * in_memory)
+            layer.sizes["I"],
+            int(budget / layers / len(chosen) / of_a_neuron),
+            resources.matrix_memory // (COPIES * in_memory),
         )
         # of columns some inputs are read: of fewer experts, where that makes them enough
         inputs = min([layer.sizes["H"], *(rows * count // layer.sizes["I"] for rows in turned)])
@@ -116,7 +116,7 @@ def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progr
         least = ceil(LEAST * len(chosen) * of_a_neuron * layers / 1e6)
         raise InvalidRequest(f"the budget is too small for {len(chosen)} experts", f"allow {least} MB, or more")
     layer.prefetch(progress, [one for tensor in tensors for one in part_ranges(tensor, chosen, count)])
-    with worker_threads() as pool:
+    with resources.worker_threads() as pool:
         parts = list(pool.map(lambda expert: read_part(tensors, roles, expert, count), chosen))
         for expert, part in zip(chosen, parts, strict=True):
             for role, values in part.items():
@@ -132,7 +132,7 @@ def _analyze_layer(layer: ExpertLayer, budget: int, layers: int, progress: Progr
             neurons = [part[role][:count] for part in parts]
             queries = np.concatenate([own[wanted] for own, wanted in zip(neurons, positions, strict=True)])
             nearest[role] = join(list(pool.map(partial(find_nearest, queries, places), neurons)))
-    evidence = weigh(nearest, owner, places, count)
+    evidence = match_evidence(nearest, owner, places, count)
     return QuickLayer(
         layer=layer.number,
         experts=chosen,

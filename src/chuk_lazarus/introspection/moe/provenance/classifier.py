@@ -6,7 +6,7 @@ from typing import Protocol
 
 from scipy.special import bdtrc
 
-from .terms import Origin
+from ..terms import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Neurons(Protocol):
 MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.93, "UNDETERMINED": 0.5}
 
 
-def judge(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> Verdict:
+def classify_by_neurons(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> Verdict:
     """The verdict by what one layer or several say of their neurons.
 
     The confidence is a measured rate: how often such verdicts were right.
@@ -160,7 +160,7 @@ QUICK = QuickThresholds()
 QUICK_MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.93, "UNDETERMINED": 0.5}
 
 
-def judge_quick(close: float, reach: float, neurons: int, thresholds: QuickThresholds = QUICK) -> Verdict:
+def classify_quickly(close: float, reach: float, neurons: int, thresholds: QuickThresholds = QUICK) -> Verdict:
     """The verdict by the share of `neurons` that are found again, closely, in a part of the other experts."""
     t = thresholds
     origin: Origin = "UNDETERMINED"

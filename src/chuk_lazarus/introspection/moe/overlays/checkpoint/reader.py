@@ -1,0 +1,155 @@
+"""An overlay checkpoint, read when asked for."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import InvalidRequest, ModelUnreadable, UnknownFormat
+from ...numerics.low_rank import Factors, rebuild
+from ...progress import Progress
+from ...text import format_ranges
+from ...weights.checkpoint import Checkpoint, TensorInfo
+from ...weights.expert_layer import MAX_EXPERTS
+from ...weights.layouts import load_table
+from ...weights.repositories.local import Folder
+from ..quantisation import BF16
+from .format import OVERLAY_TENSOR, VERSION, parse_ranks
+
+
+class OverlayCheckpoint:
+    """An overlay checkpoint: base and factors by layer, role and expert, read when asked for.
+
+    `layers` are the overlaid layers, `ranks` their ranks by role, `family` the row of the layout table that the
+    experts came from, `source` and `revision` where they came from, `names` the tensors that are the overlay. Raises
+    ModelUnreadable where a tensor is missing or not of the shape that the config tells.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        facts = self.config.get("overlay_config")
+        if not isinstance(facts, dict):
+            raise ModelUnreadable("config.json has no overlay_config: this is no overlay checkpoint")
+        if facts.get("version") != VERSION:
+            raise UnknownFormat(f"this overlay is of version {facts.get('version')}, and we read version {VERSION}")
+        self.source, self.revision = facts.get("source"), facts.get("revision")
+        row = next((layout for layout in load_table() if layout.name == facts.get("family")), None)
+        if row is None:
+            raise ModelUnreadable(f"overlay_config names the family {facts.get('family')}, which is not in our table")
+        self.family = row.name
+        self.ranks = parse_ranks(facts.get("layers"), row)
+        self.layers = tuple(self.ranks)
+        self._names: Any = facts.get("names")
+        found = [match for name in checkpoint.names if (match := OVERLAY_TENSOR.fullmatch(name))]
+        self.names = frozenset(match[0] for match in found)
+        self._prefixes = {int(match["layer"]): match["prefix"] for match in found}
+        if len({match["prefix"] for match in found}) > len(self._prefixes):
+            raise ModelUnreadable("two tensors have the same layer and different names before it")
+        if self._prefixes.keys() != self.ranks.keys():
+            layer = min(self._prefixes.keys() ^ self.ranks.keys())
+            where = "its tensors are missing" if layer in self.ranks else "overlay_config does not list it"
+            raise ModelUnreadable(f"layer {layer} is half in the overlay: {where}", "make the overlay again")
+        for layer, ranks in self.ranks.items():
+            self._check(layer, ranks)
+
+    def shape(self, layer: int, role: str) -> tuple[int, int]:
+        """(out, in) of a role's matrices."""
+        out, inner = self._info(layer, role, "base").shape
+        return out, inner
+
+    def count(self, layer: int) -> int:
+        """The number of experts."""
+        return self._info(layer, "down", "left").shape[0]
+
+    def base(self, layer: int, role: str) -> NDArray[np.float32]:
+        """[out, in], as stored."""
+        return self._rows(layer, role, "base", 0, self.shape(layer, role)[0])
+
+    def factors(self, layer: int, role: str, expert: int) -> Factors:
+        """The low-rank delta of one expert, as stored."""
+        (out, inner), rank = self.shape(layer, role), self.ranks[layer][role]
+        if not 0 <= expert < self.count(layer):
+            raise InvalidRequest(f"layer {layer} has no expert {expert}", f"there are 0 to {self.count(layer) - 1}")
+        return Factors(
+            self._rows(layer, role, "left", expert * out, (expert + 1) * out).reshape(out, rank),
+            self._rows(layer, role, "right", expert * rank, (expert + 1) * rank).reshape(rank, inner),
+        )
+
+    def expert(self, layer: int, expert: int) -> dict[str, NDArray[np.float32]]:
+        """The matrices of one expert by role, base + left @ right, in canonical form."""
+        roles = self.ranks.get(layer, {"down": 0})  # an unknown layer is refused below
+        return {role: self.rebuilt(self.base(layer, role), layer, role, expert) for role in roles}
+
+    def rebuilt(self, base: NDArray[np.float32], layer: int, role: str, expert: int) -> NDArray[np.float32]:
+        """`base` + left @ right of one expert; raises ModelUnreadable where that is not finite in bfloat16."""
+        factors = self.factors(layer, role, expert)
+        with np.errstate(over="ignore", invalid="ignore"):
+            matrix = rebuild(base, factors)
+            is_finite = np.isfinite(matrix.astype(BF16)).all()
+        if not is_finite:
+            raise ModelUnreadable(
+                f"layer {layer}, expert {expert}: the {role} projection holds NaN, infinity or numbers too large for "
+                "bf16",
+                "the overlay is broken: make it again",
+            )
+        return matrix
+
+    def prefix(self, layer: int) -> str:
+        """What the names of the layer's tensors begin with, such as "model.layers.3"."""
+        return self._prefixes[layer]
+
+    def prefetch(self, layer: int, progress: Progress) -> None:
+        """Bring the layer's overlay near in few, long reads."""
+        infos = [self._info(layer, role, part) for role in self.ranks[layer] for part in ("base", "left", "right")]
+        self.checkpoint.prefetch(((info.file, (info.start, info.stop)) for info in infos), progress)
+
+    def template(self, role: str) -> str:
+        """What a plain checkpoint calls a stored tensor, by its role there, below the layer's prefix."""
+        name = self._names.get(role) if isinstance(self._names, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ModelUnreadable(f"overlay_config does not say what the {role} projections were called")
+        return name
+
+    def _check(self, layer: int, ranks: Mapping[str, int]) -> None:
+        count, (hidden, intermediate) = self.count(layer), self.shape(layer, "down")
+        if not hidden * intermediate * count:
+            raise ModelUnreadable(f"layer {layer} of the overlay has {count} experts of {intermediate} x {hidden}")
+        if count > MAX_EXPERTS:  # at rank 0, no byte need stand behind such a number
+            raise UnknownFormat(f"layer {layer} has {count} experts", f"we read up to {MAX_EXPERTS}")
+        for role, rank in ranks.items():
+            out, inner = (hidden, intermediate) if role == "down" else (intermediate, hidden)
+            expected = {"base": (out, inner), "left": (count, out, rank), "right": (count, rank, inner)}
+            for part, shape in expected.items():
+                info = self._info(layer, role, part)
+                if (info.dtype, info.shape) != ("BF16", shape):
+                    raise ModelUnreadable(f"{info.name} is {info.dtype} {list(info.shape)}, not BF16 {list(shape)}")
+
+    def _info(self, layer: int, role: str, part: str) -> TensorInfo:
+        if layer not in self.ranks or role not in self.ranks[layer]:
+            raise InvalidRequest(
+                f"layer {layer} has no {role} overlay", f"the overlaid layers are {format_ranges(self.layers)}"
+            )
+        name = f"{self._prefixes[layer]}.overlay.{role}.{part}"
+        if name not in self.names:
+            raise ModelUnreadable(f"{name} is missing", "make the overlay again")
+        info = self.checkpoint.info(name)
+        if len(info.shape) != (2 if part == "base" else 3):
+            raise ModelUnreadable(f"{name} has {len(info.shape)} axes")
+        return info
+
+    def _rows(self, layer: int, role: str, part: str, start: int, stop: int) -> NDArray[np.float32]:
+        info = self._info(layer, role, part)
+        if not info.nbytes:
+            return np.zeros((stop - start, info.shape[-1]), np.float32)
+        return self.checkpoint.rows(info, start, stop, len(info.shape) - 1).astype(np.float32)
+
+
+def read_overlay(folder: Path) -> OverlayCheckpoint:
+    """The overlay checkpoint in `folder`; raises ModelUnreadable where it is none or broken."""
+    if not os.path.isdir(folder):
+        raise ModelUnreadable(f"{folder}: no such folder", "give a folder that holds an overlay checkpoint")
+    return OverlayCheckpoint(Checkpoint(Folder(folder)))

@@ -1,0 +1,82 @@
+"""The results of one layer, as reports have them."""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+
+import numpy as np
+
+from ..numerics.low_rank import original_bytes, overlay_bytes
+from ..reports import ErrorSpread, LayerEstimate, LayerOverlay, LayerVerification
+from ..weights.expert_layer import ExpertLayer
+from .allocation import Ranks
+from .curves import LayerCurves
+from .fidelity import LayerFidelity
+
+
+def total_bytes(layers: Sequence[LayerOverlay] | Sequence[LayerEstimate]) -> tuple[int, int, int]:
+    """Bytes at two a weight, as stored and as overlay, over the layers."""
+    return (
+        sum(layer.original_bytes for layer in layers),
+        sum(layer.stored_bytes for layer in layers),
+        sum(layer.overlay_bytes for layer in layers),
+    )
+
+
+def layer_overlay(layer: ExpertLayer, curves: LayerCurves, ranks: Ranks) -> LayerOverlay:
+    """What these ranks keep of a layer, and what they take."""
+    totals = {role: float(curve.spectrum.sum()) for role, curve in curves.curves.items()}
+    kept = {role: float(curve.spectrum[: ranks[role]].sum()) for role, curve in curves.curves.items()}
+    original, overlay = original_bytes(curves.shapes, layer.count), curves.bytes_at(ranks)
+    return LayerOverlay(
+        layer=layer.number,
+        ranks=ranks,
+        max_ranks={role: min(shape) for role, shape in curves.shapes.items()},
+        energy_kept={role: kept[role] / total if total else 1.0 for role, total in totals.items()},
+        weight_error=curves.error_at(ranks),
+        original_bytes=original,
+        stored_bytes=layer.stored_bytes,
+        overlay_bytes=overlay,
+        ratio=original / overlay,
+    )
+
+
+def layer_verification(number: int, ranks: Ranks, fidelity: LayerFidelity) -> LayerVerification:
+    """The errors of a layer's experts, as means and maxima."""
+
+    def spread(errors: Sequence[float]) -> ErrorSpread:
+        return ErrorSpread(mean=float(np.mean(errors)), max=max(errors))
+
+    return LayerVerification(
+        layer=number,
+        ranks=ranks,
+        weight_error={role: spread(errors) for role, errors in fidelity.weight_errors.items()},
+        output_error=spread(fidelity.output_errors),
+        worst_expert=int(np.argmax(fidelity.output_errors)),
+        mixed_output_error=fidelity.mixed_error,
+        rounding_error={str(bits): error for bits, error in fidelity.rounding_errors.items()},
+    )
+
+
+def layer_estimate(
+    layer: ExpertLayer, measured: Mapping[int, LayerCurves], chosen: Mapping[int, Ranks]
+) -> LayerEstimate:
+    """A measured layer as it is; of another, ranks and squared error on the line between its measured neighbours."""
+    numbers = sorted(measured)
+    shapes = {role: layer.shape(role) for role in layer.roles}
+
+    def between(values: Sequence[float]) -> float:
+        return float(np.interp(layer.number, numbers, values))
+
+    ranks = {
+        role: min(min(shape), round(between([chosen[number][role] for number in numbers])))
+        for role, shape in shapes.items()
+    }
+    return LayerEstimate(
+        layer=layer.number,
+        measured=layer.number in measured,
+        ranks=ranks,
+        weight_error=sqrt(between([measured[number].error_at(chosen[number]) ** 2 for number in numbers])),
+        original_bytes=original_bytes(shapes, layer.count),
+        stored_bytes=layer.stored_bytes,
+        overlay_bytes=overlay_bytes(shapes, ranks, layer.count),
+    )

@@ -1,0 +1,1 @@
+"""Overlays at work, in MLX."""

@@ -1,0 +1,181 @@
+"""The overlay at work, in MLX: experts that stay base and factors, in mlx-lm's models or in a block to train.
+
+An overlaid projection computes `W x = base x + left (right x)`. No expert's matrix is ever put together: the base
+product is computed once for a token and serves all the experts that it is routed to.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.linear import Linear
+from mlx_lm.models.switch_layers import SwiGLU
+
+ROLES = ("gate", "up", "down")
+SORT_FROM = 64  # rows from which on sorting them by expert pays; mlx-lm's own number
+
+Ranks = Mapping[str, int]
+"""Role -> rank."""
+
+
+class OverlayLinear(Module):
+    """A linear layer per expert, as base and low-rank factors: in place of mlx-lm's SwitchLinear.
+
+    Parameters: `base` [out, in], `left` [experts, out, rank], `right` [experts, rank, in] and, if asked for, `bias`
+    [experts, out]. A new layer's `right` is zero, so that all its experts equal the base; the columns of `left` are
+    random, of about unit length. The rank may be 0.
+    """
+
+    def __init__(self, input_dims: int, output_dims: int, num_experts: int, rank: int, bias: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        scale = math.sqrt(1 / input_dims)
+        self.base = mx.random.uniform(-scale, scale, (output_dims, input_dims))
+        self.left = mx.random.normal((num_experts, output_dims, rank), scale=math.sqrt(1 / output_dims))
+        self.right = mx.zeros((num_experts, rank, input_dims))
+        if bias:
+            self.bias = mx.zeros((num_experts, output_dims))
+
+    @property
+    def input_dims(self) -> int:
+        return self.base.shape[1]
+
+    @property
+    def output_dims(self) -> int:
+        return self.base.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[2]
+
+    def shared(self, x: mx.array) -> mx.array:
+        """What all experts have in common: [..., in] -> [..., out]."""
+        return (x @ self.base.T).astype(x.dtype)
+
+    def own(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """What each expert adds, its bias included; shapes as in a call."""
+        y = x
+        if self.rank:
+            plain = mx.default_device() == mx.cpu  # where gather_mm knows only float32
+            for factor in (self.right, self.left):
+                y, factor = (y.astype(mx.float32), factor.astype(mx.float32)) if plain else (y, factor)
+                y = mx.gather_mm(y, factor.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
+        else:  # the gradient of a product over nothing crashes MLX 0.32
+            leading = mx.broadcast_shapes(x.shape[:-2], indices.shape)
+            y = mx.zeros((*leading, x.shape[-2], self.output_dims), x.dtype)
+        if "bias" in self:
+            y = y + mx.expand_dims(self.bias[indices], -2)
+        return y.astype(x.dtype)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Apply expert `indices[...]` to `x[...]`: as SwitchLinear does.
+
+        `x` is [..., rows, in], `indices` [...], and the axes before the last two broadcast: [batch, length, 1, 1, in]
+        with [batch, length, top_k] gives [batch, length, top_k, 1, out]. `sorted_indices` promises that the indices,
+        on one axis, ascend. The result has the dtype of `x`.
+        """
+        return self.shared(x) + self.own(x, indices, sorted_indices)
+
+
+class OverlayGLU(Module):
+    """The gated experts of one layer, overlaid: in place of mlx-lm's SwitchGLU.
+
+    `ranks` are by role, or one for all three. Many rows are sorted by expert, as SwitchGLU does; the base products of
+    gate and up are computed before that, once for a token.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        num_experts: int,
+        ranks: Ranks | int,
+        activation: Callable[[mx.array, mx.array], mx.array] | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        by_role = dict.fromkeys(ROLES, ranks) if isinstance(ranks, int) else ranks
+        self.gate_proj = OverlayLinear(input_dims, hidden_dims, num_experts, by_role["gate"], bias)
+        self.up_proj = OverlayLinear(input_dims, hidden_dims, num_experts, by_role["up"], bias)
+        self.down_proj = OverlayLinear(hidden_dims, input_dims, num_experts, by_role["down"], bias)
+        # not `activation or`: a module without parameters is falsy
+        self.activation = SwiGLU() if activation is None else activation  # type: ignore[no-untyped-call]
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Apply each token's experts: [..., hidden] and [..., top_k] -> [..., top_k, hidden]."""
+        indices = mx.stop_gradient(indices)
+        if indices.size < SORT_FROM:
+            x = mx.expand_dims(x, (-2, -3))
+            hidden = self.activation(self.up_proj(x, indices), self.gate_proj(x, indices))
+            return self.down_proj(hidden, indices).squeeze(-2)
+        experts = indices.flatten()
+        order = mx.argsort(experts)
+        experts, tokens = experts[order], order // indices.shape[-1]
+        x = x.reshape(-1, 1, x.shape[-1])
+        rows = x[tokens]
+        up, gate = (
+            linear.shared(x)[tokens] + linear.own(rows, experts, True) for linear in (self.up_proj, self.gate_proj)
+        )
+        y = self.down_proj(self.activation(up, gate), experts, sorted_indices=True)
+        return mx.unflatten(y[mx.argsort(order)], 0, indices.shape).squeeze(-2)
+
+
+class OverlayMoE(Module):
+    """A mixture-of-experts block that is an overlay from the start, to be trained.
+
+    A router, the softmax over the logits of each token's `top_k` experts, and SwiGLU experts that share a base; each
+    has factors of its own in gate, up and down. With `freeze_base` only router and factors train.
+    """
+
+    def __init__(
+        self, hidden: int, intermediate: int, experts: int, top_k: int, rank: int, *, freeze_base: bool = False
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top {top_k} of {experts} experts")
+        self.top_k = top_k
+        self.router = Linear(hidden, experts, bias=False)
+        self.experts = OverlayGLU(hidden, intermediate, experts, rank)
+        if freeze_base:
+            self.freeze(keys="base")
+
+    @classmethod
+    def from_dense(
+        cls,
+        gate: mx.array,
+        up: mx.array,
+        down: mx.array,
+        experts: int,
+        top_k: int,
+        rank: int,
+        *,
+        freeze_base: bool = False,
+    ) -> "OverlayMoE":
+        """The block that starts as a dense feed-forward: `gate` and `up` [intermediate, hidden], `down` [hidden,
+        intermediate].
+
+        The base is a copy of the dense matrices, and as every `right` is zero, so is every expert.
+        """
+        block = cls(gate.shape[1], gate.shape[0], experts, top_k, rank, freeze_base=freeze_base)
+        block.set_dtype(gate.dtype)
+        for role, matrix in zip(ROLES, (gate, up, down), strict=True):
+            linear = block.experts[f"{role}_proj"]
+            if matrix.shape != linear.base.shape:
+                raise ValueError(f"{role} is {list(matrix.shape)}, and gate and up call for {list(linear.base.shape)}")
+            linear.base = mx.array(matrix)
+        return block
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """The experts of each token and their weights: [..., hidden] -> twice [..., top_k]."""
+        logits = self.router(x)
+        indices = mx.stop_gradient(mx.argpartition(-logits, kth=self.top_k - 1, axis=-1)[..., : self.top_k])
+        return indices, mx.softmax(mx.take_along_axis(logits, indices, axis=-1), axis=-1, precise=True)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Shape in and out: [..., hidden]."""
+        indices, weights = self.route(x)
+        return (self.experts(x, indices) * weights[..., None]).sum(axis=-2)

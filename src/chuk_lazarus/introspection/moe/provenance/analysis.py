@@ -1,0 +1,187 @@
+"""How a model was trained: layer by layer, here or on workers, to one verdict."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypedDict
+
+from pydantic import TypeAdapter
+
+from ..errors import InvalidRequest, MoEError, name_model, printable
+from ..jobs.cluster import Cluster, Task, connect, locate
+from ..jobs.measure import DEFAULT_EXPERTS
+from ..jobs.model import OpenedModel
+from ..jobs.resume import ResumableLayers
+from ..numerics.spectra import SHARES
+from ..progress import Progress, no_progress
+from ..reports import Cost, DocumentedRule, LayerAnalysis, MoETypeAnalysis
+from ..terms import Origin
+from ..weights.expert_layer import ExpertLayer
+from ..weights.experts import Experts
+from ..weights.fingerprint import fingerprint
+from ..weights.layouts import Kind
+from .classifier import THRESHOLDS, classify, classify_by_neurons
+from .layer import Sample, analyze_layer
+from .lineage import QUERIES
+from .parent import open_parent
+
+
+class AnalysisOptions(TypedDict, total=False):
+    """Options that analyses have in common; MoETypeService.analyze says what they mean."""
+
+    layer: int | None
+    layers: Sequence[int] | str | None
+    experts: int | None
+    variance: Sequence[float]
+    parent: str | None
+    thorough: bool
+    progress: Progress | None
+
+
+def analyze(
+    model: str,
+    *,
+    layer: int | None = None,
+    layers: Sequence[int] | str | None = None,
+    experts: int | None = DEFAULT_EXPERTS,
+    variance: Sequence[float] = SHARES,
+    parent: str | None = None,
+    thorough: bool = False,
+    progress: Progress | None = None,
+    dask: str | None = None,
+) -> MoETypeAnalysis:
+    """The verdict on one model, from the evidence of each of the chosen layers."""
+    sample = choose_sample(experts, variance, thorough)
+    with connect(dask) as cluster, name_model(model):
+        return _analyze(model, layer, layers, sample, parent, progress or no_progress, cluster)
+
+
+def choose_sample(experts: int | None, variance: Sequence[float], thorough: bool) -> Sample:
+    """What of each layer is looked at; raises InvalidRequest for numbers that can't be."""
+    for share in variance:
+        if not 0 < share < 1:
+            raise InvalidRequest(f"a share of the variance is {share:g}", "give numbers between 0 and 1, such as 0.95")
+    if experts is not None and experts < 1:
+        raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
+    shares = tuple(sorted({*variance, 0.95}))  # the documented rule needs 0.95
+    return Sample(None, None, shares) if thorough else Sample(experts and max(2, experts), QUERIES, shares)
+
+
+def _analyze(
+    model: str,
+    layer: int | None,
+    layers: Sequence[int] | str | None,
+    sample: Sample,
+    parent: str | None,
+    progress: Progress,
+    cluster: Cluster | None,
+) -> MoETypeAnalysis:
+    opened = OpenedModel(model, layer, layers, purpose="compare it with")
+    experts = opened.experts
+    dense = open_parent(parent, opened.layers) if parent else None
+    origin = fingerprint(dense.checkpoint) if dense else None
+    job = ["analyze", model, sample.experts, sample.variance, sample.queries, origin]
+    resumable = ResumableLayers(experts.checkpoint, job, opened.layers, progress)
+    neighbours = {
+        layer.number: after if after is not layer and after.roles == layer.roles else None
+        for layer, after in zip(opened.layers, [*opened.layers[1:], *opened.layers[:1]], strict=True)
+    }
+    worker_costs: list[Cost] = []
+
+    def analyze_here(layer: ExpertLayer, watched: Progress) -> LayerAnalysis:
+        dense_layer = dense.layer(layer.number) if dense else None
+        return analyze_layer(layer, neighbours[layer.number], dense_layer, sample, opened.resources, watched)
+
+    def analyze_on_cluster(
+        due: Sequence[ExpertLayer], watched: Sequence[Progress]
+    ) -> Iterator[tuple[int, LayerAnalysis]]:
+        assert cluster
+        places = [locate(model, experts.checkpoint.repository.revision)]
+        if parent and dense:
+            places.append(locate(parent, dense.checkpoint.repository.revision))
+        names, tasks = [place.name for place in places], []
+        for layer in due:
+            neighbour = neighbours[layer.number]
+            arguments = (names, dense and dense.kind, layer.number, neighbour and neighbour.number, sample)
+            tasks.append(Task(f"layer {layer.number}", analyze_on_worker, arguments, tuple(places)))
+        for place, result in cluster.run(tasks, lambda place, what, done, total: watched[place](what, done, total)):
+            if isinstance(result, MoEError):
+                raise result
+            analysis, cost = result
+            worker_costs.append(cost)
+            yield place, analysis
+
+    kind = TypeAdapter(LayerAnalysis)
+    opening = opened.cost()
+    results = resumable.all(kind, analyze_on_cluster) if cluster else resumable.each(kind, analyze_here)
+    costs = [opening, *worker_costs] if cluster else [opened.cost()]
+    resumable.end()
+    rank_projection, rank_ratio, cosine = _headline(results)
+    verdict = classify_by_neurons([layer.lineage for layer in results])
+    kinds = [layer.kind for layer in results if layer.kind]
+    original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
+    stored = sum(layer.stored_bytes for layer in opened.layers)
+    return MoETypeAnalysis(
+        **opened.identity(),
+        moe_layers=experts.layers,
+        mtp_layers=experts.mtp_layers,
+        type=verdict.origin,
+        confidence=verdict.confidence,
+        kind=max(kinds, key=kinds.count) if kinds and verdict.origin == "UPCYCLED" else None,
+        documented_rule=_documented(rank_ratio, cosine, verdict.origin),
+        parent=printable(parent) if parent else None,
+        rank_projection=rank_projection,
+        rank_ratio=rank_ratio,
+        cosine=cosine,
+        compressible=overlay < min(stored, original),
+        overlay_ratio=original / overlay,
+        original_bytes=original,
+        stored_bytes=stored,
+        overlay_bytes=overlay,
+        layers=tuple(results),
+        notes=(*experts.notes, *_notes(results)),
+        cost=Cost(
+            bytes_read=sum(cost.bytes_read for cost in costs),
+            bytes_fetched=sum(cost.bytes_fetched for cost in costs),
+            seconds=sum(cost.seconds for cost in costs),
+        ),
+    )
+
+
+def analyze_on_worker(
+    names: Sequence[str], kind: Kind | None, number: int, neighbour: int | None, sample: Sample, progress: Progress
+) -> tuple[LayerAnalysis, Cost]:
+    """One layer of a model that is opened for it, as on a worker, and what it has cost.
+
+    `names` are those of the model and, where `kind` says what is read of it, of the parent.
+    """
+    opened = OpenedModel(names[0], number, None, purpose="compare it with")
+    dense_layer = Experts.open(names[1], kind).layer(number) if kind else None
+    after = None if neighbour is None else opened.experts.layer(neighbour)
+    analysis = analyze_layer(opened.layers[0], after, dense_layer, sample, opened.resources, progress)
+    return analysis, opened.cost()
+
+
+def _documented(rank_ratio: float, cosine: float, origin: Origin) -> DocumentedRule:
+    """The documented rule's outcome, and in a few words why it is another."""
+    rule, why = classify(rank_ratio, cosine), None
+    if origin == "UPCYCLED" != rule.origin:
+        copied = cosine > THRESHOLDS.native_cosine
+        why = "training makes the deltas of copies broad" if copied else "it compares neurons by their position only"
+    elif origin == "NATIVE" != rule.origin:
+        why = "what trained experts have in common lowers the rank of their deltas"
+    return DocumentedRule(type=rule.origin, confidence=rule.confidence, why=why)
+
+
+def _headline(layers: Sequence[LayerAnalysis]) -> tuple[Literal["gate", "up"], float, float]:
+    """The documented metrics over the layers: whose rank it is, the mean rank ratio and the mean cosine."""
+    role: Literal["gate", "up"] = "gate" if "gate" in layers[0].projections else "up"
+    ratios = [layer.projections[role].rank_ratio for layer in layers]
+    return role, sum(ratios) / len(ratios), sum(layer.cosine.mean for layer in layers) / len(layers)
+
+
+def _notes(layers: Sequence[LayerAnalysis]) -> list[str]:
+    notes = []
+    if "gate" not in layers[0].projections:
+        notes.append("the experts have no gate: the documented rule uses the up projection")
+    if all(p.delta_energy == 0 for layer in layers for p in layer.projections.values()):
+        notes.append("all sampled experts are equal to their mean: they are copies of one expert")
+    return notes

@@ -1,0 +1,154 @@
+"""The evidence of one layer: spectra, cosines, and neurons found again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..jobs.measure import RoleMeasure, measure_layer
+from ..jobs.model import evenly_spaced
+from ..jobs.resources import Resources
+from ..numerics.gram import pairwise_cosines
+from ..numerics.low_rank import original_bytes, overlay_bytes
+from ..numerics.spectra import effective_rank, mean_rank, noise_rank, sample_decay
+from ..progress import Progress
+from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatch, Projection, Similarity
+from ..weights.expert_layer import ExpertLayer
+from .classifier import classify_by_neurons, is_alike_in_place
+from .lineage import Evidence, find_groups, match_evidence, name_kind, parent_evidence
+
+MATCH_BINS = 50
+MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Of how many experts the spectra are taken, how many neurons are matched (None for all), and at which shares of
+    energy ranks are reported."""
+
+    experts: int | None
+    queries: int | None
+    variance: tuple[float, ...]
+
+
+def analyze_layer(
+    layer: ExpertLayer,
+    unrelated: ExpertLayer | None,
+    parent: ExpertLayer | None,
+    sample: Sample,
+    resources: Resources,
+    progress: Progress,
+) -> LayerAnalysis:
+    """The evidence of one layer, and what it would say alone; `unrelated` is another layer of the same model."""
+    others = [(other, 0) for other in (unrelated, parent) if other]
+    chosen = evenly_spaced(layer.count, sample.experts)
+    measures = measure_layer(layer, chosen, resources, progress, sample.queries, others)
+    shapes = {role: measure.shape for role, measure in measures.items()}
+    ranks = {role: mean_rank(measure.spectra, 0.95) for role, measure in measures.items()}
+    cosines = {role: pairwise_cosines(measure.gram) for role, measure in measures.items()}
+    projections = {
+        role: Projection(
+            shape=measure.shape,
+            max_rank=min(measure.shape),
+            rank={_name(fraction): mean_rank(measure.spectra, fraction) for fraction in sample.variance},
+            rank_ratio=ranks[role] / min(measure.shape),
+            noise_rank_ratio=ranks[role] / noise_rank(measure.shape, 0.95),
+            delta_energy=measure.delta_energy,
+            experts=measure.chosen,
+            expert_ranks={
+                _name(fraction): tuple(effective_rank(spectrum, fraction) for spectrum in measure.spectra)
+                for fraction in sample.variance
+            },
+            decay=tuple(np.mean([sample_decay(spectrum) for spectrum in measure.spectra], axis=0).round(6).tolist()),
+        )
+        for role, measure in measures.items()
+    }
+    means = {role: float(values.mean()) for role, values in cosines.items()}
+    lineage, evidence = _lineage(layer, measures, unrelated is not None, parent)
+    verdict = classify_by_neurons([lineage])
+    original, overlay = original_bytes(shapes, layer.count), overlay_bytes(shapes, ranks, layer.count)
+    return LayerAnalysis(
+        layer=layer.number,
+        type=verdict.origin,
+        confidence=verdict.confidence,
+        kind=name_kind(evidence, is_alike_in_place([lineage])) if verdict.origin == "UPCYCLED" else None,
+        original_bytes=original,
+        stored_bytes=layer.stored_bytes,
+        overlay_bytes=overlay,
+        overlay_ratio=original / overlay,
+        cosine=Cosine(mean=means["down"], std=float(cosines["down"].std()), **means),
+        similarity=_similarity(measures["down"].gram),
+        projections=projections,
+        lineage=lineage,
+    )
+
+
+def _lineage(
+    layer: ExpertLayer, measures: Mapping[str, RoleMeasure], has_neighbour: bool, parent: ExpertLayer | None
+) -> tuple[Lineage, Evidence]:
+    any_measure = next(iter(measures.values()))
+    chosen, positions = any_measure.chosen, any_measure.positions.reshape(-1)
+    own = np.repeat(np.arange(len(chosen)), any_measure.positions.shape[1])
+    nearest = {role: measure.nearest for role, measure in measures.items() if measure.nearest}
+    evidence = match_evidence(nearest, own, positions, layer.sizes["I"])
+    others = np.arange(len(chosen)) != own[:, None]
+    above = unrelated = None
+    if has_neighbour:
+        unrelated = {role: float(measure.elsewhere[0].cosine.max()) for role, measure in measures.items()}
+        best = {role: np.where(others, found.cosine, -1.0).max(axis=1) for role, found in nearest.items()}
+        above = {role: float((best[role] > unrelated[role]).mean()) for role in nearest}
+    match = None
+    if parent:
+        found = parent_evidence({r: m.elsewhere[-1] for r, m in measures.items()}, own, positions, parent.sizes["I"])
+        match = ParentMatch(
+            kept=found.kept,
+            chance=found.chance,
+            p_value=found.p_value,
+            in_place=found.in_place,
+            cosine=found.cosine,
+            shares={expert: float(share) for expert, share in zip(chosen, found.shares, strict=True)},
+            ranges={expert: (int(low), int(high)) for expert, (low, high) in zip(chosen, found.ranges, strict=True)},
+        )
+    lineage = Lineage(
+        neurons=evidence.queries,
+        experts=chosen,
+        kept=evidence.kept,
+        close=evidence.close,
+        chance=evidence.chance,
+        p_value=evidence.p_value,
+        spread=evidence.spread,
+        in_place=evidence.in_place,
+        cosine=evidence.cosine,
+        permuted_cosine=evidence.permuted_cosine,
+        cosine_p_value=evidence.cosine_p_value,
+        groups=find_groups(evidence, chosen),
+        pairs=_rounded(evidence.pairs),
+        matches=MatchHistogram(nearest=_histogram(evidence.nearest), runner_up=_histogram(evidence.runner_up)),
+        above=above,
+        unrelated=unrelated,
+        parent=match,
+    )
+    return lineage, evidence
+
+
+def _name(share: float) -> str:
+    """The key of a share of energy: two digits, more where it has more."""
+    return f"{share:.2f}" if round(share, 2) == share else repr(share)
+
+
+def _histogram(cosines: NDArray[np.float32]) -> tuple[int, ...]:
+    return tuple(int(n) for n in np.histogram(np.clip(cosines, -1.0, 1.0), MATCH_BINS, (-1.0, 1.0))[0])
+
+
+def _rounded(matrix: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    """To four digits, which is more than any picture shows."""
+    return tuple(tuple(row) for row in matrix.round(4).tolist())
+
+
+def _similarity(gram: NDArray[np.float64]) -> Similarity:
+    shown = evenly_spaced(len(gram), MOST_SHOWN)
+    cosines = np.eye(len(shown))
+    upper = np.triu_indices(len(shown), 1)
+    cosines[upper] = cosines.T[upper] = pairwise_cosines(gram[np.ix_(shown, shown)])
+    return Similarity(experts=shown, cosine=_rounded(cosines))

@@ -1,0 +1,274 @@
+"""A survey: many models, each analysed in a process of its own, or by a worker on another machine.
+
+One that is too large for the memory, or that crashes, costs its own answer only, and an interrupted survey ends at
+once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from math import fsum
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+
+from ..errors import InvalidRequest, MoEError, printable
+from ..jobs.cluster import Cluster, Task, connect, locate
+from ..jobs.measure import DEFAULT_EXPERTS
+from ..jobs.resources import Resources, memory_limit, thread_limit
+from ..progress import Progress
+from ..reports import (
+    MoEQuickAnalysis,
+    MoESurveyPlan,
+    MoETypeAnalysis,
+    MoETypeSurvey,
+    PlannedModel,
+    SurveyAnswer,
+    SurveyError,
+    SurveyRequest,
+    SurveyRow,
+)
+from ..text import parse_size
+from .analysis import analyze
+from .quick import analyze_quickly
+from .survey_lists import Entry, read_entries, spell_layers
+from .survey_rows import append_row, open_rows, read_rows
+
+# -P: a file in the current folder, which may be a stranger's, must not be imported in a library's place
+WORKER = (sys.executable, "-P", "-c", f"from {__name__} import work; work()")
+PROGRESS_PAUSE = 0.1  # seconds between two words of a process on the same work
+
+Finished = Callable[[SurveyRow], None]
+
+
+def survey(
+    models: Iterable[str | SurveyRequest],
+    *,
+    layer: int | None = None,
+    layers: Sequence[int] | str | None = None,
+    experts: int | None = DEFAULT_EXPERTS,
+    budget: int | str | None = None,
+    jobs: int = 1,
+    dask: str | None = None,
+    file: str | Path | None = None,
+    progress: Progress | None = None,
+    finished: Finished | None = None,
+) -> MoETypeSurvey:
+    """A row for each of the models; those to which `file` already has an answer are not analysed again."""
+    if jobs < 1:
+        raise InvalidRequest("the number of jobs must be at least 1")
+    if jobs > 1 and dask:
+        raise InvalidRequest("both jobs and dask are given", "give one of the two")
+    size = parse_size(budget, "the budget") if isinstance(budget, str) else budget
+    entries = read_entries(models, spell_layers(layer, layers), experts, size)
+    path = Path(file) if file else None
+    rows: dict[SurveyRequest, SurveyRow] = read_rows(path) if path else {}
+    due = [entry for entry in entries if not ((row := rows.get(entry.shown)) and row.answer)]
+    with connect(dask) as cluster, open_rows(path) as lines:
+
+        def finish(row: SurveyRow) -> None:
+            if rows.get(row.request) != row:  # a failure that has not changed need not be said again
+                append_row(lines, row)
+            rows[row.request] = row
+            if finished:
+                finished(row)
+
+        if cluster:
+            _analyze_on_cluster(cluster, due, progress, finish)
+        else:
+            _analyze_in_processes(due, jobs, progress, finish)
+    return MoETypeSurvey(rows=tuple(rows[entry.shown].model_copy(update={"stated": entry.stated}) for entry in entries))
+
+
+def plan(models: Iterable[str | SurveyRequest]) -> MoESurveyPlan:
+    """The bytes that a survey would read, by the shapes that lists give."""
+    entries = read_entries(models, None, DEFAULT_EXPERTS, None)
+    return MoESurveyPlan(
+        models=tuple(
+            PlannedModel(
+                request=entry.shown,
+                stated=entry.stated,
+                layer_bytes=entry.layer_bytes,
+                stored_bytes=entry.stored_bytes,
+            )
+            for entry in entries
+        ),
+        layer_bytes=sum(entry.layer_bytes or 0 for entry in entries),
+        stored_bytes=sum(entry.stored_bytes or 0 for entry in entries),
+    )
+
+
+def _analyze_in_processes(entries: Sequence[Entry], jobs: int, progress: Progress | None, finish: Finished) -> None:
+    """Analyse the models in processes, `jobs` side by side, and hand over each row as it comes.
+
+    Rows are handed over by the threads that wait for them, one at a time: an interruption ends the main thread's work,
+    and never theirs.
+    """
+    running: set[subprocess.Popen[bytes]] = set()
+    stopped, lock = Event(), Lock()
+    jobs = max(1, min(jobs, len(entries)))
+    share = Resources.current().share(jobs)
+
+    def analyze_one(number: int, entry: Entry) -> None:
+        label = f"{number}/{len(entries)} {entry.shown.model}"
+        asked = json.dumps([entry.request.model_dump(), bool(progress), share.memory, share.threads])
+        row, shown, pipe = None, {}, subprocess.PIPE
+        # a group of its own: Ctrl-C is for this process alone, which then ends the others
+        with subprocess.Popen([*WORKER, asked], stdin=pipe, stdout=pipe, process_group=0) as process:
+            running.add(process)
+            if stopped.is_set():
+                process.kill()
+            for line in process.stdout or ():
+                if not line.endswith(b"\n"):
+                    break  # it was killed while writing it
+                match json.loads(line):
+                    case [what, done, total] if progress:
+                        shown[what] = total
+                        progress(f"{label}: {what}", done, total)
+                    case found:
+                        row = SurveyRow.model_validate(found)
+        running.discard(process)
+        for what, total in shown.items():
+            if progress:
+                progress(f"{label}: {what}", total, total)
+        with lock:
+            if row or not stopped.is_set():
+                finish((row or _fallen(entry.shown, process.returncode)).model_copy(update={"stated": entry.stated}))
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for future in as_completed([pool.submit(analyze_one, *numbered) for numbered in enumerate(entries, 1)]):
+            future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        stopped.set()
+        for process in tuple(running):
+            process.kill()
+        pool.shutdown()
+
+
+def _analyze_on_cluster(
+    cluster: Cluster, entries: Sequence[Entry], progress: Progress | None, finish: Finished
+) -> None:
+    """Let the workers analyse the models, and hand over each row as it comes."""
+    tasks = []
+    for entry in entries:
+        model, parent = locate(entry.request.model), entry.request.parent and locate(entry.request.parent)
+        there = entry.request.model_copy(update={"model": model.name, "parent": parent and parent.name})
+        tasks.append(Task(entry.shown.model, analyze_on_worker, (there,), (model, *([parent] if parent else []))))
+
+    def watch(place: int, what: str, done: int, total: int) -> None:
+        if progress:
+            progress(f"{place + 1}/{len(entries)} {entries[place].shown.model}: {what}", done, total)
+
+    for place, found in cluster.run(tasks, watch if progress else None):
+        entry = entries[place]
+        if isinstance(found, MoEError):
+            found = _failed(entry.shown, found)
+        answer = found.answer and found.answer.model_copy(update={"model": entry.shown.model})
+        finish(found.model_copy(update={"request": entry.shown, "stated": entry.stated, "answer": answer}))
+
+
+def analyze_on_worker(request: SurveyRequest, progress: Progress) -> SurveyRow:
+    """The row of a model whose place is that on this machine, a worker."""
+    return _analyze(Entry(request), progress)
+
+
+def _failed(request: SurveyRequest, error: MoEError) -> SurveyRow:
+    said = SurveyError(code=error.exit_code, message=error.message, hint=error.hint)
+    return SurveyRow(request=request, stated=None, answer=None, error=said)
+
+
+def _fallen(request: SurveyRequest, code: int) -> SurveyRow:
+    """The row of a model whose process has ended without one."""
+    how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
+    said = f"{request.model}: its process {how}"
+    error = SurveyError(code=128 - code if code < 0 else code, message=said, hint="")
+    return SurveyRow(request=request, stated=None, answer=None, error=error)
+
+
+def work() -> None:
+    """Analyse one model, in a process of its own that ends with the one that started it.
+
+    The request comes as an argument; progress and the row go to stdout, a line of JSON each.
+    """
+    request, watched, bytes_allowed, threads = json.loads(sys.argv[1])
+    Thread(target=_end_with_parent, daemon=True).start()
+    out, lock, last = os.dup(1), Lock(), dict[str, float]()
+    os.dup2(2, 1)  # nobody else writes between the lines
+
+    def send(value: Any) -> None:
+        with open(out, "w", encoding="ascii", closefd=False) as file:
+            file.write(json.dumps(value) + "\n")
+
+    def report(what: str, done: int, total: int) -> None:
+        with lock:
+            now = time.monotonic()
+            if done >= total or now - last.get(what, 0.0) > PROGRESS_PAUSE:
+                last[what] = now
+                send([what, done, total])
+
+    with memory_limit(bytes_allowed), thread_limit(threads):
+        send(_analyze(Entry(SurveyRequest(**request)), report if watched else None).model_dump(mode="json"))
+
+
+def _end_with_parent() -> None:
+    """Wait until stdin is closed, as it is when the parent has ended in whatever way."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _analyze(entry: Entry, progress: Progress | None) -> SurveyRow:
+    """A model's row, whatever happens."""
+    request, answer, error = entry.request, None, None
+    try:
+        if request.budget is None:
+            answer = _shorten(
+                analyze(
+                    request.model,
+                    layers=request.layers,
+                    experts=request.experts,
+                    parent=request.parent,
+                    progress=progress,
+                )
+            )
+        else:
+            answer = _shorten_quick(
+                analyze_quickly(request.model, layers=request.layers, budget=request.budget, progress=progress)
+            )
+    except MoEError as known:
+        return _failed(entry.shown, known)
+    except Exception as unknown:
+        said = printable(f"{entry.shown.model}: {type(unknown).__name__}: {unknown}")
+        error = SurveyError(code=1, message=said, hint="please report it")
+    return SurveyRow(request=entry.shown, stated=None, answer=answer, error=error)
+
+
+def _shorten(analysis: MoETypeAnalysis) -> SurveyAnswer:
+    parents = [layer.lineage.parent.kept for layer in analysis.layers if layer.lineage.parent]
+    return SurveyAnswer(
+        **_shared(analysis),
+        **{figure: analysis.mean_over_layers(figure) for figure in ("kept", "close", "chance")},
+        layers=tuple(layer.layer for layer in analysis.layers),
+        parent_kept=sum(parents) / len(parents) if parents else None,
+    )
+
+
+def _shorten_quick(analysis: MoEQuickAnalysis) -> SurveyAnswer:
+    neurons = [layer.neurons for layer in analysis.layers]
+    return SurveyAnswer(
+        **_shared(analysis),
+        kept=fsum(layer.kept * layer.neurons for layer in analysis.layers) / sum(neurons),
+        chance=fsum(layer.chance * layer.neurons for layer in analysis.layers) / sum(neurons),
+        layers=tuple(layer.layer for layer in analysis.layers),
+    )
+
+
+def _shared(analysis: MoETypeAnalysis | MoEQuickAnalysis) -> dict[str, Any]:
+    """The fields that go into a row as they are."""
+    names = SurveyAnswer.model_fields.keys() & type(analysis).model_fields.keys() - {"layers"}
+    return {name: getattr(analysis, name) for name in names}
