@@ -15,8 +15,8 @@ if TYPE_CHECKING:
         MoEOverlayEstimate,
         MoEOverlayEvaluation,
         MoEOverlayExport,
+        RankOptions,
     )
-    from chuk_lazarus.introspection.moe import RankOptions
 
 Ranks = Annotated["RankOptions", OptionGroup(rank_options)]
 
