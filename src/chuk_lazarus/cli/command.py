@@ -1,7 +1,7 @@
 """What all commands have in common: a command returns its report, and this shows it.
 
-`command` makes a function for Typer of one that is told how it runs and returns a report: it adds the options that
-commands share, a group of options in the place of one parameter, the progress bar, the output, and what it cost.
+`command` turns a function that returns a report into one for Typer. It adds the options that commands share, puts a
+group of options in the place of one parameter, shows progress, and prints or writes the report and what it cost.
 """
 
 import shlex
@@ -81,16 +81,16 @@ class Result:
 def command(
     *shared: Parameter,
 ) -> Callable[[Callable[..., "BaseModel | Result"]], Callable[..., None]]:
-    """Make a command of a function `(run, options...) -> report`; `shared` are the options that are added to its own.
+    """Make a command of a function `(run, options...) -> report`; the options in `shared` are added to its own.
 
-    An option of its own called `verbose` stays the last one, and is handed on to it.
+    `verbose` is the last option of every command; a function that has it as an option of its own is told.
     """
 
     def decorate(function: Callable[..., "BaseModel | Result"]) -> Callable[..., None]:
-        _, *own = signature(function).parameters.values()
-        groups = {parameter.name: group for parameter in own if (group := _group_of(parameter))}
+        _, *options = signature(function).parameters.values()
+        groups = {parameter.name: group for parameter in options if (group := _group_of(parameter))}
         parameters = [Parameter("typer_context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-        for parameter in own:
+        for parameter in options:
             group = groups.get(parameter.name)
             parameters += signature(group.build).parameters.values() if group else [parameter]
         parameters = [
@@ -103,7 +103,7 @@ def command(
                 values[name] = group.build(
                     **{option: values.pop(option) for option in signature(group.build).parameters}
                 )
-            arguments = {parameter.name: values[parameter.name] for parameter in own}
+            arguments = {parameter.name: values[parameter.name] for parameter in options}
             watched = progress_bar(values["quiet"]) if "quiet" in values else nullcontext()
             with watched as progress:
                 returned = function(Run(typer_context, progress), **arguments)

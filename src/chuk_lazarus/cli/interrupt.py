@@ -10,7 +10,7 @@ GRACE = 0.7  # seconds to end in order
 
 
 def handle_interrupts() -> None:
-    """Let Ctrl-C and SIGTERM interrupt the command, whatever is under way."""
+    """Let Ctrl-C and SIGTERM interrupt the command at any moment."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
 
