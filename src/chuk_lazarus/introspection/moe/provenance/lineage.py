@@ -174,10 +174,10 @@ def parent_evidence(
     )
 
 
-def _chance(found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> float:
-    """The probability that roles [roles, queries] which know nothing of each other find the same one of so many
-    neurons, by how often each finds it; 0 where nothing is near."""
+def _chance(neurons_found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> float:
+    """The probability that independent roles find the same one of `neurons` neurons, by how often each role finds each;
+    0 where nothing is near. `neurons_found` is [roles, queries], `near` [queries]."""
     if not near.any():
         return 0.0
-    shares = [np.bincount(role[near], minlength=neurons) / near.sum() for role in found]
+    shares = [np.bincount(role[near], minlength=neurons) / near.sum() for role in neurons_found]
     return float(np.prod(shares, axis=0).sum())
