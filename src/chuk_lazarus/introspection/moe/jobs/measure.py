@@ -173,7 +173,7 @@ class _FirstPass:
                 done.add(weights)
 
     def take(self, window: tuple[int, int]) -> list[tuple[str, NDArray[Any], int]]:
-        """Read one window of stored rows of all experts; returns roles with their Gram matrices and numbers of weights."""
+        """Read one window of stored rows of all experts; returns roles with Gram matrices and numbers of weights."""
         grams = []
         for piece in self.tensor.read(range(self.layer.count), *window):
             gram = gram_matrix(piece.values.reshape(self.layer.count, -1))
