@@ -9,8 +9,6 @@ import pytest
 
 from hub_server import HubServer
 
-FIXTURES = Path(__file__).parent / "fixtures"
-
 _server = HubServer()
 _home = tempfile.TemporaryDirectory(prefix="lazarus-tests-")
 

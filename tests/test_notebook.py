@@ -9,7 +9,9 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-NOTEBOOK = Path(__file__).parents[1] / "docs/notebook.ipynb"
+from places import ROOT
+
+NOTEBOOK = ROOT / "docs/notebook.ipynb"
 
 
 def execute(folder: str) -> NotebookNode:
