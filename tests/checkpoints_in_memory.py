@@ -6,6 +6,7 @@ import struct
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from inspect import getfile
 from math import prod
 from pathlib import Path
@@ -107,6 +108,7 @@ def store(axes: str, role: str, matrices: Matrices) -> Array:
     return np.ascontiguousarray(array.reshape([prod(sizes[letter] for letter in group) for group in groups]))
 
 
+@cache
 def row_axes(row: Layout) -> dict[str, str]:
     """The axis strings of a row, by role, from the table's text: not as our own parser understands them."""
     table = tomllib.loads(Path(getfile(Layout)).with_name("layouts.toml").read_text())["layout"]

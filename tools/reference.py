@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ All commands begin with `lazarus introspect moe-expert`:
 """
 
 
+@cache
 def commands() -> dict[str, Any]:
     """The commands of `lazarus introspect moe-expert`, by name."""
     root: Any = typer.main.get_command(app)

@@ -19,6 +19,7 @@ from chuk_lazarus import __version__
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, MoETypeService
 from places import FIXTURES
+from processor_time import HANGS, of_children, of_process
 
 ANALYZE = ["introspect", "moe-expert", "moe-type-analyze"]
 COMPARE = ["introspect", "moe-expert", "moe-type-compare"]
@@ -38,7 +39,7 @@ def call(arguments: list[str], **environment: str) -> subprocess.CompletedProces
         text=True,
         encoding="utf-8",
         env=plain | environment,
-        timeout=60,
+        timeout=HANGS,
         check=False,
     )
 
@@ -328,7 +329,7 @@ def test_a_terminal_that_lacks_characters_still_gets_a_table(encoding: str) -> N
         [*PROGRAM, *NATIVE],
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": encoding},
-        timeout=60,
+        timeout=HANGS,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, b"")
@@ -533,6 +534,7 @@ def test_interrupted(large_model: str, tmp_path: Path, options: list[str], after
     """A single core, so that a fast machine is not done before it is interrupted."""
     output = tmp_path / "results.json"
     arguments = [*ANALYZE, "-m", large_model, "--layers", "all", "--experts", "all", "-o", str(output), *options]
+    children_before = of_children()
     with subprocess.Popen(
         [sys.executable, "-c", ON_ONE_CORE, *arguments],
         stdout=subprocess.PIPE,
@@ -540,15 +542,16 @@ def test_interrupted(large_model: str, tmp_path: Path, options: list[str], after
         text=True,
         start_new_session=True,
     ) as process:
-        time.sleep(after)
+        while process.poll() is None and of_process(process.pid) < after:
+            time.sleep(0.01)
         assert process.poll() is None, "it was done before it could be interrupted"
-        sent = time.monotonic()
+        before = of_process(process.pid)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-        waited = time.monotonic() - sent
+        out, err = process.communicate(timeout=HANGS)
+    used = of_children() - children_before - before
     assert (process.returncode, out, err.count("\n")) == (130, "", 1), err[-1000:]
     assert "interrupted" in err
     if options:
         assert json.loads(err)["error"]["code"] == 130
-    assert waited < 2.5
+    assert used < 2.5
     assert os.listdir(tmp_path) == []

@@ -24,6 +24,7 @@ from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.source import find_repository
 from hub_server import HubServer
 from places import FIXTURES
+from processor_time import HANGS
 
 ANALYZE = ["introspect", "moe-expert", "moe-type-analyze"]
 COMPARE = ["introspect", "moe-expert", "moe-type-compare"]
@@ -120,14 +121,16 @@ def refused(capsys: Capture, code: int, model: str, *words: str, options: list[s
     return line
 
 
-def limited(model: str, seconds: float = 8.0) -> subprocess.CompletedProcess[str]:
-    """A run in a process of its own with 2 GB of address space, for what may eat all time and memory."""
+def limited(model: str, seconds: int = 8) -> subprocess.CompletedProcess[str]:
+    """A run in a process of its own with 2 GB of address space and so many seconds of processor time, for what may eat
+    all time and memory."""
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30));"
+        f"resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}));"
         "from chuk_lazarus.cli.app import run; sys.exit(run(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, *ANALYZE, "-m", model]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 # What was typed

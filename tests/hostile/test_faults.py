@@ -32,6 +32,7 @@ from hostile.faults import kills
 from hostile.fuzz.cases import deadline
 from hub_server import HubServer
 from places import DEMO, TESTS
+from processor_time import HANGS
 
 EXPERT = ["introspect", "moe-expert"]
 ANALYZE = [*EXPERT, "moe-type-analyze"]
@@ -47,7 +48,7 @@ def figures(report: Any) -> dict[str, Any]:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -200,7 +201,7 @@ def test_threads_that_are_busy_do_not_keep_an_interruption_waiting(signals: list
         for name in signals:
             process.send_signal(getattr(signal, name))
         try:
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=HANGS)
         finally:
             process.kill()
     assert busy == "busy\n"

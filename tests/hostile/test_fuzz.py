@@ -24,7 +24,7 @@ from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadabl
 from chuk_lazarus.introspection.moe.overlay_checkpoint import read_overlay
 from chuk_lazarus.introspection.moe.weights.safetensors_header import read_header
 from chuk_lazarus.introspection.moe.weights.source import LocalFile
-from hostile.fuzz.cases import OK, Bench, Hangs, Outcome, deadline, read_everything
+from hostile.fuzz.cases import CPU_SECONDS, HANGS_AFTER, OK, Bench, Hangs, Outcome, deadline, read_everything
 from hostile.fuzz.corpus import (
     FIXTURES,
     JOBS,
@@ -54,16 +54,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def judge(bench: Bench) -> Callable[[Files, Callable[[str], Any]], Outcome]:
     """Write a model and run something on it, under the limits of time, memory and files."""
 
-    def judge(files: Files, drive: Callable[[str], Any]) -> Outcome:
+    def judge(files: Files, drive: Callable[[str], Any], cpu_seconds: float = CPU_SECONDS) -> Outcome:
         bench.make("safetensors", dict(files))
         with suppress(Exception, Hangs), deadline():
             drive(str(bench.model))  # what is imported late is no cost of the case
-        return bench.judge(lambda: drive(str(bench.model)), sum(map(len, files.values())))
+        return bench.judge(lambda: drive(str(bench.model)), sum(map(len, files.values())), cpu_seconds)
 
     return judge
 
 
-Judge = Callable[[Files, Callable[[str], Any]], Outcome]
+Judge = Callable[..., Outcome]
 
 
 def change(name: str, header: Callable[[Header], None], config: Header | None = None, body: bytes = b"") -> Files:
@@ -334,13 +334,20 @@ def test_an_error_is_not_as_long_as_what_it_is_about(judge: Judge) -> None:
 
 
 def test_a_config_for_each_of_many_layers(judge: Judge) -> None:
-    layers = 1500
-    name = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
-    more = {name.format(n, 0, w): np.ones((1, 1), np.float32) for n in range(layers) for w in ("w1", "w2", "w3")}
-    said = {"per_layer_config": {str(n): {} for n in range(layers)}, **{str(n): n for n in range(layers)}}
-    files = {"model.safetensors": save(more), "config.json": json.dumps(said).encode()}
-    outcome = judge(files, MoELayoutService.describe)
-    assert outcome.kind == "read", outcome
+    """The time is in proportion to the layers, and hardly depends on what else the config says."""
+
+    def seconds(layers: int, more: int) -> float:
+        name = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+        ones = {name.format(n, 0, w): np.ones((1, 1), np.float32) for n in range(layers) for w in ("w1", "w2", "w3")}
+        said = {"per_layer_config": {str(n): {} for n in range(layers)}, **{str(n): n for n in range(more)}}
+        files = {"model.safetensors": save(ones), "config.json": json.dumps(said).encode()}
+        outcome = judge(files, MoELayoutService.describe, HANGS_AFTER)
+        assert outcome.kind == "read", outcome
+        return outcome.seconds
+
+    few, many = (min(seconds(layers, layers) for _ in range(2)) for layers in (375, 1500))
+    assert many < 8 * few, "of four times as many layers; 4 if each costs the same, 16 if each costs as many"
+    assert min(seconds(1500, 100_000) for _ in range(2)) < 3 * many, "5 if the config is copied for each layer"
 
 
 # Sizes

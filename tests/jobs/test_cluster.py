@@ -34,6 +34,7 @@ from chuk_lazarus.introspection.moe.cluster import ClusterUnusable, Task, connec
 from chuk_lazarus.introspection.moe.weights.source import Progress
 from hub_server import Fault, HubServer
 from places import FIXTURES
+from processor_time import HANGS
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 6, 8, 32, 64
 LAYER_BYTES = EXPERTS * 3 * HIDDEN * INTERMEDIATE * 4
@@ -93,7 +94,7 @@ class Machines:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -359,7 +360,7 @@ def test_an_interrupted_sweep_cancels_its_tasks_and_goes_on_where_it_was(
         wait_for(lambda: process.poll() is not None or list(cache.glob("sweeps/*/*.json")))
         (stuck,) = machines.busy()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=HANGS)
     assert (process.returncode, out, err) == (130, b"", b"lazarus: interrupted\n")
     wait_for(lambda: not machines.busy())
     machines.kill(stuck)

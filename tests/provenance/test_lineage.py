@@ -34,7 +34,7 @@ from chuk_lazarus.introspection.moe.lineage import (
     weigh,
     weigh_parent,
 )
-from places import ROOT
+from places import FIXTURES, ROOT
 
 Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
 EXPERTS, NEURONS, HIDDEN = 8, 256, 48
@@ -667,7 +667,7 @@ def test_the_p_value_of_the_positional_cosine_is_that_of_shuffled_neurons() -> N
 
 # Trained: the first layers of checkpoints whose history is known (experiments/02_training_history, held-out family 6)
 
-ZOO = Path(__file__).parent / "fixtures/zoo"
+ZOO = FIXTURES / "zoo"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from chuk_lazarus.introspection.moe import (
 )
 from hub_server import HubServer
 from places import DEMO, FIXTURES, ROOT
+from processor_time import HANGS
 
 SURVEY = ["introspect", "moe-expert", "moe-type-survey"]
 PROGRAM = [sys.executable, "-m", "chuk_lazarus.cli.app", *SURVEY]
@@ -632,7 +633,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -652,7 +653,7 @@ def test_interrupted(hub: HubServer, slow: str, start: Callable[..., Any], tmp_p
     process = start("demo:native", slow, "--jobs", "1")
     wait_for(asks_the_hub(hub))
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=HANGS)
     assert (process.returncode, out, err) == (130, "", "lazarus: interrupted\n")
     assert [line["answer"]["type"] for line in lines_of(tmp_path / "rows.jsonl")] == ["NATIVE"]
 
@@ -666,7 +667,7 @@ def test_killed(hub: HubServer, slow: str, start: Callable[..., Any], tmp_path: 
     workers = children(process)
     assert workers
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HANGS)
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     kept = file.read_bytes()
     hub.faults.clear()
@@ -685,7 +686,7 @@ def test_a_model_that_takes_its_process_down_costs_its_own_answer(
     wait_for(asks_the_hub(hub))
     (worker,) = children(process)
     os.kill(worker, signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 1
     rows = MoETypeSurvey.model_validate_json(out).rows
     assert [bool(row.answer) for row in rows] == [True, False, True]

@@ -25,6 +25,7 @@ from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, M
 from chuk_lazarus.introspection.moe.page import to_page
 from chuk_lazarus.introspection.moe.terminal_plots import LayerDrawing
 from places import DEMO, FIXTURES
+from processor_time import HANGS
 
 MOE = ["introspect", "moe-expert"]
 ANALYZE = [*MOE, "moe-type-analyze"]
@@ -618,7 +619,7 @@ def test_the_page_in_a_browser(name: str, dark: bool, tmp_path: Path) -> None:
         [str(BROWSER), *options, "--virtual-time-budget=20000", "--dump-dom", (tmp_path / "look.html").as_uri()],
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=HANGS,
         check=True,
     )
     written = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)

@@ -290,9 +290,9 @@ def test_a_large_vocabulary_is_passed_over_quickly(tmp_path: Path) -> None:
     writer.add_tensor("x", numbers(2000, 2000))
     finish(writer)
     open_file(tmp_path / "m.gguf")  # imports the package
-    start = time.perf_counter()
+    start = time.process_time()
     checkpoint = open_file(tmp_path / "m.gguf")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert checkpoint.bytes_read <= checkpoint.info("x").start + PIECE
 
 
@@ -623,7 +623,7 @@ def test_what_is_changed_at_random_below_is_valid() -> None:
 PLACES = st.integers(0, len(SEED) - 1) | st.integers(0, 140) | st.integers(len(SEED) - 450, len(SEED) - 256)
 
 
-@settings(max_examples=400, deadline=2000, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(PLACES, st.integers(0, 255) | st.sampled_from([0, 1, 8, 9, 127, 128, 255])), max_size=6),
     st.just(len(SEED)) | st.integers(0, len(SEED)),
@@ -632,9 +632,11 @@ def test_bytes_changed_at_random_are_read_or_refused(changes: list[tuple[int, in
     data = bytearray(SEED)
     for place, value in changes:
         data[place] = value
+    start = time.process_time()
     with contextlib.suppress(MoEError):
         _, tensors = read_header("m.gguf", Memory(bytes(data[:length])))
         assert all(0 <= info.start <= info.stop <= length for info in tensors.values())
+    assert time.process_time() - start < 2
 
 
 # A trained model

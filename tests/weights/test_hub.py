@@ -39,6 +39,7 @@ from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache, merge
 from chuk_lazarus.introspection.moe.weights.source import find_repository
 from hub_server import HubServer, Request
 from places import FIXTURES
+from processor_time import HANGS
 
 LAYERS, EXPERTS, WIDE, HIDDEN = 3, 4, 192, 384
 LAYER_BYTES = EXPERTS * 3 * WIDE * HIDDEN * 2
@@ -147,7 +148,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr."""
     with process:
         try:
-            out, err = process.communicate(timeout=40)
+            out, err = process.communicate(timeout=HANGS)
         finally:
             process.kill()
     return process.returncode, out, err

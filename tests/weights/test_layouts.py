@@ -47,6 +47,7 @@ from chuk_lazarus.introspection.moe.weights.layouts import Kind, Layout, StoredA
 from chuk_lazarus.introspection.moe.weights.source import Folder, Range
 from mlx_lm_recipes import RECIPES, ROPE, Recipe
 from places import FIXTURES
+from sampling import in_turn, sampled
 
 
 def name_oracles(kind: str) -> list[str]:
@@ -59,6 +60,15 @@ WITH_ORACLE = name_oracles("oracle")
 ROWS = {name: layout for name, layout in TABLE.items() if layout.kind == "routed"}
 
 every_fixture = pytest.mark.parametrize("name", WITH_ORACLE)
+
+
+def every_fixture_and(what: str, *values: int) -> pytest.MarkDecorator:
+    """Each fixture with each value; by default each fixture with one of them, in turn."""
+    pairs = [(name, value) for value in values for name in WITH_ORACLE]
+    chosen = in_turn(WITH_ORACLE, values)
+    return pytest.mark.parametrize(("name", what), sampled(pairs, chosen, lambda name, value: f"{value}-{name}"))
+
+
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
 
 
@@ -190,8 +200,7 @@ def assemble(tensor: ExpertTensor, experts: Sequence[int], windows: Iterable[Ran
     return result
 
 
-@every_fixture
-@pytest.mark.parametrize("budget", [1, 200, 1000, 10**9])
+@every_fixture_and("budget", 1, 200, 1000, 10**9)
 def test_windows_cover_every_weight_once(name: str, budget: int) -> None:
     experts = open_fixture(name)
     layer = experts.layer(experts.layers[-1])
@@ -208,8 +217,7 @@ def test_windows_cover_every_weight_once(name: str, budget: int) -> None:
             np.testing.assert_array_equal(matrices, oracle(name)[layer.number][role][chosen])
 
 
-@every_fixture
-@pytest.mark.parametrize("step", [3, 7])
+@every_fixture_and("step", 3, 7)
 def test_windows_may_start_between_a_gate_and_its_up(name: str, step: int) -> None:
     experts = open_fixture(name)
     layer = experts.layer(experts.layers[0])
@@ -800,8 +808,7 @@ def test_one_layer_costs_the_headers_and_that_layer(shards: bool, number: int, w
     assert read <= bytes_of_headers(repository) + 1.01 * experts
 
 
-@every_fixture
-@pytest.mark.parametrize("window", [1, 4_000_000])
+@every_fixture_and("window", 1, 4_000_000)
 def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "window_weights", lambda: window)
     folder, stack = split_model(str(FIXTURES / name))

@@ -26,22 +26,20 @@ from numpy.typing import NDArray
 
 import encoders_float
 import encoders_packed
-from checkpoints_in_memory import TABLE, Memory, roles_of, store
-from checkpoints_in_memory import row_axes as read_row_axes
+from checkpoints_in_memory import TABLE, Memory, roles_of, row_axes, store
 from chuk_lazarus.introspection.moe.errors import MoEError
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import Layout
 from encoded import Encoded
+from sampling import in_turn, one_of_each_kind, sampled
 
 Array = NDArray[Any]
 Matrix = NDArray[np.float32]
 Matrices = dict[str, Matrix]  # role -> [experts, out, in]
 Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype, array
 Encoder = Callable[[Matrix, np.random.Generator], Encoded]
-
-row_axes = cache(read_row_axes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formats: those of the reference encoders, and what only turned stacks have
@@ -483,8 +481,17 @@ def check(row: Layout, name: str, case: Case) -> None:
         assert_opened(Experts(Checkpoint(written.repository), row.kind), row, written, case, name)
 
 
-def ids(pairs: list[tuple[str, str]]) -> list[str]:
-    return [f"{row}-{name}" for row, name in pairs]
+def kind_of(row: str, name: str) -> tuple[frozenset[str], str]:
+    """What a row and a format have in common with others: the format, and how the row's tensors lie."""
+    return traits(TABLE[row]), name
+
+
+def named(row: str, name: str) -> str:
+    return f"{row}-{name}"
+
+
+SAMPLE = one_of_each_kind(COVERED, kind_of)
+SAMPLE_REFUSED = one_of_each_kind(REFUSED, kind_of)
 
 
 def fuzz(examples: int, cases: st.SearchStrategy[Case], run: Callable[[Case], None]) -> None:
@@ -494,14 +501,14 @@ def fuzz(examples: int, cases: st.SearchStrategy[Case], run: Callable[[Case], No
     how(given(case=cases)(lambda case: run(case)))()
 
 
-@pytest.mark.parametrize(("row", "name"), COVERED, ids=ids(COVERED))
+@pytest.mark.parametrize(("row", "name"), sampled(COVERED, SAMPLE, named))
 def test_what_is_encoded_is_what_is_read(row: str, name: str) -> None:
     if name.startswith("mlx"):
         pytest.importorskip("mlx.core")
     fuzz(2 if is_slow(name) else 3, make_cases(TABLE[row], name), lambda case: check(TABLE[row], name, case))
 
 
-@pytest.mark.parametrize(("row", "name"), REFUSED, ids=ids(REFUSED))
+@pytest.mark.parametrize(("row", "name"), sampled(REFUSED, SAMPLE_REFUSED, named))
 def test_a_format_that_a_row_can_not_have_is_refused(row: str, name: str) -> None:
     def run(case: Case) -> None:
         written = Writer(TABLE[row], name, case).write()
@@ -523,6 +530,17 @@ def test_every_row_and_every_format_is_covered() -> None:
     assert all(any(exclusion(row, name) is one for row in ROWS.values() for name in one.formats) for one in EXCLUDED)
 
 
+def test_the_sample_has_every_row_every_format_and_both_in_all_ways() -> None:
+    """What runs by default, of which the rest is marked long."""
+    assert {row for row, _ in SAMPLE} == ROWS.keys()
+    assert {name for _, name in SAMPLE} == ENCODERS.keys()
+    for sample, pairs in ((SAMPLE, COVERED), (SAMPLE_REFUSED, REFUSED)):
+        assert set(sample) <= set(pairs)
+        assert {kind_of(*pair) for pair in sample} == {kind_of(*pair) for pair in pairs}
+    assert {row for row, _ in SAMPLE_BY_TYPE} == GGUF_ROWS.keys()
+    assert {name for _, name in SAMPLE_BY_TYPE} == TYPES.keys()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # GGUF
 
@@ -537,6 +555,7 @@ def can_quantise(kind: GGMLQuantizationType) -> bool:
 
 TYPES = {kind.name: kind for kind in GGMLQuantizationType if can_quantise(kind)}
 BY_TYPE = [(row, name) for row in GGUF_ROWS for name in TYPES]
+SAMPLE_BY_TYPE = in_turn(list(GGUF_ROWS), list(TYPES))
 
 
 def make_gguf_cases(name: str) -> st.SearchStrategy[Case]:
@@ -585,7 +604,7 @@ def write_gguf(row: Layout, name: str, case: Case, path: Path) -> Written:
     return written
 
 
-@pytest.mark.parametrize(("row", "name"), BY_TYPE, ids=ids(BY_TYPE))
+@pytest.mark.parametrize(("row", "name"), sampled(BY_TYPE, SAMPLE_BY_TYPE, named))
 def test_what_is_quantised_is_what_is_read(row: str, name: str, tmp_path: Path) -> None:
     def run(case: Case) -> None:
         written = write_gguf(TABLE[row], name, case, tmp_path / "model.gguf")

@@ -35,6 +35,7 @@ if str(TESTS) not in sys.path:
 
 from figures import report  # noqa: E402  found by the line above
 from hub_server import HubServer  # noqa: E402  found by the line above
+from processor_time import HANGS  # noqa: E402  found by the line above
 
 PROGRAM = [sys.executable, "-c", "from chuk_lazarus.cli import main; main()", "introspect", "moe-expert"]
 SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
@@ -151,7 +152,7 @@ class Bench:
         sent = time.monotonic()
         with suppress(ProcessLookupError):
             process.send_signal(SIGNALS[number])
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANGS)
         waited, code = time.monotonic() - sent, process.returncode
         kill = Kill("right", "", how_it_ended(code), waited)
 
@@ -178,7 +179,7 @@ class Bench:
         if "written" in truth and (place / "written").exists():
             shutil.rmtree(place / "written")  # it was done, and says so when it is asked for again
         again = self.start(name, place)
-        out, err = again.communicate(timeout=120)
+        out, err = again.communicate(timeout=HANGS)
         if again.returncode or err:
             return wrong("not taken up", f"{again.returncode} {err}")
         found = {"out": plain(json.loads(out)), **results(place)}
@@ -243,8 +244,8 @@ def broken_cache(cache: Path) -> list[Path]:
 
 
 def wait_for_children(session: int) -> list[int]:
-    """The processes that a stopped command leaves behind for more than two seconds; [] where /proc does not tell."""
-    end = time.monotonic() + 2
+    """The processes that a stopped command leaves behind for more than a minute; [] where /proc does not tell."""
+    end = time.monotonic() + 60
     while found := [pid for pid in processes() if session_of(pid) == session]:
         if time.monotonic() > end:
             return found

@@ -41,6 +41,7 @@ if str(TESTS) not in sys.path:
 
 from figures import report  # noqa: E402  found by the line above
 from hub_server import HubServer, Request  # noqa: E402  found by the line above
+from processor_time import HANGS  # noqa: E402  found by the line above
 
 LAYERS, EXPERTS, WIDE, HIDDEN = 3, 4, 96, 128
 TOKEN, WRONG_TOKEN = "hf_theRightSecretOfThisRun", "hf_aSecretThatOpensNothing"
@@ -537,7 +538,7 @@ def run_pair(bench: Bench, random: Random, number: int) -> Outcome:
             for command, limit in zip(commands, random.choice((("0", "1GB"), ("0", "0"), ("1GB", "1GB"))), strict=True)
         ]
         for command, process in zip(commands, processes, strict=True):
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=HANGS)
             run = Run(command, False, "public", "cold", 0)
             verdict = bench._judge(
                 run, {json.loads(out)["revision"]: False} if out else {}, process.returncode, out, err, place
@@ -562,7 +563,7 @@ def run_full_disk(bench: Bench, random: Random, number: int) -> Outcome:
     try:
         environment = {"LAZARUS_CACHE": str(place / "cache"), "HF_HOME": str(place / "hf")}
         process = start(words(command, name, place), **environment)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=HANGS)
         run = Run(command, False, "public", "cold", 0, largest_file=size)
         revision = json.loads(out)["revision"] if out else ""
         verdict = bench._judge(run, {revision: False}, process.returncode, out, err, place)
