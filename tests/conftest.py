@@ -9,6 +9,9 @@ import pytest
 
 from hub_server import HubServer
 
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # several tests run at once, and BLAS is loaded later
+    os.environ.setdefault(_variable, "1")
+
 _server = HubServer()
 _home = tempfile.TemporaryDirectory(prefix="lazarus-tests-")
 

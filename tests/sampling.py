@@ -27,6 +27,14 @@ def one_of_each_kind(cases: Iterable[Case], kind: Callable[..., Any]) -> list[Ca
     return chosen
 
 
-def sampled(cases: Iterable[Case], chosen: Collection[Case], name: Callable[..., str]) -> list[Any]:
+def keep(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Parameters, of which the kept run by default."""
+    return [pytest.param(value, marks=() if value in kept else pytest.mark.long) for value in values]
+
+
+def sampled(cases: Iterable[Case], chosen: Collection[Case], name: Callable[..., str] | None = None) -> list[Any]:
     """All cases as parameters, with their names; `long` those that are not chosen."""
-    return [pytest.param(*case, id=name(*case), marks=() if case in chosen else pytest.mark.long) for case in cases]
+    return [
+        pytest.param(*case, id=name(*case) if name else None, marks=() if case in chosen else pytest.mark.long)
+        for case in cases
+    ]

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,6 +34,7 @@ from hostile.fuzz.cases import deadline
 from hub_server import HubServer
 from places import DEMO, TESTS
 from processor_time import HANGS
+from sampling import in_turn, keep, sampled
 
 EXPERT = ["introspect", "moe-expert"]
 ANALYZE = [*EXPERT, "moe-type-analyze"]
@@ -57,6 +59,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 # Broken networks
 
 
+@pytest.mark.long
 def test_random_sequences_of_faults() -> None:
     """In a process of its own, which shortens all waits; the same as by hand, with fewer runs."""
     command = [sys.executable, str(TESTS / "hostile/faults/network.py"), "--runs", "16", "--seed", "20"]
@@ -142,6 +145,7 @@ def test_a_warning_of_the_client_is_not_shown(hub: HubServer, published: str, mo
 # Stopped processes
 
 
+@pytest.mark.long
 def test_stopped_at_random(tmp_path: Path) -> None:
     """As by hand, of one command, with fewer layers."""
     random = Random(5)
@@ -451,7 +455,19 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    "odd",
+    keep(
+        ODD,
+        "two identical experts",
+        "all zero",
+        "a dead expert",
+        "a dead role",
+        "denormals in float32",
+        "the largest of float16",
+        "rank one",
+    ),
+)
 def test_odd_numbers_give_defined_results(tmp_path: Path, odd: str) -> None:
     """Of every command: JSON without NaN or infinity, a table, no warning of numpy."""
     make, experts, origin = ODD[odd]
@@ -479,10 +495,20 @@ def test_all_zero_experts_lose_nothing(tmp_path: Path) -> None:
     assert {row[way] for row in same for way in ("quantisation", "overlay", "svd")} <= {0.0, None}
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, "overflow"])
-@pytest.mark.parametrize("role", ROLES)
+NOT_FINITE = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "overflow": "overflow"}
+
+
+@pytest.mark.parametrize(
+    ("role", "value"),
+    sampled(
+        product(ROLES, NOT_FINITE),
+        in_turn(list(ROLES), list(NOT_FINITE)),
+        lambda role, value: f"{role}-{value}",
+    ),
+)
 def test_what_is_not_finite_is_named(tmp_path: Path, role: str, value: Any) -> None:
     """By layer, expert and role, whoever reads it; `--quick` does not read down."""
+    value = NOT_FINITE[value]
 
     def spoil(expert: int, name: str, x: Matrix) -> Matrix:
         if (expert, name) == (2, ROLES[role]):
@@ -584,7 +610,9 @@ def test_results_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch, t
     assert {name: abs(one[name] - many[name]) for name in unequal if abs(one[name] - many[name]) > 1e-6} == {}
 
 
-@pytest.mark.parametrize("variables", [{"OMP_NUM_THREADS": "2"}, {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "1"}])
+@pytest.mark.parametrize(
+    "variables", keep([TWO := {"OMP_NUM_THREADS": "2"}, {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "1"}], TWO)
+)
 def test_results_do_not_depend_on_the_threads_of_libraries(variables: dict[str, str]) -> None:
     def analyze(**environment: str) -> Any:
         command = [sys.executable, "-m", "chuk_lazarus.cli.app", *ANALYZE, "-m", "demo:upcycled", "--json"]

@@ -38,8 +38,9 @@ from hostile.fuzz.corpus import (
     write_folder,
 )
 from hub_server import HubServer
+from sampling import keep
 
-SHORT_RUN = 350  # cases
+SHORT_RUN, LONG_RUN = 60, 350  # cases; the long run begins with those of the short one
 
 Header = dict[str, Any]
 Capture = pytest.CaptureFixture[str]
@@ -91,7 +92,8 @@ def with_config(files: Files, **said: Any) -> Files:
 # Anything at all
 
 
-def test_a_short_run(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cases", keep([SHORT_RUN, LONG_RUN], SHORT_RUN))
+def test_a_run(cases: int, tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python tests/hostile/fuzz/run.py` runs many more."""
     root = Path(os.path.realpath(tmp_path))
     monkeypatch.setenv("LAZARUS_CACHE", str(root / "cache"))
@@ -101,7 +103,7 @@ def test_a_short_run(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyP
     seeds = bench.seeds()
     parsers = sorted({seed.parser for seed in seeds})
     failed = []
-    for number in range(SHORT_RUN):
+    for number in range(cases):
         random = Random(f"test/{number}")
         parser = random.choice(parsers)
         seed = random.choice([seed for seed in seeds if seed.parser == parser])

@@ -35,6 +35,7 @@ from chuk_lazarus.introspection.moe.weights.source import Progress
 from hub_server import Fault, HubServer
 from places import FIXTURES
 from processor_time import HANGS
+from sampling import keep
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 6, 8, 32, 64
 LAYER_BYTES = EXPERTS * 3 * HIDDEN * INTERMEDIATE * 4
@@ -392,6 +393,7 @@ def test_a_model_that_takes_workers_down_costs_its_own_answer(others: Machines) 
     assert re.match(r"org/large: 1 workers were lost over it, the last one was tcp://127\.0\.0\.1:\d+", found.message)
 
 
+@pytest.mark.long
 def test_a_model_that_takes_workers_down_costs_no_other_answer(others: Machines, tmp_path: Path) -> None:
     """Though workers have threads for several, and a scheduler that counts all that a lost one held."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -430,7 +432,7 @@ def test_workers_that_come_later_take_part(others: Machines) -> None:
         assert len({found for _, found in answers.result()}) == 2
 
 
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", keep([1, 5], 1))
 def test_a_lost_scheduler_is_said(others: Machines, count: int) -> None:
     def tell(progress: Progress) -> None:
         while True:  # until the worker notices
@@ -515,6 +517,7 @@ def test_jobs_are_for_one_machine(capsys: Capture) -> None:
     assert "jobs" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_workers_that_cannot_do_the_work(others: Machines, tmp_path: Path, capsys: Capture) -> None:
     """None, then one with another version of the package, then one without it."""
 

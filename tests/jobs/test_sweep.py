@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 from safetensors.numpy import save_file
 
 from chuk_lazarus.introspection.moe import MoECompressionService, MoETypeService
+from sampling import in_turn, sampled
 
 LAYERS, EXPERTS = 4, 4
 JOBS: dict[str, Callable[..., BaseModel]] = {
@@ -90,8 +92,10 @@ def test_what_was_kept_of_another_state_of_the_model_is_not_used(tmp_path: Path,
     assert result(changed) == result(JOBS["analyze"](write_model(tmp_path / "model", seed=1)))
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"layer": 0}', "\x00"])
-@pytest.mark.parametrize("job", list(JOBS))
+DAMAGES = ["", "{", "[]", '{"layer": 0}', "\x00"]
+
+
+@pytest.mark.parametrize(("job", "damage"), sampled(product(JOBS, DAMAGES), in_turn(list(JOBS), DAMAGES)))
 def test_damaged_results_are_found_again(tmp_path: Path, cache: Path, job: str, damage: str) -> None:
     model = write_model(tmp_path / "model")
     with pytest.raises(Interrupted):

@@ -891,6 +891,7 @@ def run(code: str, *arguments: Any) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("what", "kills"), [("write", 20), ("export", 5)])
 def test_killed_and_resumed_it_ends_with_the_same_bytes(what: str, kills: int, tmp_path: Path) -> None:
     model, folder = tmp_path / "model", tmp_path / "folder"
@@ -1129,6 +1130,7 @@ def test_a_target_that_cannot_be(place: str, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"file", "readonly"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """A layer of 315 MB of experts is overlaid, and exported, with less than 100 MB more than the imports take."""

@@ -265,13 +265,13 @@ def test_options_that_do_not_go_together(capsys: Capture, arguments: list[str]) 
 
 
 def test_processes_share_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is told its part, and no less than an analysis needs."""
+    """Each is told its part, and no less than an analysis needs; here they end without an answer."""
     asked: list[list[Any]] = []
     start = subprocess.Popen
 
     def note(command: Sequence[str], *words: Any, **options: Any) -> Any:
         asked.append(json.loads(command[-1]))
-        return start(command, *words, **options)
+        return start([sys.executable, "-I", "-S", "-c", ""], *words, **options)
 
     monkeypatch.setattr(subprocess, "Popen", note)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8), raising=False)
@@ -658,6 +658,7 @@ def test_interrupted(hub: HubServer, slow: str, start: Callable[..., Any], tmp_p
     assert [line["answer"]["type"] for line in lines_of(tmp_path / "rows.jsonl")] == ["NATIVE"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_killed(hub: HubServer, slow: str, start: Callable[..., Any], tmp_path: Path) -> None:
     """Its processes end with it, and the same command goes on."""

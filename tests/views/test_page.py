@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from html import unescape
 from io import BytesIO, TextIOWrapper
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,6 +26,7 @@ from chuk_lazarus.introspection.moe.page import to_page
 from chuk_lazarus.introspection.moe.terminal_plots import LayerDrawing
 from places import DEMO, FIXTURES
 from processor_time import HANGS
+from sampling import in_turn, keep, sampled
 
 MOE = ["introspect", "moe-expert"]
 ANALYZE = [*MOE, "moe-type-analyze"]
@@ -270,7 +271,15 @@ def test_what_to_do_next_can_be_done(name: str, capsys: Capture) -> None:
         assert json.loads(capsys.readouterr().out)["model"] in {model.model for model in analyses(report_of(name))}
 
 
-@pytest.mark.parametrize(("layers", "wanted"), [(2, "0,1"), (4, "0,1,2,3"), (5, "0,1,2,4"), (61, "0,20,40,60")])
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        (2, "0,1"),
+        pytest.param(4, "0,1,2,3", marks=pytest.mark.long),
+        pytest.param(5, "0,1,2,4", marks=pytest.mark.long),
+        (61, "0,20,40,60"),
+    ],
+)
 def test_other_layers_are_proposed_evenly(layers: int, wanted: str) -> None:
     report = report_of("one layer").model_copy(update={"moe_layers": tuple(range(layers))})
     proposed = [command for command in next_commands(parse(to_page(report))) if "--layers" in command]
@@ -316,7 +325,10 @@ def test_control_characters_of_the_command_are_escaped() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[*ANALYZE, "-m", "demo:native", "--layers", "all"], [*COMPARE, "-m", "demo:native", "-c", "demo:upcycled"]],
+    [
+        [*ANALYZE, "-m", "demo:native", "--layers", "all"],
+        pytest.param([*COMPARE, "-m", "demo:native", "-c", "demo:upcycled"], marks=pytest.mark.long),
+    ],
     ids=["analyze", "compare"],
 )
 def test_html_has_the_same_json_as_json(arguments: list[str], tmp_path: Path, capsys: Capture) -> None:
@@ -336,6 +348,7 @@ def test_html_has_the_same_json_as_json(arguments: list[str], tmp_path: Path, ca
     assert capsys.readouterr().out == table
 
 
+@pytest.mark.long
 def test_the_same_analysis_gives_the_same_page() -> None:
     first, second = (to_page(MoETypeService.analyze("demo:native", layers="all")) for _ in range(2))
     plain = [re.sub(r'in \d+\.\d s|"seconds": [\d.e-]+', "", text) for text in (first, second)]
@@ -389,17 +402,20 @@ def test_a_failed_analysis_leaves_the_old_file(option: str, tmp_path: Path, caps
 # --plot
 
 
+DRAWN = {
+    "moe-type-analyze": [*ANALYZE, "-m", "demo:upcycled", "--layers", "all"],
+    "moe-type-compare": [*COMPARE, "-m", "demo:native", "-c", "demo:upcycled"],
+    "moe-overlay-estimate": [*ESTIMATE, "-m", "demo:native"],
+}
+STARTS = {".SVG": b"<", ".png": b"\x89PNG", ".pdf": b"%PDF-"}
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        [*ANALYZE, "-m", "demo:upcycled", "--layers", "all"],
-        [*COMPARE, "-m", "demo:native", "-c", "demo:upcycled"],
-        [*ESTIMATE, "-m", "demo:native"],
-    ],
-    ids=lambda command: command[2],
+    ("name", "ending"),
+    sampled(product(DRAWN, STARTS), in_turn(list(DRAWN), list(STARTS)), lambda name, ending: f"{name}-{ending}"),
 )
-@pytest.mark.parametrize(("ending", "start"), [(".png", b"\x89PNG"), (".SVG", b"<"), (".pdf", b"%PDF-")])
-def test_plot(command: list[str], ending: str, start: bytes, tmp_path: Path, capsys: Capture) -> None:
+def test_plot(name: str, ending: str, tmp_path: Path, capsys: Capture) -> None:
+    command, start = DRAWN[name], STARTS[ending]
     file = tmp_path / f"figure{ending}"
     assert run([*command, "--plot", str(file), "--json"]) == 0
     out, err = capsys.readouterr()
@@ -521,7 +537,7 @@ def test_visualize(capsys: Capture) -> None:
 # In a notebook
 
 
-@each_report
+@pytest.mark.parametrize("name", keep(REPORTS, "one layer", "undetermined, no gate", "comparison"))
 def test_a_notebook_shows_a_part_of_the_page(name: str) -> None:
     text = report_of(name)._repr_html_()
     fragment = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parseFragment(text)

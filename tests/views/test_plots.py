@@ -427,7 +427,13 @@ def test_names_are_shown_as_they_are_or_escaped() -> None:
 # that it can be read
 
 
-@pytest.mark.parametrize(("name", "make"), [pytest.param(*pair, id=pair[0]) for pair in figures()])
+LONG = ("one role", "two experts", "64 experts, all sampled", "60 layers")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [pytest.param(*pair, id=pair[0], marks=pytest.mark.long if pair[0] in LONG else ()) for pair in figures()],
+)
 def test_nothing_is_cut_off_or_too_small(name: str, make: Callable[[], Figure]) -> None:
     figure = make()
     for text in texts(figure):
@@ -494,6 +500,7 @@ assert "matplotlib.pyplot" not in sys.modules
 """
 
 
+@pytest.mark.long
 def test_the_same_report_gives_the_same_bytes_in_any_process(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True)
     for plot in (plot_decay, plot_similarity):
