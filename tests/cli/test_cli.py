@@ -498,7 +498,7 @@ def test_head() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("options", keep([[], ["--json"]], []))
 def test_a_full_disk_is_said_in_one_line(options: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -252,6 +252,7 @@ demo:native layers=7
     assert sorted(str(row.request) for row in again) == sorted(str(row.request) for row in finished if row.error)
 
 
+@pytest.mark.long
 def test_a_quick_survey_is_that_of_one_machine(machines: Machines) -> None:
     names = ["demo:upcycled", "demo:native", "demo:permuted"]
     here, there = (MoESurveyService.survey(names, budget="1MB", dask=where) for where in (None, machines.address))
@@ -349,6 +350,7 @@ def test_the_tasks_of_a_lost_worker_are_repeated(machines: Machines, hub: HubSer
     assert result(there) == result(MoETypeService.analyze("tests/lost", layers="all"))
 
 
+@pytest.mark.long
 def test_an_interrupted_sweep_cancels_its_tasks_and_goes_on_where_it_was(
     machines: Machines, hub: HubServer, tmp_path: Path, cache: Path
 ) -> None:
@@ -414,6 +416,7 @@ def test_a_model_that_takes_workers_down_costs_no_other_answer(others: Machines,
         assert result(one) == result(other)
 
 
+@pytest.mark.long
 def test_workers_that_come_later_take_part(others: Machines) -> None:
     def wait(path: str, progress: object) -> str:
         while not os.path.exists(path):

@@ -389,6 +389,7 @@ def test_a_file_that_cannot_be_written(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_said_in_one_line(capsys: Capture) -> None:
     refused(capsys, ["demo:native", "-o", "/dev/full"], "space")
@@ -746,6 +747,7 @@ def test_models_on_the_hub(hub: HubServer, cache: Path) -> None:
 HOSTILE = ["a[/]b [red]c", "x\x1b[31my\nz\u202e", "-m a=b; exit #"]
 
 
+@pytest.mark.long
 def test_hostile_names(tmp_path: Path, capsys: Capture) -> None:
     """A folder with any name is analysed, shown without harm, and known again."""
     file = tmp_path / "rows.jsonl"
@@ -762,6 +764,7 @@ def test_hostile_names(tmp_path: Path, capsys: Capture) -> None:
     assert "[red]c" in "".join(out.split())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="no terminals to make here")
 def test_progress_is_for_terminals(tmp_path: Path) -> None:
     model = copy_demo(tmp_path / "a[/]b")

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from chuk_lazarus.cli.app import run
-from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, MoETypeService
+from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, MoETypeService, plots
 from chuk_lazarus.introspection.moe.page import to_page
 from chuk_lazarus.introspection.moe.terminal_plots import LayerDrawing
 from places import DEMO, FIXTURES
@@ -55,7 +55,14 @@ REPORTS: dict[str, Callable[[], Report]] = {
 }
 report_of = cache(lambda name: REPORTS[name]())
 page_of = cache(lambda name: to_page(report_of(name)))
-each_report = pytest.mark.parametrize("name", REPORTS)
+OTHERS = [name for name in REPORTS if name not in ("a long name", "the same twice")]
+each_report = pytest.mark.parametrize("name", keep(REPORTS, *OTHERS))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages with empty pictures, which cost no time."""
+    monkeypatch.setattr(plots, "to_svg", lambda figure: '<svg xmlns="http://www.w3.org/2000/svg"></svg>')
 
 
 @pytest.fixture
@@ -241,7 +248,7 @@ def test_several_layers_have_a_figure_of_their_own() -> None:
     assert many == one + 1
 
 
-def test_what_is_shown_depends_on_the_verdict() -> None:
+def test_what_is_shown_depends_on_the_verdict(undrawn: None) -> None:
     native = report_of("one layer")
     assert isinstance(native, MoETypeAnalysis)
     pages = {
@@ -271,16 +278,8 @@ def test_what_to_do_next_can_be_done(name: str, capsys: Capture) -> None:
         assert json.loads(capsys.readouterr().out)["model"] in {model.model for model in analyses(report_of(name))}
 
 
-@pytest.mark.parametrize(
-    ("layers", "wanted"),
-    [
-        (2, "0,1"),
-        pytest.param(4, "0,1,2,3", marks=pytest.mark.long),
-        pytest.param(5, "0,1,2,4", marks=pytest.mark.long),
-        (61, "0,20,40,60"),
-    ],
-)
-def test_other_layers_are_proposed_evenly(layers: int, wanted: str) -> None:
+@pytest.mark.parametrize(("layers", "wanted"), [(2, "0,1"), (4, "0,1,2,3"), (5, "0,1,2,4"), (61, "0,20,40,60")])
+def test_other_layers_are_proposed_evenly(layers: int, wanted: str, undrawn: None) -> None:
     report = report_of("one layer").model_copy(update={"moe_layers": tuple(range(layers))})
     proposed = [command for command in next_commands(parse(to_page(report))) if "--layers" in command]
     assert [command[-1] for command in proposed] == [wanted]
@@ -314,7 +313,7 @@ def test_no_field_of_a_report_is_markup() -> None:
     assert data_of(page) == poisoned.model_dump(mode="json")
 
 
-def test_control_characters_of_the_command_are_escaped() -> None:
+def test_control_characters_of_the_command_are_escaped(undrawn: None) -> None:
     text = to_page(report_of("one layer"), "lazarus -m 'a\x1b[31m\x00\udcff'")
     assert "a\\x1b[31m\\x00\\udcff" in unescape(text)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]", text)

@@ -137,6 +137,11 @@ ANALYSES: dict[str, Callable[[], MoETypeAnalysis]] = {
 }
 
 
+@cache
+def hostile_figure() -> Figure:
+    return plot_analysis(ANALYSES["hostile name"](), "lazarus --plot 'a b.svg'")
+
+
 def figures() -> Iterator[tuple[str, Callable[[], Figure]]]:
     for name, make in ANALYSES.items():
         yield name, lambda make=make: plot_analysis(make(), "lazarus -m " + "x" * 300)
@@ -419,7 +424,7 @@ def test_captions_say_what_and_of_which_model() -> None:
 
 
 def test_names_are_shown_as_they_are_or_escaped() -> None:
-    shown = caption(plot_analysis(ANALYSES["hostile name"]())).replace(" ", "")
+    shown = caption(hostile_figure()).replace(" ", "")
     assert HOSTILE[: HOSTILE.index("\u6a21")] in shown
     assert r"/\u6a21\u578b/\u202e/" + "W" * 200 + "@0123456789ab,layers0-1" in shown
 
@@ -451,9 +456,10 @@ def test_nothing_is_cut_off_or_too_small(name: str, make: Callable[[], Figure]) 
             assert not shared, f"{ax.get_title(loc='left')}: numbers overlap"
 
 
+@pytest.mark.long
 def test_the_panels_leave_the_edge_white() -> None:
     """As the pixels say, which know nothing of boxes."""
-    figure = plot_analysis(ANALYSES["hostile name"](), "lazarus")
+    figure = hostile_figure()
     file = BytesIO()
     figure.savefig(file, format="png", dpi=100)
     pixels = np.asarray(Image.open(file).convert("L"))
@@ -578,7 +584,7 @@ def test_a_pipe_or_a_device_gets_the_figure_and_stays(tmp_path: Path) -> None:
 
 
 def test_svg_has_its_text_as_text() -> None:
-    figure = plot_analysis(ANALYSES["hostile name"](), "lazarus --plot 'a b.svg'")
+    figure = hostile_figure()
     shown = {"".join(one.itertext()) for one in ElementTree.fromstring(to_svg(figure)).iter(f"{SVG}text")}
     lines = {one for text in texts(figure) for one in text.get_text().split("\n")}
     assert {"gate, 128 × 64", "Nearest neurons", "lazarus --plot 'a b.svg'"} <= shown

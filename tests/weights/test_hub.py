@@ -41,6 +41,7 @@ from chuk_lazarus.introspection.moe.weights.source import find_repository
 from hub_server import HubServer, Request
 from places import FIXTURES
 from processor_time import HANGS
+from sampling import keep
 
 LAYERS, EXPERTS, WIDE, HIDDEN = 3, 4, 192, 384
 LAYER_BYTES = EXPERTS * 3 * WIDE * HIDDEN * 2
@@ -730,7 +731,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("chunk", [hub_module.CHUNK, 40_000])
+@pytest.mark.parametrize("chunk", keep([hub_module.CHUNK, 40_000], hub_module.CHUNK))
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_ranges_are_fetched_again(
     hub: HubServer,

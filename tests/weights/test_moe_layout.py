@@ -696,6 +696,7 @@ def test_published_sizes(model: Published, tmp_path: Path, reads: list[tuple[str
     assert layout.exact == (len(opened) == len(list(folder.glob("*.safetensors"))))
 
 
+@pytest.mark.long
 def test_chosen_layers_of_a_published_model(tmp_path: Path) -> None:
     layout = describe(write_holes(tmp_path, deepseek_v3(), DEEPSEEK_V3, SHARD))
     assert layout.shared
