@@ -200,7 +200,7 @@ def test_quiet_still_prints_the_report(capsys: Capture) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no terminals to make here")
-@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("quiet", keep([False, True], False))
 def test_progress_is_for_terminals_and_never_on_stdout(tmp_path: Path, quiet: bool) -> None:
     model = write_mixtral(tmp_path / "m", 2, 4, 256, 512)
     shown, terminal = os.openpty()
@@ -329,7 +329,7 @@ def test_many_layers_have_a_row_each(capsys: Capture, tmp_path: Path) -> None:
     assert max(map(len, table.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("encoding", keep(["ascii", "latin-1", "cp1252", "utf-8"], "ascii", "cp1252"))
+@pytest.mark.parametrize("encoding", keep(["ascii", "latin-1", "cp1252", "utf-8"], "ascii"))
 def test_a_terminal_that_lacks_characters_still_gets_a_table(encoding: str) -> None:
     done = subprocess.run(
         [*PROGRAM, *NATIVE],
@@ -536,7 +536,7 @@ main()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are otherwise there")
-@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("options", keep([[], ["--json"]], ["--json"]))
 @pytest.mark.parametrize("after", keep([1.0, 2.0], 1.0))
 def test_interrupted(large_model: str, tmp_path: Path, options: list[str], after: float) -> None:
     """A single core, so that a fast machine is not done before it is interrupted."""

@@ -35,7 +35,6 @@ from chuk_lazarus.introspection.moe.weights.source import Progress
 from hub_server import Fault, HubServer
 from places import FIXTURES
 from processor_time import HANGS
-from sampling import keep
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 6, 8, 32, 64
 LAYER_BYTES = EXPERTS * 3 * HIDDEN * INTERMEDIATE * 4
@@ -435,7 +434,8 @@ def test_workers_that_come_later_take_part(others: Machines) -> None:
         assert len({found for _, found in answers.result()}) == 2
 
 
-@pytest.mark.parametrize("count", keep([1, 5], 1))
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 5])
 def test_a_lost_scheduler_is_said(others: Machines, count: int) -> None:
     def tell(progress: Progress) -> None:
         while True:  # until the worker notices

@@ -297,6 +297,7 @@ def test_options_hold_where_the_list_says_nothing_else(tmp_path: Path) -> None:
     assert "Stated" in show(report, 200)
 
 
+@pytest.mark.long
 def test_requests_can_be_given_in_python() -> None:
     (row,) = ask(SurveyRequest(model="demo:upcycled", parent="demo:parent", experts=None)).rows
     assert row.answer
@@ -581,6 +582,7 @@ def test_rows_that_we_would_not_write_are_refused(
     assert (tmp_path / "rows.jsonl").read_bytes() == content
 
 
+@pytest.mark.long
 def test_an_odd_config_does_not_spoil_the_file(tmp_path: Path) -> None:
     model, file = Path(copy_demo(tmp_path / "model")), tmp_path / "rows.jsonl"
     config = json.loads((model / "config.json").read_text())
@@ -679,6 +681,7 @@ def test_killed(hub: HubServer, slow: str, start: Callable[..., Any], tmp_path: 
     assert len(lines_of(file)) == 3
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_model_that_takes_its_process_down_costs_its_own_answer(
     hub: HubServer, slow: str, start: Callable[..., Any], tmp_path: Path
@@ -710,6 +713,7 @@ def test_a_process_that_is_killed_while_it_writes_its_row_has_none(
     assert row.error.code == 128 + signal.SIGKILL
 
 
+@pytest.mark.long
 def test_an_end_by_the_caller_leaves_no_process(hub: HubServer, slow: str, tmp_path: Path) -> None:
     """Whatever a callback raises comes out, and what is under way ends at once."""
 

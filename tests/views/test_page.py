@@ -330,7 +330,7 @@ def test_control_characters_of_the_command_are_escaped(undrawn: None) -> None:
     ],
     ids=["analyze", "compare"],
 )
-def test_html_has_the_same_json_as_json(arguments: list[str], tmp_path: Path, capsys: Capture) -> None:
+def test_html_has_the_same_json_as_json(arguments: list[str], tmp_path: Path, capsys: Capture, undrawn: None) -> None:
     file = tmp_path / "page.html"
     file.write_text("what was here before")
     assert run([*arguments, "--html", str(file), "--json"]) == 0
@@ -536,7 +536,7 @@ def test_visualize(capsys: Capture) -> None:
 # In a notebook
 
 
-@pytest.mark.parametrize("name", keep(REPORTS, "one layer", "undetermined, no gate", "comparison"))
+@pytest.mark.parametrize("name", keep(REPORTS, "undetermined, no gate", "comparison"))
 def test_a_notebook_shows_a_part_of_the_page(name: str) -> None:
     text = report_of(name)._repr_html_()
     fragment = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parseFragment(text)

@@ -432,7 +432,7 @@ def test_names_are_shown_as_they_are_or_escaped() -> None:
 # that it can be read
 
 
-LONG = ("one role", "two experts", "64 experts, all sampled", "60 layers")
+LONG = ("two layers", "one role", "two experts", "64 experts, all sampled", "60 layers", "comparison of all")
 
 
 @pytest.mark.parametrize(
@@ -525,6 +525,7 @@ def test_settings_of_others_neither_matter_nor_change(tmp_path: Path) -> None:
         assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.long
 def test_figures_in_threads() -> None:
     jobs = [lambda: plot_decay(native()), lambda: plot_matches(native())]
     before = dict(matplotlib.rcParams)
