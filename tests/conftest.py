@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from hub_server import HubServer
 
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # several tests run at once, and BLAS is loaded later
     os.environ.setdefault(_variable, "1")
+
+settings.register_profile("any machine", deadline=None)  # a deadline is of time on the clock
+settings.load_profile("any machine")
 
 _server = HubServer()
 _home = tempfile.TemporaryDirectory(prefix="lazarus-tests-")
