@@ -35,6 +35,18 @@ def pytest_configure() -> None:
     }
 
 
+@pytest.hookimpl(tryfirst=True)  # before the choice by marks
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark as long the cases of a test marked `sample` of whose arguments each has had its value in a case before."""
+    seen: dict[str, set[tuple[str, int]]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            known, values = seen.setdefault(item.nodeid.partition("[")[0], set()), set(item.callspec.indices.items())
+            if values <= known:
+                item.add_marker(pytest.mark.long)
+            known |= values
+
+
 def pytest_unconfigure() -> None:
     _server.__exit__(None, None, None)
     _home.cleanup()

@@ -575,6 +575,7 @@ def test_a_huge_number_of_experts_costs_neither_time_nor_memory(tmp_path: Path, 
 # Weights that are not numbers
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("weight", "role"), [("w1", "gate"), ("w3", "up"), ("w2", "down")])
@@ -588,6 +589,7 @@ def test_a_weight_that_is_not_finite(
     assert run([*ANALYZE, "-m", model, "--layer", "0"]) == 0  # a layer that nobody asked for is not looked at
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -826,6 +828,7 @@ def lora(names: list[str], mark: str = "lora_A.weight", other: str = "lora_B.wei
 EXPERT_MODULES = [weight_name(0, expert, weight).removesuffix(".weight") for expert in range(4) for weight in SHAPES]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "tensors",
     [

@@ -387,6 +387,7 @@ def test_a_matrix_longer_than_any_model_has(judge: Judge) -> None:
     assert judge(files, MoETypeService.analyze).kind == "UnknownFormat"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("shape", [[2**61, 0], [0, 2**61], [2**61, 1, 0], [0] * 40])
 @pytest.mark.parametrize("dtype", ["F32", "I64", "F4", "F8_E4M3", "F6_E2M3"])
 def test_tensors_without_bytes_that_claim_to_be_large(judge: Judge, bench: Bench, dtype: str, shape: list[int]) -> None:
@@ -518,6 +519,7 @@ def test_experts_in_two_kinds_of_four_bits(judge: Judge) -> None:
 # What lies beside the experts
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("what", ["gate_up_proj_bias", "down_proj_bias", "router.bias"])
 @pytest.mark.parametrize("shape", [[1], [2], [4], [1, 1], [4, 1], [4, 7], [0], [0, 9], [4, 0]])
 def test_biases_of_another_shape(judge: Judge, what: str, shape: list[int]) -> None:
@@ -651,6 +653,7 @@ KEPT = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("damage", ["[" * 100_000, "[1]", '{"a": Infinity}', "1e400", "\ud800", "9" * 5000])
 @pytest.mark.parametrize("job", list(JOBS))
 def test_damaged_results_of_an_interrupted_job_are_found_again(

@@ -68,6 +68,7 @@ def stop_after(layers: int) -> Callable[[str, int, int], None]:
     return report
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("job", list(JOBS))
 def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path, cache: Path, job: str, layers: int) -> None:

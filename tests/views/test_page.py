@@ -449,6 +449,7 @@ def draw(report: Report, width: int, encoding: str = "utf-8") -> list[str]:
     return file.getvalue().decode(encoding).splitlines()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
 @each_report
