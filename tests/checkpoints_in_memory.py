@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chuk_lazarus.introspection.moe.progress import Progress
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import Layout, load_table
-from chuk_lazarus.introspection.moe.weights.source import Progress, Range
+from chuk_lazarus.introspection.moe.weights.repositories.source import Range
 
 Array = NDArray[Any]
 Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, out, in]

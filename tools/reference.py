@@ -166,7 +166,7 @@ def run(command: str) -> str:
     """What a command line prints, on 80 columns."""
     kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR")}
     done = subprocess.run(
-        [sys.executable, "-m", "chuk_lazarus.cli.app", *shlex.split(command)[1:]],
+        [sys.executable, "-m", "chuk_lazarus.cli", *shlex.split(command)[1:]],
         capture_output=True,
         encoding="utf-8",
         env=kept | {"COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},

@@ -26,7 +26,7 @@ ANALYZE = ["introspect", "moe-expert", "moe-type-analyze"]
 COMPARE = ["introspect", "moe-expert", "moe-type-compare"]
 NATIVE = [*ANALYZE, "-m", "demo:native"]
 BOTH = [*COMPARE, "-m", "demo:native", "-c", "demo:upcycled"]
-PROGRAM = [sys.executable, "-m", "chuk_lazarus.cli.app"]
+PROGRAM = [sys.executable, "-m", "chuk_lazarus.cli"]
 
 Capture = pytest.CaptureFixture[str]
 
@@ -492,7 +492,7 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
 def test_head() -> None:
-    command = f'"{sys.executable}" -m chuk_lazarus.cli.app {" ".join(NATIVE)} --layers all | head -1'
+    command = f'"{sys.executable}" -m chuk_lazarus.cli {" ".join(NATIVE)} --layers all | head -1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("MOE TYPE ANALYSIS\n", "")
 
@@ -530,7 +530,7 @@ ON_ONE_CORE = """
 import os
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
-from chuk_lazarus.cli.app import main
+from chuk_lazarus.cli import main
 main()
 """
 

@@ -25,10 +25,10 @@ from safetensors.numpy import load_file, save_file
 
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import ModelUnreadable, MoECompressionService, MoEError, MoETypeService
-from chuk_lazarus.introspection.moe import measure as measuring
-from chuk_lazarus.introspection.moe.weights import hub as hub_module
-from chuk_lazarus.introspection.moe.weights import range_cache
-from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache
+from chuk_lazarus.introspection.moe.jobs.resources import Resources, thread_limit
+from chuk_lazarus.introspection.moe.weights.repositories import hub as hub_module
+from chuk_lazarus.introspection.moe.weights.repositories import range_cache
+from chuk_lazarus.introspection.moe.weights.repositories.range_cache import RangeCache
 from hostile.faults import kills
 from hostile.fuzz.cases import deadline
 from hub_server import HubServer
@@ -157,7 +157,7 @@ def test_stopped_at_random(tmp_path: Path) -> None:
 
 BUSY = r"""
 import os, signal, sys, threading, time
-from chuk_lazarus.introspection.moe import spectra
+from chuk_lazarus.introspection.moe.numerics import spectra
 def never(matrix):
     os.write(1, b"busy\n")
     time.sleep(600)
@@ -275,7 +275,7 @@ def test_a_link_to_a_place_in_a_folder_that_is_not_there(tmp_path: Path, monkeyp
 
 def test_standard_output_may_be_named(tmp_path: Path) -> None:
     """Where it is a pipe, whose name the system makes up."""
-    command = [sys.executable, "-m", "chuk_lazarus.cli.app", *ANALYZE, "-m", "demo:native", "--json"]
+    command = [sys.executable, "-m", "chuk_lazarus.cli", *ANALYZE, "-m", "demo:native", "--json"]
     done = subprocess.run([*command, "-o", "/dev/stdout"], capture_output=True, text=True, check=True)
     half = len(done.stdout) // 2
     assert done.stdout[:half] == done.stdout[half:]
@@ -598,11 +598,11 @@ def test_results_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch, t
     """Equal for a layer that fits one window a thread; else the mean cosines may differ by a rounding, nothing else."""
 
     def analyze(count: int) -> dict[str, Any]:
-        with measuring.thread_limit(count):
+        with thread_limit(count):
             return flat(figures(MoETypeService.analyze("demo:upcycled", layers="all")))
 
     assert analyze(threads) == analyze(1)
-    monkeypatch.setattr(measuring, "window_weights", lambda: 50_000)
+    monkeypatch.setattr(Resources, "window_weights", 50_000)
     one, many = analyze(1), analyze(threads)
     assert one.keys() == many.keys()
     unequal = {name for name in one if one[name] != many[name]}
@@ -614,7 +614,7 @@ def test_results_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("variables", [{"OMP_NUM_THREADS": "2"}, {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "1"}])
 def test_results_do_not_depend_on_the_threads_of_libraries(variables: dict[str, str]) -> None:
     def analyze(**environment: str) -> Any:
-        command = [sys.executable, "-m", "chuk_lazarus.cli.app", *ANALYZE, "-m", "demo:upcycled", "--json"]
+        command = [sys.executable, "-m", "chuk_lazarus.cli", *ANALYZE, "-m", "demo:upcycled", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
         return {key: value for key, value in json.loads(done.stdout).items() if key != "cost"}
 

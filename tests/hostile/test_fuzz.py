@@ -24,7 +24,6 @@ from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadabl
 from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import read_overlay
 from chuk_lazarus.introspection.moe.weights.repositories.local import LocalFile
 from chuk_lazarus.introspection.moe.weights.safetensors_header import read_header
-from chuk_lazarus.introspection.moe.weights.source import LocalFile
 from hostile.fuzz.cases import CPU_SECONDS, HANGS_AFTER, OK, Bench, Hangs, Outcome, deadline, read_everything
 from hostile.fuzz.corpus import (
     FIXTURES,

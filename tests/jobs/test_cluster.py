@@ -29,8 +29,9 @@ from chuk_lazarus.introspection.moe import (
     SurveyRequest,
     SurveyRow,
 )
-from chuk_lazarus.introspection.moe.cluster import ClusterUnusable, Task, connect
-from chuk_lazarus.introspection.moe.weights.source import Progress
+from chuk_lazarus.introspection.moe.jobs import cluster
+from chuk_lazarus.introspection.moe.jobs.cluster import ClusterUnusable, Task, connect
+from chuk_lazarus.introspection.moe.progress import Progress
 from hub_server import Fault, HubServer
 from places import FIXTURES
 from processor_time import HANGS
@@ -278,13 +279,14 @@ def test_the_commands(machines: Machines, model: str, capsys: Capture, tmp_path:
 
 def test_a_worker_takes_one_task_with_its_threads_and_memory(machines: Machines) -> None:
     def look(progress: object) -> tuple[int, int, int]:
-        from chuk_lazarus.introspection.moe.jobs.resources import cores, matrix_memory
+        from chuk_lazarus.introspection.moe.jobs.resources import Resources
 
         os.environ["RUNNING"] = str(int(os.environ.get("RUNNING", 0)) + 1)
         time.sleep(0.01)
         running = int(os.environ["RUNNING"])
         os.environ["RUNNING"] = str(running - 1)
-        return running, cores(), matrix_memory()
+        resources = Resources.current()
+        return running, resources.threads, resources.matrix_memory
 
     with connect(machines.address) as workers:
         assert workers
@@ -355,7 +357,7 @@ def test_an_interrupted_sweep_cancels_its_tasks_and_goes_on_where_it_was(
     fault = on_the_hub(hub, tmp_path, "tests/interrupted")
     command = [*ANALYZE, "-m", "tests/interrupted", "--layers", "all", "--dask", machines.address]
     with subprocess.Popen(
-        [sys.executable, "-m", "chuk_lazarus.cli.app", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "chuk_lazarus.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         wait_for(lambda: process.poll() is not None or (fault.hits and len(machines.busy()) == 1))
         wait_for(lambda: process.poll() is not None or list(cache.glob("sweeps/*/*.json")))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from chuk_lazarus.introspection.moe import Experts, InvalidRequest, MoETypeAnalysis, MoETypeService
-from chuk_lazarus.introspection.moe import measure as measuring
-from chuk_lazarus.introspection.moe.measure import evenly_spaced, mean_expert, measure_layer
+from chuk_lazarus.introspection.moe import Experts, InvalidRequest, MoETypeAnalysis, MoETypeService, memory_limit
+from chuk_lazarus.introspection.moe.jobs.measure import mean_expert, measure_layer
+from chuk_lazarus.introspection.moe.jobs.model import OpenedModel, evenly_spaced
+from chuk_lazarus.introspection.moe.jobs.resources import Resources
+from chuk_lazarus.introspection.moe.progress import no_progress
 from sampling import keep
 
 Weights = dict[str, NDArray[np.float32]]
@@ -65,8 +68,8 @@ def test_figures_equal_their_definitions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intermediate: int, hidden: int, window: int, kept: int
 ) -> None:
     """Whatever the size of the windows, and whether or not matrices are kept between the passes."""
-    monkeypatch.setattr(measuring, "window_weights", lambda: window)
-    monkeypatch.setattr(measuring, "kept_weights", lambda: kept)
+    monkeypatch.setattr(Resources, "window_weights", window)
+    monkeypatch.setattr(Resources, "kept_weights", kept)
     experts = random_experts(6, intermediate, hidden)
     experts["gate"] += 2 * random_experts(1, intermediate, hidden, seed=9)["gate"]
     layer = analyze(tmp_path, experts).layers[0]
@@ -151,8 +154,8 @@ def test_chosen_experts_are_evenly_spaced(count: int, wanted: int | None, chosen
 def test_only_the_chosen_experts_have_spectra_and_all_have_a_say_in_the_base(tmp_path: Path) -> None:
     experts = random_experts(9)
     layer = Experts.open(write(tmp_path / "model", experts)).layer(0)
-    few = measure_layer(layer, evenly_spaced(9, 3), lambda *_: None)["gate"]
-    full = measure_layer(layer, evenly_spaced(9, None), lambda *_: None)["gate"]
+    few = measure_layer(layer, evenly_spaced(9, 3), Resources.current(), no_progress)["gate"]
+    full = measure_layer(layer, evenly_spaced(9, None), Resources.current(), no_progress)["gate"]
     assert few.chosen == (0, 4, 8)
     for place, expert in enumerate(few.chosen):
         np.testing.assert_array_equal(few.spectra[place], full.spectra[expert])
@@ -160,7 +163,7 @@ def test_only_the_chosen_experts_have_spectra_and_all_have_a_say_in_the_base(tmp
 
 
 def test_the_same_input_gives_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "window_weights", lambda: 1000)
+    monkeypatch.setattr(Resources, "window_weights", 1000)
     path = write(tmp_path / "model", random_experts(12))
     reports = [MoETypeService.analyze(path).model_dump(exclude={"cost": {"seconds"}}) for _ in range(4)]
     assert all(report == reports[0] for report in reports)
@@ -169,7 +172,7 @@ def test_the_same_input_gives_the_same_report(tmp_path: Path, monkeypatch: pytes
 def test_every_blas_keeps_to_one_thread_in_the_first_layer_too() -> None:
     """In a fresh process: a library that is loaded later than the limit is set escapes it."""
     code = """
-import chuk_lazarus.introspection.moe.spectra as spectra
+import chuk_lazarus.introspection.moe.numerics.spectra as spectra
 from chuk_lazarus.introspection.moe import MoETypeService
 from threadpoolctl import threadpool_info
 plain, seen = spectra.symmetric_eigenvalues, set()
@@ -199,16 +202,30 @@ def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("size", "share"), [(None, 1.0), ("4GB", 2.0), (1_000_000_000, 0.5)])
 def test_the_memory_limit_holds_within_its_context(size: int | str | None, share: float) -> None:
-    names = ("window_weights", "kept_weights", "room")
-    before = [getattr(measuring, name)() for name in names]
-    with measuring.memory_limit(size):
-        assert [getattr(measuring, name)() for name in names] == [share * one for one in before]
-    assert [getattr(measuring, name)() for name in names] == before
+    def figures() -> list[int]:
+        resources = Resources.current()
+        return [resources.window_weights, resources.kept_weights, resources.matrix_memory]
+
+    before = figures()
+    with memory_limit(size):
+        assert figures() == [share * figure for figure in before]
+    assert figures() == before
+
+
+def test_a_job_keeps_the_limits_of_where_it_was_started() -> None:
+    """Threads do not inherit a limit, so a job hands its own down to them."""
+    with memory_limit("1GB"):
+        resources = Resources.current()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: resources.memory).result() == 1_000_000_000
+    with memory_limit("1GB"), ThreadPoolExecutor(1) as pool:
+        opened = OpenedModel("demo:native", None, None, purpose="measure")
+        assert pool.submit(lambda: opened.resources.memory).result() == 1_000_000_000
 
 
 @pytest.mark.parametrize("size", ["1kB", 0, "much", "-1GB"])
 def test_too_little_memory_is_refused(size: int | str) -> None:
-    with pytest.raises(InvalidRequest, match="memory"), measuring.memory_limit(size):
+    with pytest.raises(InvalidRequest, match="memory"), memory_limit(size):
         pass
 
 
@@ -218,5 +235,5 @@ def test_results_do_not_depend_on_the_memory(size: str) -> None:
         return MoETypeService.analyze("demo:upcycled", layers="all").model_dump(exclude={"cost"})
 
     plain = result()
-    with measuring.memory_limit(size):
+    with memory_limit(size):
         assert result() == plain

@@ -23,11 +23,14 @@ from chuk_lazarus.introspection.moe import (
     MoEOverlayEstimate,
     MoEOverlayVerification,
     NotMoE,
-    moe_compression,
 )
-from chuk_lazarus.introspection.moe.forward import route, run_expert
-from chuk_lazarus.introspection.moe.overlay import Factors, as_stored, factorise, rebuild
-from chuk_lazarus.introspection.moe.reports import SameBytes
+from chuk_lazarus.introspection.moe.numerics.forward import route, run_expert
+from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
+from chuk_lazarus.introspection.moe.overlays import analysis, fidelity
+from chuk_lazarus.introspection.moe.overlays.alternatives import advise
+from chuk_lazarus.introspection.moe.overlays.checkpoint import writer
+from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
+from chuk_lazarus.introspection.moe.reports.overlays import SameBytes
 from mlx_lm_recipes import RECIPES
 from places import FIXTURES
 from sampling import keep
@@ -354,7 +357,7 @@ def test_a_killed_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert run([*words, "-O", str(tmp_path / "whole"), "-q"]) == 0
     rng, kills = random.Random(5), 0
     for _ in range(40):
-        command = [sys.executable, "-m", "chuk_lazarus.cli.app", *words, "-O", str(tmp_path / "killed"), "-q"]
+        command = [sys.executable, "-m", "chuk_lazarus.cli", *words, "-O", str(tmp_path / "killed"), "-q"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             process.communicate(timeout=rng.uniform(0.3, 0.8))
@@ -395,7 +398,7 @@ def test_ranks_once_chosen_stand_for_the_rest_of_the_work(tmp_path: Path, monkey
     whole = MoECompressionService.compress(model, tmp_path / "whole", max_error=0.05)
     stop(model, folder, monkeypatch, max_error=0.05)
     assert not folder.exists()
-    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures again"))
+    monkeypatch.setattr(analysis, "measure_layer", lambda *words: pytest.fail("it measures again"))
     resumed = MoECompressionService.compress(model, folder, max_error=0.05)
     assert resumed.ranks == whole.ranks
     assert contents(folder) == contents(tmp_path / "whole")
@@ -436,13 +439,13 @@ def stop(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, after: int =
     """Begin to compress, and stop once the plan and the factors of so many matrices are written."""
     count = itertools.count()
 
-    def split(*words: Any) -> Factors:
+    def split_delta(*words: Any) -> Factors:
         if next(count) >= after:
             raise KeyboardInterrupt
-        return fidelity.split(*words)
+        return fidelity.split_delta(*words)
 
     with monkeypatch.context() as patched:
-        patched.setattr(overlay_checkpoint, "split", split)
+        patched.setattr(writer, "split_delta", split_delta)
         with pytest.raises(KeyboardInterrupt):
             MoECompressionService.compress(model, folder, **options)
 
@@ -458,7 +461,7 @@ def test_the_plan_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypat
 
 def test_a_target_that_can_not_be_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write(tmp_path / "m", planted(2))
-    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures first"))
+    monkeypatch.setattr(analysis, "measure_layer", lambda *words: pytest.fail("it measures first"))
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("")
     for folder in ("there", "m/inside", "file/x"):
@@ -471,7 +474,7 @@ def test_a_target_that_can_not_be_is_refused_before_any_work(tmp_path: Path, mon
 
 
 def test_given_ranks_need_no_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures"))
+    monkeypatch.setattr(analysis, "measure_layer", lambda *words: pytest.fail("it measures"))
     ranks = {"gate": 1, "up": 2, "down": 3}
     report = MoECompressionService.compress(write(tmp_path / "m", planted(2)), tmp_path / "overlay", ranks=ranks)
     assert report.ranks == {0: ranks}
@@ -527,10 +530,10 @@ def test_advice_counts_only_what_makes_the_file_smaller() -> None:
         SameBytes(bits=4, bytes=4, quantisation=0.09, overlay=0.2, svd=0.6),
         SameBytes(bits=3, bytes=3, quantisation=0.24, overlay=0.23, svd=0.7),
     ]
-    assert moe_compression._advice(rows, 1.0).startswith("the overlay: at 8-bit")
-    assert moe_compression._advice(rows, 0.5).startswith("quantisation: at 4-bit")
-    assert moe_compression._advice(rows, 4.25 / 16).startswith("nothing")
-    assert moe_compression._advice(rows, 0.1).startswith("nothing")
+    assert advise(rows, 1.0).startswith("the overlay: at 8-bit")
+    assert advise(rows, 0.5).startswith("quantisation: at 4-bit")
+    assert advise(rows, 4.25 / 16).startswith("nothing")
+    assert advise(rows, 0.1).startswith("nothing")
 
 
 # Contract and command line

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
-from chuk_lazarus.introspection.moe.overlay import Factors, as_stored, factorise, rebuild
+from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
+from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
 from places import FIXTURES
 
 with warnings.catch_warnings():
@@ -23,7 +24,6 @@ with warnings.catch_warnings():
     pytest.importorskip("mlx_lm")
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from chuk_lazarus.introspection.moe.runtime import Evaluation
     from mlx.utils import tree_flatten
     from mlx_lm.generate import generate_step
     from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
@@ -32,6 +32,7 @@ with warnings.catch_warnings():
     from chuk_lazarus.introspection.moe.overlays.runtime.evaluate import evaluate
     from chuk_lazarus.introspection.moe.overlays.runtime.load import load_overlay
     from chuk_lazarus.introspection.moe.overlays.runtime.modules import OverlayGLU, OverlayLinear, OverlayMoE
+    from chuk_lazarus.introspection.moe.reports import Evaluation
 
 Array = NDArray[np.float32]
 Matrices = dict[int, dict[str, Array]]  # layer -> role -> [experts, out, in]

@@ -15,8 +15,8 @@ from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import MoELayoutService, MoEQuickAnalysis, MoETypeService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, MoEError
 from chuk_lazarus.introspection.moe.jobs.parts import read_part, roles_to_read
+from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons
-from chuk_lazarus.introspection.moe.provenance import quick
 from chuk_lazarus.introspection.moe.provenance.classifier import classify_quickly
 from chuk_lazarus.introspection.moe.views.words import explain_quick
 from chuk_lazarus.introspection.moe.weights.experts import Experts
@@ -268,7 +268,7 @@ def test_the_budget_for_a_native_verdict_is_named(tmp_path: Path) -> None:
 
 def test_memory_bounds_what_is_read(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the budget: so many float32 numbers of 16 experts' gates and ups, twice."""
-    monkeypatch.setattr(quick, "room", lambda: 2 * 4 * 16 * 2 * HIDDEN * 30)
+    monkeypatch.setattr(Resources, "matrix_memory", 2 * 4 * 16 * 2 * HIDDEN * 30)
     assert MoETypeService.quick(large, budget="1GB").layers[0].part == 30 / NEURONS
 
 

@@ -34,7 +34,7 @@ from places import DEMO, FIXTURES, ROOT
 from processor_time import HANGS
 
 SURVEY = ["introspect", "moe-expert", "moe-type-survey"]
-PROGRAM = [sys.executable, "-m", "chuk_lazarus.cli.app", *SURVEY]
+PROGRAM = [sys.executable, "-m", "chuk_lazarus.cli", *SURVEY]
 KNOWN = ROOT / "experiments/known_models"
 
 Capture = pytest.CaptureFixture[str]
@@ -706,7 +706,7 @@ def test_a_process_that_is_killed_while_it_writes_its_row_has_none(
 ) -> None:
     (tmp_path / "row").write_bytes(two_lines[0][:200])
     end = f"import os; os.write(1, open({str(tmp_path / 'row')!r}, 'rb').read()); os.kill(os.getpid(), 9)"
-    monkeypatch.setattr("chuk_lazarus.introspection.moe.moe_survey.WORKER", (sys.executable, "-c", end))
+    monkeypatch.setattr("chuk_lazarus.introspection.moe.provenance.survey.WORKER", (sys.executable, "-c", end))
     (row,) = ask("demo:native").rows
     assert row.answer is None
     assert row.error

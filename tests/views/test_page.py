@@ -22,8 +22,8 @@ from rich.console import Console
 
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, MoETypeService, plots
-from chuk_lazarus.introspection.moe.page import to_page
-from chuk_lazarus.introspection.moe.terminal_plots import LayerDrawing
+from chuk_lazarus.introspection.moe.views.page import to_page
+from chuk_lazarus.introspection.moe.views.terminal import LayerDrawing
 from places import DEMO, FIXTURES
 from processor_time import HANGS
 from sampling import in_turn, keep, sampled

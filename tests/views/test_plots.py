@@ -35,6 +35,7 @@ from chuk_lazarus.introspection.moe import (
     MoETypeService,
 )
 from chuk_lazarus.introspection.moe.numerics.spectra import noise_decay, noise_rank
+from chuk_lazarus.introspection.moe.plots import save, to_svg
 from chuk_lazarus.introspection.moe.reports.provenance import LayerAnalysis, Similarity
 from chuk_lazarus.introspection.moe.views.figures.overlays import plot_estimate
 from chuk_lazarus.introspection.moe.views.figures.provenance import (
@@ -45,8 +46,6 @@ from chuk_lazarus.introspection.moe.views.figures.provenance import (
     plot_matches,
     plot_similarity,
 )
-from chuk_lazarus.introspection.moe.reports import LayerAnalysis, Similarity
-from chuk_lazarus.introspection.moe.spectra import noise_decay, noise_rank
 from places import DEMO, FIXTURES
 
 HOSTILE = "/models/$\\frac{x$/_a_/<b>&amp;\"'--></svg>/\u6a21\u578b/\u202e/" + "W" * 200

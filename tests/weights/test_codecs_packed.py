@@ -15,7 +15,7 @@ from chuk_lazarus.introspection.moe.errors import ModelUnreadable, MoEError, Unk
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.codecs import Part, Stored, recognise
 from chuk_lazarus.introspection.moe.weights.codecs.bits import unpack, unpack_rows
-from chuk_lazarus.introspection.moe.weights.source import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from encoded import Encoded
 from encoders_packed import ENCODERS
 from places import FIXTURES

@@ -462,7 +462,7 @@ def test_a_file_that_the_hub_has_not_got_is_named_with_those_it_has(repository: 
 def test_a_downloaded_file_is_enough_offline(repository: str, hub: HubServer) -> None:
     hf_hub_download(repository, "m-Q8_0.gguf")
     hub.clear_requests()
-    command = [sys.executable, "-m", "chuk_lazarus.cli.app", *ANALYZE, "--json", "-m", f"{repository}/m-Q8_0.gguf"]
+    command = [sys.executable, "-m", "chuk_lazarus.cli", *ANALYZE, "--json", "-m", f"{repository}/m-Q8_0.gguf"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
     )

@@ -34,10 +34,10 @@ from chuk_lazarus.introspection.moe import (
     MoETypeAnalysis,
     MoETypeService,
 )
-from chuk_lazarus.introspection.moe.weights import hub as hub_module
-from chuk_lazarus.introspection.moe.weights.hub import READ_AHEAD
-from chuk_lazarus.introspection.moe.weights.range_cache import RangeCache, merge
-from chuk_lazarus.introspection.moe.weights.source import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories import hub as hub_module
+from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
+from chuk_lazarus.introspection.moe.weights.repositories.hub import READ_AHEAD
+from chuk_lazarus.introspection.moe.weights.repositories.range_cache import RangeCache, merge
 from hub_server import HubServer, Request
 from places import FIXTURES
 from processor_time import HANGS
@@ -46,12 +46,12 @@ from sampling import keep
 LAYERS, EXPERTS, WIDE, HIDDEN = 3, 4, 192, 384
 LAYER_BYTES = EXPERTS * 3 * WIDE * HIDDEN * 2
 TOKEN = "hf_theRightSecret"
-COMMAND = ("-m", "chuk_lazarus.cli.app")
+COMMAND = ("-m", "chuk_lazarus.cli")
 QUICK = """
-from chuk_lazarus.cli import app
-from chuk_lazarus.introspection.moe.weights import hub
+from chuk_lazarus import cli
+from chuk_lazarus.introspection.moe.weights.repositories import hub
 hub.RETRY_DELAYS = (0.01,) * 5
-app.main()
+cli.main()
 """
 _numbers = itertools.count()
 

@@ -37,16 +37,16 @@ from checkpoints_in_memory import (
     some_type,
     store,
 )
-from chuk_lazarus.introspection.moe import measure
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
-from chuk_lazarus.introspection.moe.jobs import measure
-from chuk_lazarus.introspection.moe.jobs.measure import evenly_spaced, measure_layer
-from chuk_lazarus.introspection.moe.progress import Progress
+from chuk_lazarus.introspection.moe.jobs.measure import measure_layer
+from chuk_lazarus.introspection.moe.jobs.model import evenly_spaced
+from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer, ExpertTensor
 from chuk_lazarus.introspection.moe.weights.experts import Experts, split_model
 from chuk_lazarus.introspection.moe.weights.layouts import Kind, Layout, StoredAxes, is_listed, match_names
-from chuk_lazarus.introspection.moe.weights.source import Folder, Range
+from chuk_lazarus.introspection.moe.weights.repositories.local import Folder
+from chuk_lazarus.introspection.moe.weights.repositories.source import Range
 from mlx_lm_recipes import RECIPES, ROPE, Recipe
 from places import FIXTURES
 from sampling import in_turn, sampled
@@ -802,7 +802,7 @@ def test_one_layer_costs_the_headers_and_that_layer(shards: bool, number: int, w
     repository = three_layers(shards)
     checkpoint = Checkpoint(repository)
     layer = Experts(checkpoint).layer(number)
-    measure_layer(layer, evenly_spaced(layer.count, wanted), quiet)
+    measure_layer(layer, evenly_spaced(layer.count, wanted), Resources.current(), quiet)
     experts = 12 * 3 * 96 * 64 * 2
     assert layer.stored_bytes == experts
     read = sum(stop - start for _, start, stop in repository.reads)
@@ -812,14 +812,14 @@ def test_one_layer_costs_the_headers_and_that_layer(shards: bool, number: int, w
 
 @every_fixture_and("window", 1, 4_000_000)
 def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "window_weights", lambda: window)
+    monkeypatch.setattr(Resources, "window_weights", window)
     folder, stack = split_model(str(FIXTURES / name))
     repository = load_folder(Path(folder))
     experts = Experts(Checkpoint(repository), stack=stack)
     layer = experts.layer(experts.layers[-1])
     wanted = {(info.file, info.start, info.stop) for tensor in layer.tensors for info in tensor.infos()}
     repository.reads.clear()
-    measure_layer(layer, evenly_spaced(layer.count, 8), quiet)
+    measure_layer(layer, evenly_spaced(layer.count, 8), Resources.current(), quiet)
     read = sum(stop - start for _, start, stop in repository.reads)
     # each window reads the scales of its block of rows, and what belongs to the whole tensor
     scales_again = {"fp8": 0.06, "mlx-nvfp4": 0.8, "nvfp4": 0.8}.get(layer.storage, 0.0) if window == 1 else 0.0
@@ -829,18 +829,18 @@ def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatc
 
 
 def test_only_the_chosen_experts_are_read_again_when_they_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "kept_weights", lambda: 0)
+    monkeypatch.setattr(Resources, "kept_weights", 0)
     repository = three_layers(False)
     layer = Experts(Checkpoint(repository)).layer(1)
     repository.reads.clear()
-    measure_layer(layer, evenly_spaced(layer.count, 3), quiet)
+    measure_layer(layer, evenly_spaced(layer.count, 3), Resources.current(), quiet)
     assert sum(stop - start for _, start, stop in repository.reads) == layer.stored_bytes * (12 + 3) // 12
 
 
 def test_shards_of_other_layers_stay_closed() -> None:
     repository = load_folder(FIXTURES / "deepseek_v3_sharded")
     experts = Experts(Checkpoint(repository))
-    measure_layer(experts.layer(1), evenly_spaced(4, 8), quiet)
+    measure_layer(experts.layer(1), evenly_spaced(4, 8), Resources.current(), quiet)
     index = json.loads(repository.contents["model.safetensors.index.json"])["weight_map"]
     needed = {file for name, file in index.items() if ".mlp.experts." in name}
     assert needed < set(index.values())
@@ -850,7 +850,7 @@ def test_shards_of_other_layers_stay_closed() -> None:
 
 def test_shards_are_opened_only_for_the_first_and_the_asked_layer() -> None:
     repository = three_layers(True)
-    measure_layer(Experts(Checkpoint(repository)).layer(1), evenly_spaced(12, 8), quiet)
+    measure_layer(Experts(Checkpoint(repository)).layer(1), evenly_spaced(12, 8), Resources.current(), quiet)
     read = [read for read in repository.reads if read[0].startswith("model-0000")]
     assert {file[:11] for file, _, _ in read} == {"model-00001", "model-00002"}
     data = sum(stop - start for file, start, stop in read if file.startswith("model-00001"))

@@ -27,8 +27,9 @@ from chuk_lazarus.introspection.moe import (
     NotMoE,
     UnknownFormat,
 )
-from chuk_lazarus.introspection.moe.weights.hub import READ_AHEAD
-from chuk_lazarus.introspection.moe.weights.source import LocalFile
+from chuk_lazarus.introspection.moe.jobs.resources import Resources
+from chuk_lazarus.introspection.moe.weights.repositories.hub import READ_AHEAD
+from chuk_lazarus.introspection.moe.weights.repositories.local import LocalFile
 from encoders_float import ENCODERS as FLOAT_ENCODERS
 from encoders_packed import ENCODERS as PACKED_ENCODERS
 from hub_server import HubServer
@@ -843,12 +844,12 @@ ANALYSED = (
 )
 
 
-@pytest.mark.parametrize("kept", [measure.kept_weights(), 0])
+@pytest.mark.parametrize("kept", [Resources.current().kept_weights, 0])
 @pytest.mark.parametrize("name", ANALYSED)
 def test_an_analysis_reads_what_was_said(
     name: str, kept: int, monkeypatch: pytest.MonkeyPatch, reads: list[tuple[str, int, int]]
 ) -> None:
-    monkeypatch.setattr(measure, "kept_weights", lambda: kept)
+    monkeypatch.setattr(Resources, "kept_weights", kept)
     layout = describe(f"{FIXTURES}/{name}")
     assert data_read(reads) == 0
     times = 1 if kept else 2  # no fixture has more experts than an analysis takes the spectra of
@@ -864,7 +865,7 @@ def test_an_analysis_of_many_experts_reads_the_chosen_ones_again(
 ) -> None:
     config = {"model_type": "qwen3_moe", "num_experts": 32, "num_hidden_layers": 1}
     folder = write_holes(tmp_path, bf16(all_experts("model.layers.0.mlp.experts", PROJECTIONS, 64, 48, 32)), config)
-    monkeypatch.setattr(measure, "kept_weights", lambda: 8 * 48 * 64 - 1)
+    monkeypatch.setattr(Resources, "kept_weights", 8 * 48 * 64 - 1)
     layout = describe(folder)
     assert layout.analysis_bytes == layout.stored_bytes * (32 + 8) // 32
     reads.clear()

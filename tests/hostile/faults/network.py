@@ -467,7 +467,7 @@ def damage(cache: Path, random: Random, ways: Sequence[str]) -> None:
 @contextmanager
 def patched(what: str, value: Any) -> Iterator[None]:
     """A constant of a module of the weights with another value."""
-    with patch(f"chuk_lazarus.introspection.moe.weights.{what}", value):
+    with patch(f"chuk_lazarus.introspection.moe.weights.repositories.{what}", value):
         yield
 
 
@@ -514,7 +514,7 @@ def file_limit(size: int | None) -> Iterator[None]:
 
 def start(words: Sequence[str], **environment: str) -> "subprocess.Popen[str]":
     """A command in a process of its own, without the waits."""
-    code = "from hostile.faults.network import hasten; hasten(); from chuk_lazarus.cli.app import main; main()"
+    code = "from hostile.faults.network import hasten; hasten(); from chuk_lazarus.cli import main; main()"
     own = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment
     pipe = subprocess.PIPE
     return subprocess.Popen(
