@@ -38,10 +38,11 @@ def pytest_configure() -> None:
 @pytest.hookimpl(tryfirst=True)  # before the choice by marks
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Mark as long the cases of a test marked `sample` of whose arguments each has had its value in a case before."""
-    seen: dict[str, set[tuple[str, int]]] = {}
+    seen: dict[str, set[tuple[str, str]]] = {}
     for item in items:
         if item.get_closest_marker("sample"):
-            known, values = seen.setdefault(item.nodeid.partition("[")[0], set()), set(item.callspec.indices.items())
+            known = seen.setdefault(item.nodeid.partition("[")[0], set())
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
             if values <= known:
                 item.add_marker(pytest.mark.long)
             known |= values
