@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -10,7 +9,6 @@ import socket
 import socketserver
 import struct
 import sys
-import termios
 import threading
 import time
 from array import array
@@ -522,6 +520,9 @@ def unsent(connection: socket.socket) -> int:
     """How many bytes the other side has not acknowledged; 0 where the system does not tell."""
     if sys.platform != "linux":
         return 0
+    import fcntl
+    import termios
+
     waiting = array("i", [0])
     with suppress(OSError):  # it has hung up
         fcntl.ioctl(connection, termios.TIOCOUTQ, waiting)

@@ -1,7 +1,6 @@
 """Seconds of processor time, which other programs on the same machine do not lengthen; all limits of time are of it."""
 
 import os
-import resource
 import subprocess
 from pathlib import Path
 
@@ -11,6 +10,8 @@ HANGS = 300.0
 
 def of_children() -> float:
     """What all processes that this one has started used, with theirs; those that still run do not count."""
+    import resource
+
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
