@@ -23,11 +23,10 @@ from chuk_lazarus.introspection.moe import (
     MoEOverlayEstimate,
     MoEOverlayVerification,
     NotMoE,
-    moe_compression,
 )
 from chuk_lazarus.introspection.moe.numerics.forward import route, run_expert
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
-from chuk_lazarus.introspection.moe.overlays import fidelity
+from chuk_lazarus.introspection.moe.overlays import alternatives, analysis, coding
 from chuk_lazarus.introspection.moe.overlays.checkpoint import writer as overlay_checkpoint
 from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
 from chuk_lazarus.introspection.moe.reports.overlays import SameBytes
@@ -397,7 +396,7 @@ def test_ranks_once_chosen_stand_for_the_rest_of_the_work(tmp_path: Path, monkey
     whole = MoECompressionService.compress(model, tmp_path / "whole", max_error=0.05)
     stop(model, folder, monkeypatch, max_error=0.05)
     assert not folder.exists()
-    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures again"))
+    monkeypatch.setattr(analysis, "measure_layer", lambda *words: pytest.fail("it measures again"))
     resumed = MoECompressionService.compress(model, folder, max_error=0.05)
     assert resumed.ranks == whole.ranks
     assert contents(folder) == contents(tmp_path / "whole")
@@ -441,10 +440,10 @@ def stop(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, after: int =
     def split(*words: Any) -> Factors:
         if next(count) >= after:
             raise KeyboardInterrupt
-        return fidelity.split(*words)
+        return coding.split_delta(*words)
 
     with monkeypatch.context() as patched:
-        patched.setattr(overlay_checkpoint, "split", split)
+        patched.setattr(overlay_checkpoint, "split_delta", split)
         with pytest.raises(KeyboardInterrupt):
             MoECompressionService.compress(model, folder, **options)
 
@@ -460,7 +459,7 @@ def test_the_plan_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypat
 
 def test_a_target_that_can_not_be_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write(tmp_path / "m", planted(2))
-    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures first"))
+    monkeypatch.setattr(analysis, "measure_layer", lambda *words: pytest.fail("it measures first"))
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("")
     for folder in ("there", "m/inside", "file/x"):
@@ -473,7 +472,7 @@ def test_a_target_that_can_not_be_is_refused_before_any_work(tmp_path: Path, mon
 
 
 def test_given_ranks_need_no_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_compression, "measure_layer", lambda *words: pytest.fail("it measures"))
+    monkeypatch.setattr(analysis, "measure_layer", lambda *words: pytest.fail("it measures"))
     ranks = {"gate": 1, "up": 2, "down": 3}
     report = MoECompressionService.compress(write(tmp_path / "m", planted(2)), tmp_path / "overlay", ranks=ranks)
     assert report.ranks == {0: ranks}
@@ -529,10 +528,10 @@ def test_advice_counts_only_what_makes_the_file_smaller() -> None:
         SameBytes(bits=4, bytes=4, quantisation=0.09, overlay=0.2, svd=0.6),
         SameBytes(bits=3, bytes=3, quantisation=0.24, overlay=0.23, svd=0.7),
     ]
-    assert moe_compression._advice(rows, 1.0).startswith("the overlay: at 8-bit")
-    assert moe_compression._advice(rows, 0.5).startswith("quantisation: at 4-bit")
-    assert moe_compression._advice(rows, 4.25 / 16).startswith("nothing")
-    assert moe_compression._advice(rows, 0.1).startswith("nothing")
+    assert alternatives.advise(rows, 1.0).startswith("the overlay: at 8-bit")
+    assert alternatives.advise(rows, 0.5).startswith("quantisation: at 4-bit")
+    assert alternatives.advise(rows, 4.25 / 16).startswith("nothing")
+    assert alternatives.advise(rows, 0.1).startswith("nothing")
 
 
 # Contract and command line

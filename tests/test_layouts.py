@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
 from chuk_lazarus.introspection.moe.jobs import measure
-from chuk_lazarus.introspection.moe.jobs.measure import evenly_spaced, measure_layer
+from chuk_lazarus.introspection.moe.jobs.measure import measure_layer
+from chuk_lazarus.introspection.moe.jobs.model import evenly_spaced
 from chuk_lazarus.introspection.moe.progress import Progress
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer, ExpertTensor

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 import encoders_float
 import encoders_packed
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, UnknownFormat
+from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.numerics.low_rank import relative_error
 from chuk_lazarus.introspection.moe.overlays.checkpoint import folder as model_folder
 from chuk_lazarus.introspection.moe.overlays.checkpoint.export import export_overlay
@@ -73,7 +74,7 @@ def all_ranks(experts: Experts, most: int = 10**9) -> Ranks:
 
 def write(model: Path, folder: Path, most: int = 10**9, **options: Any) -> OverlayCheckpoint:
     experts = open_model(model)
-    write_overlay(experts, all_ranks(experts, most), folder, progress=quiet, **options)
+    write_overlay(experts, all_ranks(experts, most), folder, resources=Resources.current(), progress=quiet, **options)
     return read_overlay(folder)
 
 
@@ -240,7 +241,7 @@ def test_files_beside_the_weights_are_copied(tmp_path: Path) -> None:
     made = {"README.md", "config.json", "model.safetensors.index.json"} | {
         path.name for path in (tmp_path / "overlay").glob("*.safetensors")
     }
-    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     for folder in (tmp_path / "overlay", tmp_path / "export"):
         assert {name for name in content(folder) if name not in made} == set(wanted)
         assert all((folder / name).read_text() == f"{name} of the model" for name in wanted)
@@ -271,14 +272,14 @@ def test_copies_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_some_layers_and_rank_zero(tmp_path: Path) -> None:
     experts = open_model(FIXTURES / "mixtral")
     folder, ranks = tmp_path / "overlay", {1: {"gate": 0, "up": 3, "down": 0}}
-    write_overlay(experts, ranks, folder, progress=quiet)
+    write_overlay(experts, ranks, folder, resources=Resources.current(), progress=quiet)
     overlay = read_overlay(folder)
     assert (overlay.layers, overlay.ranks) == ((1,), ranks)
     assert signature(folder)["model.layers.1.overlay.gate.left"] == ("BF16", (4, 24, 0))
     found = overlay.expert(1, 2)
     np.testing.assert_array_equal(found["gate"], overlay.base(1, "gate"))
     assert not np.array_equal(found["up"], overlay.base(1, "up"))
-    export_overlay(folder, tmp_path / "export", progress=quiet)
+    export_overlay(folder, tmp_path / "export", resources=Resources.current(), progress=quiet)
     before, after = stored(FIXTURES / "mixtral"), stored(tmp_path / "export")
     assert after.keys() == before.keys()
     same = before.keys() - expert_names(experts, (1,))
@@ -288,7 +289,13 @@ def test_some_layers_and_rank_zero(tmp_path: Path) -> None:
 def test_progress_counts_bytes(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     experts = open_model(FIXTURES / "olmoe")
-    write_overlay(experts, all_ranks(experts, 2), tmp_path / "o", progress=lambda *report: seen.append(report))
+    write_overlay(
+        experts,
+        all_ranks(experts, 2),
+        tmp_path / "o",
+        resources=Resources.current(),
+        progress=lambda *report: seen.append(report),
+    )
     total = sum(len(data) for _, _, data in stored(tmp_path / "o").values())
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
     assert {total for _, _, total in seen} == {total}
@@ -302,7 +309,7 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
 @every_fixture
 def test_full_rank_gives_the_model_back(name: str, tmp_path: Path) -> None:
     write(FIXTURES / name, tmp_path / "overlay")
-    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     found, experts = open_model(tmp_path / "export"), open_model(FIXTURES / name)
     assert (found.layers, found.mtp_layers, found.notes) == (experts.layers, experts.mtp_layers, experts.notes)
     for number, roles in oracle(name).items():
@@ -327,7 +334,7 @@ def test_full_rank_gives_the_model_back(name: str, tmp_path: Path) -> None:
 @every_fixture
 def test_an_export_is_base_and_factors(name: str, tmp_path: Path) -> None:
     overlay = write(FIXTURES / name, tmp_path / "overlay", 4)
-    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     raw, found = stored(tmp_path / "overlay"), open_model(tmp_path / "export")
     for number in overlay.layers:
         for expert in range(found.layer(number).count):
@@ -346,7 +353,7 @@ def test_an_export_is_base_and_factors(name: str, tmp_path: Path) -> None:
 def test_fp8_beside_the_experts_is_decoded(tmp_path: Path) -> None:
     export = tmp_path / "export"
     write(FIXTURES / "deepseek_v3_fp8", tmp_path / "overlay")
-    export_overlay(tmp_path / "overlay", export, progress=quiet)
+    export_overlay(tmp_path / "overlay", export, resources=Resources.current(), progress=quiet)
     assert not [name for name in stored(export) if "scale" in name]
     before, after = open_model(FIXTURES / "deepseek_v3_fp8").layer(2), open_model(export).layer(2)
     for expert in range(2):
@@ -365,9 +372,9 @@ def test_mxfp4_beside_the_overlay_is_decoded(tmp_path: Path, monkeypatch: pytest
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     ranks = {0: {"gate": 9, "up": 9, "down": 9}}
-    write_overlay(open_model(model), ranks, tmp_path / "overlay", progress=quiet)
+    write_overlay(open_model(model), ranks, tmp_path / "overlay", resources=Resources.current(), progress=quiet)
     assert "quantization_config" in read_overlay(tmp_path / "overlay").config
-    export_overlay(tmp_path / "overlay", export, progress=quiet)
+    export_overlay(tmp_path / "overlay", export, resources=Resources.current(), progress=quiet)
     found = open_model(export)
     assert (found.family, found.layers) == ("gpt_oss_transposed", (0, 1))
     for expert in range(3):
@@ -382,7 +389,7 @@ def test_what_cannot_be_decoded_is_not_exported(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     write(model, tmp_path / "overlay", 1)
     with pytest.raises(UnknownFormat, match="qweight"):
-        export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+        export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     assert not (tmp_path / "export").exists()
 
 
@@ -431,14 +438,20 @@ def make_encoded(folder: Path, name: str, config: Mapping[str, Any]) -> dict[str
 
 def overlay_second(model: Path, folder: Path) -> None:
     """An overlay of layer 1 alone."""
-    write_overlay(open_model(model), {1: {"gate": 32, "up": 32, "down": 32}}, folder, progress=quiet)
+    write_overlay(
+        open_model(model),
+        {1: {"gate": 32, "up": 32, "down": 32}},
+        folder,
+        resources=Resources.current(),
+        progress=quiet,
+    )
 
 
 @pytest.mark.parametrize("name", NEED_NO_CONFIG)
 def test_whatever_is_quantised_is_decoded_without_a_word_in_the_config(name: str, tmp_path: Path) -> None:
     truth = make_encoded(tmp_path / "model", name, {})
     overlay_second(tmp_path / "model", tmp_path / "overlay")
-    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     after = stored(tmp_path / "export")
     assert after.keys() == {f"{module}.{part}" for module in truth for part in ("weight", "bias")}
     for module, matrix in truth.items():
@@ -469,7 +482,7 @@ def test_fp8_without_scales_is_decoded_whatever_its_shape(tmp_path: Path) -> Non
             tensors[f"{kind}.{name}"] = (kind, shape, np.array(rng.standard_normal(shape)).astype(dtype).tobytes())
     save_stored(tmp_path / "model/model.safetensors", tensors)
     overlay_second(tmp_path / "model", tmp_path / "overlay")
-    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     after = stored(tmp_path / "export")
     for kind, dtype in (("F8_E4M3", ml_dtypes.float8_e4m3fn), ("F8_E5M2", ml_dtypes.float8_e5m2)):
         for name, (_, shape, data) in tensors.items():
@@ -485,7 +498,7 @@ def test_fp8_that_lacks_its_scale_is_not_exported(shape: tuple[int, ...], tmp_pa
     save_stored(tmp_path / "model/model.safetensors", stored(tmp_path / "model") | alone)
     overlay_second(tmp_path / "model", tmp_path / "overlay")
     with pytest.raises(UnknownFormat, match=r"lm_head.weight: FP8 without its scale"):
-        export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+        export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     assert not (tmp_path / "export").exists()
 
 
@@ -498,7 +511,7 @@ def test_plain_tensors_that_are_only_named_like_quantised_ones_are_copied(tmp_pa
     }
     make_model(tmp_path / "model", extra=extra)
     write(tmp_path / "model", tmp_path / "overlay", 1)
-    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     before, after = stored(tmp_path / "model"), stored(tmp_path / "export")
     assert {name: after[name] for name in extra} == {name: before[name] for name in extra}
 
@@ -507,7 +520,7 @@ def test_a_weight_of_integers_alone_is_not_exported(tmp_path: Path) -> None:
     make_model(tmp_path / "model", extra={"model.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.int8)})
     write(tmp_path / "model", tmp_path / "overlay", 1)
     with pytest.raises(UnknownFormat, match=r"q_proj.weight.*I8"):
-        export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+        export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
 
 
 @pytest.mark.parametrize("where", ["quantization_config", "text_config"])
@@ -523,7 +536,7 @@ def test_an_empty_word_on_quantisation_is_none(where: str, tmp_path: Path) -> No
         config = {"quantization_config": {}, "quantization": said}
     truth = make_encoded(tmp_path / "model", "fp8_block", config)
     overlay_second(tmp_path / "model", tmp_path / "overlay")
-    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     name = "model.layers.0.self_attn.q_proj"
     _, shape, data = stored(tmp_path / "export")[f"{name}.weight"]
     found = np.frombuffer(data, BF16).reshape(shape).astype(np.float32)
@@ -540,7 +553,7 @@ def test_an_overlay_keeps_what_a_file_beside_the_config_says_of_quantisation(nam
     overlay_second(tmp_path / "model", tmp_path / "overlay")
     assert json.loads((tmp_path / "overlay/config.json").read_text())["quantization_config"].items() >= said.items()
     assert not (tmp_path / "overlay" / file).exists()
-    export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+    export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     assert "quantization_config" not in json.loads((tmp_path / "export/config.json").read_text())
     found = open_model(tmp_path / "export").layer(0)
     for role in ("gate", "up", "down"):
@@ -571,7 +584,7 @@ def test_mlx_lm_loads_an_export(name: str, config: Mapping[str, Any], tmp_path: 
             return np.array(model(mx.array([[1, 5, 2, 7, 3]])))
 
         write(FIXTURES / name, tmp_path / "overlay")
-        export_overlay(tmp_path / "overlay", tmp_path / "export", progress=quiet)
+        export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
         assert relative_error(logits(tmp_path / "export"), logits(FIXTURES / name)) < 0.02
 
 
@@ -664,7 +677,7 @@ def test_a_broken_overlay_is_one_line(damage: Callable[[Path], None], tmp_path: 
     write(FIXTURES / "olmoe", folder, 2)
     damage(folder)
     with pytest.raises((ModelUnreadable, UnknownFormat)) as caught:
-        export_overlay(folder, tmp_path / "export", progress=quiet)
+        export_overlay(folder, tmp_path / "export", resources=Resources.current(), progress=quiet)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("export*"))
 
@@ -696,19 +709,35 @@ def test_what_an_overlay_has_not_got(tmp_path: Path) -> None:
 )
 def test_ranks_that_do_not_fit(ranks: Any, reason: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=reason):
-        write_overlay(open_model(FIXTURES / "olmoe"), ranks, tmp_path / "overlay", progress=quiet)
+        write_overlay(
+            open_model(FIXTURES / "olmoe"), ranks, tmp_path / "overlay", resources=Resources.current(), progress=quiet
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_multi_token_prediction_layers_stay_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="layer 2 is not"):
-        write_overlay(open_model(FIXTURES / "deepseek_v3_fp8"), {2: RANKS}, tmp_path / "overlay", progress=quiet)
+        write_overlay(
+            open_model(FIXTURES / "deepseek_v3_fp8"),
+            {2: RANKS},
+            tmp_path / "overlay",
+            resources=Resources.current(),
+            progress=quiet,
+        )
 
 
 def test_an_overlay_of_an_overlay_is_refused(tmp_path: Path) -> None:
-    write_overlay(open_model(FIXTURES / "olmoe"), {0: RANKS}, tmp_path / "overlay", progress=quiet)
+    write_overlay(
+        open_model(FIXTURES / "olmoe"), {0: RANKS}, tmp_path / "overlay", resources=Resources.current(), progress=quiet
+    )
     with pytest.raises(InvalidRequest, match="already"):
-        write_overlay(open_model(tmp_path / "overlay"), {1: RANKS}, tmp_path / "again", progress=quiet)
+        write_overlay(
+            open_model(tmp_path / "overlay"),
+            {1: RANKS},
+            tmp_path / "again",
+            resources=Resources.current(),
+            progress=quiet,
+        )
 
 
 def test_an_existing_folder_is_replaced_only_by_force(tmp_path: Path) -> None:
@@ -844,7 +873,9 @@ def make_model(
 WORK = """
 import os, sys
 from chuk_lazarus.introspection.moe.errors import MoEError
-from chuk_lazarus.introspection.moe.overlay_checkpoint import export_overlay, write_overlay
+from chuk_lazarus.introspection.moe.jobs.resources import Resources
+from chuk_lazarus.introspection.moe.overlays.checkpoint.export import export_overlay
+from chuk_lazarus.introspection.moe.overlays.checkpoint.writer import write_overlay
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from pathlib import Path
 import scipy.linalg, threadpoolctl
@@ -853,10 +884,10 @@ def ignore(what, done, total): pass
 
 def work(what, model, folder, rank):
     if what == "export":
-        return export_overlay(model, folder, progress=ignore)
+        return export_overlay(model, folder, resources=Resources.current(), progress=ignore)
     experts = Experts.open(str(model))
     ranks = {layer: {"gate": rank, "up": rank, "down": rank} for layer in experts.layers}
-    write_overlay(experts, ranks, folder, progress=ignore)
+    write_overlay(experts, ranks, folder, resources=Resources.current(), progress=ignore)
 
 arguments = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 """
@@ -1038,7 +1069,7 @@ def test_other_unfinished_work_is_refused(other: str, tmp_path: Path) -> None:
 
     def again(force: bool) -> None:
         if other == "export":
-            export_overlay(tmp_path / "overlay", folder, force=force, progress=quiet)
+            export_overlay(tmp_path / "overlay", folder, force=force, resources=Resources.current(), progress=quiet)
         else:
             write(tmp_path / "second" if other == "model" else model, folder, 5 if other == "ranks" else 4, force=force)
 

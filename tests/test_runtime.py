@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
 from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
+from chuk_lazarus.introspection.moe.reports import Evaluation
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,7 +24,6 @@ with warnings.catch_warnings():
     pytest.importorskip("mlx_lm")
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from chuk_lazarus.introspection.moe.runtime import Evaluation
     from mlx.utils import tree_flatten
     from mlx_lm.generate import generate_step
     from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
