@@ -35,9 +35,9 @@ class Inputs:
 class LayerFidelity:
     """Relative errors of a layer's experts as an overlay.
 
-    `weight_errors`, by role, and `output_errors` have one entry per expert. `mixed_error` is that of the layer's output,
-    the experts' outputs summed by their routing weights; it is None where no router is known. `rounding_errors` are the
-    mean output errors of the same experts, plainly quantised, by bits.
+    `weight_errors`, by role, and `output_errors` have one entry per expert. `mixed_error` is that of the layer's
+    output, the experts' outputs summed by their routing weights; it is None where no router is known.
+    `rounding_errors` are the mean output errors of the same experts, plainly quantised, by bits.
     """
 
     weight_errors: dict[str, tuple[float, ...]]
