@@ -59,8 +59,8 @@ class RankOptions(TypedDict, total=False):
 class RankRule:
     """How ranks are chosen: by `max_error`, by `target_ratio`, or as the mean rank at a share of the deltas' energy.
 
-    That share is `energy`. At most one of the first two is given; `given` ranks, by role, go with neither. Raises
-    InvalidRequest otherwise, and for numbers out of range.
+    That share is `energy`, and chooses the ranks of the roles that are not `given`. Raises InvalidRequest for numbers
+    out of range, and where more than one of `max_error`, `target_ratio` and `given` is there.
     """
 
     given: Mapping[str, int]

@@ -117,7 +117,7 @@ def advise(rows: Sequence[SameBytes], stored_share: float) -> str:
         overlay = inf if row.overlay is None else row.overlay
         if min(overlay, row.quantisation) > usable:
             break
-        other = "does not even fit its base" if row.overlay is None else f"errs by {100 * overlay:.1f} %"
+        overlay_result = "does not even fit its base" if row.overlay is None else f"errs by {100 * overlay:.1f} %"
         if overlay < row.quantisation:
             return (
                 f"the overlay: at {row.bits}-bit size its weight error is {100 * overlay:.1f} %, "
@@ -125,6 +125,6 @@ def advise(rows: Sequence[SameBytes], stored_share: float) -> str:
             )
         return (
             f"quantisation: at {row.bits}-bit size its weight error is {100 * row.quantisation:.1f} %, "
-            f"and an overlay {other}"
+            f"and an overlay {overlay_result}"
         )
     return "nothing: at fewer bytes than the file's, overlay and quantisation both err by more than 4-bit rounding does"

@@ -40,7 +40,7 @@ def compute(
         curves = job.measure_all(rule, experts)
         chosen = rule.choose(curves)
         job.end()
-        results = [layer_overlay(opened, curves[opened.number], chosen[opened.number]) for opened in job.layers]
+        results = [layer_overlay(measured, curves[measured.number], chosen[measured.number]) for measured in job.layers]
         original, stored, overlay = total_bytes(results)
         return MoEOverlay(
             **job.opened.identity(),

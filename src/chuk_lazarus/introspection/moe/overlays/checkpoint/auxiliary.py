@@ -8,7 +8,7 @@ LARGEST = 64 * 2**20  # bytes; a larger file is not copied
 
 # what loaders want beside the weights: tokenizers, templates, generation settings, a model's own code; and licences
 _WANTED = re.compile(r"[^/]+\.(?:json|jinja|model|txt|tiktoken|py)|(?:LICEN[CS]E|NOTICE)[^/]*")
-# these describe the weights as they were, or are written anew
+# these describe the weights as they were, or are written again
 _UNWANTED = re.compile(r"config\.json|plan\.json|.*\.index\.json|(?:hf_)?quant(?:ize)?_config\.json")
 
 

@@ -90,11 +90,11 @@ def _fill_experts(
     """Write the rebuilt experts of one layer."""
     overlay.prefetch(layer, progress)
     bases = {role: overlay.base(layer, role) for role in overlay.ranks[layer]}
-    free_memory = BoundedSemaphore(max(1, resources.matrix_memory // (4 * bases["down"].nbytes)))
+    slots = BoundedSemaphore(max(1, resources.matrix_memory // (4 * bases["down"].nbytes)))
 
     def write_expert(expert: int) -> None:
         for spec in layout.tensors:
-            with free_memory:
+            with slots:
                 matrices = {role: overlay.rebuild(bases[role], layer, role, expert).astype(BF16) for role in spec.roles}
                 data = stored_rows(spec, matrices).tobytes()
                 name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}".replace("{expert}", str(expert))

@@ -94,9 +94,9 @@ class OverlayConfig:
     def read(cls, config: Mapping[str, Any], roles_of: Callable[[Any], Sequence[str]]) -> "OverlayConfig":
         """Read it out of a model's config.
 
-        `roles_of` gives the roles of a family's experts; it is called with whatever the config names, before the layers
-        are read, and may raise. Raises OverlayConfigError. A text that is missing or no text is read as an empty one:
-        only version and layers must be there.
+        `roles_of` gives the roles of a family's experts. It is called, before the layers are read, with the value of
+        `family`, which may be of any type, and may raise. Only version and layers must be there: a text that is missing
+        is read as an empty one. Raises OverlayConfigError.
         """
         facts = config.get(CONFIG_KEY)
         if not isinstance(facts, dict):

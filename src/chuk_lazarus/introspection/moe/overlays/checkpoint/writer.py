@@ -84,9 +84,9 @@ def write_overlay(
     if len({str(by_role) for by_role in names}) > 1:
         raise UnknownFormat("the layers' experts are not all named alike")
 
-    others = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - _replaced(layers))]
+    copied = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - _replaced_names(layers))]
     shards = [
-        *group_into_shards([copy_tensor(checkpoint, info) for info in others], checkpoint, progress),
+        *group_into_shards([copy_tensor(checkpoint, info) for info in copied], checkpoint, progress),
         *(
             Shard(
                 _overlay_tensors(layer, layer_ranks[layer.number], prefix),
@@ -104,7 +104,7 @@ def write_overlay(
         ),
     ]
     config = checkpoint.config
-    if all(info.dtype in PLAIN_DTYPES for info in others):
+    if all(info.dtype in PLAIN_DTYPES for info in copied):
         config = without_quantization(config)
     overlay = OverlayConfig(
         source=source,
@@ -152,7 +152,7 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
             f"the model is {what}: an overlay of it can't be written", "use a plain safetensors version of it"
         )
     opened = [experts.layer(number) for number in layers]
-    replaced = sum(checkpoint.info(name).nbytes for name in _replaced(opened))
+    replaced = sum(checkpoint.info(name).nbytes for name in _replaced_names(opened))
     bases = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
     model_bytes = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     check_folder(folder, checkpoint.repository.folder, force, model_bytes - replaced + bases)
@@ -196,7 +196,7 @@ def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> Exp
     return layer
 
 
-def _replaced(layers: Iterable[ExpertLayer]) -> set[str]:
+def _replaced_names(layers: Iterable[ExpertLayer]) -> set[str]:
     """The names of all tensors that hold the layers' matrices, the scales of their inputs included."""
     tensors = (tensor for layer in layers for tensor in layer.tensors)
     return {name for tensor in tensors for parts in tensor.parts for part, name in parts.items() if part != BIAS}

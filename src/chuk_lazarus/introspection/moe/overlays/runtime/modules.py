@@ -50,11 +50,11 @@ class OverlayLinear(Module):
     def rank(self) -> int:
         return self.left.shape[2]
 
-    def shared(self, x: mx.array) -> mx.array:
+    def base_product(self, x: mx.array) -> mx.array:
         """The base product, which all experts share: [..., in] -> [..., out]."""
         return (x @ self.base.T).astype(x.dtype)
 
-    def own(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """What each expert adds to the base product, its bias included; shapes as in a call."""
         y = x
         if self.rank:
@@ -76,7 +76,7 @@ class OverlayLinear(Module):
         with [batch, length, top_k] gives [batch, length, top_k, 1, out]. `sorted_indices` promises that the indices,
         on one axis, ascend. The result has the dtype of `x`.
         """
-        return self.shared(x) + self.own(x, indices, sorted_indices)
+        return self.base_product(x) + self.delta_product(x, indices, sorted_indices)
 
 
 class OverlayGLU(Module):
@@ -116,7 +116,8 @@ class OverlayGLU(Module):
         x = x.reshape(-1, 1, x.shape[-1])
         rows = x[tokens]
         up, gate = (
-            linear.shared(x)[tokens] + linear.own(rows, experts, True) for linear in (self.up_proj, self.gate_proj)
+            linear.base_product(x)[tokens] + linear.delta_product(rows, experts, True)
+            for linear in (self.up_proj, self.gate_proj)
         )
         y = self.down_proj(self.activation(up, gate), experts, sorted_indices=True)
         return mx.unflatten(y[mx.argsort(order)], 0, indices.shape).squeeze(-2)
