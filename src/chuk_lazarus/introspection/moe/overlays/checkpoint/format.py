@@ -106,14 +106,13 @@ class OverlayConfig:
         roles = roles_of(facts.get("family"))
         texts = {key: value for key, value in facts.items() if isinstance(value, str)}
         names = facts.get("names")
+        names = names if isinstance(names, dict) else {}
         return cls(
             source=texts.get("source", ""),
             revision=texts.get("revision"),
             family=texts.get("family", ""),
             dtype=texts.get("dtype", ""),
-            names={role: name for role, name in names.items() if isinstance(name, str)}
-            if isinstance(names, dict)
-            else {},
+            names={role: name for role, name in names.items() if isinstance(name, str)},
             rule=texts.get("rule", ""),
             layers=_read_layers(facts.get("layers"), roles),
         )
