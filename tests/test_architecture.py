@@ -43,7 +43,7 @@ WITHIN: dict[str, set[str]] = {
     "weights.repositories": GROUND,
     "weights.codecs": {"errors", "numerics.device"},
     "weights.layouts": GROUND,
-    "overlays.checkpoint": BELOW | {"jobs", "overlays.fidelity", "overlays.quantisation"},
+    "overlays.checkpoint": BELOW | {"jobs", "overlays.coding", "overlays.fidelity", "overlays.quantisation"},
 }
 
 # library -> who may import it; numpy may be imported anywhere

@@ -26,11 +26,10 @@ from chuk_lazarus.introspection.moe import (
 )
 from chuk_lazarus.introspection.moe.numerics.forward import route, run_expert
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
-from chuk_lazarus.introspection.moe.overlays import analysis, fidelity
-from chuk_lazarus.introspection.moe.overlays.alternatives import advise
-from chuk_lazarus.introspection.moe.overlays.checkpoint import writer
+from chuk_lazarus.introspection.moe.overlays import alternatives, analysis, coding
+from chuk_lazarus.introspection.moe.overlays.checkpoint import writer as overlay_checkpoint
 from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
-from chuk_lazarus.introspection.moe.reports.overlays import SameBytes
+from chuk_lazarus.introspection.moe.reports import SameBytes
 from mlx_lm_recipes import RECIPES
 from places import FIXTURES
 from sampling import keep
@@ -357,7 +356,7 @@ def test_a_killed_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert run([*words, "-O", str(tmp_path / "whole"), "-q"]) == 0
     rng, kills = random.Random(5), 0
     for _ in range(40):
-        command = [sys.executable, "-m", "chuk_lazarus.cli", *words, "-O", str(tmp_path / "killed"), "-q"]
+        command = [sys.executable, "-m", "chuk_lazarus.cli.app", *words, "-O", str(tmp_path / "killed"), "-q"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             process.communicate(timeout=rng.uniform(0.3, 0.8))
@@ -439,13 +438,13 @@ def stop(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, after: int =
     """Begin to compress, and stop once the plan and the factors of so many matrices are written."""
     count = itertools.count()
 
-    def split_delta(*words: Any) -> Factors:
+    def split(*words: Any) -> Factors:
         if next(count) >= after:
             raise KeyboardInterrupt
-        return fidelity.split_delta(*words)
+        return coding.split_delta(*words)
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "split_delta", split_delta)
+        patched.setattr(overlay_checkpoint, "split_delta", split)
         with pytest.raises(KeyboardInterrupt):
             MoECompressionService.compress(model, folder, **options)
 
@@ -530,10 +529,10 @@ def test_advice_counts_only_what_makes_the_file_smaller() -> None:
         SameBytes(bits=4, bytes=4, quantisation=0.09, overlay=0.2, svd=0.6),
         SameBytes(bits=3, bytes=3, quantisation=0.24, overlay=0.23, svd=0.7),
     ]
-    assert advise(rows, 1.0).startswith("the overlay: at 8-bit")
-    assert advise(rows, 0.5).startswith("quantisation: at 4-bit")
-    assert advise(rows, 4.25 / 16).startswith("nothing")
-    assert advise(rows, 0.1).startswith("nothing")
+    assert alternatives.advise(rows, 1.0).startswith("the overlay: at 8-bit")
+    assert alternatives.advise(rows, 0.5).startswith("quantisation: at 4-bit")
+    assert alternatives.advise(rows, 4.25 / 16).startswith("nothing")
+    assert alternatives.advise(rows, 0.1).startswith("nothing")
 
 
 # Contract and command line

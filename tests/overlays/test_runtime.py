@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
 from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
+from chuk_lazarus.introspection.moe.reports import Evaluation
 from places import FIXTURES
 
 with warnings.catch_warnings():
@@ -32,7 +33,6 @@ with warnings.catch_warnings():
     from chuk_lazarus.introspection.moe.overlays.runtime.evaluate import evaluate
     from chuk_lazarus.introspection.moe.overlays.runtime.load import load_overlay
     from chuk_lazarus.introspection.moe.overlays.runtime.modules import OverlayGLU, OverlayLinear, OverlayMoE
-    from chuk_lazarus.introspection.moe.reports import Evaluation
 
 Array = NDArray[np.float32]
 Matrices = dict[int, dict[str, Array]]  # layer -> role -> [experts, out, in]
