@@ -13,21 +13,7 @@ from chuk_lazarus import __version__
 from ..errors import printable
 from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
 from ..text import format_bytes, format_ranges, percent
-from .facts import (
-    CHANCE,
-    CLOSE,
-    COSINE,
-    COSINE_SPREAD,
-    KEPT,
-    NOISE_RATIO,
-    RANK_RATIO,
-    compare,
-    list_expert_ranks,
-    list_layers,
-    list_ranks,
-    mean_over_layers,
-    of_projection,
-)
+from . import facts
 from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_similarity, to_svg
 from .words import describe_family, explain, explain_parent, explain_rule, format_ratio
 
@@ -130,11 +116,11 @@ def _render(report: MoETypeAnalysis | MoETypeComparison, command: str | None, wh
         command=command,
         verdicts=[(model, VERDICTS[model.type], explain(model), _facts(model)) for model in models],
         headline=_headline(models[0]) if len(models) == 1 else [],
-        evidence=compare(models),
+        evidence=facts.compare(models),
         pictures=_pictures(report),
-        tables=[table for model in models for table in (list_layers(model), list_ranks(model))],
+        tables=[table for model in models for table in (facts.list_layers(model), facts.list_ranks(model))],
         expert_tables=[
-            (f"{model.model}, layer {layer.layer}", list_expert_ranks(layer))
+            (f"{model.model}, layer {layer.layer}", facts.list_expert_ranks(layer))
             for model in models
             for layer in model.layers
         ],
@@ -150,19 +136,18 @@ def _template() -> "Template":
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # with the keys in the contract's order
+    environment.policies["json.dumps_kwargs"] = {
+        "ensure_ascii": False
+    }  # which also keeps the keys in the report's order
     return environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
 
 
 def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
-    lineage = model.layers[0].lineage
+    lineage, layers = model.layers[0].lineage, format_ranges([layer.layer for layer in model.layers])
     return [
         *([("Revision", model.revision)] if model.revision else []),
         ("Family", describe_family(model)),
-        (
-            "Layers",
-            f"{format_ranges([layer.layer for layer in model.layers])}, of {len(model.moe_layers)} with experts",
-        ),
+        ("Layers", f"{layers}, of {len(model.moe_layers)} with experts"),
         ("Sampled", f"{lineage.neurons:,} neurons of {len(lineage.experts)} experts in each layer"),
         *([("Parent", explain_parent(model))] if model.parent else []),
         ("By rank", explain_rule(model)),
@@ -173,13 +158,18 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
 def _headline(model: MoETypeAnalysis) -> list[tuple[str, str, str]]:
     """The figures that matter most: name, value, and what to compare it with."""
     role = model.rank_projection
-    kept, close, chance = (percent(mean_over_layers(model, figure)) for figure in (KEPT, CLOSE, CHANCE))
-    noise = percent(mean_over_layers(model, of_projection(role, NOISE_RATIO)))
+    noise_ratio = facts.of_projection(role, facts.NOISE_RATIO)
+    figures = (facts.KEPT, facts.CLOSE, facts.CHANCE, noise_ratio, facts.COSINE_SPREAD)
+    kept, close, chance, noise, spread = (facts.mean_over_layers(model, figure) for figure in figures)
     pays = "compressible" if model.compressible else "not compressible"
     return [
-        ("Neurons found again", kept, f"{chance} by chance; {close} closely"),
-        ("Cosine (down)", f"{model.cosine:.3f}", f"± {mean_over_layers(model, COSINE_SPREAD):.3f} over the pairs"),
-        (f"{role.capitalize()} rank", percent(model.rank_ratio), f"of the greatest possible; {noise} of noise"),
+        ("Neurons found again", percent(kept), f"{percent(chance)} by chance; {percent(close)} closely"),
+        ("Cosine (down)", f"{model.cosine:.3f}", f"± {spread:.3f} over the pairs"),
+        (
+            f"{role.capitalize()} rank",
+            percent(model.rank_ratio),
+            f"of the greatest possible; {percent(noise)} of noise",
+        ),
         (
             "Overlay",
             format_ratio(model.overlay_ratio),
@@ -252,7 +242,8 @@ def _describe_decay(layer: LayerAnalysis) -> str:
 def _describe_depth(model: MoETypeAnalysis) -> str:
     role = model.rank_projection
     kept, ranks, cosines = (
-        [figure(layer) for layer in model.layers] for figure in (KEPT, of_projection(role, RANK_RATIO), COSINE)
+        [figure(layer) for layer in model.layers]
+        for figure in (facts.KEPT, facts.of_projection(role, facts.RANK_RATIO), facts.COSINE)
     )
     return (
         f"{len(model.layers)} layers: neurons found again, {_format_range(kept, percent)}; "
@@ -262,7 +253,7 @@ def _describe_depth(model: MoETypeAnalysis) -> str:
 
 def _describe_comparison(comparison: MoETypeComparison) -> str:
     models = (
-        f"{model.model}: {percent(mean_over_layers(model, KEPT))} of the neurons found again, "
+        f"{model.model}: {percent(facts.mean_over_layers(model, facts.KEPT))} of the neurons found again, "
         f"{model.rank_projection} rank {percent(model.rank_ratio)}, cosine {model.cosine:.3f}"
         for model in comparison.models
     )

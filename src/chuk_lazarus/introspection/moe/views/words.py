@@ -114,7 +114,7 @@ def explain_full_analysis(report: MoEQuickAnalysis) -> str:
 
 
 def explain_rule(analysis: MoETypeAnalysis) -> str:
-    """What the documented rule says, and why where it differs from the verdict."""
+    """What the documented rule says, with the reason where it differs from the verdict."""
     rule = analysis.documented_rule
     figures = f"{analysis.rank_projection} rank {percent(analysis.rank_ratio)}, cosine {analysis.cosine:.3f}"
     text = f"the documented rule says {rule.type} ({rule.confidence:.0%}; {figures})"

@@ -12,17 +12,7 @@ from numpy.typing import NDArray
 from ...numerics.spectra import noise_decay, noise_rank
 from ...reports import Identity, LayerAnalysis, Lineage, MoETypeAnalysis, MoETypeComparison, Projection
 from ...text import percent
-from ..facts import (
-    CHANCE,
-    CLOSE,
-    COSINE_SPREAD,
-    KEPT,
-    RANK_RATIO,
-    LayerFigure,
-    mean_over_layers,
-    of_projection,
-    over_projections,
-)
+from .. import facts
 from ..words import format_confidence, identify, name_layers
 from .style import (
     COLORS,
@@ -123,9 +113,9 @@ def plot_analysis(analysis: MoETypeAnalysis, command: str | None = None) -> "Fig
     if many:
         axes = add_panels(figure, rows[2], 3)
         _paint_depth(axes, analysis.layers)
-        for ax, key in zip(axes, add_panels(figure, rows[3], 3), strict=True):
-            key.set_axis_off()
-            key.legend(*ax.get_legend_handles_labels(), loc="upper left", ncols=2, borderpad=0, borderaxespad=0)
+        for ax, below in zip(axes, add_panels(figure, rows[3], 3), strict=True):
+            below.set_axis_off()
+            below.legend(*ax.get_legend_handles_labels(), loc="upper left", ncols=2, borderpad=0, borderaxespad=0)
         text = [f"Top, layer {first.layer}: {text[0]}", f"Middle, layer {first.layer}: {text[1]}", f"Bottom: {DEPTH}"]
     return finish(figure, "\n".join(text), _source(analysis, analysis.layers), command)
 
@@ -135,36 +125,27 @@ def plot_comparison(comparison: MoETypeComparison, command: str | None = None) -
     """Several models in one figure: decay in the first layer of each; ranks, cosines and neurons found again."""
     models = comparison.models
     names = [wrap(f"{identify(model)}: {_format_verdict(model)}", WIDTH - 0.8) for model in models]
-    key = sum(0.21 + 0.13 * name.count("\n") for name in names)
-    figure = new_figure(4.8 + key, "Models compared")
-    rows = figure.add_gridspec(3, height_ratios=(key, 2.4, 2.4))
+    legend_height = sum(0.21 + 0.13 * name.count("\n") for name in names)
+    figure = new_figure(4.8 + legend_height, "Models compared")
+    rows = figure.add_gridspec(3, height_ratios=(legend_height, 2.4, 2.4))
     _paint_names(figure.add_subplot(rows[0]), names)
     roles = [role for role in ROLE_STYLES if any(role in model.layers[0].projections for model in models)]
     _paint_decays_of_models(add_panels(figure, rows[1], len(roles[:2])), models, roles[:2])
     ranks, cosines, neurons = add_panels(figure, rows[2], 3)
 
-    def means(figure: LayerFigure) -> list[float]:
-        return [mean_over_layers(model, figure) for model in models]
+    def means(figure: facts.LayerFigure) -> list[float]:
+        return [facts.mean_over_layers(model, figure) for model in models]
 
     _paint_dots(
         ranks,
         "Rank (95 %)",
-        {role: means(of_projection(role, RANK_RATIO)) for role in roles},
-        ticks={role: means(of_projection(role, _noise_ratio)) for role in roles},
+        {role: means(facts.of_projection(role, facts.RANK_RATIO)) for role in roles},
+        ticks={role: means(facts.of_projection(role, _noise_ratio)) for role in roles},
     )
-    _paint_dots(
-        cosines,
-        "Cosine",
-        {role: means(_cosine(role)) for role in roles},
-        bars={"down": means(COSINE_SPREAD)},
-    )
-    chance = means(CHANCE)
-    _paint_dots(
-        neurons,
-        "Neurons found",
-        {"again": means(KEPT), "closely": means(CLOSE)},
-        ticks={"again": chance, "closely": chance},
-    )
+    spread = {"down": means(facts.COSINE_SPREAD)}
+    _paint_dots(cosines, "Cosine", {role: means(_cosine(role)) for role in roles}, bars=spread)
+    chance = dict.fromkeys(("again", "closely"), means(facts.CHANCE))
+    _paint_dots(neurons, "Neurons found", {"again": means(facts.KEPT), "closely": means(facts.CLOSE)}, ticks=chance)
     cosines.set_xlim(*_from_zero(*cosines.dataLim.intervalx))
     for ax in (ranks, neurons):
         ax.set_xlim(-0.03, 1.03)
@@ -318,21 +299,21 @@ def _paint_depth(axes: Sequence["Axes"], layers: Sequence[LayerAnalysis]) -> Non
     numbers = [layer.layer for layer in layers]
     every = ceil(len(layers) / 12)
 
-    def draw(ax: "Axes", figure: LayerFigure, style: tuple[str, str, str], label: str) -> None:
+    def draw(ax: "Axes", figure: facts.LayerFigure, style: tuple[str, str, str], label: str) -> None:
         color, dash, marker = style
         values = [figure(layer) for layer in layers]
         ax.plot(numbers, values, color=color, linestyle=dash, marker=marker, markevery=every, label=label)
 
     roles = [role for role in ROLE_STYLES if any(role in layer.projections for layer in layers)]
     for role in roles:
-        draw(ranks, of_projection(role, RANK_RATIO), ROLE_STYLES[role], role)
+        draw(ranks, facts.of_projection(role, facts.RANK_RATIO), ROLE_STYLES[role], role)
         draw(cosines, _cosine(role), ROLE_STYLES[role], role)
-    noise = over_projections(_noise_ratio)
+    noise = facts.over_projections(_noise_ratio)
     ranks.plot(numbers, [noise(layer) for layer in layers], color=GREY, linewidth=3, alpha=0.5, zorder=1, label="noise")
     for figure, style, label in (
-        (KEPT, ROLE_STYLES["gate"], "found again"),
-        (CLOSE, ROLE_STYLES["up"], "closely"),
-        (CHANCE, (GREY, ":", "x"), "by chance"),
+        (facts.KEPT, ROLE_STYLES["gate"], "found again"),
+        (facts.CLOSE, ROLE_STYLES["up"], "closely"),
+        (facts.CHANCE, (GREY, ":", "x"), "by chance"),
     ):
         draw(neurons, figure, style, label)
     cosines.set_ylim(*_from_zero(*cosines.dataLim.intervaly))
@@ -356,7 +337,7 @@ def _noise_ratio(projection: Projection) -> float:
     return noise_rank(projection.shape, 0.95) / projection.max_rank
 
 
-def _cosine(role: str) -> LayerFigure:
+def _cosine(role: str) -> facts.LayerFigure:
     """The mean cosine of two experts, NaN where the layer has no such projection."""
     return lambda layer: float(getattr(layer.cosine, role)) if role in layer.projections else nan
 
@@ -366,8 +347,8 @@ def _paint_names(ax: "Axes", names: Sequence[str]) -> None:
     ax.set_axis_off()
     for color, dash, marker in islice(cycle(STYLES), len(names)):
         ax.plot([], [], color=color, linestyle=dash, marker=marker, label="?")
-    key = ax.legend(loc="upper left", borderpad=0, borderaxespad=0)
-    for text, name in zip(key.get_texts(), names, strict=True):
+    legend = ax.legend(loc="upper left", borderpad=0, borderaxespad=0)
+    for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)  # as a label, a name that begins with "_" would be left out
 
 

@@ -1,4 +1,4 @@
-"""What all tables are made of. Rich is imported late: a program that shows nothing does not wait for it."""
+"""What all tables are made of. Rich is imported late, so that a program that shows nothing does not wait for it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -19,7 +19,7 @@ Fact = tuple["str | Text", "str | Text"]
 
 ORIGIN_STYLES: dict[Origin, str] = {"UPCYCLED": "bold cyan", "NATIVE": "bold green", "UNDETERMINED": "bold yellow"}
 
-# options of columns that are not of numbers
+# rich's options of columns that are not plain numbers
 LEFT: Options = {"justify": "left"}
 CUT: Options = {"justify": "left", "overflow": "ellipsis"}
 WHOLE: Options = {"overflow": "ellipsis", "no_wrap": True}
@@ -70,10 +70,7 @@ def draw_table(
     footers: Sequence[str] = (),
     **options: Any,
 ) -> "Table":
-    """A table of numbers; `columns` has rich's options, by heading, of the columns that hold something else.
-
-    `options` are those of rich's Table.
-    """
+    """A table of numbers; `columns` has rich's options for the other columns, by heading, `options` for the table."""
     from rich import box
     from rich.table import Table
 

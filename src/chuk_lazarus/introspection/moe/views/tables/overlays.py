@@ -25,7 +25,7 @@ def _roles(ranks: dict[str, int]) -> list[str]:
 
 
 def render_overlay(overlay: MoEOverlay) -> "RenderableType":
-    """Ranks, energy, error and bytes, a row per layer."""
+    """Ranks, energy, error and bytes, a row for each layer."""
     roles = _roles(overlay.layers[0].ranks)
     rows = [
         [
@@ -58,7 +58,7 @@ def _byte_facts(report: MoEOverlay | MoEOverlayEstimate) -> list[Fact]:
 
 
 def render_verification(report: MoEOverlayVerification) -> "RenderableType":
-    """Pass or fail, and the errors, a row per layer."""
+    """Passed or failed, and the errors, a row for each layer."""
     verdict = paint("PASSED", "bold green") if report.passed else paint("FAILED", "bold red")
     verdict.append(f" (worst expert's output error, tolerance {percent(report.tolerance)})", style="default")
     roles = _roles(report.layers[0].ranks)
@@ -91,7 +91,7 @@ def render_verification(report: MoEOverlayVerification) -> "RenderableType":
 
 
 def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
-    """The whole model's bytes, its layers, and what else the same bytes would buy."""
+    """The whole model's bytes, its layers, and what the same bytes would buy otherwise."""
     roles = _roles(report.layers[0].ranks)
     rows = [
         [

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from ...reports import MoEQuickAnalysis, MoETypeAnalysis, MoETypeComparison
 from ...text import format_bytes, percent
-from ..facts import compare_briefly, list_expert_ranks_briefly, list_layers_briefly, list_ranks_briefly
+from .. import facts
 from ..words import (
     explain,
     explain_full_analysis,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
     """The analysis as a person reads it: verdict, evidence per layer, overlay."""
     many = len(analysis.layers) > 1
-    facts: list[Fact] = [
+    verdict: list[Fact] = [
         *identity_facts(analysis),
         ("Layers" if many else "Layer", ", ".join(str(layer.layer) for layer in analysis.layers)),
         ("Type", paint_verdict(analysis)),
@@ -49,7 +49,7 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
         ("Bytes", f"{stored} stored, {overlay} as overlay at 95 % of the delta energy"),
     ]
     if many:
-        layers = list_layers_briefly(analysis)
+        layers = facts.list_layers_briefly(analysis)
         table = draw_table(
             layers.headings,
             layers.rows,
@@ -61,18 +61,18 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
             caption_justify="left",
         )
     else:
-        ranks = list_ranks_briefly(analysis.layers[0])
+        ranks = facts.list_ranks_briefly(analysis.layers[0])
         table = draw_table(ranks.headings, ranks.rows, {"Projection": CUT})
         cosine = analysis.layers[0].cosine
         by_role = (("gate", cosine.gate), ("up", cosine.up))
         others = ", ".join(f"{role} {value:.3f}" for role, value in by_role if value is not None)
         overlay_facts.insert(0, ("Cosine", f"{format_cosine(cosine)} (down), {others}"))
-    return stack("MOE TYPE ANALYSIS", draw_facts(facts), table, draw_facts(overlay_facts, analysis.notes))
+    return stack("MOE TYPE ANALYSIS", draw_facts(verdict), table, draw_facts(overlay_facts, analysis.notes))
 
 
 def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
-    """Verdict, what was read for it, and a row per layer."""
-    facts = [*identity_facts(report), ("Type", paint_verdict(report)), ("Why", explain_quick(report))]
+    """Verdict, what was read for it, and a row for each layer."""
+    verdict = [*identity_facts(report), ("Type", paint_verdict(report)), ("Why", explain_quick(report))]
     rows = [
         [
             str(layer.layer),
@@ -87,19 +87,19 @@ def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
     table = draw_table(["Layer", "Neurons", "Part", "Reach", "Found closely", "In place"], rows)
     read = f"{format_bytes(report.weight_bytes)} of the experts' {format_bytes(report.stored_bytes)}"
     cost = [("Read", f"{read}, {100 * report.share:.2g} %"), ("Surer", explain_full_analysis(report))]
-    return stack("MOE TYPE, QUICKLY", draw_facts(facts), table, draw_facts(cost, report.notes))
+    return stack("MOE TYPE, QUICKLY", draw_facts(verdict), table, draw_facts(cost, report.notes))
 
 
 def render_expert_ranks(analysis: MoETypeAnalysis) -> "RenderableType":
     """The 95 % ranks of the sampled experts, a row for each projection of each layer."""
-    ranks = list_expert_ranks_briefly(analysis)
+    ranks = facts.list_expert_ranks_briefly(analysis)
     columns = {"Projection": LEFT, "Experts": LEFT}
     return draw_table(ranks.headings, ranks.rows, columns, title=ranks.caption, title_justify="left")
 
 
 def render_comparison(comparison: MoETypeComparison) -> "RenderableType":
-    """One row per figure, one column per model; means over the layers where there are several."""
-    evidence = compare_briefly(comparison.models)
+    """A row for each figure, a column for each model."""
+    evidence = facts.compare_briefly(comparison.models)
     _, *rows = evidence.rows
     columns = {**dict.fromkeys(evidence.headings, LEFT), evidence.headings[0]: {**LEFT, **WHOLE}}
     types = [paint(model.type, ORIGIN_STYLES[model.type]) for model in comparison.models]

@@ -28,7 +28,7 @@ class SurveyTable:
 
 
 def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
-    """A row a model, with more of it below its name where a line has no room; then those that failed."""
+    """A row for each model, with more below its name where a line has no room; then the models that failed."""
     is_wide = width >= ONE_LINE
     answers = [row.answer for row in survey.rows if row.answer]
     is_full = any(answer.rank_ratio is not None for answer in answers)
@@ -43,7 +43,7 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
         if row.answer:
             cells = _survey_cells(row, row.answer)
             if not is_wide:
-                cells["Model"].append(_describe(row, row.answer), style="dim")
+                cells["Model"].append(_describe_answer(row, row.answer), style="dim")
                 cells["Type"].append(f"\n{cells['Conf.']}", style="default")
             rows.append([cells[heading] for heading in columns])
     legend = "Rank: of the gate deltas (up without a gate), over the greatest possible. " if is_full else ""
@@ -88,12 +88,12 @@ def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, "Text"]:
 
 
 def _share_found(answer: SurveyAnswer) -> float:
-    """The share of the neurons that are found again; closely, where only a part of them was looked at."""
+    """The share of the neurons that are found again, or found closely if the analysis was quick."""
     return answer.kept if answer.reach is None else answer.close
 
 
-def _describe(row: SurveyRow, answer: SurveyAnswer) -> str:
-    """What 80 columns have no room for, in lines below the model's name."""
+def _describe_answer(row: SurveyRow, answer: SurveyAnswer) -> str:
+    """What does not fit into 80 columns, in lines below the model's name."""
     lines = [f"{answer.family}, {answer.experts} experts, {answer.storage}"]
     lines += [f"stated {row.stated}"] if row.stated else []
     lines += [answer.kind] if answer.kind else []
@@ -112,7 +112,7 @@ def _count_types(survey: MoETypeSurvey) -> str:
 
 
 def render_survey_summary(survey: MoETypeSurvey) -> "RenderableType":
-    """A row a type: how many models, and the range of each of their figures."""
+    """A row for each type: how many models, and the range of each of their figures."""
     rows = []
     for origin in ORIGIN_STYLES:
         if answers := [row.answer for row in survey.rows if row.answer and row.answer.type == origin]:
@@ -142,7 +142,7 @@ def _format_range(figures: Iterable[float | None], template: str, unit: str = ""
 
 
 def render_survey_plan(plan: MoESurveyPlan) -> "RenderableType":
-    """A row a model: what is stated of it, and the bytes of its experts."""
+    """A row for each model: what is stated of it, and the bytes of its experts."""
     rows = [
         [
             model.request.model,
