@@ -65,7 +65,7 @@ LIBRARIES: dict[str, set[str]] = {
     "mlx_lm": {"overlays.runtime"},
 }
 LATE = {"dask", "distributed", "gguf", "huggingface_hub", "httpx2", "jinja2", "matplotlib", "mlx", "mlx_lm", "rich"}
-IMPORTED_LATE = ("weights.repositories.hub", "overlays.runtime")  # which import theirs at once
+IMPORTED_LATE = ("weights.repositories.hub", "overlays.runtime", "views.terminal")  # which import theirs at once
 
 
 def short(module: str) -> str:

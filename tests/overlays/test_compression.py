@@ -356,7 +356,7 @@ def test_a_killed_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert run([*words, "-O", str(tmp_path / "whole"), "-q"]) == 0
     rng, kills = random.Random(5), 0
     for _ in range(40):
-        command = [sys.executable, "-m", "chuk_lazarus.cli.app", *words, "-O", str(tmp_path / "killed"), "-q"]
+        command = [sys.executable, "-m", "chuk_lazarus.cli", *words, "-O", str(tmp_path / "killed"), "-q"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             process.communicate(timeout=rng.uniform(0.3, 0.8))

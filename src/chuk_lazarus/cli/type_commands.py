@@ -98,7 +98,6 @@ def analyze(
     """
     from chuk_lazarus.introspection.moe import MoETypeService, plots
     from chuk_lazarus.introspection.moe.views import page
-    from chuk_lazarus.introspection.moe.views.terminal import LayerDrawing
 
     _check_quick(run, quick)
     if quick:
@@ -121,7 +120,11 @@ def analyze(
         write(html, page.to_page(report, run.command_line), "--html")
     if plot:
         plots.save(plots.plot_analysis(report, run.command_line), plot)
-    more = [*([report.details()] if verbose else []), *([LayerDrawing(report.layers[0])] if visualize else [])]
+    more = [report.details()] if verbose else []
+    if visualize:
+        from chuk_lazarus.introspection.moe.views.terminal import LayerDrawing
+
+        more.append(LayerDrawing(report.layers[0]))
     return Result(report, more, [report.cost.describe()])
 
 
