@@ -43,18 +43,7 @@ class MoESurveyService:
         total), and `finished` each new row. Raises InvalidRequest for a list, an option or a file that can't be used,
         and ClusterUnusable for a scheduler.
         """
-        return survey(
-            models,
-            layer=layer,
-            layers=layers,
-            experts=experts,
-            budget=budget,
-            jobs=jobs,
-            dask=dask,
-            file=file,
-            progress=progress,
-            finished=finished,
-        )
+        return survey(models, layer, layers, experts, budget, jobs, dask, file, progress, finished)
 
     @staticmethod
     def plan(models: Iterable[str | SurveyRequest]) -> MoESurveyPlan:

@@ -1,16 +1,27 @@
 """How was this MoE trained? `MoETypeService` measures layers and gives the verdict."""
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import TypedDict, Unpack
 
 from . import views  # noqa: F401  which registers how reports are shown
 from .jobs.measure import DEFAULT_EXPERTS
 from .jobs.parts import BUDGET
 from .numerics.spectra import SHARES
 from .progress import Progress
-from .provenance.analysis import AnalysisOptions, analyze
+from .provenance.analysis import analyze, choose_sample
 from .provenance.quick import analyze_quickly
 from .reports import MoEQuickAnalysis, MoETypeAnalysis, MoETypeComparison
+
+
+class AnalysisOptions(TypedDict, total=False):
+    """Options that the analyses of a comparison have in common; `MoETypeService.analyze` says what they mean."""
+
+    layer: int | None
+    layers: Sequence[int] | str | None
+    experts: int | None
+    variance: Sequence[float]
+    thorough: bool
+    progress: Progress | None
 
 
 class MoETypeService:
@@ -45,17 +56,8 @@ class MoETypeService:
         is the sum of theirs. `progress` is told (what, done, total) as work goes on. An interrupted analysis of several
         layers goes on, when it is asked for again, with those that were not finished. Raises a child of MoEError.
         """
-        return analyze(
-            model,
-            layer=layer,
-            layers=layers,
-            experts=experts,
-            variance=variance,
-            parent=parent,
-            thorough=thorough,
-            dask=dask,
-            progress=progress,
-        )
+        sample = choose_sample(experts, variance, thorough)
+        return analyze(model, layer, layers, sample, parent, dask, progress)
 
     @staticmethod
     def quick(
@@ -74,4 +76,4 @@ class MoETypeService:
     @staticmethod
     def compare(*models: str, **options: Unpack[AnalysisOptions]) -> MoETypeComparison:
         """Analyse several models in the same way, side by side; `options` are those of `analyze`."""
-        return MoETypeComparison(models=tuple(analyze(model, **options) for model in models))
+        return MoETypeComparison(models=tuple(MoETypeService.analyze(model, **options) for model in models))

@@ -1,13 +1,12 @@
 """How a model was trained: layer by layer, here or on workers, to one verdict."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypedDict
+from typing import Literal
 
 from pydantic import TypeAdapter
 
 from ..errors import InvalidRequest, MoEError, name_model, printable
 from ..jobs.cluster import Cluster, Task, connect, locate
-from ..jobs.measure import DEFAULT_EXPERTS
 from ..jobs.model import OpenedModel
 from ..jobs.resume import ResumableLayers
 from ..numerics.spectra import SHARES
@@ -24,37 +23,21 @@ from .lineage import QUERIES
 from .parent import open_parent
 
 
-class AnalysisOptions(TypedDict, total=False):
-    """Options that analyses have in common; MoETypeService.analyze says what they mean."""
-
-    layer: int | None
-    layers: Sequence[int] | str | None
-    experts: int | None
-    variance: Sequence[float]
-    parent: str | None
-    thorough: bool
-    progress: Progress | None
-
-
 def analyze(
     model: str,
-    *,
-    layer: int | None = None,
-    layers: Sequence[int] | str | None = None,
-    experts: int | None = DEFAULT_EXPERTS,
-    variance: Sequence[float] = SHARES,
+    layer: int | None,
+    layers: Sequence[int] | str | None,
+    sample: Sample,
     parent: str | None = None,
-    thorough: bool = False,
-    progress: Progress | None = None,
     dask: str | None = None,
+    progress: Progress | None = None,
 ) -> MoETypeAnalysis:
     """The verdict on one model, from the evidence of each of the chosen layers."""
-    sample = choose_sample(experts, variance, thorough)
     with connect(dask) as cluster, name_model(model):
-        return _analyze(model, layer, layers, sample, parent, progress or no_progress, cluster)
+        return _analyze(model, layer, layers, sample, parent, cluster, progress or no_progress)
 
 
-def choose_sample(experts: int | None, variance: Sequence[float], thorough: bool) -> Sample:
+def choose_sample(experts: int | None, variance: Sequence[float] = SHARES, thorough: bool = False) -> Sample:
     """What of each layer is looked at; raises InvalidRequest for numbers that can't be."""
     for share in variance:
         if not 0 < share < 1:
@@ -71,8 +54,8 @@ def _analyze(
     layers: Sequence[int] | str | None,
     sample: Sample,
     parent: str | None,
-    progress: Progress,
     cluster: Cluster | None,
+    progress: Progress,
 ) -> MoETypeAnalysis:
     opened = OpenedModel(model, layer, layers, purpose="compare it with")
     experts = opened.experts

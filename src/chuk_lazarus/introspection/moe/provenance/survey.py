@@ -33,7 +33,7 @@ from ..reports import (
     SurveyRow,
 )
 from ..text import parse_size
-from .analysis import analyze
+from .analysis import analyze, choose_sample
 from .quick import analyze_quickly
 from .survey_lists import Entry, read_entries, spell_layers
 from .survey_rows import append_row, open_rows, read_rows
@@ -47,16 +47,15 @@ Finished = Callable[[SurveyRow], None]
 
 def survey(
     models: Iterable[str | SurveyRequest],
-    *,
-    layer: int | None = None,
-    layers: Sequence[int] | str | None = None,
-    experts: int | None = DEFAULT_EXPERTS,
-    budget: int | str | None = None,
-    jobs: int = 1,
-    dask: str | None = None,
-    file: str | Path | None = None,
-    progress: Progress | None = None,
-    finished: Finished | None = None,
+    layer: int | None,
+    layers: Sequence[int] | str | None,
+    experts: int | None,
+    budget: int | str | None,
+    jobs: int,
+    dask: str | None,
+    file: str | Path | None,
+    progress: Progress | None,
+    finished: Finished | None,
 ) -> MoETypeSurvey:
     """A row for each of the models; those to which `file` already has an answer are not analysed again."""
     if jobs < 1:
@@ -226,19 +225,12 @@ def _analyze(entry: Entry, progress: Progress | None) -> SurveyRow:
     request, answer, error = entry.request, None, None
     try:
         if request.budget is None:
-            answer = _shorten(
-                analyze(
-                    request.model,
-                    layers=request.layers,
-                    experts=request.experts,
-                    parent=request.parent,
-                    progress=progress,
-                )
-            )
+            sample = choose_sample(request.experts)
+            analysis = analyze(request.model, None, request.layers, sample, request.parent, progress=progress)
+            answer = _shorten(analysis)
         else:
-            answer = _shorten_quick(
-                analyze_quickly(request.model, layers=request.layers, budget=request.budget, progress=progress)
-            )
+            quick = analyze_quickly(request.model, layers=request.layers, budget=request.budget, progress=progress)
+            answer = _shorten_quick(quick)
     except MoEError as known:
         return _failed(entry.shown, known)
     except Exception as unknown:
