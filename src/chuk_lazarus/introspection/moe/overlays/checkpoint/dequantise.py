@@ -11,18 +11,20 @@ from ...jobs.measure import WINDOW
 from ...weights.checkpoint import Checkpoint, TensorInfo
 from ...weights.codecs import NOT_DECODED, Part, Stored, recognise
 from ...weights.layouts import group_quantised
-from ...weights.stored import BIAS, Infos, open_stored, read_rows
+from ...weights.stored import BIAS, Infos, module_of, open_stored, read_rows
 from ...weights.tensor_info import INTEGER_DTYPES, PLAIN_DTYPES
 from ..quantisation import BF16
 from .folder import Item, ShardFile, bf16, copied
 
 
-def decoded(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping[str, Any]) -> list[Item]:
+def decoded(checkpoint: Checkpoint, names: Sequence[str]) -> list[Item]:
     """These tensors, the quantised ones among them decoded to bf16; raises UnknownFormat where that can't be done.
 
-    Without a word on `quantization`, plain tensors are what they are, whatever their names, and so are integers that
-    are no weight.
+    Where the config has no quantisation settings, plain tensors are copied whatever their names are, and so are
+    integers that are no weight.
     """
+    config = checkpoint.model_config
+    quantization = config.quantization()
     infos = {name: checkpoint.info(name) for name in names}
     groups = {
         plain: own
@@ -31,7 +33,8 @@ def decoded(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping[
     }
     used = {name for own in groups.values() for name in own.values()}
     items = [
-        _decoded_item(checkpoint, plain, *open_stored(checkpoint, own, quantization)) for plain, own in groups.items()
+        _decoded_item(checkpoint, plain, *open_stored(checkpoint, own, config.quantization(module_of(own))))
+        for plain, own in groups.items()
     ]
     for name, info in infos.items():
         is_table = not quantization and info.dtype in INTEGER_DTYPES and not name.endswith(".weight")

@@ -11,7 +11,6 @@ from ...progress import Progress
 from ...weights.expert_layer import stored_rows
 from ...weights.fingerprint import fingerprint
 from ...weights.layouts import Layout, load_table
-from ...weights.model_config import find_quantization, without_quantization
 from ..quantisation import BF16
 from .beside import small_files
 from .dequantise import decoded
@@ -36,7 +35,7 @@ def export_overlay(
     layout = rows[rows[overlay.family].plain or overlay.family]
     names = sorted(set(checkpoint.names) - overlay.names)
     shards = [
-        *grouped(decoded(checkpoint, names, find_quantization(overlay.config)), checkpoint, progress),
+        *grouped(decoded(checkpoint, names), checkpoint, progress),
         *(
             Shard(
                 _expert_tensors(overlay, layer, layout),
@@ -50,7 +49,7 @@ def export_overlay(
         if tensor.name in written:
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
-    config = without_quantization(overlay.config)
+    config = checkpoint.model_config.without_quantization()
     del config["overlay_config"]
     write_model(
         target,

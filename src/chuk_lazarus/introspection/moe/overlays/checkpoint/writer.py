@@ -24,7 +24,6 @@ from ...text import format_ranges
 from ...weights.expert_layer import ExpertLayer
 from ...weights.experts import Experts
 from ...weights.fingerprint import fingerprint
-from ...weights.model_config import without_quantization
 from ...weights.stored import BIAS
 from ...weights.tensor_info import PLAIN_DTYPES
 from ..fidelity import MATRICES, ExpertErrors, FidelityCheck, split_delta
@@ -86,7 +85,7 @@ def write_overlay(
     ]
     config = checkpoint.config
     if all(info.dtype in PLAIN_DTYPES for info in others):
-        config = without_quantization(config)
+        config = checkpoint.model_config.without_quantization()
     facts = {
         "version": VERSION,
         "source": source,

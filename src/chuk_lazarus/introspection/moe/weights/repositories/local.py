@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import ModelUnreadable
 from ...progress import Progress
-from .source import QUANTIZATION_FILES, Range, list_parts
+from .source import CONFIG, QUANTIZATION_FILES, Range, list_parts
 
 
 class LocalFile:
@@ -65,7 +65,7 @@ class Folder:
             names = {entry.name for entry in self.path.iterdir() if not entry.is_dir()}
         except OSError as error:
             raise ModelUnreadable(f"{self.path}: {error.strerror}") from None
-        beside = {"config.json", *QUANTIZATION_FILES, *list_parts(path.name)}
+        beside = {CONFIG, *QUANTIZATION_FILES, *list_parts(path.name)}
         self.files = frozenset(names if path.is_dir() else {path.name} | (names & beside))
 
     def open(self, filename: str) -> LocalFile:
