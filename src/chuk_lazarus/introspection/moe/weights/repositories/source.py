@@ -1,4 +1,4 @@
-"""Where bytes come from: the files of a model, read by byte ranges."""
+"""The interface of a repository: the files of a model, which are read by byte ranges."""
 
 import re
 from collections.abc import Mapping, Sequence
