@@ -94,7 +94,7 @@ class Experts:
         """The numbers of the layers that the user asks for: `layer`, or `layers`, or the first MoE layer.
 
         `layers` are numbers, or a string such as "0,5,10", "0-23/6" or "all". Raises InvalidRequest, which lists the
-        MoE layers, for any other layer, and where both or none are chosen.
+        MoE layers, for any other layer; also where `layer` and `layers` are both given, or `layers` is empty.
         """
         if layer is not None and layers is not None:
             raise InvalidRequest("both layer and layers are given", "give one of the two")

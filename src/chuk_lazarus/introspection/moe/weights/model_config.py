@@ -68,8 +68,10 @@ class ModelConfig:
         return ModelConfig(_find_language_model(self.values), self.values)
 
     def stack(self, root: str) -> "ModelConfig":
-        """The part that describes a stack of layers, by the root of its tensors' names: "talker.model" has a
-        `talker_config`; a stack without a part of its own is described by the language model's."""
+        """The part that describes a stack of layers, by the root of its tensors' names.
+
+        For "talker.model" it is `talker_config`. Without this object, it is the language model's part.
+        """
         name = root.partition(".")[0].removesuffix("_encoder")
         part = self.values.get(f"{name}_config")
         if not isinstance(part, dict):
@@ -137,8 +139,8 @@ class ModelConfig:
 
         `module` is the name of a weight without its last part, such as "model.layers.0.mlp.gate".
         """
-        # Experts belong to one stack, which has the model's settings or its own. Whoever reads all tensors of a model
-        # looks into all levels that describe a language model, and for those there is no stack to choose.
+        # The experts of a stack have the model's settings, or else the stack's own. For a whole model, whose tensors
+        # belong to all stacks, every object that describes a language model may have the settings.
         parts = _language_models(self.values) if self.whole is None else (self.whole, self.values)
         settings = next(filter(None, map(_stated_quantization, parts)), {})
         of_module = settings.get(module) if module else None
@@ -183,8 +185,8 @@ def _nested_objects(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _stated_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
     """The quantisation settings that stand in the object itself, {} where none do."""
-    settings = (values.get(key) for key in QUANTIZATION_KEYS)
-    return next((found for found in settings if isinstance(found, dict) and found), {})
+    candidates = (values.get(key) for key in QUANTIZATION_KEYS)
+    return next((settings for settings in candidates if isinstance(settings, dict) and settings), {})
 
 
 def _drop_quantization(values: Mapping[str, Any]) -> dict[str, Any]:

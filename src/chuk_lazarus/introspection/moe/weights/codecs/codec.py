@@ -48,11 +48,11 @@ class Part:
 class Stored:
     """How one tensor is stored.
 
-    `shape` is the shape of the decoded tensor, [..., rows, columns]. `transposed` tells that its rows are those axes
-    that are the columns of a plain weight, as in GPTQ, whose rows are inputs. `rows_per_row` has the parts that
-    decoding takes, each with the number of decoded rows that one of its rows covers (a fraction where a decoded row
-    takes several of them), or None for a part that every window takes whole. All parts have the same leading axes, such
-    as the experts'; a whole part may lack them.
+    `shape` is the shape of the decoded tensor, [..., rows, columns]. `transposed` tells that its rows are inputs, as in
+    GPTQ, whereas the rows of a plain weight are outputs. `rows_per_row` has the parts that decoding takes, each with
+    the number of decoded rows that one of its rows covers (a fraction where a decoded row takes several of them), or
+    None for a part that every window takes whole. All parts have the same leading axes, such as the experts'; a whole
+    part may lack them.
     """
 
     codec: str

@@ -22,7 +22,7 @@ import httpx2
 from ...errors import ModelUnreadable, MoEError
 
 try:
-    import huggingface_hub.constants  # noqa: F401  it reads the environment, and fails where a number is none
+    import huggingface_hub.constants  # noqa: F401  raises ValueError for a variable that is no number
 except ValueError as error:
     wrong = [name for name, value in os.environ.items() if name.startswith("HF_") and repr(value) in str(error)]
     raise ModelUnreadable(
