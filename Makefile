@@ -4,16 +4,22 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SUFFIX ?= .local
 TESTS ?= tests
+# A file's tests share what they read, so they stay in one process.
+XDIST ?= -n auto --dist loadfile
 
-.PHONY: demo test check fix package lowest audit coverage bench clean
+.PHONY: demo test test-all check fix package lowest audit coverage bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/lazarus introspect moe-expert moe-type-analyze -m demo:upcycled
 	$(BIN)/lazarus introspect moe-expert moe-type-compare -m demo:upcycled -c demo:native --layers all
 
+# Of many like cases a few, and nothing slow: a few minutes.
 test: check package
-	$(BIN)/pytest
-	$(BIN)/pytest -m real
+	$(BIN)/pytest $(XDIST)
+
+# The rest.
+test-all: $(VENV)/installed-dev
+	$(BIN)/pytest $(XDIST) -m "long or real"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -40,7 +46,7 @@ lowest:
 	$(PYTHON) -m venv $(VENV)/lowest
 	$(VENV)/lowest/bin/pip install --quiet uv
 	VIRTUAL_ENV=$(abspath $(VENV)/lowest) $(VENV)/lowest/bin/uv pip install --quiet --resolution lowest-direct --editable '.[dev]'
-	$(VENV)/lowest/bin/pytest -W ignore::DeprecationWarning $(TESTS)
+	$(VENV)/lowest/bin/pytest $(XDIST) -m "not real" -W ignore::DeprecationWarning $(TESTS)
 
 # Known vulnerabilities of what is installed; asks a public database.
 audit: $(VENV)/installed
@@ -49,7 +55,7 @@ audit: $(VENV)/installed
 	$(VENV)/audit/bin/pip-audit --requirement $(VENV)/audit/installed.txt --no-deps --disable-pip
 
 coverage: $(VENV)/installed-dev
-	$(BIN)/pytest --cov --cov-report=term $(TESTS)
+	$(BIN)/pytest $(XDIST) -m "not real" --cov --cov-report=term $(TESTS)
 
 # Measures, for an hour or so. Results go to benchmarks/results/*.local.json; `make bench SUFFIX=` renews those that are
 # kept, and the page that shows them. What we are measured against has an environment of its own.

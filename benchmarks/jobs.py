@@ -29,9 +29,10 @@ from chuk_lazarus.introspection.moe import (
     memory_limit,
 )
 from chuk_lazarus.introspection.moe.jobs import measure
-from chuk_lazarus.introspection.moe.numerics import spectra
+from chuk_lazarus.introspection.moe.jobs.model import evenly_spaced
+from chuk_lazarus.introspection.moe.jobs.resources import Resources
+from chuk_lazarus.introspection.moe.numerics import low_rank, spectra
 from chuk_lazarus.introspection.moe.numerics.lapack import symmetric_eigenvalues
-from chuk_lazarus.introspection.moe.overlays import quantisation as overlay
 from chuk_lazarus.introspection.moe.provenance import lineage
 from chuk_lazarus.introspection.moe.weights.codecs import fp8, mxfp4, plain
 
@@ -149,7 +150,8 @@ def floor(model: str, shape: dict[str, Any], chosen: int) -> Figures:
     deltas = [rng.standard_normal(side, dtype=np.float32) for _ in range(4)]
     grams = [delta @ delta.T for delta in deltas]
     many = 3 * chosen
-    per_thread = measure.window_weights() // measure.cores() // own.experts
+    resources = Resources.current()
+    per_thread = resources.window_weights // resources.threads // own.experts
     windows = max(1, round(own.weights / own.experts / per_thread))
     window = rng.standard_normal((own.experts, own.weights // own.experts // windows), dtype=np.float32)
     queries = min(own.intermediate, -(-lineage.QUERIES // chosen)) * chosen
@@ -210,10 +212,10 @@ def _decode_all(shape: Shape, each: Each, step: int = 1 << 16) -> dict[str, floa
 def _deltas(model: str, chosen: int, sample: int) -> list[Array]:
     """Deltas of the first of the `chosen` experts, their roles in turn."""
     layer = Experts.open(model).layer(0)
-    with measure.worker_threads(layer) as pool:
+    with Resources.current().worker_threads(layer) as pool:
         bases = {role: base for tensor in layer.tensors for role, base in measure.mean_experts(tensor, pool).items()}
     found: list[Array] = []
-    for expert in measure.evenly_spaced(layer.count, chosen)[: -(-sample // 3)]:
+    for expert in evenly_spaced(layer.count, chosen)[: -(-sample // 3)]:
         found += [matrix - bases[role].astype(np.float32) for role, matrix in layer.matrices(expert).items()]
     return found[:sample]
 
@@ -304,8 +306,8 @@ def factorise(shape: tuple[int, int], rank: int, sample: int) -> Figures:
     deltas = _gaussians(shape, sample)
     found: list[Any] = []
     with threadpool_limits(1), ThreadPoolExecutor(cores()) as pool:
-        overlay.factorise(deltas[0][:8, :8], 2)
-        times = timed(lambda: found.extend(pool.map(lambda delta: overlay.factorise(delta, rank), deltas)))
+        low_rank.factorise(deltas[0][:8, :8], 2)
+        times = timed(lambda: found.extend(pool.map(lambda delta: low_rank.factorise(delta, rank), deltas)))
     return {**times, "relative_error": _error(deltas, [factors.left @ factors.right for factors in found])}
 
 
@@ -334,4 +336,4 @@ def _gaussians(shape: tuple[int, int], sample: int) -> list[Array]:
 
 
 def _error(deltas: list[Array], rebuilt: list[Array]) -> float:
-    return max(overlay.relative_error(got, delta) for got, delta in zip(rebuilt, deltas, strict=True))
+    return max(low_rank.relative_error(got, delta) for got, delta in zip(rebuilt, deltas, strict=True))

@@ -49,7 +49,7 @@ def show_help() -> Figures:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     started, before = time.perf_counter(), os.times()
     subprocess.run(
-        [sys.executable, "-m", "chuk_lazarus.cli.app", "--help"],
+        [sys.executable, "-m", "chuk_lazarus.cli", "--help"],
         stdout=subprocess.DEVNULL,
         check=True,
         env=environment,

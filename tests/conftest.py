@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from hub_server import HubServer
 
-FIXTURES = Path(__file__).parent / "fixtures"
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # several tests run at once, and BLAS is loaded later
+    os.environ.setdefault(_variable, "1")
+
+settings.register_profile("any machine", deadline=None)  # a deadline is of time on the clock
+settings.load_profile("any machine")
 
 _server = HubServer()
 _home = tempfile.TemporaryDirectory(prefix="lazarus-tests-")
@@ -28,6 +33,19 @@ def pytest_configure() -> None:
         "NO_PROXY": "127.0.0.1,localhost",
         "LAZARUS_CACHE": f"{_home.name}/lazarus",
     }
+
+
+@pytest.hookimpl(tryfirst=True)  # before the choice by marks
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark as long the cases of a test marked `sample` of whose arguments each has had its value in a case before."""
+    seen: dict[str, set[tuple[str, str]]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            known = seen.setdefault(item.nodeid.partition("[")[0], set())
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+            if values <= known:
+                item.add_marker(pytest.mark.long)
+            known |= values
 
 
 def pytest_unconfigure() -> None:

@@ -10,6 +10,8 @@ import socketserver
 import struct
 import sys
 import threading
+import time
+from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+
+from processor_time import HANGS
 
 LFS_SUFFIXES = (".safetensors", ".bin")
 """Files with these suffixes are redirected to the CDN; the Hub itself sends all others."""
@@ -472,7 +476,10 @@ class _Server(ThreadingHTTPServer):
         thread.start()
 
     def reset(self, request: Any) -> None:
-        """Have a connection end in a reset, after a moment in which its data can arrive."""
+        """Have a connection end in a reset, once its data have arrived."""
+        end = time.monotonic() + HANGS
+        while unsent(request) and not self.closing.is_set() and time.monotonic() < end:
+            self.closing.wait(0.005)
         self.closing.wait(0.05)
         request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         with self._lock:
@@ -507,6 +514,19 @@ class _Server(ThreadingHTTPServer):
                 request.shutdown(socket.SHUT_RDWR)
             thread.join(5)
         self.server_close()
+
+
+def unsent(connection: socket.socket) -> int:
+    """How many bytes the other side has not acknowledged; 0 where the system does not tell."""
+    if sys.platform != "linux":
+        return 0
+    import fcntl
+    import termios
+
+    waiting = array("i", [0])
+    with suppress(OSError):  # it has hung up
+        fcntl.ioctl(connection, termios.TIOCOUTQ, waiting)
+    return waiting[0]
 
 
 class HubServer:

@@ -1,16 +1,16 @@
 """The embedded models, against the figures that their training script took with full SVDs in float64."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chuk_lazarus.introspection.moe import MoETypeService
+from places import ROOT
 
 RULE = {"upcycled": ("UNDETERMINED", 0.5), "native": ("NATIVE", 1.0), "permuted": ("NATIVE", 0.96)}
 VERDICTS = {"upcycled": ("UPCYCLED", "copies"), "native": ("NATIVE", None), "permuted": ("UPCYCLED", "shuffled copies")}
-RESULTS = json.loads((Path(__file__).parents[1] / "experiments/demo_models/results.json").read_text())
+RESULTS = json.loads((ROOT / "experiments/demo_models/results.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["upcycled", "native", "permuted"])

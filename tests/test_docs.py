@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,15 @@ def command_lines(path: Path) -> Iterator[tuple[str, bool]]:
                 yield f"lazarus introspect moe-expert {first} {rest}", False
 
 
+@cache
+def program() -> Any:
+    return typer.main.get_command(app)
+
+
 def parse(line: str) -> None:
     """Parse a command line, and run nothing."""
     words = shlex.split(re.split(r"\s[|>&]", line)[0])[1:]
-    command: Any = typer.main.get_command(app)
+    command = program()
     while words and hasattr(command, "commands") and not words[0].startswith("-"):
         command = command.commands[words.pop(0)]  # KeyError: no such command
     with contextlib.suppress(typer.Exit):  # of --help and --version

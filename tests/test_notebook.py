@@ -9,7 +9,9 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-NOTEBOOK = Path(__file__).parents[1] / "docs/notebook.ipynb"
+from places import ROOT
+
+NOTEBOOK = ROOT / "docs/notebook.ipynb"
 
 
 def execute(folder: str) -> NotebookNode:
@@ -48,6 +50,7 @@ STALE = "docs/notebook.ipynb shows something else: python tests/test_notebook.py
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
+@pytest.mark.long
 def test_the_notebook_runs_and_shows_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))

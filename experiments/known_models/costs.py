@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from chuk_lazarus.introspection.moe.jobs.resources import kept_weights
+from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.moe_type import DEFAULT_EXPERTS
 from chuk_lazarus.introspection.moe.text import format_bytes
 from chuk_lazarus.introspection.moe.weights.layouts import Layout, load_table
@@ -138,7 +138,9 @@ def find_cost(model: Model) -> Cost | None:
         sampled = min(experts, DEFAULT_EXPERTS)
         read = 0
         for tensor in model.row.tensors:
-            is_kept = sampled * len(tensor.roles) * shape.intermediate * shape.hidden <= kept_weights()
+            is_kept = (
+                sampled * len(tensor.roles) * shape.intermediate * shape.hidden <= Resources.current().kept_weights
+            )
             read += len(tensor.roles) * matrix * (experts if is_kept else experts + sampled)
     return Cost(shape.layers * layer, layer, read)
 

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from . import INTERRUPTED, main, moe_expert
+from . import moe_expert
+from .interrupt import INTERRUPTED
 from .moe_expert import EXAMPLE
 from .output import print_error
 
@@ -26,7 +27,7 @@ app.add_typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from chuk_lazarus import __version__
 
         typer.echo(f"lazarus {__version__}")
         raise typer.Exit
@@ -98,7 +99,3 @@ def _end_output(error: OSError, as_json: bool) -> int:
         return 0
     print_error(3, f"can't write the output: {error.strerror}", "", as_json)
     return 3
-
-
-if __name__ == "__main__":
-    main()

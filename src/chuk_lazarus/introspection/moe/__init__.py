@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from .moe_layout import MoELayoutService
     from .moe_survey import MoESurveyService
     from .moe_type import MoETypeService
-    from .overlays.runtime.load import load_overlay as load_overlay
-    from .overlays.runtime.modules import (
-        OverlayMoE as OverlayMoE,  # not in __all__: these two need MLX, which some platforms lack
-    )
+    from .overlays.allocation import RankOptions
+    from .overlays.runtime.load import load_overlay as load_overlay  # not in __all__: these two need MLX,
+    from .overlays.runtime.modules import OverlayMoE as OverlayMoE  # which some platforms lack
     from .reports import (
         Cost,
         MoELayout,
@@ -63,6 +62,7 @@ __all__ = [
     "MoETypeSurvey",
     "ModelUnreadable",
     "NotMoE",
+    "RankOptions",
     "SurveyRequest",
     "SurveyRow",
     "UnknownFormat",
@@ -93,6 +93,7 @@ _HOMES = {
         "SurveyRequest",
         "SurveyRow",
     ),
+    "overlays.allocation": ("RankOptions",),
     "overlays.runtime.load": ("load_overlay",),
     "overlays.runtime.modules": ("OverlayMoE",),
     "weights.expert_layer": ("ExpertLayer",),

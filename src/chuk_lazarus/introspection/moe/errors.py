@@ -53,7 +53,7 @@ class UnknownFormat(MoEError):
 
 @contextmanager
 def name_model(model: str) -> Iterator[None]:
-    """Put the model's name before the message of an error that does not have it."""
+    """Put the model's name in front of the message of an error that does not name it."""
     try:
         yield
     except MoEError as error:

@@ -1,4 +1,9 @@
-"""Files that are whole or not there: results for the user, and what the cache keeps."""
+"""Files that are whole or not there.
+
+There are three writers, for three kinds of files. `write_file` writes a result where the user wants it: it follows
+links, keeps permissions, and writes into pipes. `write_whole` writes what the cache keeps, which may be lost. The
+writer of model folders (`overlays.checkpoint.folder`) refuses links, and syncs each file to disk before it is named.
+"""
 
 import os
 import tempfile
@@ -27,11 +32,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 def cache_folder() -> Path:
     """$LAZARUS_CACHE, or chuk-lazarus in the user's cache folder."""
-    own = os.environ.get("LAZARUS_CACHE")
+    given = os.environ.get("LAZARUS_CACHE")
     try:
-        return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "chuk-lazarus")).expanduser()
+        return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "chuk-lazarus")).expanduser()
     except RuntimeError:
-        raise ModelUnreadable(f"the cache folder {own or '~/.cache'} is nobody's", "set LAZARUS_CACHE") from None
+        raise ModelUnreadable(f"the cache folder {given or '~/.cache'} is nobody's", "set LAZARUS_CACHE") from None
 
 
 def write_whole(path: Path, data: bytes) -> None:

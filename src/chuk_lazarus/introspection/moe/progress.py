@@ -1,21 +1,21 @@
-"""Progress of work: who is told of it, and how much is done."""
+"""The progress of a job: who is told, and how much is done."""
 
 from collections.abc import Callable
 from threading import Lock
 
 Progress = Callable[[str, int, int], None]
-"""Told of work as it goes on: (what, done, total)."""
+"""A function that is told of work as it goes on: (what, done, total)."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress for a job that nobody watches."""
 
 
 class Counter:
     """Adds up what several threads have done, and tells of it.
 
-    `total` is in the units that are told, bytes as a rule; what is added is in units of its own, `scale` of the others
-    each.
+    `total` is what is reported in the end, in bytes as a rule. What is added may be counted in other units, each worth
+    `scale` of those.
     """
 
     def __init__(self, progress: Progress, what: str, total: int, scale: float = 1.0) -> None:

@@ -1,8 +1,8 @@
 """Many machines: tasks for the workers of a dask.distributed scheduler.
 
 A task is pure, so that dask may give it to another worker when one is lost. A worker takes one task at a time, with all
-its threads and within its memory, and gets the next one when that has ended: whatever a worker holds when it is lost
-counts as what may have cost it. Nothing else in the house knows of dask.
+its threads and within its memory: a task that was under way when a worker was lost may be the reason. No other module
+knows of dask.
 """
 
 import logging
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 PATIENCE = 10  # seconds in which a scheduler must answer
 RETRIES = 2  # of a task that has failed otherwise than by an error of the model
 SHARE = 60  # % of a worker's memory: dask begins to act on a worker that takes more
-PAUSE = 0.2  # seconds between two words of a worker on the same work
-LOOK = 5.0  # seconds between two looks for workers that have come
-PACKAGES = ("chuk-lazarus", "distributed")  # whose versions must be the same everywhere
+PAUSE = 0.2  # seconds between two reports of a worker on the same work
+LOOK = 5.0  # seconds between two looks for new workers
+PACKAGES = ("chuk-lazarus", "distributed")  # their versions must be the same on all machines
 LOGGERS = ("distributed", "distributed.client")
 
 _turn = Lock()
 
-Found = TypeVar("Found")
+Outcome = TypeVar("Outcome")
 Watch = Callable[[int, str, int, int], None]
 """Progress of several tasks: (number of the task, what, done, total)."""
 
@@ -64,10 +64,10 @@ class Place:
         """Raise ModelUnreadable where a worker does not see these files."""
         if self.sizes is not None:
             path = split_model(self.name)[0]
-            found, hint = file_sizes(path), "workers must see a model at the same path, or read it from the Hub"
-            if found is None:
+            sizes, hint = file_sizes(path), "workers must see a model at the same path, or read it from the Hub"
+            if sizes is None:
                 raise ModelUnreadable(f"worker {worker} does not see {path}", hint)
-            if found != self.sizes:
+            if sizes != self.sizes:
                 raise ModelUnreadable(f"worker {worker} sees other files in {path} than this machine", hint)
 
 
@@ -83,14 +83,14 @@ def locate(model: str, revision: str | None = None) -> Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Task(Generic[Found]):
+class Task(Generic[Outcome]):
     """What a worker is asked for: `function(*arguments, progress)`, on models that it must see at `places`.
 
-    `what` it is about is for messages. The function is sent by its name: it must be one of a module.
+    `what` names the task in messages. The function is sent by its name, so it must be a module's own.
     """
 
     what: str
-    function: Callable[..., Found]
+    function: Callable[..., Outcome]
     arguments: tuple[Any, ...]
     places: tuple[Place, ...]
 
@@ -102,12 +102,14 @@ class Cluster:
         self._client = client
         self._address = address
 
-    def run(self, tasks: Sequence[Task[Found]], watch: Watch | None = None) -> Iterator[tuple[int, Found | MoEError]]:
-        """Each task's number with what it has found, or with the error of the model, as they come.
+    def run(
+        self, tasks: Sequence[Task[Outcome]], watch: Watch | None = None
+    ) -> Iterator[tuple[int, Outcome | MoEError]]:
+        """Each task's number with its result, or with the error of the model, as they come.
 
-        A task whose worker is lost, or that fails in another way, is repeated; ClusterUnusable comes in place of what a
-        task finds that has cost too many workers. Raises ClusterUnusable when the scheduler is lost, and what a task
-        raises again and again.
+        A task whose worker is lost, or that fails in another way, is repeated; ClusterUnusable comes in place of the
+        result of a task that has cost too many workers. Raises ClusterUnusable when the scheduler is lost, and what a
+        task raises each time.
         """
         news: SimpleQueue[tuple[int, Future] | list[Any]] = SimpleQueue()
         shown: dict[int, dict[str, int]] = {number: {} for number in range(len(tasks))}
@@ -132,24 +134,24 @@ class Cluster:
                 case (int(number), future):
                     del busy[number]
                     looked = -inf
-                    found = self._take(future, tasks[number].what)
+                    result = self._take(future, tasks[number].what)
                     for what, total in shown.pop(number).items():
                         if watch:
                             watch(number, what, total, total)
-                    yield number, found
+                    yield number, result
                 case [number, what, done, total] if watch and number in shown:
                     shown[number][what] = total
                     watch(number, what, done, total)
 
     def _find_idle(self, busy: Mapping[int, str | None]) -> list[str | None]:
-        """The workers that have no task; one yet to come, None, where there is no other and nothing to wait for."""
+        """The workers that have no task; None stands for a worker yet to come, where no task is under way."""
         try:
             there = self._client.nthreads()
         except OSError:
             raise self._lost() from None
         return [worker for worker in there if worker not in busy.values()] or ([] if busy else [None])
 
-    def _start(self, task: Task[Found], number: int, topic: str | None, worker: str | None) -> "Future":
+    def _start(self, task: Task[Outcome], number: int, topic: str | None, worker: str | None) -> "Future":
         """Have a task done by a worker, or by another if that is lost."""
         return self._client.submit(
             _work,
@@ -247,16 +249,16 @@ def _find_scheduler(loop: Any, address: str) -> None:
 def _check_versions(client: "Client") -> None:
     versions = client.get_versions(packages=PACKAGES)
     others = {"the scheduler": versions["scheduler"]}
-    others |= {f"worker {address}": found for address, found in versions["workers"].items()}
+    others |= {f"worker {address}": packages for address, packages in versions["workers"].items()}
     for package in PACKAGES:
-        own = versions["client"]["packages"][package]
-        for who, found in others.items():
-            if (theirs := found["packages"].get(package)) != own:
-                has = f"{package} {theirs}, and this machine {own}" if theirs else f"no {package}"
-                raise ClusterUnusable(f"{who} has {has}", f"install {package} {own} there")
+        ours = versions["client"]["packages"][package]
+        for who, machine in others.items():
+            if (theirs := machine["packages"].get(package)) != ours:
+                has = f"{package} {theirs}, and this machine {ours}" if theirs else f"no {package}"
+                raise ClusterUnusable(f"{who} has {has}", f"install {package} {ours} there")
 
 
-def _work(task: Task[Found], number: int, topic: str | None) -> Found | MoEError:
+def _work(task: Task[Outcome], number: int, topic: str | None) -> Outcome | MoEError:
     """Do a task, on a worker."""
     from distributed import CancelledError, get_worker
 

@@ -35,7 +35,7 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
     elif all(layer.sizes for layer in opened) and all(map(checkpoint.is_at_hand, checkpoint.names)):
         opened = [experts.layer(number) for number in experts.layers]  # all headers are read already
     described = [_describe_layer(layer) for layer in opened]
-    # a layer of multi-token prediction is described where it is asked for, and is in no sum unless it is all there is
+    # a layer of multi-token prediction is described if asked for, and counted only where there is no other
     counted = [layer for layer in described if layer.layer in experts.layers] or described
     share = len(experts.layers) / len(counted)
     notes = list(experts.notes)
@@ -112,10 +112,10 @@ def _names(layer: ExpertLayer) -> dict[str, tuple[str, ...]]:
 def _open_beside(checkpoint: Checkpoint, kind: Kind, experts: Experts, notes: list[str]) -> Experts | None:
     """What else of a kind is in the same stack; None where there is none, or, with a note, where it can't be read."""
     try:
-        found = Experts(checkpoint, kind, experts.stack)
+        beside = Experts(checkpoint, kind, experts.stack)
     except MoEError as error:
         if experts.stack in {match.root for match in match_names(checkpoint.names, kind)[0]}:
             what = {"shared": "shared experts", "dense": "dense layers"}[kind]
             notes.append(f"the {what} can't be described: {error.message}")
         return None
-    return found if found.stack == experts.stack else None
+    return beside if beside.stack == experts.stack else None

@@ -70,12 +70,12 @@ def measure_layer(
             first = _FirstPass(tensor, chosen, positions, resources)
             first.take_all(pool, done)
             deltas, columns = [], []
-            for found, nearest in pool.map(first.deltas, chosen):
-                deltas.append(found)
+            for spectra_and_shares, nearest in pool.map(first.deltas, chosen):
+                deltas.append(spectra_and_shares)
                 columns.append(nearest)
                 done.add(sum(prod(layer.shape(role)) for role in tensor.spec.roles))
             for role in tensor.spec.roles:
-                spectra, shares = zip(*(found[role] for found in deltas), strict=True)
+                spectra, shares = zip(*(delta[role] for delta in deltas), strict=True)
                 result[role] = RoleMeasure(
                     layer.shape(role),
                     first.gram[role],
@@ -167,35 +167,36 @@ class _FirstPass:
         """Read all windows, side by side."""
         windows = self.tensor.windows(self.resources.window_weights // self.resources.worker_count(self.layer))
         for taken in pool.map(self.take, windows):
-            for role, gram, weights in taken:  # in the order of the windows, so that sums do not depend on the threads
+            # in the order of the windows, so that sums do not depend on the threads
+            for role, gram, weights in taken:
                 self.gram[role] += gram
                 done.add(weights)
 
     def take(self, window: tuple[int, int]) -> list[tuple[str, NDArray[Any], int]]:
-        """Read one window of stored rows of all experts; returns by role their products, and of how many weights."""
-        found = []
+        """Read one window of stored rows of all experts; returns roles with Gram matrices and numbers of weights."""
+        grams = []
         for piece in self.tensor.read(range(self.layer.count), *window):
             gram = gram_matrix(piece.values.reshape(self.layer.count, -1))
             if not np.isfinite(gram).all():
                 refuse(self.layer, int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
-            found.append((piece.role, gram, piece.values.size))
+            grams.append((piece.role, gram, piece.values.size))
             self.base[piece.role][piece.index] = mean_expert(piece.values)
             for expert, matrices in self._kept.items():
                 matrices[piece.role][piece.index] = piece.values[expert]
             if self.positions.size:
                 self._note_queries(piece)
-        return found
+        return grams
 
     def deltas(self, expert: int) -> tuple[dict[str, tuple[NDArray[np.float64], float]], dict[str, Nearest]]:
         """By role: the energy spectrum of an expert's delta, and the delta's share of the expert's energy; and where
         the queries are found in the expert."""
         matrices = self._kept.pop(expert, None) or self.tensor.matrices(expert)
-        found = {role: self.find(role, matrix) for role, matrix in matrices.items()} if self.positions.size else {}
+        nearest = {role: self.find(role, matrix) for role, matrix in matrices.items()} if self.positions.size else {}
         spectra = {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}
         for role, (_, share) in spectra.items():
             if not np.isfinite(share):
                 refuse(self.layer, expert, role)
-        return spectra, found
+        return spectra, nearest
 
     def find(self, role: str, matrix: NDArray[np.float32]) -> Nearest:
         """Where the queries are found in a matrix of the role."""

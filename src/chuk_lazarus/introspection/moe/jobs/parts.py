@@ -9,12 +9,12 @@ from ..numerics.neurons import as_neurons
 from ..weights.expert_layer import ExpertLayer, ExpertTensor
 from .model import evenly_spaced
 
-LAYERS, EXPERTS = 3, 16
+LAYERS, EXPERTS = 3, 16  # that a quick analysis looks into
 BUDGET = "64MB"  # of a quick analysis, if the user gives none
 
 
 def quick_bytes(layer: ExpertLayer, layers: int, budget: int) -> int:
-    """What a quick analysis reads at most of the experts of a model with so many layers like this one."""
+    """What a quick analysis reads at most of the experts of a model with `layers` layers like this one."""
     whole = bytes_per_neuron(layer) * layer.sizes["I"] * len(evenly_spaced(layer.count, EXPERTS))
     return min(budget, round(whole * len(evenly_spaced(layers, LAYERS))))
 
@@ -36,15 +36,20 @@ def read_part(
 ) -> dict[str, NDArray[np.float32]]:
     """By role, the first `count` neurons of an expert, [count, inputs]; of a transposed tensor all neurons, and as many
     of their inputs as take no more bytes."""
-    found: dict[str, NDArray[np.float32]] = {}
+    neurons: dict[str, NDArray[np.float32]] = {}
     for tensor in tensors:
         for window in tensor.neurons(count):
             for piece in tensor.read([expert], *window):
                 if piece.role in roles:
-                    found[piece.role] = as_neurons(piece.role, piece.values[0])
-    return found
+                    neurons[piece.role] = as_neurons(piece.role, piece.values[0])
+    return neurons
 
 
 def part_ranges(tensor: ExpertTensor, chosen: Sequence[int], count: int) -> list[tuple[str, tuple[int, int]]]:
     """The byte ranges, each with its file's name, that hold the first `count` neurons of the chosen experts."""
-    return [one for expert in chosen for window in tensor.neurons(count) for one in tensor.byte_ranges(expert, *window)]
+    return [
+        byte_range
+        for expert in chosen
+        for window in tensor.neurons(count)
+        for byte_range in tensor.byte_ranges(expert, *window)
+    ]

@@ -34,8 +34,10 @@ def look_up(table: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.
 
 @cache
 def gpu() -> Any:
-    """MLX's GPU device; None where there is none, or it is not to be used. Raises InvalidRequest where it is wanted and
-    there is none."""
+    """MLX's GPU device, None where there is none or the CPU is wanted.
+
+    Raises InvalidRequest where a GPU is wanted and there is none.
+    """
     wanted = os.environ.get("LAZARUS_DEVICE", "")
     if wanted not in ("", "cpu", "gpu"):
         raise InvalidRequest(f"LAZARUS_DEVICE is {wanted}", "set it to cpu or gpu")
@@ -68,15 +70,15 @@ def look_up_by_mlx(table: NDArray[np.float32], codes: NDArray[np.uint8], device:
     import mlx.core as mx
 
     with _one_at_a_time:
-        found = np.array(mx.take(mx.array(table), mx.array(codes), axis=0, stream=device))
-    return found.reshape(*codes.shape[:-1], -1)
+        rows = np.array(mx.take(mx.array(table), mx.array(codes), axis=0, stream=device))
+    return rows.reshape(*codes.shape[:-1], -1)
 
 
 def look_up_by_numpy(table: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """As `look_up`; a piece at a time, because numpy makes eight bytes of each index."""
     items = table.view(f"u{4 * table.shape[1]}").ravel()  # each row as one number
     result = np.empty(codes.shape, items.dtype)
-    flat, found = codes.reshape(-1), result.reshape(-1)
-    for start in range(0, len(flat), _PIECE):
-        items.take(flat[start : start + _PIECE], out=found[start : start + _PIECE], mode="clip")
+    flat_codes, flat_result = codes.reshape(-1), result.reshape(-1)
+    for start in range(0, len(flat_codes), _PIECE):
+        items.take(flat_codes[start : start + _PIECE], out=flat_result[start : start + _PIECE], mode="clip")
     return result.view(np.float32)

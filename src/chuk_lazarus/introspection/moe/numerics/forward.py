@@ -1,4 +1,4 @@
-"""What an expert, and a layer of experts, computes: pure arrays, float32, inputs as rows."""
+"""What an expert and a router compute, on float32 arrays whose rows are the inputs."""
 
 from collections.abc import Callable, Mapping
 from math import sqrt
@@ -37,7 +37,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def glu(gate: Array, up: Array, activation: str) -> Array:
-    """act(gate) * up; "swiglu_oai" is GPT-OSS's: clamped at 7, and (up + 1) gate sigmoid(1.702 gate)."""
+    """act(gate) * up, for gate and up [n, intermediate].
+
+    "swiglu_oai" is that of GPT-OSS: with both clamped at 7, (up + 1) * gate * sigmoid(1.702 gate).
+    """
     if activation == "swiglu_oai":
         gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
         return (up + 1.0) * gate * sigmoid(1.702 * gate)
@@ -45,7 +48,10 @@ def glu(gate: Array, up: Array, activation: str) -> Array:
 
 
 def run_expert(x: Array, matrices: Mapping[str, Array], biases: Mapping[str, Array], activation: str) -> Array:
-    """The outputs [n, hidden] of one expert for inputs [n, hidden]; an expert without a gate activates its up."""
+    """The outputs [n, hidden] of one expert for inputs [n, hidden].
+
+    `matrices` [out, in] and `biases` [out] are by role. Without a gate, the activation is applied to the up projection.
+    """
 
     def project(role: str, inputs: Array) -> Array:
         return inputs @ matrices[role].T + biases.get(role, np.float32(0.0))
@@ -67,10 +73,11 @@ def route(
     scoring: str,
     normalise: bool,
 ) -> Array:
-    """How much each expert has a say in each input: [n, experts], all but `top_k` of them being 0.
+    """The routing weights [n, experts] of inputs [n, hidden]; in each row, all but `top_k` are 0.
 
-    `weight` is [experts, hidden]; `scoring` is softmax or sigmoid. The experts with the largest scores, `correction`
-    added, are chosen, and have a say by their scores, which `normalise` makes sum to 1.
+    `weight` is [experts, hidden], `bias` and `correction` are [experts]; `scoring` is "softmax" or "sigmoid". The
+    experts with the largest scores plus correction are chosen. Their routing weights are the scores without it, divided
+    by their sum if `normalise`.
     """
     logits = x @ weight.T + (bias if bias is not None else np.float32(0.0))
     if scoring == "sigmoid":
@@ -78,8 +85,8 @@ def route(
     else:
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
-    wanted = scores if correction is None else scores + correction
-    chosen = np.argsort(-wanted, axis=1, kind="stable")[:, :top_k]
-    shares = np.zeros_like(scores)
-    np.put_along_axis(shares, chosen, np.take_along_axis(scores, chosen, axis=1), axis=1)
-    return shares / shares.sum(axis=1, keepdims=True) if normalise else shares
+    corrected = scores if correction is None else scores + correction
+    chosen = np.argsort(-corrected, axis=1, kind="stable")[:, :top_k]
+    weights = np.zeros_like(scores)
+    np.put_along_axis(weights, chosen, np.take_along_axis(scores, chosen, axis=1), axis=1)
+    return weights / weights.sum(axis=1, keepdims=True) if normalise else weights

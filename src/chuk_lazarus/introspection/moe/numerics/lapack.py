@@ -1,7 +1,7 @@
 """LAPACK's eigenvalues and eigenvectors of a symmetric float32 matrix, called so that threads work side by side.
 
-numpy's solver lets threads run and is slower, in float32 as in float64, and scipy's `eigh` holds Python's lock while
-it works. So the routine that scipy ships for Cython code is called directly.
+numpy's solver releases the GIL and is slower, in float32 as in float64; scipy's `eigh` holds the GIL while it works. So
+the routine that scipy ships for Cython code is called directly.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ def symmetric_eigenvalues(matrix: Array) -> Array:
 
     Raises numpy.linalg.LinAlgError when they do not converge.
     """
-    # 2n + 1 floats and one integer would do; with room for 64 columns the reduction works in blocks
+    # 2n + 1 floats and one integer are enough; with space for 64 columns the reduction works in blocks
     return _solve(matrix, b"N", max(1, 64 * len(matrix)), 1)[0]
 
 
@@ -34,9 +34,9 @@ def symmetric_eigenvectors(matrix: Array) -> tuple[Array, Array]:
 
 
 def _solve(matrix: Array, job: bytes, floats: int, integers: int) -> tuple[Array, Array]:
-    """LAPACK's `ssyevd` with so much room to work in; it overwrites its input with the eigenvectors, for job V."""
+    """LAPACK's `ssyevd` with workspaces of these sizes; for job V it overwrites its input with the eigenvectors."""
     order = len(matrix)
-    # LAPACK goes by columns, and the rows of a symmetric matrix are its columns: a copy as it lies is the quickest
+    # LAPACK wants columns, and a symmetric matrix has its rows as columns: a copy without transposing is the quickest
     result, values = np.array(matrix.T, np.float32, order="F"), np.empty(order, np.float32)
     work, integer_work, info = np.empty(floats, np.float32), np.empty(integers, np.int32), ctypes.c_int()
     size, work_size, integer_size = (ctypes.byref(ctypes.c_int(n)) for n in (order, floats, integers))
@@ -60,7 +60,7 @@ def _solve(matrix: Array, job: bytes, floats: int, integers: int) -> tuple[Array
 
 @cache
 def _ssyevd() -> Callable[..., None]:
-    """The routine's address out of scipy's Cython interface; a ctypes call sets Python's lock free."""
+    """The routine's address out of scipy's Cython interface; a ctypes call releases the GIL."""
     capsule = cython_lapack.__pyx_capi__["ssyevd"]
     api = ctypes.pythonapi
     api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]

@@ -28,8 +28,8 @@ class Factors:
 def factorise(delta: NDArray[np.float32], rank: int) -> Factors:
     """The best factors of that rank in the Frobenius norm, for a delta [out, in].
 
-    The factor on the short side is orthonormal: the leading eigenvectors of the Gram matrix there. Raises ValueError
-    for a rank below 0 or above min(out, in).
+    The factor on the shorter side of the delta is orthonormal: the leading eigenvectors of the Gram matrix of that
+    side. Raises ValueError for a rank below 0 or above min(out, in).
     """
     out, inner = delta.shape
     if not 0 <= rank <= min(out, inner):
@@ -51,18 +51,21 @@ def rebuild(base: NDArray[np.float32], factors: Factors) -> NDArray[np.float32]:
 
 
 def relative_error(approximation: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
-    """The Frobenius norm of the difference over that of the exact matrix; 0 for two zero matrices."""
-    rows = len(exact), -1  # of stacks of matrices, too
-    energy, lost = total_energy(exact.reshape(rows)), total_energy((approximation - exact).reshape(rows))
+    """The Frobenius norm of the difference over that of the exact array, of two axes or more.
+
+    Of a zero array the error is 0 where the approximation is zero, too, and 1 otherwise.
+    """
+    shape = len(exact), -1  # energies are taken of matrices
+    energy, lost = total_energy(exact.reshape(shape)), total_energy((approximation - exact).reshape(shape))
     return sqrt(lost / energy) if energy else float(lost > 0)
 
 
 def overlay_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, float], experts: int) -> int:
-    """Bytes of base and factors for matrices of these shapes and ranks, by role, at two bytes a number."""
-    numbers = sum(m * n + experts * ranks[role] * (m + n) for role, (m, n) in shapes.items())
+    """Bytes of base and factors of one layer, at two bytes a number; shapes [out, in] and ranks are by role."""
+    numbers = sum(out * inner + experts * ranks[role] * (out + inner) for role, (out, inner) in shapes.items())
     return round(BYTES_PER_NUMBER * numbers)
 
 
 def original_bytes(shapes: Mapping[str, tuple[int, int]], experts: int) -> int:
-    """Bytes of the experts themselves at two bytes a weight."""
+    """Bytes of the experts themselves, at two bytes a weight."""
     return BYTES_PER_NUMBER * experts * sum(prod(shape) for shape in shapes.values())

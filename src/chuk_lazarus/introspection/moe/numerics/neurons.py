@@ -33,9 +33,9 @@ class Nearest:
 
 def draw_neurons(experts: int, neurons: int, queries: int | None, seed: int = 0) -> NDArray[np.intp]:
     """Which neurons of each expert to look for in the others, [experts, n]: all for None."""
-    wanted = neurons if queries is None else min(neurons, -(-queries // experts))
+    per_expert = neurons if queries is None else min(neurons, -(-queries // experts))
     rng = np.random.default_rng(seed)
-    return np.stack([np.sort(rng.choice(neurons, wanted, replace=False)) for _ in range(experts)])
+    return np.stack([np.sort(rng.choice(neurons, per_expert, replace=False)) for _ in range(experts)])
 
 
 def as_neurons(role: str, matrix: Array) -> Array:
@@ -52,21 +52,21 @@ def find_nearest(queries: Array, positions: NDArray[np.intp], neurons: Array) ->
     asked, pool = _unit(queries), _unit(neurons)
     center = asked.sum(axis=0) / max(1, np.count_nonzero(asked.any(axis=1)))
     cosines = _centered(asked, center) @ _centered(pool, center).T
-    found = cosines.argmax(axis=1)[:, None]
+    nearest = cosines.argmax(axis=1)[:, None]
     in_place = np.take_along_axis(cosines, np.minimum(positions, len(neurons) - 1)[:, None], axis=1)
     mean, deviation = cosines.mean(axis=1, keepdims=True), cosines.std(axis=1, keepdims=True)
-    best = np.take_along_axis(cosines, found, axis=1)
-    np.put_along_axis(cosines, found, -1.0, axis=1)
-    return Nearest(found.astype(np.int32), best, cosines.max(axis=1, keepdims=True), in_place, mean, deviation)
+    best = np.take_along_axis(cosines, nearest, axis=1)
+    np.put_along_axis(cosines, nearest, -1.0, axis=1)
+    return Nearest(nearest.astype(np.int32), best, cosines.max(axis=1, keepdims=True), in_place, mean, deviation)
 
 
 def join(columns: Sequence[Nearest]) -> Nearest:
-    """The experts of several as one."""
-    return Nearest(*(np.hstack([getattr(one, name) for one in columns]) for name in Nearest.__slots__))
+    """Results for some experts each as one for all of them."""
+    return Nearest(*(np.hstack([getattr(column, name) for column in columns]) for name in Nearest.__slots__))
 
 
 def _centered(rows: Array, center: Array) -> Array:
-    """Directions of unit rows as seen from the center; zeros stay zeros. Overwrites the rows."""
+    """Directions of unit rows as seen from the center, where zeros stay zeros; overwrites the rows."""
     empty = _lengths(rows) == 0
     rows -= center
     rows[empty] = 0

@@ -83,7 +83,7 @@ def sample_decay(spectrum: NDArray[np.float64], points: int = DECAY_POINTS) -> N
 
 @cache
 def noise_decay(shape: tuple[int, int], points: int = DECAY_POINTS) -> tuple[float, ...]:
-    """What `sample_decay` is to be expected to say of an iid Gaussian matrix of this shape; as in `noise_rank`."""
+    """The `sample_decay` to expect of an iid Gaussian matrix of this shape, by the law in `noise_rank`."""
     small, large = sorted(shape)
     ratio = small / large
     angles = np.linspace(0.0, pi, 2001)

@@ -10,33 +10,31 @@ import numpy as np
 
 from ..errors import InvalidRequest
 from ..numerics.low_rank import original_bytes
+from .checkpoint.format import Ranks
 from .curves import LayerCurves, RateCurve
-
-Ranks = dict[str, int]
 
 Key = TypeVar("Key")
 
 
 def allocate(curves: Mapping[Key, RateCurve], *, budget: float = np.inf, energy_left: float = 0.0) -> dict[Key, int]:
-    """Ranks that leave the least energy out within `budget` bytes, or that leave at most `energy_left` for the fewest
-    bytes.
+    """The ranks that leave out the least energy within `budget` bytes, or at most `energy_left` for the fewest bytes.
 
-    Rank goes where it buys the most energy per byte. As a spectrum only falls, that is the optimum wherever all costs
-    are equal, as they are for gate, up and down of equal layers.
+    Each further rank goes to the curve where it adds the most energy per byte. As spectra only fall, that is the
+    optimum where all costs are equal, as they are for gate, up and down of layers of the same size.
     """
     ranks = dict.fromkeys(curves, 0)
-    left = sum(float(curve.spectrum.sum()) for curve in curves.values())
-    order = list(curves)
+    left_out = sum(float(curve.spectrum.sum()) for curve in curves.values())
+    order = list(curves)  # ties go to the first curve
     queue = [(-curves[key].spectrum[0] / curves[key].cost, place) for place, key in enumerate(order)]
     heapq.heapify(queue)
-    while queue and left > energy_left:
+    while queue and left_out > energy_left:
         _, place = heapq.heappop(queue)
         key = order[place]
         curve, rank = curves[key], ranks[key]
         if curve.cost > budget or curve.spectrum[rank] <= 0:
-            continue  # what costs less may still fit
+            continue  # a rank of another curve may cost less, and still fit
         budget -= curve.cost
-        left -= float(curve.spectrum[rank])
+        left_out -= float(curve.spectrum[rank])
         ranks[key] = rank + 1
         if rank + 1 < len(curve.spectrum):
             heapq.heappush(queue, (-curve.spectrum[rank + 1] / curve.cost, place))
@@ -46,9 +44,9 @@ def allocate(curves: Mapping[Key, RateCurve], *, budget: float = np.inf, energy_
 class RankOptions(TypedDict, total=False):
     """How the ranks of an overlay are chosen, as options of the services.
 
-    `ranks` gives them by role; else `max_error` (relative Frobenius error of the experts) or `target_ratio` (bytes)
-    spread them over projections and layers where they buy the most; else each is the mean rank at `energy` (0.95) of
-    the deltas.
+    `ranks` gives them by role. Otherwise they are allocated over projections and layers to meet `max_error` (relative
+    Frobenius error of the experts) or `target_ratio` (bytes before over bytes after). Without either, each is the mean
+    rank at the share `energy` (0.95) of the deltas' energy.
     """
 
     ranks: Mapping[str, int] | None
@@ -59,10 +57,10 @@ class RankOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class RankRule:
-    """How ranks are chosen: at most one of `max_error` and `target_ratio`, else the mean rank at `energy` of the
-    deltas.
+    """How ranks are chosen: by `max_error`, by `target_ratio`, or as the mean rank at a share of the deltas' energy.
 
-    `given` ranks, by role, stand whatever the rule says of the others.
+    That share is `energy`, and chooses the ranks of the roles that are not `given`. Raises InvalidRequest for numbers
+    out of range, and where more than one of `max_error`, `target_ratio` and `given` is there.
     """
 
     given: Mapping[str, int]
@@ -92,18 +90,20 @@ class RankRule:
         return " else ".join(part for part in (f"given: {given}" if given else "", rest) if part)
 
     def choose(self, layers: Mapping[int, LayerCurves]) -> dict[int, Ranks]:
-        """Ranks for every layer. Raises InvalidRequest for what can't be: a rank above the greatest, a ratio out of
-        reach."""
+        """The ranks of every layer.
+
+        Raises InvalidRequest where a given rank is greater than a matrix can have, or the ratio is out of reach.
+        """
         if self.max_error is not None or self.target_ratio is not None:
-            return self._spread(layers)
+            return self._allocate(layers)
         chosen = {}
         for number, layer in layers.items():
             chosen[number] = {role: self.given.get(role, natural) for role, natural in layer.natural_ranks.items()}
             check_ranks(number, chosen[number], layer.shapes)
         return chosen
 
-    def _spread(self, layers: Mapping[int, LayerCurves]) -> dict[int, Ranks]:
-        """Ranks over layers and projections, where they buy the most."""
+    def _allocate(self, layers: Mapping[int, LayerCurves]) -> dict[int, Ranks]:
+        """Ranks allocated over all layers and projections, to meet the error or the ratio."""
         curves = {(number, role): curve for number, layer in layers.items() for role, curve in layer.curves.items()}
         if self.max_error is not None:
             energy = sum(layer.energy for layer in layers.values())
@@ -128,12 +128,12 @@ def rank_rule(
     max_error: float | None = None,
     target_ratio: float | None = None,
 ) -> RankRule:
-    """The rule that `RankOptions` give; raises InvalidRequest for what can't be."""
+    """The rule that `RankOptions` describe; raises InvalidRequest for options that contradict each other."""
     return RankRule(ranks or {}, energy, max_error, target_ratio)
 
 
 def check_ranks(number: int, ranks: Ranks, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raises InvalidRequest for a rank that the matrices of a layer can't have."""
+    """Raise InvalidRequest for a rank that the matrices of layer `number`, of these shapes, can't have."""
     for role, rank in ranks.items():
         greatest = min(shapes[role])
         if not 0 <= rank <= greatest:

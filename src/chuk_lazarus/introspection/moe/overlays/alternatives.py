@@ -1,4 +1,4 @@
-"""What else the same bytes buy: plain quantisation, and plain SVDs."""
+"""What an overlay competes with at the same bytes: plain quantisation, and a plain SVD per expert."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,9 @@ BITS = (8, 4, 3)
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """The relative weight errors of three ways to spend `bytes`: plain quantisation, an overlay, a plain SVD per
-    expert.
+    """Relative weight errors of one layer's experts at `bytes`: plainly quantised to `bits`, as an overlay, as SVDs.
 
-    An error is None where not even the smallest such thing fits.
+    The overlay's error is None where not even its base fits.
     """
 
     bits: int
@@ -40,12 +39,15 @@ class Alternative:
 def compare_alternatives(
     layer: ExpertLayer, measures: Mapping[str, RoleMeasure], resources: Resources, progress: Progress
 ) -> tuple[Alternative, ...]:
-    """Weight errors of plain quantisation, overlay and SVD at the bytes that 8, 4 and 3 bits take; from the sampled
-    experts."""
+    """The weight errors of plain quantisation, overlay and SVD at the bytes that 8, 4 and 3 bits per weight take.
+
+    They are estimated from the experts that `measures` sampled, whose matrices are read again.
+    """
     chosen = next(iter(measures.values())).chosen
     done = count_experts(progress, f"alternatives for layer {layer.number}", layer, len(chosen))
 
     def probe(expert: int) -> tuple[dict[str, NDArray[np.float64]], dict[int, float], float]:
+        """The expert's spectra by role, the energy that quantisation loses by bits, and its whole energy."""
         matrices = layer.matrices(expert)
         lost = {
             bits: sum(total_energy(round_to_bits(matrix, bits) - matrix) for matrix in matrices.values())
@@ -57,7 +59,7 @@ def compare_alternatives(
 
     with resources.worker_threads(layer, matrices=8) as pool:
         probes = list(pool.map(probe, chosen))
-    energy = sum(found for _, _, found in probes) or 1.0  # of all zeros nothing is lost
+    energy = sum(expert_energy for _, _, expert_energy in probes) or 1.0  # where all is zero, the errors are 0
     scale = layer.count / len(chosen)
     overlays = rate_curves(measures, layer.count)
     svds = {
@@ -65,58 +67,57 @@ def compare_alternatives(
         for role in layer.roles
     }
     base = BYTES_PER_NUMBER * sum(prod(measure.shape) for measure in measures.values())
+
+    def error_within(budget: int, curves: Mapping[str, RateCurve]) -> float:
+        return float(np.sqrt(energy_left(curves, allocate(curves, budget=budget)) / energy / scale))
+
     result = []
     for bits in BITS:
         budget = layer.count * sum(quantised_bytes(layer.shape(role), bits) for role in layer.roles)
-        error = {
-            name: None
-            if room < 0
-            else float(np.sqrt(energy_left(choices, allocate(choices, budget=room)) / energy / scale))
-            for name, choices, room in (("overlay", overlays, budget - base), ("svd", svds, budget))
-        }
         quantisation = float(np.sqrt(sum(lost[bits] for _, lost, _ in probes) / energy))
-        assert error["svd"] is not None
-        result.append(Alternative(bits, budget, quantisation, error["overlay"], error["svd"]))
+        overlay = None if budget < base else error_within(budget - base, overlays)
+        result.append(Alternative(bits, budget, quantisation, overlay, error_within(budget, svds)))
     return tuple(result)
 
 
 def sum_alternatives(layers: Sequence[Sequence[Alternative]]) -> tuple[SameBytes, ...]:
-    """Over the measured layers: bytes in all, errors as root mean squares."""
+    """The alternatives over all measured layers: bytes are summed, errors are root mean squares.
 
-    def mean(errors: Sequence[float | None]) -> float | None:
-        found = [error for error in errors if error is not None]
-        return sqrt(sum(error**2 for error in found) / len(found)) if len(found) == len(errors) else None
+    The overlay's error is None where it is in any layer.
+    """
+
+    def mean(errors: Sequence[float]) -> float:
+        return sqrt(sum(error**2 for error in errors) / len(errors))
 
     rows = []
-    for same in zip(*layers, strict=True):
-        quantisation, svd = mean([one.quantisation for one in same]), mean([one.svd for one in same])
-        assert quantisation is not None
-        assert svd is not None
+    for by_layer in zip(*layers, strict=True):
+        overlays = [layer.overlay for layer in by_layer if layer.overlay is not None]
         rows.append(
             SameBytes(
-                bits=same[0].bits,
-                bytes=sum(one.bytes for one in same),
-                quantisation=quantisation,
-                overlay=mean([one.overlay for one in same]),
-                svd=svd,
+                bits=by_layer[0].bits,
+                bytes=sum(layer.bytes for layer in by_layer),
+                quantisation=mean([layer.quantisation for layer in by_layer]),
+                overlay=mean(overlays) if len(overlays) == len(by_layer) else None,
+                svd=mean([layer.svd for layer in by_layer]),
             )
         )
     return tuple(rows)
 
 
-def advise(same: Sequence[SameBytes], stored_share: float) -> str:
-    """What pays, by the measured errors: the overlay, quantisation, or neither.
+def advise(rows: Sequence[SameBytes], stored_share: float) -> str:
+    """Whether the overlay, quantisation or neither is worthwhile, by the measured errors.
 
-    Only sizes below that of the file count, and only errors that are not much above those of plain 4-bit rounding.
+    `stored_share` is the file's size over that at two bytes a weight. Only sizes below the file's count, and only
+    errors that are not much above that of plain 4-bit rounding.
     """
-    usable = 1.2 * next(row.quantisation for row in same if row.bits == 4)
-    for row in same:
+    usable = 1.2 * next(row.quantisation for row in rows if row.bits == 4)
+    for row in rows:
         if (row.bits + 0.5) / 16 >= stored_share:
             continue
         overlay = inf if row.overlay is None else row.overlay
         if min(overlay, row.quantisation) > usable:
             break
-        other = "does not even fit its base" if row.overlay is None else f"errs by {100 * overlay:.1f} %"
+        overlay_result = "does not even fit its base" if row.overlay is None else f"errs by {100 * overlay:.1f} %"
         if overlay < row.quantisation:
             return (
                 f"the overlay: at {row.bits}-bit size its weight error is {100 * overlay:.1f} %, "
@@ -124,6 +125,6 @@ def advise(same: Sequence[SameBytes], stored_share: float) -> str:
             )
         return (
             f"quantisation: at {row.bits}-bit size its weight error is {100 * row.quantisation:.1f} %, "
-            f"and an overlay {other}"
+            f"and an overlay {overlay_result}"
         )
     return "nothing: at fewer bytes than the file's, overlay and quantisation both err by more than 4-bit rounding does"

@@ -1,4 +1,4 @@
-"""Overlays of a model: measured, chosen, verified and estimated."""
+"""Overlays of a model, without writing one: ranks are chosen, experts verified, and the whole model estimated."""
 
 from collections.abc import Mapping, Sequence
 from math import inf, sqrt
@@ -15,8 +15,9 @@ from ..numerics.forward import ACTIVATIONS
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
 from ..weights.expert_layer import ExpertLayer
-from .allocation import RankRule, Ranks, check_ranks
+from .allocation import RankRule, check_ranks
 from .alternatives import Alternative, advise, compare_alternatives, sum_alternatives
+from .checkpoint.format import Ranks
 from .curves import LayerCurves, layer_curves
 from .fidelity import FidelityCheck, check_layer, draw_inputs
 from .layer import layer_estimate, layer_overlay, layer_verification, total_bytes
@@ -33,13 +34,13 @@ def compute(
     experts: int | None,
     progress: Progress,
 ) -> MoEOverlay:
-    """The ranks by the rule, what they keep and what they take."""
+    """The ranks that the rule chooses, the energy that they keep and the bytes that they take."""
     with name_model(model):
         job = OverlayJob(model, layer, layers, progress)
         curves = job.measure_all(rule, experts)
         chosen = rule.choose(curves)
         job.end()
-        results = [layer_overlay(one, curves[one.number], chosen[one.number]) for one in job.layers]
+        results = [layer_overlay(measured, curves[measured.number], chosen[measured.number]) for measured in job.layers]
         original, stored, overlay = total_bytes(results)
         return MoEOverlay(
             **job.opened.identity(),
@@ -66,7 +67,10 @@ def verify(
     seed: int,
     progress: Progress,
 ) -> MoEOverlayVerification:
-    """The errors of experts that are rebuilt from an overlay, and whether the worst is within the tolerance."""
+    """The errors of experts that are rebuilt from an overlay, and whether the worst is within the tolerance.
+
+    Raises InvalidRequest for a tolerance that is negative or not finite, and for experts of an unknown activation.
+    """
     if not 0 <= tolerance < inf:
         raise InvalidRequest(f"the tolerance is {tolerance:g}", "give a number from 0 on, such as 0.05")
     with name_model(model):
@@ -100,7 +104,7 @@ def estimate(
     experts: int | None,
     progress: Progress,
 ) -> MoEOverlayEstimate:
-    """The whole model as an overlay, from some measured layers, and what else the same bytes buy."""
+    """The whole model as an overlay, estimated from some measured layers, and its alternatives at the same bytes."""
     with name_model(model):
         job = OverlayJob(model, None, layers, progress, samples)
         curves, alternatives = job.compare_all(rule, experts)
@@ -129,7 +133,10 @@ def estimate(
 
 
 class OverlayJob:
-    """A model, and the layers of it that are measured, chosen for and verified."""
+    """An opened model, and the passes over its chosen layers: measuring, comparing, verifying.
+
+    Results of a pass are kept, so that a run that was stopped goes on where it was, until `end` is called.
+    """
 
     def __init__(
         self,
@@ -145,19 +152,22 @@ class OverlayJob:
         self._passes: list[ResumableLayers] = []
 
     def end(self) -> None:
-        """Forget what was kept for an interruption."""
+        """Delete the results that were kept for a stopped run."""
         for resumable in self._passes:
             resumable.end()
 
-    def resumable(self, *job: Any) -> ResumableLayers:
-        """A pass over the layers, for work that `job` (JSON) describes."""
-        known = [*job, self.opened.name]
-        self._passes.append(ResumableLayers(self.opened.experts.checkpoint, known, self.layers, self.progress))
+    def resumable(self, *work: Any) -> ResumableLayers:
+        """A resumable pass over the layers; `work` (JSON) tells it from any other."""
+        key = [*work, self.opened.name]
+        self._passes.append(ResumableLayers(self.opened.experts.checkpoint, key, self.layers, self.progress))
         return self._passes[-1]
 
     def choose_ranks(self, rule: RankRule, experts: int | None) -> tuple[dict[int, Ranks], dict[int, LayerCurves]]:
-        """Ranks by the rule for every layer, and the curves that were measured for it: none where all ranks are
-        given."""
+        """The ranks of every layer by the rule, and the curves that were measured for it.
+
+        Nothing is measured where all ranks are given. `experts` is the number of experts whose spectra are taken, None
+        for all.
+        """
         if all(rule.given.keys() >= set(layer.roles) for layer in self.layers):
             chosen = {layer.number: {role: rule.given[role] for role in layer.roles} for layer in self.layers}
             for layer in self.layers:
@@ -169,8 +179,8 @@ class OverlayJob:
     def measure_all(self, rule: RankRule, experts: int | None) -> dict[int, LayerCurves]:
         """The curves of each layer, from the spectra of `experts` experts, None for all."""
 
-        def measure(layer: ExpertLayer, watched: Progress) -> LayerCurves:
-            return layer_curves(self._measure_roles(layer, experts, watched), layer.count, rule.energy)
+        def measure(layer: ExpertLayer, progress: Progress) -> LayerCurves:
+            return layer_curves(self._measure_roles(layer, experts, progress), layer.count, rule.energy)
 
         results = self.resumable("measure", rule.energy, experts).each(TypeAdapter(LayerCurves), measure)
         return {layer.number: curves for layer, curves in zip(self.layers, results, strict=True)}
@@ -178,11 +188,11 @@ class OverlayJob:
     def compare_all(
         self, rule: RankRule, experts: int | None
     ) -> tuple[dict[int, LayerCurves], list[tuple[Alternative, ...]]]:
-        """The curves of each layer, and what else its bytes would buy."""
+        """The curves of each layer, and its alternatives at the same bytes."""
 
-        def compare(layer: ExpertLayer, watched: Progress) -> tuple[LayerCurves, tuple[Alternative, ...]]:
-            measures = self._measure_roles(layer, experts, watched)
-            alternatives = compare_alternatives(layer, measures, self.opened.resources, watched)
+        def compare(layer: ExpertLayer, progress: Progress) -> tuple[LayerCurves, tuple[Alternative, ...]]:
+            measures = self._measure_roles(layer, experts, progress)
+            alternatives = compare_alternatives(layer, measures, self.opened.resources, progress)
             return layer_curves(measures, layer.count, rule.energy), alternatives
 
         kind = TypeAdapter(tuple[LayerCurves, tuple[Alternative, ...]])
@@ -191,20 +201,20 @@ class OverlayJob:
         return curves, [alternatives for _, alternatives in results]
 
     def verify_all(self, chosen: Mapping[int, Ranks], inputs: int, seed: int) -> list[LayerVerification]:
-        """What an overlay of these ranks does to each layer."""
+        """The errors that an overlay of these ranks makes in each layer."""
 
-        def verify(layer: ExpertLayer, watched: Progress) -> LayerVerification:
+        def verify(layer: ExpertLayer, progress: Progress) -> LayerVerification:
             ranks, check = chosen[layer.number], self.fidelity_check(layer, inputs, seed)
-            fidelity = check_layer(layer, ranks, check, self.opened.resources, watched)
+            fidelity = check_layer(layer, ranks, check, self.opened.resources, progress)
             return layer_verification(layer.number, ranks, fidelity)
 
         by_layer = {str(number): ranks for number, ranks in chosen.items()}
         return self.resumable("verify", by_layer, inputs, seed).each(TypeAdapter(LayerVerification), verify)
 
     def fidelity_check(self, layer: ExpertLayer, inputs: int, seed: int) -> FidelityCheck:
-        """What compares a layer's rebuilt experts with the originals, on `inputs` seeded inputs."""
+        """The check of a layer's rebuilt experts against the originals, on `inputs` random inputs."""
         experts = self.opened.experts
-        drawn = draw_inputs(
+        drawn_inputs = draw_inputs(
             layer,
             inputs,
             seed,
@@ -212,11 +222,11 @@ class OverlayJob:
             scoring=experts.scoring,
             normalise=experts.model_config.normalises_routing_weights,
         )
-        return FidelityCheck(layer, drawn, experts.activation)
+        return FidelityCheck(layer, drawn_inputs, experts.activation)
 
     @property
     def knows_activation(self) -> bool:
-        """Whether the experts can be run here."""
+        """Whether we can compute the experts' activation, and therefore run them."""
         activation = self.opened.experts.activation
         return activation in ACTIVATIONS or activation == "swiglu_oai"
 
@@ -227,10 +237,10 @@ class OverlayJob:
             raise InvalidRequest(f"the experts' activation {activation} is not known", "it can't be verified")
 
     def notes(self, curves: Mapping[int, LayerCurves]) -> list[str]:
-        """What the reader should know."""
-        sampled = {(layer.sampled, layer.experts) for layer in curves.values() if layer.sampled < layer.experts}
+        """Notes for the report: those on the model, and that experts were sampled."""
+        samples = {(layer.sampled, layer.experts) for layer in curves.values() if layer.sampled < layer.experts}
         return self.opened.experts.notes + [
-            f"errors and ranks are estimated from {sample} of {count} experts" for sample, count in sorted(sampled)
+            f"errors and ranks are estimated from {sampled} of {count} experts" for sampled, count in sorted(samples)
         ]
 
     def _measure_roles(self, layer: ExpertLayer, experts: int | None, progress: Progress) -> dict[str, RoleMeasure]:

@@ -22,7 +22,7 @@ from .curves import LayerCurves
 from .fidelity import check_layer
 from .layer import layer_verification
 
-VERIFIED = 3  # layers of a written overlay
+VERIFIED = 3  # layers of a written overlay that are verified
 
 
 def compress(
@@ -34,7 +34,7 @@ def compress(
     force: bool,
     progress: Progress,
 ) -> MoEOverlayCompression:
-    """Write the model with its experts as overlays, and verify some layers of it."""
+    """Write the model with its experts as an overlay into `folder`, and verify some of its layers."""
     with name_model(model):
         job = OverlayJob(model, None, layers, progress)
         opened, numbers = job.opened, [layer.number for layer in job.layers]
@@ -45,7 +45,8 @@ def compress(
         if chosen is None:
             chosen, curves = job.choose_ranks(rule, experts)
         else:
-            job.resumable("measure", rule.energy, experts)  # so that what was kept of it goes at the end
+            # a stopped run chose the ranks; what it kept of its measurements is deleted when this job ends
+            job.resumable("measure", rule.energy, experts)
         places = evenly_spaced(len(job.layers), VERIFIED) if job.knows_activation else ()
         checked = [job.layers[place] for place in places]
         checks = {layer.number: job.fidelity_check(layer, INPUTS, 0) for layer in checked}
@@ -54,11 +55,10 @@ def compress(
         def verify() -> str:
             for layer in checked:
                 ranks, check = chosen[layer.number], checks[layer.number]
-                # one that a stopped run has written is not compared yet
-                is_compared = check.is_complete
-                fidelity = (
-                    check.result() if is_compared else check_layer(layer, ranks, check, opened.resources, progress)
-                )
+                if check.is_complete:
+                    fidelity = check.result()
+                else:  # a stopped run has written the layer, and the check has not seen its experts
+                    fidelity = check_layer(layer, ranks, check, opened.resources, progress)
                 verified.append(layer_verification(layer.number, ranks, fidelity))
             return card_table(verified)
 
@@ -91,7 +91,7 @@ def compress(
 
 
 def export(overlay: str, folder: Path, force: bool, progress: Progress) -> MoEOverlayExport:
-    """Rebuild a standard checkpoint from the overlay checkpoint in the folder `overlay`."""
+    """Rebuild a standard checkpoint, into `folder`, from the overlay checkpoint in the folder `overlay`."""
     started, source = time.perf_counter(), Path(overlay).expanduser()
     with name_model(overlay):
         opened = read_overlay(source)

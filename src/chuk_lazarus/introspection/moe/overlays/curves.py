@@ -1,4 +1,4 @@
-"""What rank buys: the energy that each further rank adds, and what it costs in bytes."""
+"""Rate curves: the energy that each further rank adds, and the bytes that it costs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from ..jobs.measure import RoleMeasure
 from ..numerics.low_rank import BYTES_PER_NUMBER, overlay_bytes
 from ..numerics.spectra import mean_rank
 
-_numbers = TypeAdapter(list[float])
+_list_of_floats = TypeAdapter(list[float])
 
 
 def _as_spectrum(value: Any) -> NDArray[np.float64]:
-    return np.array(_numbers.validate_python(value), np.float64)
+    return np.array(_list_of_floats.validate_python(value), np.float64)
 
 
 Spectrum = Annotated[NDArray[np.float64], PlainValidator(_as_spectrum), PlainSerializer(lambda array: array.tolist())]
-"""An array that is kept as a list of numbers, which come back as they were."""
+"""An energy spectrum; in JSON it is a list of numbers, which are read back exactly."""
 
 
 @dataclass(frozen=True, slots=True)
 class RateCurve:
-    """What rank buys in one projection of one layer.
+    """The rate curve of one projection of one layer.
 
-    `spectrum` is the energy that each further rank adds, largest first, over all experts; `cost` the bytes that one
-    rank takes.
+    `spectrum` is the energy that each further rank adds, largest first, summed over all experts; `cost` is the bytes
+    that one rank of all experts takes.
     """
 
     spectrum: Spectrum
@@ -38,9 +38,10 @@ class RateCurve:
 
 @dataclass(frozen=True, slots=True)
 class LayerCurves:
-    """What the choice of ranks needs of a layer, by role; its `sampled` experts stand for all.
+    """The rate curves of one layer by role, with all else that the choice of its ranks needs.
 
-    `natural_ranks` are the mean ranks at the share of energy that was asked for; `energy` is that of all experts.
+    `natural_ranks` are the mean ranks at the share of the deltas' energy that was asked for; `energy` is that of all
+    experts' matrices. Energies are estimated from `sampled` of the `experts`.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -51,16 +52,16 @@ class LayerCurves:
     sampled: int
 
     def bytes_at(self, ranks: Mapping[str, float]) -> int:
+        """Bytes of the layer's overlay at these ranks."""
         return overlay_bytes(self.shapes, ranks, self.experts)
 
     def error_at(self, ranks: Mapping[str, int]) -> float:
-        """The relative Frobenius error of the experts that the spectra promise."""
+        """The relative Frobenius error of the experts at these ranks, by the spectra."""
         return sqrt(max(0.0, energy_left(self.curves, ranks)) / self.energy) if self.energy else 0.0
 
 
 def layer_curves(measures: Mapping[str, RoleMeasure], experts: int, energy: float) -> LayerCurves:
-    """The little of a layer's figures that is kept while other layers are measured; natural ranks are those at this
-    share of the deltas' energy."""
+    """The curves of a layer, from its measures by role; `energy` is the share that its natural ranks keep."""
     return LayerCurves(
         shapes={role: measure.shape for role, measure in measures.items()},
         natural_ranks={role: round(mean_rank(measure.spectra, energy)) for role, measure in measures.items()},
@@ -72,7 +73,7 @@ def layer_curves(measures: Mapping[str, RoleMeasure], experts: int, energy: floa
 
 
 def rate_curves(measures: Mapping[str, RoleMeasure], experts: int) -> dict[str, RateCurve]:
-    """What rank buys in each projection of a layer, its sampled experts standing for all."""
+    """The rate curve of each projection of a layer, scaled from the sampled experts to all `experts`."""
     return {
         role: RateCurve(
             np.sum(measure.spectra, axis=0) * (experts / len(measure.chosen)),

@@ -1,4 +1,4 @@
-"""What an overlay costs in accuracy, on the experts themselves: in their weights, and in what they compute."""
+"""What an overlay costs in accuracy: the errors of the experts' weights, and of their outputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,34 +7,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelUnreadable
-from ..jobs.measure import count_experts, mean_experts, subtract_base
+from ..jobs.measure import count_experts, mean_experts
 from ..jobs.resources import Resources
 from ..numerics.forward import route, run_expert
-from ..numerics.low_rank import Factors, factorise, rebuild, relative_error
+from ..numerics.low_rank import rebuild, relative_error
 from ..progress import Progress
 from ..weights.expert_layer import ExpertLayer
+from .coding import split_delta
 from .quantisation import as_stored, round_to_bits
 
-COMPARED = (8, 4)  # the usual quantisations, beside which an output error is shown
-MATRICES = 10  # of an expert that a thread has at hand while it compares one
+ROUNDING_BITS = (8, 4)  # the usual quantisations; their output errors are shown beside the overlay's
+MATRICES_COMPARED = 10  # matrices that a thread holds while it compares one expert
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the experts are tried on: `x` [n, hidden], and the say [n, experts] that the router gives each, if it is
-    known."""
+    """The inputs `x` [n, hidden] of a fidelity check, and the routing weights [n, experts] that the router gives them.
+
+    The routing weights are None where no router is known.
+    """
 
     x: NDArray[np.float32]
-    shares: NDArray[np.float32] | None
+    routing_weights: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFidelity:
-    """Relative errors of a layer's experts as an overlay: of their weights by role, of their outputs, and of the mixed
-    output.
+    """Relative errors of a layer's experts as an overlay.
 
-    One entry per expert; the mixed output, of all experts as the router weighs them, is None where no router is known.
-    `rounding_errors` are the mean output errors of the same experts plainly quantised, by bits.
+    `weight_errors`, by role, and `output_errors` have one entry per expert. `mixed_error` is that of the layer's
+    output, the experts' outputs summed by their routing weights; it is None where no router is known.
+    `rounding_errors` are the mean output errors of the same experts, plainly quantised, by bits.
     """
 
     weight_errors: dict[str, tuple[float, ...]]
@@ -44,8 +47,11 @@ class LayerFidelity:
 
 
 def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: str, normalise: bool) -> Inputs:
-    """Seeded Gaussian inputs of the scale that the norm before the experts gives them, and how the router shares them
-    out; raises ModelUnreadable where that is not finite."""
+    """`count` Gaussian inputs, random by `seed`, of the scale that the norm before the experts gives them.
+
+    `top_k`, `scoring` and `normalise` are those of the model's router. Raises ModelUnreadable where the routing weights
+    are not finite.
+    """
     x = np.random.default_rng(seed).standard_normal((count, layer.sizes["H"])).astype(np.float32)
     norm = layer.norm()
     if norm is not None and norm.any():
@@ -54,7 +60,7 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
     if router is None:
         return Inputs(x, None)
     with np.errstate(over="ignore", invalid="ignore"):
-        shares = route(
+        routing_weights = route(
             x,
             router.weight,
             router.bias,
@@ -63,18 +69,18 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
             scoring=scoring,
             normalise=normalise,
         )
-    if not np.isfinite(shares).all():
+    if not np.isfinite(routing_weights).all():
         raise ModelUnreadable(
             f"layer {layer.number}: the router holds NaN, infinity or numbers too large for float32",
             "the checkpoint is broken",
         )
-    return Inputs(x, shares)
+    return Inputs(x, routing_weights)
 
 
 class FidelityCheck:
-    """The rebuilt experts of one layer beside the originals: in what they are, and in what they compute.
+    """Compares the rebuilt experts of one layer with the originals, in their weights and in their outputs.
 
-    `compare` may be called from several threads; what it gives is added in the order of the experts.
+    `compare` may be called from several threads; its results are then added in the order of the experts.
     """
 
     def __init__(self, layer: ExpertLayer, inputs: Inputs, activation: str) -> None:
@@ -88,11 +94,14 @@ class FidelityCheck:
     def compare(
         self, expert: int, exact: Mapping[str, NDArray[np.float32]], rebuilt: Mapping[str, NDArray[np.float32]]
     ) -> "ExpertErrors":
-        """Try one expert on the inputs; raises ModelUnreadable where its outputs are not finite."""
+        """The errors of one expert, from its original and rebuilt matrices [out, in] by role.
+
+        Raises ModelUnreadable where its outputs are not finite.
+        """
         x, biases = self._inputs.x, self.layer.biases(expert)
         with np.errstate(over="ignore", invalid="ignore"):
-            wanted, got = (run_expert(x, matrices, biases, self._activation) for matrices in (exact, rebuilt))
-        if not (np.isfinite(wanted).all() and np.isfinite(got).all()):
+            exact_output, output = (run_expert(x, matrices, biases, self._activation) for matrices in (exact, rebuilt))
+        if not (np.isfinite(exact_output).all() and np.isfinite(output).all()):
             raise ModelUnreadable(
                 f"layer {self.layer.number}, expert {expert}: its outputs are too large for float32",
                 "it can't be verified",
@@ -102,18 +111,18 @@ class FidelityCheck:
             rounded = {role: round_to_bits(matrix, bits) for role, matrix in exact.items()}
             return run_expert(x, rounded, biases, self._activation)
 
-        rounding = {bits: relative_error(run_rounded(bits), wanted) for bits in COMPARED}
+        rounding = {bits: relative_error(run_rounded(bits), exact_output) for bits in ROUNDING_BITS}
         weights = {role: relative_error(rebuilt[role], matrix) for role, matrix in exact.items()}
-        return ExpertErrors(weights, rounding, wanted, got)
+        return ExpertErrors(weights, rounding, exact_output, output)
 
-    def add(self, found: "ExpertErrors") -> None:
-        """Take the next expert's comparison."""
-        shares, expert = self._inputs.shares, len(self._output_errors)
-        self._weight_errors.append(found.weights)
-        self._output_errors.append(relative_error(found.got, found.wanted))
-        self._rounding_errors.append(found.rounding)
-        if shares is not None:
-            self._mixed += shares[:, expert, None] * np.stack([found.wanted, found.got])
+    def add(self, errors: "ExpertErrors") -> None:
+        """Take the errors of the next expert."""
+        routing_weights, expert = self._inputs.routing_weights, len(self._output_errors)
+        self._weight_errors.append(errors.weights)
+        self._output_errors.append(relative_error(errors.output, errors.exact_output))
+        self._rounding_errors.append(errors.rounding)
+        if routing_weights is not None:
+            self._mixed += routing_weights[:, expert, None] * np.stack([errors.exact_output, errors.output])
 
     @property
     def is_complete(self) -> bool:
@@ -121,30 +130,35 @@ class FidelityCheck:
         return len(self._output_errors) == self.layer.count
 
     def result(self) -> LayerFidelity:
-        """The errors of all experts that were added."""
+        """The errors of all experts that have been added."""
         return LayerFidelity(
             {role: tuple(errors[role] for errors in self._weight_errors) for role in self.layer.roles},
             tuple(self._output_errors),
-            None if self._inputs.shares is None else relative_error(self._mixed[1], self._mixed[0]),
-            {bits: float(np.mean([errors[bits] for errors in self._rounding_errors])) for bits in COMPARED},
+            None if self._inputs.routing_weights is None else relative_error(self._mixed[1], self._mixed[0]),
+            {bits: float(np.mean([errors[bits] for errors in self._rounding_errors])) for bits in ROUNDING_BITS},
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertErrors:
-    """One expert: relative weight errors by role, output errors of plain quantisation by bits, and the outputs, wanted
-    and got."""
+    """One expert's relative errors: of its weights by role, and of its outputs when it is plainly quantised, by bits.
+
+    `exact_output` and `output` [n, hidden] are the outputs of the original and of the rebuilt expert.
+    """
 
     weights: dict[str, float]
     rounding: dict[int, float]
-    wanted: NDArray[np.float32]
-    got: NDArray[np.float32]
+    exact_output: NDArray[np.float32]
+    output: NDArray[np.float32]
 
 
 def check_layer(
     layer: ExpertLayer, ranks: Mapping[str, int], check: FidelityCheck, resources: Resources, progress: Progress
 ) -> LayerFidelity:
-    """Rebuild every expert from base and factors as a file would hold them, and compare with the original."""
+    """Rebuild every expert from base and factors as a file would hold them, and compare it with the original.
+
+    `ranks` are by role. Raises ModelUnreadable where a weight or an output is not finite.
+    """
     layer.prefetch(progress)
     bases: dict[str, NDArray[np.float32]] = {}
     done = count_experts(progress, f"verifying layer {layer.number}", layer, layer.count)
@@ -156,20 +170,13 @@ def check_layer(
             rebuilt[role] = rebuild(
                 bases[role], split_delta(layer.number, role, matrix.copy(), bases[role], ranks[role])
             )
-        comparison = check.compare(expert, exact, rebuilt)
+        errors = check.compare(expert, exact, rebuilt)
         done.add(layer.parameters // layer.count)
-        return comparison
+        return errors
 
-    with resources.worker_threads(layer, matrices=MATRICES) as pool:
+    with resources.worker_threads(layer, matrices=MATRICES_COMPARED) as pool:
         for tensor in layer.tensors:
             bases |= {role: as_stored(mean) for role, mean in mean_experts(tensor, pool).items()}
-        for comparison in pool.map(compare, range(layer.count)):
-            check.add(comparison)
+        for errors in pool.map(compare, range(layer.count)):
+            check.add(errors)
     return check.result()
-
-
-def split_delta(layer: int, role: str, matrix: NDArray[np.float32], base: NDArray[np.float32], rank: int) -> Factors:
-    """The factors of `matrix - base` as a file holds them; overwrites the matrix."""
-    subtract_base(layer, role, matrix, base)
-    factors = factorise(matrix, rank)
-    return Factors(as_stored(factors.left), as_stored(factors.right))

@@ -1,4 +1,4 @@
-"""The results of one layer, as reports have them."""
+"""The results of one layer, in the form that reports have."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -8,13 +8,13 @@ import numpy as np
 from ..numerics.low_rank import original_bytes, overlay_bytes
 from ..reports import ErrorSpread, LayerEstimate, LayerOverlay, LayerVerification
 from ..weights.expert_layer import ExpertLayer
-from .allocation import Ranks
+from .checkpoint.format import Ranks
 from .curves import LayerCurves
 from .fidelity import LayerFidelity
 
 
 def total_bytes(layers: Sequence[LayerOverlay] | Sequence[LayerEstimate]) -> tuple[int, int, int]:
-    """Bytes at two a weight, as stored and as overlay, over the layers."""
+    """Bytes of the experts of all these layers: at two bytes a weight, as stored, and as an overlay."""
     return (
         sum(layer.original_bytes for layer in layers),
         sum(layer.stored_bytes for layer in layers),
@@ -23,7 +23,7 @@ def total_bytes(layers: Sequence[LayerOverlay] | Sequence[LayerEstimate]) -> tup
 
 
 def layer_overlay(layer: ExpertLayer, curves: LayerCurves, ranks: Ranks) -> LayerOverlay:
-    """What these ranks keep of a layer, and what they take."""
+    """The energy that these ranks keep of a layer's deltas, the error that follows, and the bytes that they take."""
     totals = {role: float(curve.spectrum.sum()) for role, curve in curves.curves.items()}
     kept = {role: float(curve.spectrum[: ranks[role]].sum()) for role, curve in curves.curves.items()}
     original, overlay = original_bytes(curves.shapes, layer.count), curves.bytes_at(ranks)
@@ -41,7 +41,7 @@ def layer_overlay(layer: ExpertLayer, curves: LayerCurves, ranks: Ranks) -> Laye
 
 
 def layer_verification(number: int, ranks: Ranks, fidelity: LayerFidelity) -> LayerVerification:
-    """The errors of a layer's experts, as means and maxima."""
+    """The errors of a layer's experts, each as mean and maximum."""
 
     def spread(errors: Sequence[float]) -> ErrorSpread:
         return ErrorSpread(mean=float(np.mean(errors)), max=max(errors))
@@ -60,22 +60,25 @@ def layer_verification(number: int, ranks: Ranks, fidelity: LayerFidelity) -> La
 def layer_estimate(
     layer: ExpertLayer, measured: Mapping[int, LayerCurves], chosen: Mapping[int, Ranks]
 ) -> LayerEstimate:
-    """A measured layer as it is; of another, ranks and squared error on the line between its measured neighbours."""
+    """The estimate of one layer, measured or not.
+
+    For a layer that was not measured, ranks and squared error are interpolated linearly between the measured layers.
+    """
     numbers = sorted(measured)
     shapes = {role: layer.shape(role) for role in layer.roles}
 
-    def between(values: Sequence[float]) -> float:
+    def interpolate(values: Sequence[float]) -> float:
         return float(np.interp(layer.number, numbers, values))
 
     ranks = {
-        role: min(min(shape), round(between([chosen[number][role] for number in numbers])))
+        role: min(min(shape), round(interpolate([chosen[number][role] for number in numbers])))
         for role, shape in shapes.items()
     }
     return LayerEstimate(
         layer=layer.number,
         measured=layer.number in measured,
         ranks=ranks,
-        weight_error=sqrt(between([measured[number].error_at(chosen[number]) ** 2 for number in numbers])),
+        weight_error=sqrt(interpolate([measured[number].error_at(chosen[number]) ** 2 for number in numbers])),
         original_bytes=original_bytes(shapes, layer.count),
         stored_bytes=layer.stored_bytes,
         overlay_bytes=overlay_bytes(shapes, ranks, layer.count),

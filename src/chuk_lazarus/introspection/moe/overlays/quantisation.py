@@ -1,4 +1,4 @@
-"""Numbers as files hold them: bfloat16, and plain affine quantisation."""
+"""What storage does to numbers: rounding to bfloat16, and plain affine quantisation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,15 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def as_stored(array: NDArray[Any]) -> NDArray[np.float32]:
-    """The numbers as a bfloat16 file would give them back."""
+    """The array after a round trip through a bfloat16 file."""
     return array.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def round_to_bits(matrix: NDArray[np.float32], bits: int, group: int = 64) -> NDArray[np.float32]:
-    """The matrix after plain affine quantisation: `bits` per weight, a scale and a least value per group of a row.
+    """The matrix [rows, columns] after plain affine quantisation to `bits` per weight.
 
-    Scale and least value are rounded to bfloat16, as they are stored. A last, shorter group is a group too.
+    Each `group` weights of a row have a scale and a least value, which are rounded to bfloat16. The last group of a row
+    may be shorter.
     """
     result = np.empty_like(matrix)
     for start in range(0, matrix.shape[1], group):
@@ -33,6 +34,6 @@ def round_to_bits(matrix: NDArray[np.float32], bits: int, group: int = 64) -> ND
 
 
 def quantised_bytes(shape: Sequence[int], bits: int, group: int = 64) -> int:
-    """Bytes of a matrix at `bits` per weight, with two numbers of two bytes per group of a row."""
+    """Bytes of a matrix that is quantised as `round_to_bits` does, with two bytes each for scale and least value."""
     rows, columns = shape
     return rows * (-(-columns * bits // 8) + 2 * BYTES_PER_NUMBER * -(-columns // group))

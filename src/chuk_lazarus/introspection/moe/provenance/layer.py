@@ -89,26 +89,29 @@ def _lineage(
 ) -> tuple[Lineage, Evidence]:
     any_measure = next(iter(measures.values()))
     chosen, positions = any_measure.chosen, any_measure.positions.reshape(-1)
-    own = np.repeat(np.arange(len(chosen)), any_measure.positions.shape[1])
+    owner = np.repeat(np.arange(len(chosen)), any_measure.positions.shape[1])
     nearest = {role: measure.nearest for role, measure in measures.items() if measure.nearest}
-    evidence = match_evidence(nearest, own, positions, layer.sizes["I"])
-    others = np.arange(len(chosen)) != own[:, None]
+    evidence = match_evidence(nearest, owner, positions, layer.sizes["I"])
+    others = np.arange(len(chosen)) != owner[:, None]
     above = unrelated = None
     if has_neighbour:
         unrelated = {role: float(measure.elsewhere[0].cosine.max()) for role, measure in measures.items()}
-        best = {role: np.where(others, found.cosine, -1.0).max(axis=1) for role, found in nearest.items()}
+        best = {role: np.where(others, matches.cosine, -1.0).max(axis=1) for role, matches in nearest.items()}
         above = {role: float((best[role] > unrelated[role]).mean()) for role in nearest}
     match = None
     if parent:
-        found = parent_evidence({r: m.elsewhere[-1] for r, m in measures.items()}, own, positions, parent.sizes["I"])
+        elsewhere = {role: measure.elsewhere[-1] for role, measure in measures.items()}
+        of_parent = parent_evidence(elsewhere, owner, positions, parent.sizes["I"])
         match = ParentMatch(
-            kept=found.kept,
-            chance=found.chance,
-            p_value=found.p_value,
-            in_place=found.in_place,
-            cosine=found.cosine,
-            shares={expert: float(share) for expert, share in zip(chosen, found.shares, strict=True)},
-            ranges={expert: (int(low), int(high)) for expert, (low, high) in zip(chosen, found.ranges, strict=True)},
+            kept=of_parent.kept,
+            chance=of_parent.chance,
+            p_value=of_parent.p_value,
+            in_place=of_parent.in_place,
+            cosine=of_parent.cosine,
+            shares={expert: float(share) for expert, share in zip(chosen, of_parent.shares, strict=True)},
+            ranges={
+                expert: (int(low), int(high)) for expert, (low, high) in zip(chosen, of_parent.ranges, strict=True)
+            },
         )
     lineage = Lineage(
         neurons=evidence.queries,

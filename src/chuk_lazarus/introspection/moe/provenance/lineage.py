@@ -17,7 +17,7 @@ from scipy.special import bdtrc, ndtr
 from ..numerics.neurons import Array, Nearest
 
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
-FEW = 0.02  # close neurons: fewer say nothing of the kind
+FEW = 0.02  # the share of close neurons from which on they tell the kind of upcycling
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
 
 
@@ -28,7 +28,7 @@ class Evidence:
     `kept` is the share of neurons that all roles find again, as one and the same neuron, in some other expert (a neuron
     of zeros is found nowhere), and `close` that for which the mean cosine over the roles is then at least CLOSE;
     `chance` the share to be expected if the roles' matches had nothing to do with each other, given how often each
-    neuron is found at all (so that neurons near to everything prove nothing), and `p_value` the probability of so many
+    neuron is found at all (so that neurons near to everything prove nothing), and `p_value` the probability of as many
     or more by that chance. `spread` is in how large a share of the other experts a kept neuron is found, `in_place` how
     many of these matches have the neuron's own position. `pairs` [experts, experts] is the share of one expert's
     neurons that are found in the other.
@@ -55,36 +55,36 @@ class Evidence:
 
 
 def match_evidence(
-    roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArray[np.intp], neurons: int
+    roles: Mapping[str, Nearest], owner: NDArray[np.intp], positions: NDArray[np.intp], neurons: int
 ) -> Evidence:
     """The evidence of all roles' matches.
 
-    `own` [queries] is the query's own expert, whose matches are left out, `positions` [queries] its place there, and
-    `neurons` how many an expert has.
+    `owner` [queries] is the expert that a query is from, whose matches are left out, `positions` [queries] its place
+    there, and `neurons` how many an expert has.
     """
-    found = np.stack([nearest.neuron for nearest in roles.values()])  # [roles, queries, experts]
-    queries, experts = found.shape[1:]
-    others = np.arange(experts) != own[:, None]
+    neurons_found = np.stack([nearest.neuron for nearest in roles.values()])  # [roles, queries, experts]
+    queries, experts = neurons_found.shape[1:]
+    others = np.arange(experts) != owner[:, None]
     near = np.all([nearest.cosine > 0 for nearest in roles.values()], axis=0)  # zeros are near to nothing
-    same = (found == found[0]).all(axis=0) & near & others
+    same = (neurons_found == neurons_found[0]).all(axis=0) & near & others
     kept = same.any(axis=1)
     close = same & (np.mean([nearest.cosine for nearest in roles.values()], axis=0) >= CLOSE)
     chances = np.zeros((experts, experts))
-    for one in range(experts):
-        mine = own == one
+    for expert in range(experts):
+        mine = owner == expert
         for other in range(experts):
-            if other != one:
-                chances[one, other] = _chance(found[:, mine, other], near[mine, other], neurons)
+            if other != expert:
+                chances[expert, other] = _chance(neurons_found[:, mine, other], near[mine, other], neurons)
     # an expert of zeros has no matches by chance either; where no expert has any, nothing is proved
     chance = float(np.mean(1.0 - np.prod(1.0 - chances, axis=1))) if (near & others).any() else 1.0
-    pairs = np.stack([same[own == one].mean(axis=0) for one in range(experts)])
+    pairs = np.stack([same[owner == expert].mean(axis=0) for expert in range(experts)])
 
     def over_roles(figure: str) -> Array:
         return np.where(others, np.mean([getattr(nearest, figure) for nearest in roles.values()], axis=0), 0.0)
 
-    # Shuffled, a position's cosine is one drawn from the query's with all neurons. The mean of the roles' deviations is
-    # at least the deviation of their mean, and a pair of neurons may be seen from both sides, which doubles the
-    # variance: the p-value errs upwards.
+    # If neurons were shuffled, a position's cosine would be a random one of the query's cosines with all neurons. The
+    # mean of the roles' deviations is at least the deviation of their mean, and a pair of neurons may be seen from both
+    # sides, which doubles the variance: the p-value errs upwards.
     in_place, permuted, deviation = over_roles("in_place"), over_roles("mean"), over_roles("deviation")
     excess = float((in_place - permuted).sum(dtype=np.float64))
     scatter = float(np.sqrt(2 * np.square(deviation, dtype=np.float64).sum()))
@@ -95,7 +95,7 @@ def match_evidence(
         chance,
         float(bdtrc(kept.sum() - 1, queries, min(1.0, chance))),
         float(same[kept].sum(axis=1).mean() / (experts - 1)) if kept.any() else 0.0,
-        float((same & (found[0] == positions[:, None])).sum() / same.sum()) if same.any() else 0.0,
+        float((same & (neurons_found[0] == positions[:, None])).sum() / same.sum()) if same.any() else 0.0,
         pairs,
         float(in_place[others].mean()),
         float(permuted[others].mean()),
@@ -152,32 +152,32 @@ class ParentEvidence:
 
 
 def parent_evidence(
-    roles: Mapping[str, Nearest], own: NDArray[np.intp], positions: NDArray[np.intp], neurons: int
+    roles: Mapping[str, Nearest], owner: NDArray[np.intp], positions: NDArray[np.intp], neurons: int
 ) -> ParentEvidence:
-    """The evidence of all roles' matches with one dense feed-forward that has so many neurons."""
-    found = np.stack([nearest.neuron[:, 0] for nearest in roles.values()])
+    """The evidence of all roles' matches with one dense feed-forward that has `neurons` neurons."""
+    neurons_found = np.stack([nearest.neuron[:, 0] for nearest in roles.values()])
     cosines = np.stack([nearest.cosine[:, 0] for nearest in roles.values()])
     near = np.all([nearest.cosine[:, 0] > 0 for nearest in roles.values()], axis=0)
-    same = (found == found[0]).all(axis=0) & near
-    chance = _chance(found, near, neurons) if near.any() else 1.0
-    experts = range(int(own.max()) + 1)
-    mine = [found[0][same & (own == expert)] for expert in experts]
+    same = (neurons_found == neurons_found[0]).all(axis=0) & near
+    chance = _chance(neurons_found, near, neurons) if near.any() else 1.0
+    experts = range(int(owner.max()) + 1)
+    places_by_expert = [neurons_found[0][same & (owner == expert)] for expert in experts]
     return ParentEvidence(
         same.size,
         float(same.mean()),
         chance,
         float(bdtrc(same.sum() - 1, same.size, min(1.0, chance))),
-        float((found[0] == positions)[same].mean()) if same.any() else 0.0,
+        float((neurons_found[0] == positions)[same].mean()) if same.any() else 0.0,
         float(cosines[:, same].mean()) if same.any() else 0.0,
-        np.array([same[own == expert].mean() for expert in experts]),
-        np.array([[one.min(), one.max()] if one.size else [-1, -1] for one in mine]),
+        np.array([same[owner == expert].mean() for expert in experts]),
+        np.array([[places.min(), places.max()] if places.size else [-1, -1] for places in places_by_expert]),
     )
 
 
-def _chance(found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> float:
-    """The probability that roles [roles, queries] which know nothing of each other find the same one of so many
-    neurons, by how often each finds it; 0 where nothing is near."""
+def _chance(neurons_found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> float:
+    """The probability that independent roles find the same one of `neurons` neurons, by how often each role finds each;
+    0 where nothing is near. `neurons_found` is [roles, queries], `near` [queries]."""
     if not near.any():
         return 0.0
-    shares = [np.bincount(role[near], minlength=neurons) / near.sum() for role in found]
+    shares = [np.bincount(role[near], minlength=neurons) / near.sum() for role in neurons_found]
     return float(np.prod(shares, axis=0).sum())

@@ -27,11 +27,11 @@ def open_parent(parent: str, layers: Sequence[ExpertLayer]) -> Experts:
 def _has_dense(parent: str, layers: Sequence[ExpertLayer]) -> bool:
     """Whether the parent has dense feed-forwards where they are wanted, or at least no shared experts there."""
     wanted = {layer.number for layer in layers}
-    found = {}
+    has_layers = {}
     kinds: tuple[Kind, Kind] = ("dense", "shared")
     for kind in kinds:
         try:
-            found[kind] = wanted <= set(Experts.open(parent, kind).layers)
+            has_layers[kind] = wanted <= set(Experts.open(parent, kind).layers)
         except UnknownFormat:
-            found[kind] = False
-    return found["dense"] or not found["shared"]
+            has_layers[kind] = False
+    return has_layers["dense"] or not has_layers["shared"]

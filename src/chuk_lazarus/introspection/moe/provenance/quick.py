@@ -96,7 +96,7 @@ def _analyze_layer(
 ) -> QuickLayer:
     """One of `layers` layers, which share the budget."""
     roles, tensors = roles_to_read(layer)
-    of_a_neuron = bytes_per_neuron(layer)
+    neuron_bytes = bytes_per_neuron(layer)
     turned = [tensor.rows for tensor in tensors if not tensor.has_neurons_as_rows]
     wanted = EXPERTS
     while True:
@@ -104,7 +104,7 @@ def _analyze_layer(
         in_memory = 4 * len(chosen) * len(roles) * layer.sizes["H"]
         count = min(
             layer.sizes["I"],
-            int(budget / layers / len(chosen) / of_a_neuron),
+            int(budget / layers / len(chosen) / neuron_bytes),
             resources.matrix_memory // (COPIES * in_memory),
         )
         # of columns some inputs are read: of fewer experts, where that makes them enough
@@ -113,9 +113,9 @@ def _analyze_layer(
             break
         wanted = len(chosen) // 2
     if count < min(LEAST, layer.sizes["I"]):
-        least = ceil(LEAST * len(chosen) * of_a_neuron * layers / 1e6)
+        least = ceil(LEAST * len(chosen) * neuron_bytes * layers / 1e6)
         raise InvalidRequest(f"the budget is too small for {len(chosen)} experts", f"allow {least} MB, or more")
-    layer.prefetch(progress, [one for tensor in tensors for one in part_ranges(tensor, chosen, count)])
+    layer.prefetch(progress, [byte_range for tensor in tensors for byte_range in part_ranges(tensor, chosen, count)])
     with resources.worker_threads() as pool:
         parts = list(pool.map(lambda expert: read_part(tensors, roles, expert, count), chosen))
         for expert, part in zip(chosen, parts, strict=True):
@@ -126,13 +126,13 @@ def _analyze_layer(
         numbers = sum(matrix.size for matrix in parts[0].values())
         count = min(len(matrix) for matrix in parts[0].values())
         positions = draw_neurons(len(chosen), count, QUERIES)
-        owner, places = np.repeat(np.arange(len(chosen)), positions.shape[1]), positions.reshape(-1)
+        owner, all_places = np.repeat(np.arange(len(chosen)), positions.shape[1]), positions.reshape(-1)
         nearest = {}
         for role in roles:
             neurons = [part[role][:count] for part in parts]
-            queries = np.concatenate([own[wanted] for own, wanted in zip(neurons, positions, strict=True)])
-            nearest[role] = join(list(pool.map(partial(find_nearest, queries, places), neurons)))
-    evidence = match_evidence(nearest, owner, places, count)
+            queries = np.concatenate([part[places] for part, places in zip(neurons, positions, strict=True)])
+            nearest[role] = join(list(pool.map(partial(find_nearest, queries, all_places), neurons)))
+    evidence = match_evidence(nearest, owner, all_places, count)
     return QuickLayer(
         layer=layer.number,
         experts=chosen,
@@ -149,7 +149,7 @@ def _analyze_layer(
 
 
 def _name_kind(evidence: Evidence) -> str | None:
-    """What such matches look like; a part does not tell copies from slices."""
+    """The kind of upcycling in words; a part can't tell copies from slices."""
     if not evidence.close:
         return None
     return "copies or slices" if evidence.in_place > 0.5 else "shuffled copies or slices"

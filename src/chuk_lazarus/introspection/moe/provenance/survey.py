@@ -40,7 +40,7 @@ from .survey_rows import append_row, open_rows, read_rows
 
 # -P: a file in the current folder, which may be a stranger's, must not be imported in a library's place
 WORKER = (sys.executable, "-P", "-c", f"from {__name__} import work; work()")
-PROGRESS_PAUSE = 0.1  # seconds between two words of a process on the same work
+PROGRESS_PAUSE = 0.1  # seconds between two reports of a process on the same work
 
 Finished = Callable[[SurveyRow], None]
 
@@ -129,8 +129,8 @@ def _analyze_in_processes(entries: Sequence[Entry], jobs: int, progress: Progres
                     case [what, done, total] if progress:
                         shown[what] = total
                         progress(f"{label}: {what}", done, total)
-                    case found:
-                        row = SurveyRow.model_validate(found)
+                    case fields:
+                        row = SurveyRow.model_validate(fields)
         running.discard(process)
         for what, total in shown.items():
             if progress:
@@ -165,12 +165,11 @@ def _analyze_on_cluster(
         if progress:
             progress(f"{place + 1}/{len(entries)} {entries[place].shown.model}: {what}", done, total)
 
-    for place, found in cluster.run(tasks, watch if progress else None):
+    for place, outcome in cluster.run(tasks, watch if progress else None):
         entry = entries[place]
-        if isinstance(found, MoEError):
-            found = _failed(entry.shown, found)
-        answer = found.answer and found.answer.model_copy(update={"model": entry.shown.model})
-        finish(found.model_copy(update={"request": entry.shown, "stated": entry.stated, "answer": answer}))
+        row = _failed(entry.shown, outcome) if isinstance(outcome, MoEError) else outcome
+        answer = row.answer and row.answer.model_copy(update={"model": entry.shown.model})
+        finish(row.model_copy(update={"request": entry.shown, "stated": entry.stated, "answer": answer}))
 
 
 def analyze_on_worker(request: SurveyRequest, progress: Progress) -> SurveyRow:
@@ -179,15 +178,15 @@ def analyze_on_worker(request: SurveyRequest, progress: Progress) -> SurveyRow:
 
 
 def _failed(request: SurveyRequest, error: MoEError) -> SurveyRow:
-    said = SurveyError(code=error.exit_code, message=error.message, hint=error.hint)
-    return SurveyRow(request=request, stated=None, answer=None, error=said)
+    reason = SurveyError(code=error.exit_code, message=error.message, hint=error.hint)
+    return SurveyRow(request=request, stated=None, answer=None, error=reason)
 
 
 def _fallen(request: SurveyRequest, code: int) -> SurveyRow:
     """The row of a model whose process has ended without one."""
     how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
-    said = f"{request.model}: its process {how}"
-    error = SurveyError(code=128 - code if code < 0 else code, message=said, hint="")
+    message = f"{request.model}: its process {how}"
+    error = SurveyError(code=128 - code if code < 0 else code, message=message, hint="")
     return SurveyRow(request=request, stated=None, answer=None, error=error)
 
 
@@ -217,13 +216,13 @@ def work() -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait until stdin is closed, as it is when the parent has ended in whatever way."""
+    """Wait until stdin is closed, as it is as soon as the parent has ended."""
     os.read(0, 1)
     os._exit(1)
 
 
 def _analyze(entry: Entry, progress: Progress | None) -> SurveyRow:
-    """A model's row, whatever happens."""
+    """A model's row, with its answer or with the error."""
     request, answer, error = entry.request, None, None
     try:
         if request.budget is None:
@@ -243,8 +242,8 @@ def _analyze(entry: Entry, progress: Progress | None) -> SurveyRow:
     except MoEError as known:
         return _failed(entry.shown, known)
     except Exception as unknown:
-        said = printable(f"{entry.shown.model}: {type(unknown).__name__}: {unknown}")
-        error = SurveyError(code=1, message=said, hint="please report it")
+        message = printable(f"{entry.shown.model}: {type(unknown).__name__}: {unknown}")
+        error = SurveyError(code=1, message=message, hint="please report it")
     return SurveyRow(request=entry.shown, stated=None, answer=answer, error=error)
 
 

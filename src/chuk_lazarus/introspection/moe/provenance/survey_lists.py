@@ -16,7 +16,7 @@ from ..weights.experts import parse_layers
 LISTS = (".txt", ".toml")
 OPTIONS = ("parent", "layers", "experts")
 BITS = {"f32": 32, "bf16": 16, "f16": 16, "fp8": 8 + 32 / 128**2, "mxfp4": 4 + 8 / 32}  # of a weight and its scale
-MAX_WORDS = 4096  # characters of a name or of a list of layers; the request is an argument of a process
+MAX_WORDS = 4096  # characters of a name or a list of layers: the request is passed as an argument to a process
 MAX_SIZE = 2**40  # of anything in the shape of a model
 
 
@@ -49,7 +49,7 @@ def read_entries(
 ) -> tuple[Entry, ...]:
     """All models that are given or listed, each request once; raises InvalidRequest."""
     usual = {"layers": layers, "experts": "all" if experts is None else experts}
-    found: dict[SurveyRequest, Entry] = {}
+    by_request: dict[SurveyRequest, Entry] = {}
     for model in [models] if isinstance(models, str) else models:
         if isinstance(model, SurveyRequest):
             count = "all" if model.experts is None else model.experts
@@ -62,10 +62,10 @@ def read_entries(
             if budget is not None:
                 quick = SurveyRequest(model=entry.request.model, layers=entry.request.layers, budget=budget)
                 entry = replace(entry, request=quick)
-            found.setdefault(entry.request, entry)
-    if not found:
+            by_request.setdefault(entry.request, entry)
+    if not by_request:
         raise InvalidRequest("no model is given or listed", "give a model, or a list with a model a line")
-    return tuple(found.values())
+    return tuple(by_request.values())
 
 
 def _read_list(path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InvalidRequest
 from ..reports import SurveyRequest, SurveyRow
 
-MAX_NUMBER = 2**63  # in a row
+MAX_NUMBER = 2**63  # no number in a row is larger
 LINE_START = b'{"schema": "moe-type-survey-row/1"'
 
 

@@ -1,4 +1,4 @@
-"""The results as data: what `--json` prints and what the services return. How they look is for `views` to say."""
+"""The results as data: what `--json` prints and what the services return. `views` defines how they look."""
 
 from .layout import LayerLayout, MoELayout, SharedExperts
 from .overlays import (

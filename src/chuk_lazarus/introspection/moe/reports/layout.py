@@ -1,13 +1,10 @@
 """What is in a checkpoint."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from .report import Cost, Identity, Report
-
-if TYPE_CHECKING:
-    pass
 
 
 class LayerLayout(Report):

@@ -1,13 +1,10 @@
 """What can be saved: overlays computed, verified, estimated, written and run."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from .report import Cost, Identity, Report
-
-if TYPE_CHECKING:
-    pass
 
 TokensFrom = Literal["tokenizer", "bytes"]
 

@@ -68,8 +68,8 @@ class SurveyRow(Report):
     def describe(self) -> str:
         """For instance "demo:native: NATIVE (87%), read 401.6 kB, of which 0 B over the network, in 0.1 s"."""
         if self.answer:
-            found = f"{self.answer.type} ({self.answer.confidence:.0%}), {self.answer.cost.describe()}"
-            return f"{self.request.model}: {found}"
+            verdict = f"{self.answer.type} ({self.answer.confidence:.0%})"
+            return f"{self.request.model}: {verdict}, {self.answer.cost.describe()}"
         return self.error.message if self.error else ""
 
 

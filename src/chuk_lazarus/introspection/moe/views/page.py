@@ -1,28 +1,28 @@
 """An analysis or a comparison as HTML: a page that can be sent, and the part of it that a notebook shows."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import accumulate
 from shlex import quote
-from statistics import mean, pstdev
 from typing import TYPE_CHECKING, NamedTuple
 
 from chuk_lazarus import __version__
 
 from ..errors import printable
 from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
-from ..text import format_bytes, format_ranges, percent, whole_percent
+from ..text import format_bytes, format_ranges, percent
+from . import facts
 from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_similarity, to_svg
-from .words import explain, explain_parent, explain_rule, format_compressible, format_cosine, format_rank
+from .words import describe_family, explain, explain_parent, explain_rule, format_ratio
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from matplotlib.figure import Figure
 
 COMMAND = "lazarus introspect moe-expert"
-NEXT_LAYERS = 4  # of how many layers the page proposes an analysis
+NEXT_LAYERS = 4  # the number of layers that the page proposes to analyse next
 
 VERDICTS = {
     "UPCYCLED": "It was upcycled: its experts grew out of the same neurons.",
@@ -83,14 +83,6 @@ MEANINGS = (
 )
 
 
-class Table(NamedTuple):
-    """A table of numbers; the first cell of each row names it."""
-
-    caption: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
 class Picture(NamedTuple):
     """A figure as inline SVG, and its main numbers in words."""
 
@@ -124,12 +116,16 @@ def _render(report: MoETypeAnalysis | MoETypeComparison, command: str | None, wh
         command=command,
         verdicts=[(model, VERDICTS[model.type], explain(model), _facts(model)) for model in models],
         headline=_headline(models[0]) if len(models) == 1 else [],
-        evidence=_evidence(models),
+        evidence=facts.compare(models),
         pictures=_pictures(report),
-        tables=[(_layer_table(model), _rank_table(model)) for model in models],
-        expert_tables=[(f"{x.model}, layer {layer.layer}", _expert_table(layer)) for x in models for layer in x.layers],
+        tables=[table for model in models for table in (facts.list_layers(model), facts.list_ranks(model))],
+        expert_tables=[
+            (f"{model.model}, layer {layer.layer}", facts.list_expert_ranks(layer))
+            for model in models
+            for layer in model.layers
+        ],
         steps=[step for model in models for step in _next_steps(model)],
-        meanings=[one for one in MEANINGS if one[0] != "Parent" or any(model.parent for model in models)],
+        meanings=[(term, text) for term, text in MEANINGS if term != "Parent" or any(model.parent for model in models)],
         data=report.model_dump(mode="json"),
         version=__version__,
     )
@@ -140,17 +136,18 @@ def _template() -> "Template":
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # with the keys in the contract's order
+    environment.policies["json.dumps_kwargs"] = {
+        "ensure_ascii": False
+    }  # which also keeps the keys in the report's order
     return environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
 
 
 def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
-    lineage = model.layers[0].lineage
-    kind = f"{model.model_type or 'unknown type'}, {model.experts} experts, {model.storage}"
+    lineage, layers = model.layers[0].lineage, format_ranges([layer.layer for layer in model.layers])
     return [
         *([("Revision", model.revision)] if model.revision else []),
-        ("Family", f"{model.family} ({kind})"),
-        ("Layers", f"{format_ranges([x.layer for x in model.layers])}, of {len(model.moe_layers)} with experts"),
+        ("Family", describe_family(model)),
+        ("Layers", f"{layers}, of {len(model.moe_layers)} with experts"),
         ("Sampled", f"{lineage.neurons:,} neurons of {len(lineage.experts)} experts in each layer"),
         *([("Parent", explain_parent(model))] if model.parent else []),
         ("By rank", explain_rule(model)),
@@ -158,197 +155,105 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
     ]
 
 
-def _over_roles(layer: LayerAnalysis, figure: str) -> float:
-    return mean(float(getattr(projection, figure)) for projection in layer.projections.values())
-
-
-def _over_layers(model: MoETypeAnalysis, figure: Callable[[LayerAnalysis], float]) -> float:
-    return mean(figure(layer) for layer in model.layers)
-
-
-def _format_mean_rank(model: MoETypeAnalysis, role: str) -> str:
-    found = [layer.projections[role] for layer in model.layers if role in layer.projections]
-    if len(found) < 2:
-        return format_rank(found[0]) if found else "none"
-    return f"{percent(mean(one.rank_ratio for one in found))} of {found[0].max_rank}"
-
-
 def _headline(model: MoETypeAnalysis) -> list[tuple[str, str, str]]:
-    """The figures that matter most: name, value, and what to hold it against."""
+    """The figures that matter most: name, value, and what to compare it with."""
     role = model.rank_projection
-    kept, close, chance = (percent(model.mean_over_layers(figure)) for figure in ("kept", "close", "chance"))
-    noise = percent(_over_layers(model, lambda layer: layer.projections[role].noise_rank_ratio))
+    noise_ratio = facts.of_projection(role, facts.NOISE_RATIO)
+    figures = (facts.KEPT, facts.CLOSE, facts.CHANCE, noise_ratio, facts.COSINE_SPREAD)
+    kept, close, chance, noise, spread = (facts.mean_over_layers(model, figure) for figure in figures)
     pays = "compressible" if model.compressible else "not compressible"
     return [
-        ("Neurons found again", kept, f"{chance} by chance; {close} closely"),
-        ("Cosine (down)", f"{model.cosine:.3f}", f"± {_over_layers(model, lambda x: x.cosine.std):.3f} over the pairs"),
-        (f"{role.capitalize()} rank", percent(model.rank_ratio), f"of the greatest possible; {noise} of noise"),
+        ("Neurons found again", percent(kept), f"{percent(chance)} by chance; {percent(close)} closely"),
+        ("Cosine (down)", f"{model.cosine:.3f}", f"± {spread:.3f} over the pairs"),
+        (
+            f"{role.capitalize()} rank",
+            percent(model.rank_ratio),
+            f"of the greatest possible; {percent(noise)} of noise",
+        ),
         (
             "Overlay",
-            f"{model.overlay_ratio:.1f}x",
+            format_ratio(model.overlay_ratio),
             f"{pays}; {format_bytes(model.overlay_bytes)} for {format_bytes(model.stored_bytes)}",
         ),
     ]
 
 
-def _evidence(models: Sequence[MoETypeAnalysis]) -> Table:
-    """A row a figure, a column a model; means over the analysed layers."""
-    figures: list[tuple[str, Callable[[MoETypeAnalysis], str]]] = [
-        ("Verdict", lambda model: model.type),
-        ("Confidence", lambda model: whole_percent(model.confidence)),
-        ("Kind", lambda model: model.kind or "–"),
-        ("Neurons found again", lambda model: percent(model.mean_over_layers("kept"))),
-        ("closely", lambda model: percent(model.mean_over_layers("close"))),
-        ("by chance", lambda model: percent(model.mean_over_layers("chance"))),
-        ("Gate rank", lambda model: _format_mean_rank(model, "gate")),
-        ("Up rank", lambda model: _format_mean_rank(model, "up")),
-        ("Down rank", lambda model: _format_mean_rank(model, "down")),
-        ("of noise", lambda model: percent(_over_layers(model, lambda x: _over_roles(x, "noise_rank_ratio")))),
-        ("Delta energy", lambda model: percent(_over_layers(model, lambda x: _over_roles(x, "delta_energy")))),
-        ("Cosine (down)", lambda model: f"{model.cosine:.3f} ± {_over_layers(model, lambda x: x.cosine.std):.3f}"),
-        ("By rank", lambda model: f"{model.documented_rule.type} ({whole_percent(model.documented_rule.confidence)})"),
-        ("Compressible", format_compressible),
-        ("Bytes stored", lambda model: format_bytes(model.stored_bytes)),
-        ("as overlay", lambda model: format_bytes(model.overlay_bytes)),
-        ("Experts", lambda model: f"{model.experts} ({model.storage})"),
-    ]
-    return Table(
-        "The evidence; means over the analysed layers",
-        ["Measure", *(model.model for model in models)],
-        [[name, *(figure(model) for model in models)] for name, figure in figures],
-    )
-
-
-def _layer_table(model: MoETypeAnalysis) -> Table:
-    roles = list(model.layers[0].projections)
-    return Table(
-        f"The layers of {model.model}: neurons found again, 95 % ranks over the greatest possible, and what follows",
-        ["Layer", "Type", "Found", "Closely", "Chance", *roles, "Of noise", "Delta", "Cosine", "Overlay"],
-        [
-            [
-                str(layer.layer),
-                layer.type,
-                percent(layer.lineage.kept),
-                percent(layer.lineage.close),
-                percent(layer.lineage.chance),
-                *(percent(layer.projections[role].rank_ratio) for role in roles),
-                percent(_over_roles(layer, "noise_rank_ratio")),
-                percent(_over_roles(layer, "delta_energy")),
-                format_cosine(layer.cosine),
-                f"{layer.overlay_ratio:.1f}x",
-            ]
-            for layer in model.layers
-        ],
-    )
-
-
-def _rank_table(model: MoETypeAnalysis) -> Table:
-    shares = list(next(iter(model.layers[0].projections.values())).rank)
-    return Table(
-        f"The ranks of the deltas of {model.model}, by the share of their energy; means over the sampled experts",
-        ["Projection", "Shape", *(f"{100 * float(share):g} %" for share in shares), "Of the maximum", "Of noise"],
-        [
-            [
-                f"{role}, layer {layer.layer}",
-                f"{one.shape[0]} × {one.shape[1]}",
-                *(f"{one.rank[share]:.1f}" for share in shares),
-                percent(one.rank_ratio),
-                percent(one.noise_rank_ratio),
-            ]
-            for layer in model.layers
-            for role, one in layer.projections.items()
-        ],
-    )
-
-
-def _expert_table(layer: LayerAnalysis) -> Table:
-    """The 95 % ranks, a row for each sampled expert."""
-    ranks = {role: one.expert_ranks["0.95"] for role, one in layer.projections.items()}
-    experts = next(iter(layer.projections.values())).experts
-    return Table(
-        "Ranks that hold 95 % of the energy of each expert's delta",
-        ["Expert", *ranks],
-        [
-            *([f"#{expert}", *map(str, row)] for expert, *row in zip(experts, *ranks.values(), strict=True)),
-            ["mean", *(f"{mean(row):.1f}" for row in ranks.values())],
-            ["deviation", *(f"{pstdev(row):.1f}" for row in ranks.values())],
-        ],
-    )
-
-
 def _pictures(report: MoETypeAnalysis | MoETypeComparison) -> list[Picture]:
-    """The figures; none where matplotlib can't be had."""
+    """The figures; none where matplotlib is not installed."""
 
     def draw(title: str, figure: "Figure", numbers: str) -> Picture:
         return Picture(title, to_svg(figure), numbers)
 
     try:
         if isinstance(report, MoETypeComparison):
-            return [draw("The models compared", plot_comparison(report), _compared(report))]
+            return [draw("The models compared", plot_comparison(report), _describe_comparison(report))]
         first = report.layers[0]
         pictures = [
-            draw(f"Neurons, layer {first.layer}", plot_matches(first), _matched(first)),
-            draw(f"Experts, layer {first.layer}", plot_similarity(first), _alike(first)),
-            draw(f"Deltas, layer {first.layer}", plot_decay(first), _decaying(first)),
+            draw(f"Neurons, layer {first.layer}", plot_matches(first), _describe_matches(first)),
+            draw(f"Experts, layer {first.layer}", plot_similarity(first), _describe_similarity(first)),
+            draw(f"Deltas, layer {first.layer}", plot_decay(first), _describe_decay(first)),
         ]
         if len(report.layers) > 1:
-            pictures.append(draw("From layer to layer", plot_depth(report), _by_layer(report)))
+            pictures.append(draw("From layer to layer", plot_depth(report), _describe_depth(report)))
         return pictures
     except ImportError:
         return []
 
 
-def _between(values: Iterable[float], form: Callable[[float], str]) -> str:
-    ordered = sorted(values)
-    low, high = form(ordered[0]), form(ordered[-1])
+def _format_range(values: Sequence[float], write: Callable[[float], str]) -> str:
+    """For instance "from 0.01 to 0.42", or "0.01 everywhere"."""
+    low, high = write(min(values)), write(max(values))
     return f"{low} everywhere" if low == high else f"from {low} to {high}"
 
 
-def _matched(layer: LayerAnalysis) -> str:
-    found, matches = layer.lineage, layer.lineage.matches
+def _describe_matches(layer: LayerAnalysis) -> str:
+    lineage, matches = layer.lineage, layer.lineage.matches
     return (
-        f"Cosines of {found.neurons} neurons with the nearest neuron of another expert, half of them above "
+        f"Cosines of {lineage.neurons} neurons with the nearest neuron of another expert, half of them above "
         f"{_median(matches.nearest):.2f}, and with the second nearest, half above {_median(matches.runner_up):.2f}. "
-        f"{percent(found.kept)} are found again, {percent(found.chance)} by chance."
+        f"{percent(lineage.kept)} are found again, {percent(lineage.chance)} by chance."
     )
 
 
 def _median(counts: Sequence[int]) -> float:
-    """The median of cosines that were counted in equal bins from -1 to 1."""
-    below = list(accumulate(counts))
-    return 2 * bisect_left(below, below[-1] / 2) / len(counts) - 1
+    """The median of cosines that were counted in equal bins from -1 to 1, down to a bin."""
+    cumulated = list(accumulate(counts))
+    return 2 * bisect_left(cumulated, cumulated[-1] / 2) / len(counts) - 1
 
 
-def _alike(layer: LayerAnalysis) -> str:
-    cosines = [one for i, row in enumerate(layer.similarity.cosine) for one in row[:i]]
-    pairs = [one for i, row in enumerate(layer.lineage.pairs) for j, one in enumerate(row) if i != j]
+def _describe_similarity(layer: LayerAnalysis) -> str:
+    cosines = [cosine for i, row in enumerate(layer.similarity.cosine) for cosine in row[:i]]
+    pairs = [share for i, row in enumerate(layer.lineage.pairs) for j, share in enumerate(row) if i != j]
     return (
         f"Cosines between the down projections of {len(layer.similarity.experts)} experts, "
-        f"{_between(cosines, '{:.3f}'.format)}; the share of one expert's neurons that another has, "
-        f"{_between(pairs, percent)}."
+        f"{_format_range(cosines, '{:.3f}'.format)}; the share of one expert's neurons that another has, "
+        f"{_format_range(pairs, percent)}."
     )
 
 
-def _decaying(layer: LayerAnalysis) -> str:
+def _describe_decay(layer: LayerAnalysis) -> str:
     ranks = (
-        f"{role} {one.rank['0.95']:.0f} of {one.max_rank}, {percent(one.noise_rank_ratio)} of noise"
-        for role, one in layer.projections.items()
+        f"{role} {matrix.rank['0.95']:.0f} of {matrix.max_rank}, {percent(matrix.noise_rank_ratio)} of noise"
+        for role, matrix in layer.projections.items()
     )
     return f"Singular values of the experts' deltas beside those of noise. 95 % ranks: {'; '.join(ranks)}."
 
 
-def _by_layer(model: MoETypeAnalysis) -> str:
-    layers, role = model.layers, model.rank_projection
+def _describe_depth(model: MoETypeAnalysis) -> str:
+    role = model.rank_projection
+    kept, ranks, cosines = (
+        [figure(layer) for layer in model.layers]
+        for figure in (facts.KEPT, facts.of_projection(role, facts.RANK_RATIO), facts.COSINE)
+    )
     return (
-        f"{len(layers)} layers: neurons found again, {_between((x.lineage.kept for x in layers), percent)}; "
-        f"{role} rank, {_between((x.projections[role].rank_ratio for x in layers), percent)}; "
-        f"cosine, {_between((x.cosine.mean for x in layers), '{:.3f}'.format)}."
+        f"{len(model.layers)} layers: neurons found again, {_format_range(kept, percent)}; "
+        f"{role} rank, {_format_range(ranks, percent)}; cosine, {_format_range(cosines, '{:.3f}'.format)}."
     )
 
 
-def _compared(comparison: MoETypeComparison) -> str:
+def _describe_comparison(comparison: MoETypeComparison) -> str:
     models = (
-        f"{model.model}: {percent(model.mean_over_layers('kept'))} of the neurons found again, "
+        f"{model.model}: {percent(facts.mean_over_layers(model, facts.KEPT))} of the neurons found again, "
         f"{model.rank_projection} rank {percent(model.rank_ratio)}, cosine {model.cosine:.3f}"
         for model in comparison.models
     )
@@ -364,8 +269,8 @@ def _next_steps(model: MoETypeAnalysis) -> Iterator[Step]:
             f"{analyze} --experts all --thorough",
         )
     if set(layers) - {layer.layer for layer in model.layers}:
-        few = min(NEXT_LAYERS, len(layers))
-        spread = ",".join(str(layers[place * (len(layers) - 1) // (few - 1)]) for place in range(few))
+        count = min(NEXT_LAYERS, len(layers))
+        spread = ",".join(str(layers[place * (len(layers) - 1) // (count - 1)]) for place in range(count))
         yield Step("See whether other layers say the same.", f"{analyze} --layers {spread}")
     if not model.parent:
         yield Step(

@@ -1,4 +1,4 @@
-"""A layer drawn with characters, for a terminal: how fast its deltas fall, and how alike its experts are."""
+"""A layer drawn with characters, for a terminal: the decay of its deltas, and how alike its experts are."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.text import Text
 
 from ..numerics.spectra import noise_decay
 from ..reports import LayerAnalysis, Projection, Similarity
@@ -13,24 +14,20 @@ from ..text import whole_percent
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.text import Text
-
 HEIGHT = 8  # lines of a curve
-NARROW, WIDE = 18, 36  # columns of a curve with its scale
-GAP = 2
-BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # the dots of a character
+NARROW, WIDE = 18, 36  # least and greatest width of a curve with its scale, in columns
+GAP = 2  # columns between two curves
+BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # bits of the dots in a character
 STYLES = {"gate": "cyan", "up": "yellow", "down": "green"}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerDrawing:
-    """A layer's decay curves and cosines, for `rich.print`: as wide as the terminal, and legible without colour."""
+    """A layer's decay curves and cosines for `rich.print`, as wide as the terminal and legible without colour."""
 
     layer: LayerAnalysis
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        from rich.text import Text
-
         number, plain = self.layer.layer, options.ascii_only
         yield ""
         yield Text(f"SINGULAR VALUES OF THE DELTAS, LAYER {number}", style="bold")
@@ -45,23 +42,20 @@ class LayerDrawing:
         yield from _draw_cosines(self.layer.similarity, options.max_width, plain)
 
 
-def _draw_decays(layer: LayerAnalysis, width: int, plain: bool) -> Iterator["Text"]:
-    """A curve for each projection, on one scale, as many abreast as there is room for."""
-    from rich.text import Text
-
+def _draw_decays(layer: LayerAnalysis, width: int, plain: bool) -> Iterator[Text]:
+    """A curve for each projection, all on one scale, as many side by side as fit."""
     projections = list(layer.projections.items())
-    top = max(max(*one.decay, *noise_decay(one.shape)) for _, one in projections)
+    top = max(max(*projection.decay, *noise_decay(projection.shape)) for _, projection in projections)
     abreast = min(len(projections), max(1, (width + GAP) // (NARROW + GAP)))
     columns = min(WIDE, (width + GAP) // abreast - GAP)
     for start in range(0, len(projections), abreast):
-        curves = [_draw_decay(role, one, columns, top, plain) for role, one in projections[start : start + abreast]]
+        row = projections[start : start + abreast]
+        curves = [_draw_decay(role, projection, columns, top, plain) for role, projection in row]
         yield from (Text(" " * GAP).join(lines) for lines in zip(*curves, strict=True))
 
 
-def _draw_decay(role: str, projection: Projection, width: int, top: float, plain: bool) -> list["Text"]:
-    """The title, the curve and the axes of one projection, all lines of the same width."""
-    from rich.text import Text
-
+def _draw_decay(role: str, projection: Projection, width: int, top: float, plain: bool) -> list[Text]:
+    """Title, curve and axes of one projection, in lines of the same width."""
     scale = f"{top:.1f}"
     columns = width - len(scale) - 1
     down, across = (1, 1) if plain else BRAILLE.shape
@@ -72,29 +66,29 @@ def _draw_decay(role: str, projection: Projection, width: int, top: float, plain
 
     title = f"{role} {projection.rank['0.95']:.0f} ({whole_percent(projection.rank_ratio)})"
     lines = [Text(title.ljust(width), style=STYLES[role])]
-    wall, corner, floor, mark = "|+-^" if plain else "│└─┴"
+    wall, corner, floor, marker = "|+-^" if plain else "│└─┴"
     for row in range(HEIGHT):
         label = {0: scale, HEIGHT - 1: "0.0"}.get(row, "")
         line = Text(f"{label:>{len(scale)}}{wall}")
         for column in range(columns):
             cell = np.s_[row * down : (row + 1) * down, column * across : (column + 1) * across]
-            of_curve = bool(curve[cell].any())
+            is_curve = bool(curve[cell].any())
             if plain:
-                char = "*" if of_curve else "." if noise[cell].any() else " "
+                char = "*" if is_curve else "." if noise[cell].any() else " "
             else:
                 bits = int(BRAILLE[curve[cell] | noise[cell]].sum())
                 char = chr(0x2800 + bits) if bits else " "
-            line.append(char, style=STYLES[role] if of_curve else "dim")
+            line.append(char, style=STYLES[role] if is_curve else "dim")
         lines.append(line)
     place = min(columns - 1, round(projection.rank_ratio * (columns - 1)))
-    axis = (floor * place + mark).ljust(columns, floor)
+    axis = (floor * place + marker).ljust(columns, floor)
     lines.append(Text(f"{'':{len(scale)}}{corner}{axis}"))
     lines.append(Text(f"{'':{len(scale)}} 1{projection.max_rank:>{columns - 1}}"))
     return lines
 
 
 def _trace(values: Sequence[float], canvas: tuple[int, int], top: float) -> NDArray[np.bool_]:
-    """The dots of an unbroken line through values from 0 to `top`, on [rows, columns], the first row on top."""
+    """Which dots of a canvas of [rows, columns] are on an unbroken line through the values; row 0 is at `top`."""
     rows, columns = canvas
     heights = np.interp(np.linspace(0, 1, columns), np.linspace(0, 1, len(values)), values)
     places = ((1 - heights / top) * (rows - 1)).round().astype(int)
@@ -104,14 +98,12 @@ def _trace(values: Sequence[float], canvas: tuple[int, int], top: float) -> NDAr
     return np.asarray((first <= row) & (row <= last))
 
 
-def _draw_cosines(similarity: Similarity, width: int, plain: bool) -> Iterator["Text"]:
-    """A row and a column for each expert: hundredths where there is room for numbers, else shades."""
-    from rich.text import Text
-
+def _draw_cosines(similarity: Similarity, width: int, plain: bool) -> Iterator[Text]:
+    """A row and a column for each expert: hundredths where numbers fit, otherwise shades."""
     experts = similarity.experts
     label = len(str(experts[-1])) + 1
     cosines = np.array(similarity.cosine)
-    texts = [[str(round(100 * one)) for one in row] for row in cosines]
+    texts = [[str(round(100 * cosine)) for cosine in row] for row in cosines]
     cell = 1 + max(len(str(experts[-1])), *(len(text) for row in texts for text in row))
     if label + cell * len(experts) <= width:
         yield Text(" " * label + "".join(f"{expert:>{cell}}" for expert in experts), style="dim")
@@ -132,7 +124,7 @@ def _draw_cosines(similarity: Similarity, width: int, plain: bool) -> Iterator["
 
 
 def _paint(cosine: float) -> str:
-    """A background from dark blue (0 and below) over grey to yellow (1), with legible type on it."""
+    """The style of a cell: from dark blue (0 and below) through grey to yellow (1), with legible type."""
     share = min(1.0, max(0.0, cosine))
     red, green, blue = (round(low + share * (high - low)) for low, high in ((0, 253), (32, 232), (76, 70)))
     return f"{'#000000' if share > 0.44 else '#ffffff'} on rgb({red},{green},{blue})"

@@ -12,10 +12,10 @@ from ...weights.expert_layer import stored_rows
 from ...weights.fingerprint import fingerprint
 from ...weights.layouts import Layout, load_table
 from ..quantisation import BF16
-from .beside import small_files
-from .dequantise import decoded
-from .folder import Shard, ShardFile, Tensor, as_json, bf16, grouped, write_model
-from .format import VERSION
+from .auxiliary import read_auxiliary_files
+from .dequantise import dequantise
+from .folder import Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
+from .format import CONFIG_KEY, VERSION
 from .reader import OverlayCheckpoint, read_overlay
 
 
@@ -24,18 +24,19 @@ def export_overlay(
 ) -> None:
     """Write the overlay checkpoint in `folder` as a plain one of its original family, bf16, into `target`.
 
-    Experts become base + left @ right under their original names and axes. Whatever else is quantised is decoded to
-    bf16, too (experts of layers that are no overlay, the attention of an FP8 model), so that no quantization_config is
-    needed. Resumes, replaces and raises as `write_overlay` does; UnknownFormat where a quantised tensor can't be
-    decoded.
+    Experts become base + left @ right under their original names and axes. All else that is quantised (the experts of
+    layers that are not overlaid, the attention of an FP8 model) is decoded to bf16, too, so that no quantization_config
+    is needed. Resumes, replaces and raises as `write_overlay` does; raises UnknownFormat where a quantised tensor can't
+    be decoded.
     """
     overlay = read_overlay(folder)
     checkpoint = overlay.checkpoint
     rows = {row.name: row for row in load_table()}
     layout = rows[rows[overlay.family].plain or overlay.family]
     names = sorted(set(checkpoint.names) - overlay.names)
+    writers = dequantise(checkpoint, names)
     shards = [
-        *grouped(decoded(checkpoint, names), checkpoint, progress),
+        *group_into_shards(writers, checkpoint, progress),
         *(
             Shard(
                 _expert_tensors(overlay, layer, layout),
@@ -50,12 +51,12 @@ def export_overlay(
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
     config = checkpoint.model_config.without_quantization()
-    del config["overlay_config"]
+    del config[CONFIG_KEY]
     write_model(
         target,
         shards,
-        as_json(config),
-        small_files(checkpoint.repository),
+        encode_json(config),
+        read_auxiliary_files(checkpoint.repository),
         {"writes": "export", "version": VERSION, **fingerprint(checkpoint)},
         checkpoint.repository.folder,
         force,
@@ -67,19 +68,19 @@ def _expert_tensors(overlay: OverlayCheckpoint, layer: int, layout: Layout) -> t
     """The experts' tensors of one layer in a plain checkpoint."""
     hidden, intermediate = overlay.shape(layer, "down")
     sizes = {"2": 2, "E": overlay.count(layer), "I": intermediate, "H": hidden}
-    result = []
+    tensors = []
     for spec in layout.tensors:
         shape = tuple(prod(sizes[letter] for letter in group) for group in spec.axes.groups)
         name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}"
         if not spec.axes.stacked:
             if "{expert}" not in name:
                 raise ModelUnreadable(f"overlay_config: {name} has no place for the expert's number")
-            result += [bf16(name.replace("{expert}", str(expert)), shape) for expert in range(sizes["E"])]
+            tensors += [bf16_tensor(name.replace("{expert}", str(expert)), shape) for expert in range(sizes["E"])]
         elif spec.axes.flattened:
-            result.append(bf16(name, (sizes["E"] * shape[0], shape[1])))
+            tensors.append(bf16_tensor(name, (sizes["E"] * shape[0], shape[1])))
         else:
-            result.append(bf16(name, (sizes["E"], *shape)))
-    return tuple(result)
+            tensors.append(bf16_tensor(name, (sizes["E"], *shape)))
+    return tuple(tensors)
 
 
 def _fill_experts(
@@ -88,16 +89,16 @@ def _fill_experts(
     """Write the rebuilt experts of one layer."""
     overlay.prefetch(layer, progress)
     bases = {role: overlay.base(layer, role) for role in overlay.ranks[layer]}
-    at_work = BoundedSemaphore(max(1, resources.matrix_memory // (4 * bases["down"].nbytes)))
+    slots = BoundedSemaphore(max(1, resources.matrix_memory // (4 * bases["down"].nbytes)))
 
-    def put_together(expert: int) -> None:
+    def write_expert(expert: int) -> None:
         for spec in layout.tensors:
-            with at_work:
-                matrices = {role: overlay.rebuilt(bases[role], layer, role, expert).astype(BF16) for role in spec.roles}
+            with slots:
+                matrices = {role: overlay.rebuild(bases[role], layer, role, expert).astype(BF16) for role in spec.roles}
                 data = stored_rows(spec, matrices).tobytes()
                 name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}".replace("{expert}", str(expert))
                 shard.write(name, data, expert * len(data) if spec.axes.stacked else 0)
 
     with resources.worker_threads() as pool:
-        for _ in pool.map(put_together, range(overlay.count(layer))):
+        for _ in pool.map(write_expert, range(overlay.count(layer))):
             pass

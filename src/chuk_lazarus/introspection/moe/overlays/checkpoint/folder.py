@@ -2,6 +2,12 @@
 
 It is made in `<folder>.partial`, shard by shard, and gets its name when it is whole. The plan of the shards comes from
 headers alone, so a run that was stopped goes on where it was, and ends with the very same bytes.
+
+Two other functions write files whole: `files.write_file` writes a single result where the user wants it, so it follows
+links and keeps the permissions of the file that it replaces; `files.write_whole` writes the cache, whose loss does no
+harm. This module has a writer of its own because a later run goes on with what it finds in `<folder>.partial`, a name
+that anybody can guess. A link there could make us write or delete files elsewhere, so links are refused; and a file
+that has its name is taken for whole even after a power failure, so it is synced to disk first.
 """
 
 import fcntl
@@ -31,7 +37,7 @@ CHUNK = 16 * 2**20  # bytes copied at a time
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor to be written."""
+    """A tensor to be written; `dtype` is that of safetensors ("BF16")."""
 
     name: str
     dtype: str
@@ -40,8 +46,8 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A tensor that is written by itself: `ranges` are the bytes, by file, that `write` will read."""
+class TensorWriter:
+    """A tensor and the function that writes it; `ranges` are the bytes, by file, that the function will read."""
 
     tensor: Tensor
     ranges: tuple[tuple[str, Range], ...]
@@ -62,8 +68,8 @@ class Shard:
 
     @property
     def header(self) -> bytes:
-        """What stands before the tensors' bytes."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers refuses a file
+        """The bytes before those of the tensors."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
         for tensor, stop in self._placed:
             offsets = [stop - tensor.nbytes, stop]
             entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
@@ -79,13 +85,13 @@ class Shard:
 
     @property
     def _placed(self) -> list[tuple[Tensor, int]]:
-        """The tensors and where each ends; wide elements come first, so that all are aligned as readers like it."""
-        ordered = sorted(self.tensors, key=lambda t: (-(t.nbytes // max(1, prod(t.shape))), t.name))
+        """The tensors, and where each ends; those of wide elements come first, so that every tensor is aligned."""
+        ordered = sorted(self.tensors, key=lambda tensor: (-(tensor.nbytes // max(1, prod(tensor.shape))), tensor.name))
         return list(zip(ordered, accumulate(tensor.nbytes for tensor in ordered), strict=True))
 
 
 class ShardFile:
-    """A shard while it is written, from several threads, at any place."""
+    """A shard while it is written; threads may write its tensors side by side and in any order."""
 
     def __init__(self, descriptor: int, shard: Shard, written: Counter) -> None:
         self._descriptor = descriptor
@@ -101,19 +107,19 @@ class ShardFile:
         self._written.add(len(data))
 
     def _write(self, data: bytes, start: int) -> None:
-        left = memoryview(data)
-        while left:
-            count = os.pwrite(self._descriptor, left, start)
-            left, start = left[count:], start + count
+        rest = memoryview(data)
+        while rest:
+            count = os.pwrite(self._descriptor, rest, start)
+            rest, start = rest[count:], start + count
 
 
-def bf16(name: str, shape: tuple[int, ...]) -> Tensor:
+def bf16_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     """A bfloat16 tensor of that shape."""
     return Tensor(name, "BF16", shape, 2 * prod(shape))
 
 
-def copied(checkpoint: Checkpoint, info: TensorInfo) -> Item:
-    """A tensor that is taken over byte for byte."""
+def copy_tensor(checkpoint: Checkpoint, info: TensorInfo) -> TensorWriter:
+    """The writer of a tensor that is copied byte for byte."""
 
     def write(shard: ShardFile) -> None:
         offset = 0
@@ -122,43 +128,49 @@ def copied(checkpoint: Checkpoint, info: TensorInfo) -> Item:
             offset += len(chunk)
 
     tensor = Tensor(info.name, info.dtype, info.shape, info.nbytes)
-    return Item(tensor, ((info.file, (info.start, info.stop)),), write)
+    return TensorWriter(tensor, ((info.file, (info.start, info.stop)),), write)
 
 
-def grouped(items: Iterable[Item], checkpoint: Checkpoint, progress: Progress) -> Iterator[Shard]:
+def group_into_shards(writers: Iterable[TensorWriter], checkpoint: Checkpoint, progress: Progress) -> Iterator[Shard]:
     """Shards of at most SHARD bytes, unless a single tensor is larger, in the order given."""
 
-    def fill(group: Sequence[Item], shard: ShardFile) -> None:
-        checkpoint.prefetch((span for item in group for span in item.ranges), progress)
-        for item in group:
-            item.write(shard)
+    def fill(group: Sequence[TensorWriter], shard: ShardFile) -> None:
+        checkpoint.prefetch((file_range for writer in group for file_range in writer.ranges), progress)
+        for writer in group:
+            writer.write(shard)
 
-    group: list[Item] = []
+    def make_shard(group: Sequence[TensorWriter]) -> Shard:
+        return Shard(tuple(writer.tensor for writer in group), partial(fill, group))
+
+    group: list[TensorWriter] = []
     size = 0
-    for item in items:
-        if group and size + item.tensor.nbytes > SHARD:
-            yield Shard(tuple(other.tensor for other in group), partial(fill, group))
+    for writer in writers:
+        if group and size + writer.tensor.nbytes > SHARD:
+            yield make_shard(group)
             group, size = [], 0
-        group.append(item)
-        size += item.tensor.nbytes
+        group.append(writer)
+        size += writer.tensor.nbytes
     if group:
-        yield Shard(tuple(other.tensor for other in group), partial(fill, group))
+        yield make_shard(group)
 
 
 def check_folder(target: Path, source: Path | None, force: bool, least: int) -> None:
-    """Refuse a folder that `write_model` would refuse, and a disk that has not got `least` bytes free."""
-    folder, unfinished, _ = _places(target, source)
-    with _explaining(unfinished):
-        _check_free(folder, force)
-        _check_own(unfinished)
-        _check_room(unfinished, least)
+    """Raise InvalidRequest where `write_model` would refuse the folder, or fewer than `least` bytes are free."""
+    folder, unfinished, _ = _find_paths(target, source)
+    with _explain_errors(unfinished):
+        _check_name_is_free(folder, force)
+        _check_unfinished(unfinished)
+        _check_disk(unfinished, least)
         parent = next(parent for parent in folder.parents if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InvalidRequest(f"can't write into {parent}", "choose a folder elsewhere")
 
 
-def _places(target: Path, source: Path | None) -> tuple[Path, Path, Path]:
-    """The folder, that of unfinished work, and that of what is replaced; raises InvalidRequest near the model's own."""
+def _find_paths(target: Path, source: Path | None) -> tuple[Path, Path, Path]:
+    """The folder, that of unfinished work, and that which the old folder is moved to when it is replaced.
+
+    Raises InvalidRequest where one of them would be in, or around, the model's own folder.
+    """
     try:
         folder = Path(os.path.realpath(os.path.expanduser(target)))
         unfinished, replaced = (folder.with_name(f"{folder.name}.{ending}") for ending in ("partial", "replaced"))
@@ -170,16 +182,16 @@ def _places(target: Path, source: Path | None) -> tuple[Path, Path, Path]:
     return folder, unfinished, replaced
 
 
-def _check_free(folder: Path, force: bool) -> None:
+def _check_name_is_free(folder: Path, force: bool) -> None:
     if folder.exists() and not (force and folder.is_dir()):
         hint = "choose another name" + (", or force its replacement" if folder.is_dir() else "")
         raise InvalidRequest(f"{folder} is there already", hint)
 
 
-def _check_own(unfinished: Path) -> None:
-    """Refuse a folder of unfinished work that is a link, or holds what we never put there: a link, a pipe, a folder.
+def _check_unfinished(unfinished: Path) -> None:
+    """Refuse a folder of unfinished work that is a link, or holds a link, a pipe or a folder: we never put these there.
 
-    Somebody may have prepared it, so that we write or delete elsewhere, or take what is elsewhere into the model.
+    Somebody may have prepared it to make us write or delete files elsewhere, or take them into the model.
     """
     hint = "remove it, or choose another name"
     if unfinished.is_symlink():
@@ -202,28 +214,28 @@ def write_model(
 ) -> None:
     """Write shards, their index, the other files and at last the config into `target`, by way of `<target>.partial`.
 
-    A function among `files` is asked when all shards are there. `plan` tells this work from any other; `source` is the
-    model's own folder, which is never touched.
+    A function among `files` is called once all shards are written. `plan` (JSON) tells this work from any other;
+    `source` is the model's own folder, which is never touched. Raises InvalidRequest where the folder can't be written.
     """
-    folder, unfinished, replaced = _places(target, source)
+    folder, unfinished, replaced = _find_paths(target, source)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
     total = sum(shard.nbytes for shard in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    files = {INDEX: as_json(index), **files, CONFIG: config}
-    known = sum(len(data) for data in files.values() if isinstance(data, bytes))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    files = {INDEX: encode_json(index), **files, CONFIG: config}
+    small = sum(len(data) for data in files.values() if isinstance(data, bytes))
     written = Counter(progress, f"writing {printable(folder.name)}", total)
-    with _explaining(unfinished):
-        _check_free(folder, force)
-        _check_own(unfinished)
-        _check_room(unfinished, sum(len(shard.header) for shard in shards) + total + known)
-        with _claimed(unfinished, plan, config, force) as descriptor:
+    with _explain_errors(unfinished):
+        _check_name_is_free(folder, force)
+        _check_unfinished(unfinished)
+        _check_disk(unfinished, sum(len(shard.header) for shard in shards) + total + small)
+        with _claim_folder(unfinished, plan, config, force) as descriptor:
             for name, shard in zip(names, shards, strict=True):
                 path = unfinished / name
                 if path.exists() and path.stat().st_size == len(shard.header) + shard.nbytes:
                     written.add(shard.nbytes)
                     continue
-                with _whole(path) as file:
+                with _open_whole(path) as file:
                     shard.fill(ShardFile(file, shard, written))
                 os.fsync(descriptor)
             for name, data in files.items():
@@ -234,7 +246,7 @@ def write_model(
             (unfinished / PLAN).unlink()
             os.fsync(descriptor)
             if force and folder.exists():
-                _remove(replaced)  # left by a run that was stopped between the next three lines
+                _remove(replaced)  # a run that was stopped in one of the next steps has left it
                 folder.rename(replaced)
             unfinished.rename(folder)
             if force:
@@ -243,45 +255,45 @@ def write_model(
 
 
 @contextmanager
-def _claimed(unfinished: Path, plan: Mapping[str, Any], config: bytes, force: bool) -> Iterator[int]:
-    """The folder of unfinished work, made or gone on with, for this process alone; gives its descriptor.
+def _claim_folder(unfinished: Path, plan: Mapping[str, Any], config: bytes, force: bool) -> Iterator[int]:
+    """Make or take over the folder of unfinished work, locked for this process; yields its descriptor.
 
-    Raises InvalidRequest when other work is in it, or another process.
+    Raises InvalidRequest where it holds other work, or another process has locked it.
     """
     unfinished.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system when the process ends
         except BlockingIOError:
             raise InvalidRequest(f"another process is writing {unfinished}", "wait for it to end") from None
         except OSError:
-            pass  # a file system without locks
-        there = {entry.name for entry in unfinished.iterdir()}
-        wanted, found = as_json(plan), _read(unfinished / PLAN)
-        is_new = there <= {PLAN + TEMPORARY}
-        is_whole = found is None and _read(unfinished / CONFIG) == config  # it only lacked its name
-        if not is_new and not is_whole and found != wanted:
+            pass  # some file systems have no locks
+        names = {entry.name for entry in unfinished.iterdir()}
+        new_plan, old_plan = encode_json(plan), _read(unfinished / PLAN)
+        is_new = names <= {PLAN + TEMPORARY}
+        is_whole = old_plan is None and _read(unfinished / CONFIG) == config  # it only lacks its name
+        if not is_new and not is_whole and old_plan != new_plan:
             if not force:
                 raise InvalidRequest(
                     f"{unfinished} holds unfinished work of another model, other ranks or a model that has changed",
                     "finish that, delete the folder, or force its replacement",
                 )
-            for name in sorted(there, key=lambda name: name == PLAN):  # the plan last: it is true until then
+            for name in sorted(names, key=lambda name: name == PLAN):  # the plan goes last: until then it is true
                 _remove(unfinished / name)
-        if found != wanted:
-            _write_whole(unfinished / PLAN, wanted)
+        if old_plan != new_plan:
+            _write_whole(unfinished / PLAN, new_plan)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[int]:
-    """A file to write, which gets its name when it is whole and safe on disk."""
+def _open_whole(path: Path) -> Iterator[int]:
+    """Yield the descriptor of a new file, which gets its name once it is whole and synced to disk."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        temporary.unlink(missing_ok=True)  # never written into: it may have another name, too
+        temporary.unlink(missing_ok=True)  # not written into, for it may be a hard link to a file elsewhere
         file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
             yield file
@@ -296,10 +308,10 @@ def _whole(path: Path) -> Iterator[int]:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    with _whole(path) as file:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(file, left) :]
+    with _open_whole(path) as file:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
 
 
 def _read(path: Path) -> bytes | None:
@@ -324,11 +336,12 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_room(unfinished: Path, needed: int) -> None:
-    """Raises InvalidRequest when the disk has not got `needed` bytes, what is there already counted in."""
+def _check_disk(unfinished: Path, needed: int) -> None:
+    """Raise InvalidRequest where the disk lacks room for a model of `needed` bytes, unfinished work included."""
     with suppress(FileNotFoundError):
-        states = [entry.stat() for entry in os.scandir(unfinished)]
-        needed -= sum(min(state.st_size, 512 * state.st_blocks) for state in states)
+        statuses = [entry.stat() for entry in os.scandir(unfinished)]
+        # a file has its full size from the start, but only the blocks that are written take room
+        needed -= sum(min(status.st_size, 512 * status.st_blocks) for status in statuses)
     disk = next(folder for folder in unfinished.parents if folder.exists())
     free = shutil.disk_usage(disk).free
     if needed > free:
@@ -339,8 +352,8 @@ def _check_room(unfinished: Path, needed: int) -> None:
 
 
 @contextmanager
-def _explaining(unfinished: Path) -> Iterator[None]:
-    """Turn the system's errors into one line; those of reading the model are in words already."""
+def _explain_errors(unfinished: Path) -> Iterator[None]:
+    """Turn an OSError, which comes of writing, into InvalidRequest; reading the model raises errors of our own."""
     try:
         yield
     except OSError as error:
@@ -351,6 +364,6 @@ def _explaining(unfinished: Path) -> Iterator[None]:
         ) from None
 
 
-def as_json(value: Any) -> bytes:
-    """The value as the text of a JSON file."""
+def encode_json(value: Any) -> bytes:
+    """The content of a JSON file with this value."""
     return (json.dumps(value, indent=2) + "\n").encode()

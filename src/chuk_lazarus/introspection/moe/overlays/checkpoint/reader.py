@@ -1,4 +1,4 @@
-"""An overlay checkpoint, read when asked for."""
+"""An overlay checkpoint, whose tensors are read when they are asked for."""
 
 import os
 from collections.abc import Mapping
@@ -8,46 +8,50 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InvalidRequest, ModelUnreadable, UnknownFormat
+from ...errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from ...numerics.low_rank import Factors, rebuild
 from ...progress import Progress
+from ...terms import ROLES
 from ...text import format_ranges
 from ...weights.checkpoint import Checkpoint, TensorInfo
 from ...weights.expert_layer import MAX_EXPERTS
 from ...weights.layouts import load_table
 from ...weights.repositories.local import Folder
 from ..quantisation import BF16
-from .format import OVERLAY_TENSOR, VERSION, parse_ranks
+from .format import (
+    AXES,
+    VERSION,
+    OverlayConfig,
+    OverlayConfigError,
+    parse_tensor_name,
+    part_shapes,
+    tensor_name,
+)
 
 
 class OverlayCheckpoint:
-    """An overlay checkpoint: base and factors by layer, role and expert, read when asked for.
+    """An overlay checkpoint: base and factors by layer, role and expert.
 
-    `layers` are the overlaid layers, `ranks` their ranks by role, `family` the row of the layout table that the
-    experts came from, `source` and `revision` where they came from, `names` the tensors that are the overlay. Raises
-    ModelUnreadable where a tensor is missing or not of the shape that the config tells.
+    `config` is the model's config.json, `overlay_config` what it says of the overlay. `family` is the row of the layout
+    table that the experts came from, `layers` are the overlaid layers, `ranks` their ranks by role, and `names` the
+    names of the overlay's tensors. Raises ModelUnreadable where a tensor is missing or not of the shape that the config
+    tells, UnknownFormat for a version that is not known.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        facts = self.config.get("overlay_config")
-        if not isinstance(facts, dict):
-            raise ModelUnreadable("config.json has no overlay_config: this is no overlay checkpoint")
-        if facts.get("version") != VERSION:
-            raise UnknownFormat(f"this overlay is of version {facts.get('version')}, and we read version {VERSION}")
-        self.source, self.revision = facts.get("source"), facts.get("revision")
-        row = next((layout for layout in load_table() if layout.name == facts.get("family")), None)
-        if row is None:
-            raise ModelUnreadable(f"overlay_config names the family {facts.get('family')}, which is not in our table")
-        self.family = row.name
-        self.ranks = parse_ranks(facts.get("layers"), row)
+        try:
+            self.overlay_config = OverlayConfig.read(self.config, _roles_of)
+        except OverlayConfigError as error:
+            raise _explain(error) from None
+        self.family = self.overlay_config.family
+        self.ranks = self.overlay_config.layers
         self.layers = tuple(self.ranks)
-        self._names: Any = facts.get("names")
-        found = [match for name in checkpoint.names if (match := OVERLAY_TENSOR.fullmatch(name))]
-        self.names = frozenset(match[0] for match in found)
-        self._prefixes = {int(match["layer"]): match["prefix"] for match in found}
-        if len({match["prefix"] for match in found}) > len(self._prefixes):
+        tensors = {name: tensor for name in checkpoint.names if (tensor := parse_tensor_name(name))}
+        self.names = frozenset(tensors)
+        self._prefixes = {tensor.layer: tensor.prefix for tensor in tensors.values()}
+        if len({tensor.prefix for tensor in tensors.values()}) > len(self._prefixes):
             raise ModelUnreadable("two tensors have the same layer and different names before it")
         if self._prefixes.keys() != self.ranks.keys():
             layer = min(self._prefixes.keys() ^ self.ranks.keys())
@@ -66,11 +70,11 @@ class OverlayCheckpoint:
         return self._info(layer, "down", "left").shape[0]
 
     def base(self, layer: int, role: str) -> NDArray[np.float32]:
-        """[out, in], as stored."""
+        """The base [out, in], as stored."""
         return self._rows(layer, role, "base", 0, self.shape(layer, role)[0])
 
     def factors(self, layer: int, role: str, expert: int) -> Factors:
-        """The low-rank delta of one expert, as stored."""
+        """The low-rank delta of one expert, as stored; raises InvalidRequest for an expert that is not there."""
         (out, inner), rank = self.shape(layer, role), self.ranks[layer][role]
         if not 0 <= expert < self.count(layer):
             raise InvalidRequest(f"layer {layer} has no expert {expert}", f"there are 0 to {self.count(layer) - 1}")
@@ -81,10 +85,10 @@ class OverlayCheckpoint:
 
     def expert(self, layer: int, expert: int) -> dict[str, NDArray[np.float32]]:
         """The matrices of one expert by role, base + left @ right, in canonical form."""
-        roles = self.ranks.get(layer, {"down": 0})  # an unknown layer is refused below
-        return {role: self.rebuilt(self.base(layer, role), layer, role, expert) for role in roles}
+        roles = self.ranks.get(layer, {"down": 0})  # `base` refuses an unknown layer
+        return {role: self.rebuild(self.base(layer, role), layer, role, expert) for role in roles}
 
-    def rebuilt(self, base: NDArray[np.float32], layer: int, role: str, expert: int) -> NDArray[np.float32]:
+    def rebuild(self, base: NDArray[np.float32], layer: int, role: str, expert: int) -> NDArray[np.float32]:
         """`base` + left @ right of one expert; raises ModelUnreadable where that is not finite in bfloat16."""
         factors = self.factors(layer, role, expert)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -104,26 +108,29 @@ class OverlayCheckpoint:
 
     def prefetch(self, layer: int, progress: Progress) -> None:
         """Bring the layer's overlay near in few, long reads."""
-        infos = [self._info(layer, role, part) for role in self.ranks[layer] for part in ("base", "left", "right")]
+        infos = [self._info(layer, role, part) for role in self.ranks[layer] for part in AXES]
         self.checkpoint.prefetch(((info.file, (info.start, info.stop)) for info in infos), progress)
 
     def template(self, role: str) -> str:
-        """What a plain checkpoint calls a stored tensor, by its role there, below the layer's prefix."""
-        name = self._names.get(role) if isinstance(self._names, dict) else None
-        if not isinstance(name, str) or not name:
+        """What a plain checkpoint calls a stored tensor, by its role there, below the layer's prefix.
+
+        Raises ModelUnreadable where the config does not say it.
+        """
+        name = self.overlay_config.names.get(role)
+        if not name:
             raise ModelUnreadable(f"overlay_config does not say what the {role} projections were called")
         return name
 
     def _check(self, layer: int, ranks: Mapping[str, int]) -> None:
+        """Raise ModelUnreadable or UnknownFormat where the layer's tensors do not have the shapes they should."""
         count, (hidden, intermediate) = self.count(layer), self.shape(layer, "down")
         if not hidden * intermediate * count:
             raise ModelUnreadable(f"layer {layer} of the overlay has {count} experts of {intermediate} x {hidden}")
-        if count > MAX_EXPERTS:  # at rank 0, no byte need stand behind such a number
+        if count > MAX_EXPERTS:  # at rank 0 the factors take no bytes, so any number may be there
             raise UnknownFormat(f"layer {layer} has {count} experts", f"we read up to {MAX_EXPERTS}")
         for role, rank in ranks.items():
-            out, inner = (hidden, intermediate) if role == "down" else (intermediate, hidden)
-            expected = {"base": (out, inner), "left": (count, out, rank), "right": (count, rank, inner)}
-            for part, shape in expected.items():
+            matrix_shape = (hidden, intermediate) if role == "down" else (intermediate, hidden)
+            for part, shape in part_shapes(matrix_shape, count, rank).items():
                 info = self._info(layer, role, part)
                 if (info.dtype, info.shape) != ("BF16", shape):
                     raise ModelUnreadable(f"{info.name} is {info.dtype} {list(info.shape)}, not BF16 {list(shape)}")
@@ -133,11 +140,11 @@ class OverlayCheckpoint:
             raise InvalidRequest(
                 f"layer {layer} has no {role} overlay", f"the overlaid layers are {format_ranges(self.layers)}"
             )
-        name = f"{self._prefixes[layer]}.overlay.{role}.{part}"
+        name = tensor_name(self._prefixes[layer], role, part)
         if name not in self.names:
             raise ModelUnreadable(f"{name} is missing", "make the overlay again")
         info = self.checkpoint.info(name)
-        if len(info.shape) != (2 if part == "base" else 3):
+        if len(info.shape) != AXES[part]:
             raise ModelUnreadable(f"{name} has {len(info.shape)} axes")
         return info
 
@@ -146,6 +153,31 @@ class OverlayCheckpoint:
         if not info.nbytes:
             return np.zeros((stop - start, info.shape[-1]), np.float32)
         return self.checkpoint.rows(info, start, stop, len(info.shape) - 1).astype(np.float32)
+
+
+def _roles_of(family: Any) -> tuple[str, ...]:
+    """The roles of an expert in a family of the layout table; raises ModelUnreadable for any other family."""
+    layout = next((layout for layout in load_table() if layout.name == family), None)
+    if layout is None:
+        raise ModelUnreadable(f"overlay_config names the family {family}, which is not in our table")
+    stored_roles = {role for tensor in layout.tensors for role in tensor.roles}
+    return tuple(role for role in ROLES if role in stored_roles)
+
+
+def _explain(error: OverlayConfigError) -> MoEError:
+    """What is wrong with overlay_config, in words for somebody who wants to rebuild the experts."""
+    match error.problem:
+        case "missing":
+            return ModelUnreadable("config.json has no overlay_config: this is no overlay checkpoint")
+        case "version":
+            return UnknownFormat(f"this overlay is of version {error.value}, and we read version {VERSION}")
+        case "no layers":
+            return ModelUnreadable("overlay_config lists no layers with their ranks")
+        case "rank":
+            return ModelUnreadable(f"overlay_config: layer {error.value} has a rank that is none")
+        case _:
+            roles = ", ".join(error.roles)
+            return ModelUnreadable(f"overlay_config: layer {error.value} does not have a rank for each of {roles}")
 
 
 def read_overlay(folder: Path) -> OverlayCheckpoint:

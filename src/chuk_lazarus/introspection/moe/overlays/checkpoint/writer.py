@@ -1,6 +1,6 @@
 """A model written as an overlay checkpoint.
 
-It streams: no more than the base of one layer and the experts that the worker threads are busy with are in memory.
+The model is streamed: memory holds the base of one layer, and the experts that the worker threads are busy with.
 """
 
 import hashlib
@@ -26,12 +26,24 @@ from ...weights.experts import Experts
 from ...weights.fingerprint import fingerprint
 from ...weights.stored import BIAS
 from ...weights.tensor_info import PLAIN_DTYPES
-from ..fidelity import MATRICES, ExpertErrors, FidelityCheck, split_delta
+from ..coding import split_delta
+from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
 from ..quantisation import BF16
-from .beside import small_files
+from .auxiliary import read_auxiliary_files
 from .card import CARD, write_card
-from .folder import PLAN, Shard, ShardFile, Tensor, as_json, bf16, check_folder, copied, grouped, write_model
-from .format import VERSION
+from .folder import (
+    PLAN,
+    Shard,
+    ShardFile,
+    Tensor,
+    bf16_tensor,
+    check_folder,
+    copy_tensor,
+    encode_json,
+    group_into_shards,
+    write_model,
+)
+from .format import CONFIG_KEY, VERSION, OverlayConfig, Ranks, part_shapes, tensor_name
 
 
 def write_overlay(
@@ -50,67 +62,73 @@ def write_overlay(
     """Write the model into `folder` with the routed experts of every layer in `ranks` (layer -> role -> rank) as an
     overlay, everything else as it is.
 
-    The same call goes on with what a stopped one left in `<folder>.partial`. `force` replaces a folder that is there
-    already, once the new one is whole, and gives up what another call left. `source` is what the model is called in
-    the new folder's config and card, `rule` how the ranks were chosen. `checks` compare layers while they are written,
-    but not those that a stopped call has written; `card` is asked for further text for the card at the end. `progress`
-    is told bytes written.
+    The same call goes on with what a stopped one left in `<folder>.partial`. `force` replaces an existing folder once
+    the new one is whole, and deletes the unfinished work of another call. `source` is what the model is called in the
+    new folder's config and card, `rule` how the ranks were chosen. `checks`, by layer, compare the experts while they
+    are written, but not those of layers that a stopped call has written; `card` is called at the end for further text
+    of the card. `progress` is told bytes written.
 
-    Raises InvalidRequest for ranks that do not fit the model, a folder that must not be written, a disk without room;
+    Raises InvalidRequest for ranks that do not fit the model, a folder that must not be written or a disk without room,
     ModelUnreadable where the model is broken.
     """
     checkpoint = experts.checkpoint
-    if "overlay_config" in checkpoint.config:
+    if CONFIG_KEY in checkpoint.config:
         raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
     layers = [_check_ranks(experts, number, ranks[number]) for number in sorted(ranks)]
     if not layers:
         raise InvalidRequest("no layer is given a rank", f"the MoE layers are {format_ranges(experts.layers)}")
     source = source or checkpoint.repository.name
-    overlaid = [
-        (layer, {role: ranks[layer.number][role] for role in layer.roles}, _templates(layer)) for layer in layers
-    ]
-    if len({str(names) for _, _, (_, names) in overlaid}) > 1:
+    layer_ranks = {layer.number: {role: ranks[layer.number][role] for role in layer.roles} for layer in layers}
+    prefixes, names = zip(*(_split_names(layer) for layer in layers), strict=True)
+    if len({str(by_role) for by_role in names}) > 1:
         raise UnknownFormat("the layers' experts are not all named alike")
 
-    others = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - _replaced(layers))]
+    copied = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - _replaced_names(layers))]
     shards = [
-        *grouped([copied(checkpoint, info) for info in others], checkpoint, progress),
+        *group_into_shards([copy_tensor(checkpoint, info) for info in copied], checkpoint, progress),
         *(
             Shard(
-                _overlay_tensors(layer, own, prefix),
-                partial(_fill_layer, layer, own, prefix, (checks or {}).get(layer.number), resources, progress),
+                _overlay_tensors(layer, layer_ranks[layer.number], prefix),
+                partial(
+                    _fill_layer,
+                    layer,
+                    layer_ranks[layer.number],
+                    prefix,
+                    (checks or {}).get(layer.number),
+                    resources,
+                    progress,
+                ),
             )
-            for layer, own, (prefix, _) in overlaid
+            for layer, prefix in zip(layers, prefixes, strict=True)
         ),
     ]
     config = checkpoint.config
-    if all(info.dtype in PLAIN_DTYPES for info in others):
+    if all(info.dtype in PLAIN_DTYPES for info in copied):
         config = checkpoint.model_config.without_quantization()
-    facts = {
-        "version": VERSION,
-        "source": source,
-        "revision": checkpoint.repository.revision,
-        "family": experts.family,
-        "dtype": "bfloat16",
-        "names": overlaid[0][2][1],
-        "rule": rule,
-        "layers": {str(layer.number): own for layer, own, _ in overlaid},
-    }
+    overlay = OverlayConfig(
+        source=source,
+        revision=checkpoint.repository.revision,
+        family=experts.family,
+        names=names[0],
+        rule=rule,
+        layers=layer_ranks,
+    )
+    overlay_json = overlay.to_json()
     before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     after = sum(shard.nbytes for shard in shards)
     write_model(
         folder,
         shards,
-        as_json({**config, "overlay_config": facts}),
+        encode_json({**config, CONFIG_KEY: overlay_json}),
         {
-            **small_files(checkpoint.repository),
-            CARD: lambda: write_card(facts, layers, before, after, card()).encode(),
+            **read_auxiliary_files(checkpoint.repository),
+            CARD: lambda: write_card(overlay, layers, before, after, card()).encode(),
         },
         {
             "writes": "overlay",
             "rule": rule,
-            "ranks": facts["layers"],
-            "checksum": _checksum(facts["layers"]),
+            "ranks": overlay_json["layers"],
+            "checksum": _checksum(overlay_json["layers"]),
             "version": VERSION,
             **fingerprint(checkpoint),
         },
@@ -121,9 +139,10 @@ def write_overlay(
 
 
 def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: bool) -> None:
-    """Refuse, before any work, a folder that must not be written, or a disk without room for even the smallest overlay.
+    """Check, before any work, that an overlay of these layers can be written into the folder.
 
-    Raises InvalidRequest, or UnknownFormat for a model whose other tensors can't be copied.
+    Raises InvalidRequest for a folder that must not be written, or a disk without room for an overlay of rank 0, and
+    UnknownFormat for a model whose other tensors can't be copied.
     """
     checkpoint = experts.checkpoint
     if checkpoint.is_gguf or checkpoint.is_split:
@@ -132,32 +151,35 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
             f"the model is {what}: an overlay of it can't be written", "use a plain safetensors version of it"
         )
     opened = [experts.layer(number) for number in layers]
-    replaced = sum(checkpoint.info(name).nbytes for name in _replaced(opened))
+    replaced = sum(checkpoint.info(name).nbytes for name in _replaced_names(opened))
     bases = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
-    everything = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
-    check_folder(folder, checkpoint.repository.folder, force, everything - replaced + bases)
+    model_bytes = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    check_folder(folder, checkpoint.repository.folder, force, model_bytes - replaced + bases)
 
 
-def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, dict[str, int]] | None:
-    """The ranks by this rule of a stopped `write_overlay` of the same model into `folder`, or None without one."""
+def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, Ranks] | None:
+    """The ranks, by layer, that a stopped `write_overlay` of the same model and rule left in the plan for `folder`.
+
+    None where there is no such plan.
+    """
     try:
-        place = Path(os.path.realpath(folder))
-        plan = json.loads((place.with_name(f"{place.name}.partial") / PLAN).read_bytes())
-        ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
-        if ours and plan.items() >= {"version": VERSION, **fingerprint(experts.checkpoint)}.items():
-            return {int(layer): own for layer, own in plan["ranks"].items()}
+        real_folder = Path(os.path.realpath(folder))
+        plan = json.loads((real_folder.with_name(f"{real_folder.name}.partial") / PLAN).read_bytes())
+        is_ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
+        if is_ours and plan.items() >= {"version": VERSION, **fingerprint(experts.checkpoint)}.items():
+            return {int(layer): layer_ranks for layer, layer_ranks in plan["ranks"].items()}
     except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        pass  # not what we have written
+        pass  # there is no plan, or somebody else wrote it
     return None
 
 
 def _checksum(ranks: Any) -> str:
-    """Tells the ranks of a plan from what somebody else has made of them."""
+    """A checksum that shows whether somebody has changed the ranks in a plan."""
     return hashlib.sha256(json.dumps(ranks, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> ExpertLayer:
-    """The layer, if these ranks fit it; raises InvalidRequest."""
+    """The layer with this number; raises InvalidRequest where these ranks do not fit it."""
     if number not in experts.layers:
         raise InvalidRequest(
             f"layer {number} is not an MoE layer", f"the MoE layers are {format_ranges(experts.layers)}"
@@ -167,31 +189,31 @@ def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> Exp
         wanted, given = (", ".join(sorted(roles)) or "nothing" for roles in (layer.roles, ranks))
         raise InvalidRequest(f"layer {number} needs ranks for {wanted}, and has them for {given}")
     for role, rank in ranks.items():
-        most = min(layer.shape(role))
-        if not isinstance(rank, int) or not 0 <= rank <= most:
-            raise InvalidRequest(f"layer {number}: {role} can't have rank {rank}", f"give 0 to {most}")
+        greatest = min(layer.shape(role))
+        if not isinstance(rank, int) or not 0 <= rank <= greatest:
+            raise InvalidRequest(f"layer {number}: {role} can't have rank {rank}", f"give 0 to {greatest}")
     return layer
 
 
-def _replaced(layers: Iterable[ExpertLayer]) -> set[str]:
-    """Every tensor of the files that belongs to the layers' matrices, the scales of their inputs included."""
+def _replaced_names(layers: Iterable[ExpertLayer]) -> set[str]:
+    """The names of all tensors that hold the layers' matrices, the scales of their inputs included."""
     tensors = (tensor for layer in layers for tensor in layer.tensors)
-    return {name for tensor in tensors for own in tensor.parts for part, name in own.items() if part != BIAS}
+    return {name for tensor in tensors for parts in tensor.parts for part, name in parts.items() if part != BIAS}
 
 
-def _templates(layer: ExpertLayer) -> tuple[str, dict[str, str]]:
+def _split_names(layer: ExpertLayer) -> tuple[str, dict[str, str]]:
     """The layer's prefix, and what a plain checkpoint calls its stored tensors below that, by their role."""
     places = {tensor.spec.role: tensor.place for tensor in layer.tensors}
     return next(iter(places.values()))[0], {role: name for role, (_, name) in places.items()}
 
 
 def _overlay_tensors(layer: ExpertLayer, ranks: Mapping[str, int], prefix: str) -> tuple[Tensor, ...]:
-    result = []
-    for role, rank in ranks.items():
-        out, inner = layer.shape(role)
-        shapes = {"base": (out, inner), "left": (layer.count, out, rank), "right": (layer.count, rank, inner)}
-        result += [bf16(f"{prefix}.overlay.{role}.{part}", shape) for part, shape in shapes.items()]
-    return tuple(result)
+    """The tensors of one layer's overlay."""
+    return tuple(
+        bf16_tensor(tensor_name(prefix, role, part), shape)
+        for role, rank in ranks.items()
+        for part, shape in part_shapes(layer.shape(role), layer.count, rank).items()
+    )
 
 
 def _fill_layer(
@@ -203,9 +225,9 @@ def _fill_layer(
     progress: Progress,
     shard: ShardFile,
 ) -> None:
-    """Write base and factors of one layer: two passes over its experts, a few of them in memory.
+    """Write base and factors of one layer, in two passes over its experts, of which a few are in memory at a time.
 
-    What has been written is compared with the originals where there is a check for it, while they are at hand.
+    Where there is a check, it compares the experts as written with the originals, while these are in memory.
     """
     layer.prefetch(progress)
     bases: dict[str, NDArray[np.float32]] = {}
@@ -217,18 +239,18 @@ def _fill_layer(
             factors = split_delta(layer.number, role, matrix, base, ranks[role])
             for part, factor in (("left", factors.left), ("right", factors.right)):
                 data = factor.astype(BF16).tobytes()
-                shard.write(f"{prefix}.overlay.{role}.{part}", data, expert * len(data))
+                shard.write(tensor_name(prefix, role, part), data, expert * len(data))
             if check:
                 rebuilt[role] = rebuild(base, factors)
         return check.compare(expert, exact, rebuilt) if check else None
 
-    with resources.worker_threads(layer, matrices=MATRICES if check else len(layer.roles) + 2) as pool:
+    with resources.worker_threads(layer, matrices=MATRICES_COMPARED if check else len(layer.roles) + 2) as pool:
         for tensor in layer.tensors:
             for role, mean in mean_experts(tensor, pool).items():
                 base = mean.astype(BF16)
-                shard.write(f"{prefix}.overlay.{role}.base", base.tobytes())
-                bases[role] = base.astype(np.float32)  # the deltas are those from the base that is stored
+                shard.write(tensor_name(prefix, role, "base"), base.tobytes())
+                bases[role] = base.astype(np.float32)  # deltas are taken from the base as it is stored
             del mean
-        for comparison in pool.map(write, range(layer.count)):
-            if check and comparison:
-                check.add(comparison)
+        for errors in pool.map(write, range(layer.count)):
+            if check and errors:
+                check.add(errors)

@@ -12,13 +12,12 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import _get_classes, load_model
 
 from ...errors import ModelUnreadable, MoEError, UnknownFormat, name_model
+from ...terms import ROLES
 from ...weights.checkpoint import Checkpoint
 from ...weights.repositories.local import Folder
-from .modules import ROLES, OverlayGLU, Ranks
+from ..checkpoint.format import VERSION, OverlayConfig, OverlayConfigError, Ranks, parse_tensor_name
+from .modules import OverlayGLU
 
-VERSION = 1
-
-_OVERLAY = re.compile(r"(?P<prefix>.*\.(?P<layer>\d+))\.overlay\.(?P<role>gate|up|down)\.(?P<part>base|left|right)")
 _LAYER = re.compile(r"(?P<root>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<rest>\..*)")
 _ROUTED = re.compile(r"\.experts\.\d+\.|\.experts\.(?:gate_up_proj|down_proj)")
 
@@ -26,10 +25,10 @@ _ROUTED = re.compile(r"\.experts\.\d+\.|\.experts\.(?:gate_up_proj|down_proj)")
 def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
     """The mlx-lm model of an overlay checkpoint, its experts left as base and factors, and its config.
 
-    The model is of a class derived from mlx-lm's own, so that all that takes such a model takes this one. Every
-    parameter must be in the folder, and every tensor there must find its place, but for what mlx-lm itself drops.
-    Raises ModelUnreadable for a folder that is no overlay or is broken, UnknownFormat for a family that mlx-lm has
-    no class for, or no experts of the kind that we replace.
+    The model's class is derived from mlx-lm's own, so that all code for mlx-lm's models takes it. Every parameter must
+    be in the folder, and every tensor there must belong to a parameter, except those that mlx-lm itself drops. Raises
+    ModelUnreadable for a folder that is no overlay or is broken, UnknownFormat for a family that mlx-lm has no class
+    for, or whose experts in mlx-lm are no SwitchGLU.
     """
     folder = Path(folder)
     with name_model(str(folder)):
@@ -40,7 +39,7 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
             return load_model(folder, get_model_classes=lambda config: _overlay_classes(config, layers))
         except MoEError:
             raise
-        except Exception as error:  # mlx-lm may fail in any way on a config or weights that are not as it expects
+        except Exception as error:  # mlx-lm may raise anything for a config or weights that it does not expect
             reason = " ".join(str(error).split())[:300]
             raise ModelUnreadable(
                 f"mlx-lm can't load it: {reason or type(error).__name__}",
@@ -49,10 +48,10 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
 
 
 def check_folder(folder: Path) -> dict[int, Ranks]:
-    """The ranks of each overlaid layer, once the folder's files are known to be sound."""
+    """Check that the folder's files are sound; returns the ranks of each overlaid layer."""
     check_files(folder)
     checkpoint = Checkpoint(Folder(folder))
-    layers = _read_ranks(checkpoint.config.get("overlay_config"))
+    layers = _read_ranks(checkpoint.config)
     files = {checkpoint.info(name).file for name in checkpoint.names}
     if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - files):
         raise ModelUnreadable(f"{stray[0]} is not in the index", "it may be of an older overlay: remove it")
@@ -60,35 +59,40 @@ def check_folder(folder: Path) -> dict[int, Ranks]:
 
 
 def check_files(folder: Path) -> None:
-    """Refuse links out of the folder, pipes and devices among all that mlx-lm and transformers may read there."""
-    files, templates = Folder(folder), folder / "additional_chat_templates"
-    inside = [*([templates] if templates.is_symlink() else []), *templates.glob("*.jinja")]
-    for name in sorted(files.files | {str(path.relative_to(folder)) for path in inside}):
-        files.open(name)
+    """Raise ModelUnreadable for links out of the folder, pipes and devices that mlx-lm or transformers may read."""
+    repository, templates = Folder(folder), folder / "additional_chat_templates"
+    paths = [*([templates] if templates.is_symlink() else []), *templates.glob("*.jinja")]
+    for name in sorted(repository.files | {str(path.relative_to(folder)) for path in paths}):
+        repository.open(name)
 
 
-def _read_ranks(found: Any) -> dict[int, Ranks]:
-    """The ranks of each layer from config.json's `overlay_config`."""
-    if not isinstance(found, dict):
-        raise ModelUnreadable("config.json has no overlay_config", "this is no overlay: load it with mlx-lm itself")
-    if found.get("version") != VERSION:
-        raise UnknownFormat(f"overlay version {found.get('version')} is not known", f"we read version {VERSION}")
-    layers = found.get("layers")
+def _read_ranks(config: Mapping[str, Any]) -> dict[int, Ranks]:
+    """The ranks of each overlaid layer, from the model's config."""
     try:
-        ranks: dict[int, Ranks] = {int(layer): dict(by_role) for layer, by_role in layers.items()}  # type: ignore[union-attr]
-    except (AttributeError, TypeError, ValueError):
-        ranks = {}
-    if not ranks or not all(type(rank) is int and rank >= 0 for each in ranks.values() for rank in each.values()):
-        raise ModelUnreadable("overlay_config lists no layers with their ranks")
-    if ungated := [layer for layer, each in ranks.items() if each.keys() != set(ROLES)]:
-        raise UnknownFormat(
-            f"layer {ungated[0]} has not just gate, up and down", "only gated experts run in MLX so far"
-        )
-    return ranks
+        return OverlayConfig.read(config, lambda family: ROLES).layers
+    except OverlayConfigError as error:
+        raise _explain(error) from None
+
+
+def _explain(error: OverlayConfigError) -> MoEError:
+    """What is wrong with overlay_config, in words for somebody who wants to run the model."""
+    match error.problem:
+        case "missing":
+            return ModelUnreadable(
+                "config.json has no overlay_config", "this is no overlay: load it with mlx-lm itself"
+            )
+        case "version":
+            return UnknownFormat(f"overlay version {error.value} is not known", f"we read version {VERSION}")
+        case "roles":
+            return UnknownFormat(
+                f"layer {int(error.value)} has not just gate, up and down", "only gated experts run in MLX so far"
+            )
+        case _:
+            return ModelUnreadable("overlay_config lists no layers with their ranks")
 
 
 def _overlay_classes(config: dict[str, Any], layers: Mapping[int, Ranks]) -> tuple[type[Module], type]:
-    """mlx-lm's model class for the config, derived so that it overlays the given layers, and its arguments' class."""
+    """A model class that overlays the given layers, derived from mlx-lm's for the config, and its arguments' class."""
     model_type = config.get("model_type")
     try:
         model_class, arguments = _get_classes(config)
@@ -105,7 +109,7 @@ def _overlay_classes(config: dict[str, Any], layers: Mapping[int, Ranks]) -> tup
             self._paths = _overlay_experts(self, layers)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            """Give the tensors mlx-lm's names and forms, by the family's own rules for all but the experts."""
+            """Give the tensors mlx-lm's names and forms; the family's own rules hold for all but overlaid experts."""
             weights = _add_stand_ins(weights, layers)
             if hasattr(super(), "sanitize"):
                 weights = super().sanitize(weights)
@@ -115,35 +119,39 @@ def _overlay_classes(config: dict[str, Any], layers: Mapping[int, Ranks]) -> tup
 
 
 def _overlay_experts(model: Module, layers: Mapping[int, Ranks]) -> dict[int, str]:
-    """Put OverlayGLU in the place of the given layers' SwitchGLU; returns where they are, by layer."""
-    found: dict[int, list[tuple[str, SwitchGLU]]] = {}
+    """Put an OverlayGLU in the place of each given layer's SwitchGLU; returns their paths in the model, by layer.
+
+    A layer without a SwitchGLU, or with several, is left as it is.
+    """
+    blocks: dict[int, list[tuple[str, SwitchGLU]]] = {}
     for path, module in model.named_modules():  # type: ignore[no-untyped-call]
         if isinstance(module, SwitchGLU) and (match := _LAYER.fullmatch(path)):
-            found.setdefault(int(match["layer"]), []).append((path, module))
-    chosen = {layer: found[layer][0] for layer in layers if len(found.get(layer, ())) == 1}
+            blocks.setdefault(int(match["layer"]), []).append((path, module))
+    chosen = {layer: blocks[layer][0] for layer in layers if len(blocks.get(layer, ())) == 1}
     replaced = [
         (
             path,
             OverlayGLU(
-                old.gate_proj.input_dims,
-                old.gate_proj.output_dims,
-                old.gate_proj.num_experts,
+                block.gate_proj.input_dims,
+                block.gate_proj.output_dims,
+                block.gate_proj.num_experts,
                 layers[layer],
-                old.activation,
-                "bias" in old.gate_proj,
+                block.activation,
+                "bias" in block.gate_proj,
             ),
         )
-        for layer, (path, old) in chosen.items()
+        for layer, (path, block) in chosen.items()
     ]
     model.update_modules(tree_unflatten(replaced))
     return {layer: path for layer, (path, _) in chosen.items()}
 
 
 def _add_stand_ins(weights: Mapping[str, mx.array], layers: Iterable[int]) -> dict[str, mx.array]:
-    """The weights, with experts for the overlaid layers, too, if some layers are not overlaid.
+    """The weights, with stand-ins for the overlaid layers' experts if some layers are not overlaid.
 
-    Several sanitize methods look at layer 0 alone to see whether there is anything to stack. Where there is, the
-    overlaid layers borrow another's tensors; these are dropped again, and as MLX is lazy, never read for that.
+    Several of mlx-lm's sanitize methods stack the experts of all layers or of none, by what they find in layer 0. So
+    where a layer has plain experts, the overlaid layers borrow its tensors. They are dropped afterwards, and as MLX is
+    lazy, they are never read.
     """
     overlaid = set(layers)
     matches = [match for name in weights if (match := _LAYER.fullmatch(name)) and _ROUTED.search(match["rest"])]
@@ -158,19 +166,22 @@ def _add_stand_ins(weights: Mapping[str, mx.array], layers: Iterable[int]) -> di
 
 
 def _name_overlays(weights: Mapping[str, mx.array], paths: Mapping[int, str], model_type: str) -> dict[str, mx.array]:
-    """The weights with base and factors under the names of their modules, and without stand-ins."""
+    """The weights with base and factors under the names of their modules, and without stand-ins.
+
+    Raises UnknownFormat for an overlay of a layer that is not among `paths`.
+    """
     stand_ins = {
         f"{path}.{role}_proj.{part}"
         for path in paths.values()
         for role in ROLES
         for part in ("weight", "scales", "biases")
     }
-    result = {}
+    named = {}
     for name, array in weights.items():
-        if match := _OVERLAY.fullmatch(name):
-            if int(match["layer"]) not in paths:
-                raise UnknownFormat(f"mlx-lm's {model_type} has no block of gated experts at {match['prefix']}")
-            name = f"{paths[int(match['layer'])]}.{match['role']}_proj.{match['part']}"
+        if tensor := parse_tensor_name(name):
+            if tensor.layer not in paths:
+                raise UnknownFormat(f"mlx-lm's {model_type} has no block of gated experts at {tensor.prefix}")
+            name = f"{paths[tensor.layer]}.{tensor.role}_proj.{tensor.part}"
         if name not in stand_ins:
-            result[name] = array
-    return result
+            named[name] = array
+    return named

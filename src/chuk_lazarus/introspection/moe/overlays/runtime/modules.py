@@ -1,7 +1,7 @@
 """The overlay at work, in MLX: experts that stay base and factors, in mlx-lm's models or in a block to train.
 
-An overlaid projection computes `W x = base x + left (right x)`. No expert's matrix is ever put together: the base
-product is computed once for a token and serves all the experts that it is routed to.
+An overlaid projection computes `W x = base x + left (right x)`. No expert's matrix is ever rebuilt: the base product is
+computed once for a token, and serves all experts that the token is routed to.
 """
 
 import math
@@ -12,19 +12,17 @@ from mlx.nn.layers.base import Module
 from mlx.nn.layers.linear import Linear
 from mlx_lm.models.switch_layers import SwiGLU
 
-ROLES = ("gate", "up", "down")
-SORT_FROM = 64  # rows from which on sorting them by expert pays; mlx-lm's own number
+from ...terms import ROLES
 
-Ranks = Mapping[str, int]
-"""Role -> rank."""
+SORT_FROM = 64  # rows from which sorting them by expert is faster; mlx-lm's own number
 
 
 class OverlayLinear(Module):
-    """A linear layer per expert, as base and low-rank factors: in place of mlx-lm's SwitchLinear.
+    """A linear layer per expert, as base and low-rank factors; it replaces mlx-lm's SwitchLinear.
 
-    Parameters: `base` [out, in], `left` [experts, out, rank], `right` [experts, rank, in] and, if asked for, `bias`
-    [experts, out]. A new layer's `right` is zero, so that all its experts equal the base; the columns of `left` are
-    random, of about unit length. The rank may be 0.
+    Parameters, named as the parts of a role on disk: `base` [out, in], `left` [experts, out, rank], `right` [experts,
+    rank, in] and, if asked for, `bias` [experts, out]. A new layer's `right` is zero, so that all its experts equal the
+    base; the columns of `left` are random, of about unit length. The rank may be 0.
     """
 
     def __init__(self, input_dims: int, output_dims: int, num_experts: int, rank: int, bias: bool = False) -> None:
@@ -52,19 +50,19 @@ class OverlayLinear(Module):
     def rank(self) -> int:
         return self.left.shape[2]
 
-    def shared(self, x: mx.array) -> mx.array:
-        """What all experts have in common: [..., in] -> [..., out]."""
+    def base_product(self, x: mx.array) -> mx.array:
+        """The base product, which all experts share: [..., in] -> [..., out]."""
         return (x @ self.base.T).astype(x.dtype)
 
-    def own(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """What each expert adds, its bias included; shapes as in a call."""
+    def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """What each expert adds to the base product, its bias included; shapes as in a call."""
         y = x
         if self.rank:
-            plain = mx.default_device() == mx.cpu  # where gather_mm knows only float32
+            needs_float32 = mx.default_device() == mx.cpu  # the only type that gather_mm takes there
             for factor in (self.right, self.left):
-                y, factor = (y.astype(mx.float32), factor.astype(mx.float32)) if plain else (y, factor)
+                y, factor = (y.astype(mx.float32), factor.astype(mx.float32)) if needs_float32 else (y, factor)
                 y = mx.gather_mm(y, factor.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
-        else:  # the gradient of a product over nothing crashes MLX 0.32
+        else:  # the gradient of a product over an axis of length 0 crashes MLX 0.32
             leading = mx.broadcast_shapes(x.shape[:-2], indices.shape)
             y = mx.zeros((*leading, x.shape[-2], self.output_dims), x.dtype)
         if "bias" in self:
@@ -72,20 +70,20 @@ class OverlayLinear(Module):
         return y.astype(x.dtype)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Apply expert `indices[...]` to `x[...]`: as SwitchLinear does.
+        """Apply expert `indices[...]` to `x[...]`, as SwitchLinear does.
 
         `x` is [..., rows, in], `indices` [...], and the axes before the last two broadcast: [batch, length, 1, 1, in]
         with [batch, length, top_k] gives [batch, length, top_k, 1, out]. `sorted_indices` promises that the indices,
         on one axis, ascend. The result has the dtype of `x`.
         """
-        return self.shared(x) + self.own(x, indices, sorted_indices)
+        return self.base_product(x) + self.delta_product(x, indices, sorted_indices)
 
 
 class OverlayGLU(Module):
-    """The gated experts of one layer, overlaid: in place of mlx-lm's SwitchGLU.
+    """The gated experts of one layer, overlaid; it replaces mlx-lm's SwitchGLU.
 
-    `ranks` are by role, or one for all three. Many rows are sorted by expert, as SwitchGLU does; the base products of
-    gate and up are computed before that, once for a token.
+    `ranks` are by role, or one for all three. From SORT_FROM rows on they are sorted by expert, as in SwitchGLU; the
+    base products of gate and up are computed before that, once for a token.
     """
 
     def __init__(
@@ -93,7 +91,7 @@ class OverlayGLU(Module):
         input_dims: int,
         hidden_dims: int,
         num_experts: int,
-        ranks: Ranks | int,
+        ranks: Mapping[str, int] | int,
         activation: Callable[[mx.array, mx.array], mx.array] | None = None,
         bias: bool = False,
     ) -> None:
@@ -102,7 +100,7 @@ class OverlayGLU(Module):
         self.gate_proj = OverlayLinear(input_dims, hidden_dims, num_experts, by_role["gate"], bias)
         self.up_proj = OverlayLinear(input_dims, hidden_dims, num_experts, by_role["up"], bias)
         self.down_proj = OverlayLinear(hidden_dims, input_dims, num_experts, by_role["down"], bias)
-        # not `activation or`: a module without parameters is falsy
+        # not `activation or SwiGLU()`, as a module without parameters is falsy
         self.activation = SwiGLU() if activation is None else activation  # type: ignore[no-untyped-call]
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -118,7 +116,8 @@ class OverlayGLU(Module):
         x = x.reshape(-1, 1, x.shape[-1])
         rows = x[tokens]
         up, gate = (
-            linear.shared(x)[tokens] + linear.own(rows, experts, True) for linear in (self.up_proj, self.gate_proj)
+            linear.base_product(x)[tokens] + linear.delta_product(rows, experts, True)
+            for linear in (self.up_proj, self.gate_proj)
         )
         y = self.down_proj(self.activation(up, gate), experts, sorted_indices=True)
         return mx.unflatten(y[mx.argsort(order)], 0, indices.shape).squeeze(-2)
@@ -127,8 +126,9 @@ class OverlayGLU(Module):
 class OverlayMoE(Module):
     """A mixture-of-experts block that is an overlay from the start, to be trained.
 
-    A router, the softmax over the logits of each token's `top_k` experts, and SwiGLU experts that share a base; each
-    has factors of its own in gate, up and down. With `freeze_base` only router and factors train.
+    It has a router, whose routing weights are the softmax over the logits of each token's `top_k` experts, and SwiGLU
+    experts that share a base; each expert has its own factors in gate, up and down. With `freeze_base` only router and
+    factors train.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class OverlayMoE(Module):
         *,
         freeze_base: bool = False,
     ) -> "OverlayMoE":
-        """The block that starts as a dense feed-forward: `gate` and `up` [intermediate, hidden], `down` [hidden,
-        intermediate].
+        """A block that computes what a dense feed-forward does, to be trained further.
 
-        The base is a copy of the dense matrices, and as every `right` is zero, so is every expert.
+        `gate` and `up` are [intermediate, hidden], `down` is [hidden, intermediate]. The base is a copy of these
+        matrices; every `right` is zero, so every expert equals the base. Raises ValueError where the shapes do not fit.
         """
         block = cls(gate.shape[1], gate.shape[0], experts, top_k, rank, freeze_base=freeze_base)
         block.set_dtype(gate.dtype)
@@ -170,7 +170,7 @@ class OverlayMoE(Module):
         return block
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """The experts of each token and their weights: [..., hidden] -> twice [..., top_k]."""
+        """The experts of each token and their routing weights: [..., hidden] -> twice [..., top_k]."""
         logits = self.router(x)
         indices = mx.stop_gradient(mx.argpartition(-logits, kth=self.top_k - 1, axis=-1)[..., : self.top_k])
         return indices, mx.softmax(mx.take_along_axis(logits, indices, axis=-1), axis=-1, precise=True)

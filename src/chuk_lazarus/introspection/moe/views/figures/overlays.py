@@ -8,12 +8,13 @@ import numpy as np
 
 from ...reports import MoEOverlayEstimate
 from ...text import format_bytes
-from .provenance import _name
-from .style import GREY, STYLES, finish, format_share, name_layers, new_figure, styled, wrap
+from ..words import identify, name_layers
+from .style import GREY, STYLES, finish, format_share, new_figure, styled, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 ESTIMATE = "Relative error of the weights of the measured layers, root mean square, against the bytes of these layers."
 
 
@@ -25,7 +26,7 @@ def plot_estimate(estimate: MoEOverlayEstimate, command: str | None = None) -> "
     """
     figure = new_figure(3.6, "What the same bytes buy")
     _paint_estimate(figure.subplots(), estimate)
-    source = f"{_name(estimate)}, {name_layers(estimate.layers_measured)}"
+    source = f"{identify(estimate)}, {name_layers(estimate.layers_measured)}"
     return finish(figure, f"{ESTIMATE} What pays: {estimate.advice}.", [source], command)
 
 
@@ -46,9 +47,9 @@ def _paint_estimate(ax: "Axes", estimate: MoEOverlayEstimate) -> None:
     stored = sum(layer.stored_bytes for layer in measured)
     ax.plot(overlay, error, "*", color=STYLES[0][0], markersize=12, label=wrap(f"overlay, {estimate.rule}", 1.6))
     ax.axvline(stored, color=GREY, linewidth=1.2, linestyle=":", label=wrap(f"as stored, {format_bytes(stored)}", 1.6))
-    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines[:4]])
-    ax.set_yscale("symlog", linthresh=0.001)  # logarithmic, but with a place for no error at all
-    ax.set_ylim(0.7 * np.nanmin(drawn) or -0.0002, 1.4 * np.nanmax(drawn))
+    errors_drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines[:4]])
+    ax.set_yscale("symlog", linthresh=0.001)  # logarithmic, with a place for an error of zero
+    ax.set_ylim(0.7 * np.nanmin(errors_drawn) or -0.0002, 1.4 * np.nanmax(errors_drawn))
     ax.set_xlim(0, 1.08 * max(*sizes, overlay, stored))
     ax.yaxis.set_major_locator(FixedLocator([0, *(a * 10.0**b for b in (-3, -2, -1) for a in (1, 2, 5)), 1]))
     ax.yaxis.set_minor_locator(NullLocator())

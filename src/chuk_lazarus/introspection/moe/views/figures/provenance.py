@@ -1,10 +1,8 @@
 """Figures of verdicts and their evidence."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import cycle, islice
-from math import ceil, isnan, nan
-from statistics import fmean
+from math import ceil, nan
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +12,18 @@ from numpy.typing import NDArray
 from ...numerics.spectra import noise_decay, noise_rank
 from ...reports import Identity, LayerAnalysis, Lineage, MoETypeAnalysis, MoETypeComparison, Projection
 from ...text import percent
+from .. import facts
+from ..words import format_confidence, identify, name_layers
 from .style import (
     COLORS,
     GREY,
     ROLE_STYLES,
     STYLES,
     WIDTH,
+    add_panels,
     finish,
     format_share,
-    name_layers,
     new_figure,
-    panels,
     styled,
     wrap,
 )
@@ -32,8 +31,9 @@ from .style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-MARKS = "osD^vP*X"  # of the shares of energy
-FLOOR = 0.01  # of the root mean square: smaller singular values are off the scale
+
+MARKS = "osD^vP*X"  # one for each share of energy
+FLOOR = 0.01  # singular values below this share of their root mean square are off the scale
 LEAST_SCALE = 0.1  # the least top of a heat map's scale, so that noise does not look like structure
 DECAY = (
     "Singular values of the deltas (expert minus mean of all experts) over their root mean square, mean over the "
@@ -62,7 +62,7 @@ def plot_decay(layer: LayerAnalysis, model: Identity | None = None, command: str
     Singular values are over their root mean square, ranks a share of the greatest possible one.
     """
     figure = new_figure(2.9, "How fast the deltas' singular values fall")
-    _paint_decays(panels(figure, figure.add_gridspec()[0], len(layer.projections)), layer)
+    _paint_decays(add_panels(figure, figure.add_gridspec()[0], len(layer.projections)), layer)
     return finish(figure, DECAY, _source(model, [layer]), command)
 
 
@@ -73,18 +73,18 @@ def plot_similarity(layer: LayerAnalysis, model: Identity | None = None, command
     The order of the experts is that of a hierarchical clustering with average linkage.
     """
     figure = new_figure(3.4, "How alike the experts are")
-    _paint_similarity(panels(figure, figure.add_gridspec()[0], 2), layer)
+    _paint_similarity(add_panels(figure, figure.add_gridspec()[0], 2), layer)
     return finish(figure, SIMILARITY, _source(model, [layer]), command)
 
 
 @styled()
 def plot_matches(layer: LayerAnalysis, model: Identity | None = None, command: str | None = None) -> "Figure":
-    """How near a neuron's nearest in another expert is, against its second nearest: what chance does."""
+    """How near a neuron's nearest neuron in another expert is, and its second nearest, which shows what chance does."""
     figure = new_figure(2.7, "How near the nearest neurons are")
     ax = figure.subplots()
     _paint_matches(ax, layer.lineage)
     ax.set_title("")
-    return finish(figure, f"{MATCHES} {_found(layer.lineage)}", _source(model, [layer]), command)
+    return finish(figure, f"{MATCHES} {_describe_matches(layer.lineage)}", _source(model, [layer]), command)
 
 
 @styled()
@@ -103,19 +103,19 @@ def plot_depth(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure
 def plot_analysis(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure":
     """An analysis in one figure: decay, similarity and matches of its first layer, and what changes with depth."""
     first, many = analysis.layers[0], len(analysis.layers) > 1
-    figure = new_figure(7.4 if many else 4.7, f"{_name(analysis)}: {_verdict(analysis)}")
+    figure = new_figure(7.4 if many else 4.7, f"{identify(analysis)}: {_format_verdict(analysis)}")
     rows = figure.add_gridspec(4, height_ratios=(2, 2, 2, 0.36)) if many else figure.add_gridspec(2)
-    _paint_decays(panels(figure, rows[0], len(first.projections)), first)
-    *heat_maps, matches = panels(figure, rows[1], 3)
+    _paint_decays(add_panels(figure, rows[0], len(first.projections)), first)
+    *heat_maps, matches = add_panels(figure, rows[1], 3)
     _paint_similarity(heat_maps, first)
     _paint_matches(matches, first.lineage)
-    text = [DECAY, f"{SIMILARITY} {MATCHES} {_found(first.lineage)}"]
+    text = [DECAY, f"{SIMILARITY} {MATCHES} {_describe_matches(first.lineage)}"]
     if many:
-        axes = panels(figure, rows[2], 3)
+        axes = add_panels(figure, rows[2], 3)
         _paint_depth(axes, analysis.layers)
-        for ax, key in zip(axes, panels(figure, rows[3], 3), strict=True):
-            key.set_axis_off()
-            key.legend(*ax.get_legend_handles_labels(), loc="upper left", ncols=2, borderpad=0, borderaxespad=0)
+        for ax, below in zip(axes, add_panels(figure, rows[3], 3), strict=True):
+            below.set_axis_off()
+            below.legend(*ax.get_legend_handles_labels(), loc="upper left", ncols=2, borderpad=0, borderaxespad=0)
         text = [f"Top, layer {first.layer}: {text[0]}", f"Middle, layer {first.layer}: {text[1]}", f"Bottom: {DEPTH}"]
     return finish(figure, "\n".join(text), _source(analysis, analysis.layers), command)
 
@@ -124,59 +124,46 @@ def plot_analysis(analysis: MoETypeAnalysis, command: str | None = None) -> "Fig
 def plot_comparison(comparison: MoETypeComparison, command: str | None = None) -> "Figure":
     """Several models in one figure: decay in the first layer of each; ranks, cosines and neurons found again."""
     models = comparison.models
-    names = [wrap(f"{_name(model)}: {_verdict(model)}", WIDTH - 0.8) for model in models]
-    key = sum(0.21 + 0.13 * name.count("\n") for name in names)
-    figure = new_figure(4.8 + key, "Models compared")
-    rows = figure.add_gridspec(3, height_ratios=(key, 2.4, 2.4))
+    names = [wrap(f"{identify(model)}: {_format_verdict(model)}", WIDTH - 0.8) for model in models]
+    legend_height = sum(0.21 + 0.13 * name.count("\n") for name in names)
+    figure = new_figure(4.8 + legend_height, "Models compared")
+    rows = figure.add_gridspec(3, height_ratios=(legend_height, 2.4, 2.4))
     _paint_names(figure.add_subplot(rows[0]), names)
     roles = [role for role in ROLE_STYLES if any(role in model.layers[0].projections for model in models)]
-    _paint_decays_of_models(panels(figure, rows[1], len(roles[:2])), models, roles[:2])
-    ranks, cosines, found = panels(figure, rows[2], 3)
+    _paint_decays_of_models(add_panels(figure, rows[1], len(roles[:2])), models, roles[:2])
+    ranks, cosines, neurons = add_panels(figure, rows[2], 3)
 
-    def means(of: Callable[[LayerAnalysis], float]) -> list[float]:
-        return [_mean(model, of) for model in models]
+    def means(figure: facts.LayerFigure) -> list[float]:
+        return [facts.mean_over_layers(model, figure) for model in models]
 
     _paint_dots(
         ranks,
         "Rank (95 %)",
-        {role: means(partial(_rank_ratio, role=role)) for role in roles},
-        ticks={role: means(partial(_noise_ratio, role=role)) for role in roles},
+        {role: means(facts.of_projection(role, facts.RANK_RATIO)) for role in roles},
+        ticks={role: means(facts.of_projection(role, _noise_ratio)) for role in roles},
     )
-    _paint_dots(
-        cosines,
-        "Cosine",
-        {role: means(partial(_cosine, role=role)) for role in roles},
-        bars={"down": means(lambda layer: layer.cosine.std)},
-    )
-    chance = means(lambda layer: layer.lineage.chance)
-    _paint_dots(
-        found,
-        "Neurons found",
-        {"again": means(lambda layer: layer.lineage.kept), "closely": means(lambda layer: layer.lineage.close)},
-        ticks={"again": chance, "closely": chance},
-    )
+    spread = {"down": means(facts.COSINE_SPREAD)}
+    _paint_dots(cosines, "Cosine", {role: means(_cosine(role)) for role in roles}, bars=spread)
+    chance = dict.fromkeys(("again", "closely"), means(facts.CHANCE))
+    _paint_dots(neurons, "Neurons found", {"again": means(facts.KEPT), "closely": means(facts.CLOSE)}, ticks=chance)
     cosines.set_xlim(*_from_zero(*cosines.dataLim.intervalx))
-    for ax in (ranks, found):
+    for ax in (ranks, neurons):
         ax.set_xlim(-0.03, 1.03)
         ax.xaxis.set_major_formatter(format_share)
     return finish(figure, COMPARISON, [line for model in models for line in _source(model, model.layers)], command)
 
 
-def _name(model: Identity) -> str:
-    return model.model + (f" @ {model.revision[:12]}" if model.revision else "")
-
-
 def _source(model: Identity | None, layers: Sequence[LayerAnalysis]) -> list[str]:
-    """What a caption says of where the figures come from."""
-    where = name_layers([layer.layer for layer in layers])
-    return [f"{_name(model)}, {where}" if model else where.capitalize()]
+    """The line of a caption that names the model and its layers."""
+    names = name_layers([layer.layer for layer in layers])
+    return [f"{identify(model)}, {names}" if model else names.capitalize()]
 
 
-def _verdict(analysis: MoETypeAnalysis) -> str:
-    return analysis.type + ("" if analysis.type == "UNDETERMINED" else f" ({analysis.confidence:.0%} confidence)")
+def _format_verdict(analysis: MoETypeAnalysis) -> str:
+    return analysis.type + format_confidence(analysis)
 
 
-def _found(lineage: Lineage) -> str:
+def _describe_matches(lineage: Lineage) -> str:
     return (
         f"{percent(lineage.kept)} of {lineage.neurons:,} neurons are found again, {percent(lineage.close)} closely, "
         f"{percent(lineage.chance)} by chance."
@@ -212,7 +199,7 @@ def _paint_decay(ax: "Axes", role: str, projection: Projection) -> None:
 
 
 def _rank_shares(projection: Projection) -> NDArray[np.float64]:
-    """Which ranks the values of `decay` have, in per cent of the greatest."""
+    """The ranks of the values of `decay`, in per cent of the greatest."""
     places = np.linspace(0, projection.max_rank - 1, len(projection.decay)).round()
     return np.asarray(100 * (places + 1) / projection.max_rank)
 
@@ -250,13 +237,13 @@ def _paint_similarity(axes: Sequence["Axes"], layer: LayerAnalysis) -> None:
 
 
 def _order(likeness: NDArray[np.float64]) -> list[int]:
-    """The order of a hierarchical clustering: the alike stand together, and else the lower number comes first."""
+    """The order of a hierarchical clustering: alike experts stand together, otherwise by their number."""
     from scipy.cluster.hierarchy import linkage
 
     distances = (likeness.max() - likeness[np.triu_indices(len(likeness), 1)]).round(2)
     groups = [[i] for i in range(len(likeness))]
-    for one, other, *_ in linkage(distances, "average"):
-        first, second = sorted((groups[int(one)], groups[int(other)]), key=min)
+    for left, right, *_ in linkage(distances, "average"):
+        first, second = sorted((groups[int(left)], groups[int(right)]), key=min)
         groups.append(first + second)
     return groups[-1]
 
@@ -272,13 +259,13 @@ def _paint_heat(
     """A square of experts by experts, the diagonal left out."""
     import matplotlib
 
-    shown = np.where(np.eye(len(values), dtype=bool), nan, values)[np.ix_(order, order)]
+    ordered = np.where(np.eye(len(values), dtype=bool), nan, values)[np.ix_(order, order)]
     colors = matplotlib.colormaps["cividis"].with_extremes(bad="#E4E4E4")
-    low, high = min(0.0, float(np.nanmin(shown))), max(LEAST_SCALE, float(np.nanmax(shown)))
+    low, high = min(0.0, float(np.nanmin(ordered))), max(LEAST_SCALE, float(np.nanmax(ordered)))
     figure: Any = ax.figure
-    image = ax.imshow(shown, cmap=colors, vmin=low, vmax=high, interpolation="nearest")
+    image = ax.imshow(ordered, cmap=colors, vmin=low, vmax=high, interpolation="nearest")
     bar = figure.colorbar(image, cax=ax.inset_axes((1.04, 0, 0.06, 1)), format=scale)
-    bar.solids.set_rasterized(True)  # as strips, they would show seams
+    bar.solids.set_rasterized(True)  # vector strips would show seams
     bar.outline.set_visible(False)
     ticks = range(0, len(order), ceil(len(order) / 8))
     names = [str(experts[order[i]]) for i in ticks]
@@ -298,7 +285,7 @@ def _paint_matches(ax: "Axes", lineage: Lineage) -> None:
     ax.stairs(nearest, edges, color=COLORS[0], fill=True, alpha=0.35)
     ax.stairs(nearest, edges, color=COLORS[0], linewidth=1.4, label="nearest")
     ax.set_xlim(edges[np.flatnonzero(nearest + second)[0]] - 0.06, 1.02)
-    ax.set_ylim(0, 1.45 * max(nearest.max(), second.max()))  # room for the key
+    ax.set_ylim(0, 1.45 * max(nearest.max(), second.max()))  # leaves room for the legend
     ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])
     ax.yaxis.set_major_formatter(format_share)
     ax.set(title="Nearest neurons", xlabel="cosine, mean over the roles", ylabel="neurons")
@@ -308,72 +295,61 @@ def _paint_matches(ax: "Axes", lineage: Lineage) -> None:
 def _paint_depth(axes: Sequence["Axes"], layers: Sequence[LayerAnalysis]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ranks, cosines, found = axes
+    ranks, cosines, neurons = axes
     numbers = [layer.layer for layer in layers]
     every = ceil(len(layers) / 12)
 
-    def draw(ax: "Axes", values: Sequence[float], style: tuple[str, str, str], label: str) -> None:
+    def draw(ax: "Axes", figure: facts.LayerFigure, style: tuple[str, str, str], label: str) -> None:
         color, dash, marker = style
+        values = [figure(layer) for layer in layers]
         ax.plot(numbers, values, color=color, linestyle=dash, marker=marker, markevery=every, label=label)
 
     roles = [role for role in ROLE_STYLES if any(role in layer.projections for layer in layers)]
     for role in roles:
-        draw(ranks, [_rank_ratio(layer, role) for layer in layers], ROLE_STYLES[role], role)
-        draw(cosines, [_cosine(layer, role) for layer in layers], ROLE_STYLES[role], role)
-    noise = [fmean(_noise_ratio(layer, role) for role in layer.projections) for layer in layers]
-    ranks.plot(numbers, noise, color=GREY, linewidth=3, alpha=0.5, zorder=1, label="noise")
+        draw(ranks, facts.of_projection(role, facts.RANK_RATIO), ROLE_STYLES[role], role)
+        draw(cosines, _cosine(role), ROLE_STYLES[role], role)
+    noise = facts.over_projections(_noise_ratio)
+    ranks.plot(numbers, [noise(layer) for layer in layers], color=GREY, linewidth=3, alpha=0.5, zorder=1, label="noise")
     for figure, style, label in (
-        ("kept", ROLE_STYLES["gate"], "found again"),
-        ("close", ROLE_STYLES["up"], "closely"),
-        ("chance", (GREY, ":", "x"), "by chance"),
+        (facts.KEPT, ROLE_STYLES["gate"], "found again"),
+        (facts.CLOSE, ROLE_STYLES["up"], "closely"),
+        (facts.CHANCE, (GREY, ":", "x"), "by chance"),
     ):
-        draw(found, [getattr(layer.lineage, figure) for layer in layers], style, label)
+        draw(neurons, figure, style, label)
     cosines.set_ylim(*_from_zero(*cosines.dataLim.intervaly))
-    for ax in (ranks, found):
+    for ax in (ranks, neurons):
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(format_share)
-    for ax, title in ((ranks, "Rank (95 %)"), (cosines, "Cosine"), (found, "Neurons found again")):
+    for ax, title in ((ranks, "Rank (95 %)"), (cosines, "Cosine"), (neurons, "Neurons found again")):
         ax.set(title=title, xlabel="layer")
         ax.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _from_zero(low: float, high: float) -> tuple[float, float]:
-    """A scale for cosines that begins at zero, so that little differences look little."""
+    """A scale for cosines that begins at zero, so that small differences look small."""
     top = max(LEAST_SCALE, 1.1 * high)
     return min(-0.03 * top, 1.1 * low), top
 
 
-def _rank_ratio(layer: LayerAnalysis, role: str) -> float:
-    """NaN where the layer has no such projection, as in the two below."""
-    return layer.projections[role].rank_ratio if role in layer.projections else nan
-
-
-def _noise_ratio(layer: LayerAnalysis, role: str) -> float:
-    if role not in layer.projections:
-        return nan
-    projection = layer.projections[role]
+def _noise_ratio(projection: Projection) -> float:
+    """The 95 % rank of noise over the greatest possible rank."""
     return noise_rank(projection.shape, 0.95) / projection.max_rank
 
 
-def _cosine(layer: LayerAnalysis, role: str) -> float:
-    return float(getattr(layer.cosine, role)) if role in layer.projections else nan
-
-
-def _mean(model: MoETypeAnalysis, of: Callable[[LayerAnalysis], float]) -> float:
-    """Over the layers that have the figure."""
-    found = [value for layer in model.layers if not isnan(value := of(layer))]
-    return fmean(found) if found else nan
+def _cosine(role: str) -> facts.LayerFigure:
+    """The mean cosine of two experts, NaN where the layer has no such projection."""
+    return lambda layer: float(getattr(layer.cosine, role)) if role in layer.projections else nan
 
 
 def _paint_names(ax: "Axes", names: Sequence[str]) -> None:
-    """A key of models in place of a panel."""
+    """A legend of the models, in place of a panel."""
     ax.set_axis_off()
     for color, dash, marker in islice(cycle(STYLES), len(names)):
         ax.plot([], [], color=color, linestyle=dash, marker=marker, label="?")
-    key = ax.legend(loc="upper left", borderpad=0, borderaxespad=0)
-    for text, name in zip(key.get_texts(), names, strict=True):
-        text.set_text(name)  # not given as a label: one that begins with "_" would be left out
+    legend = ax.legend(loc="upper left", borderpad=0, borderaxespad=0)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)  # as a label, a name that begins with "_" would be left out
 
 
 def _paint_decays_of_models(axes: Sequence["Axes"], models: Sequence[MoETypeAnalysis], roles: Sequence[str]) -> None:
@@ -397,7 +373,7 @@ def _paint_dots(
     ticks: Mapping[str, Sequence[float]] = MappingProxyType({}),
     bars: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> None:
-    """A line for each name, on it a mark for each model, and where given a tick in its colour or a bar about it."""
+    """A line for each name with a mark for each model; where given, a tick in its colour, and a bar around the mark."""
     for place, (name, values) in enumerate(rows.items()):
         for number, (value, (color, _, marker)) in enumerate(zip(values, cycle(STYLES), strict=False)):
             y = place + 0.7 * ((number + 0.5) / len(values) - 0.5)

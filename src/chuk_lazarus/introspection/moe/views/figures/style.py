@@ -1,7 +1,7 @@
 """How all figures look, and how they become files.
 
-Colours are those of Okabe and Ito and matplotlib's cividis, which the colour-blind tell apart; lines differ by dash or
-marker, too. Figures are made without pyplot, so in any thread, and a notebook shows them as they are.
+Colours are those of Okabe and Ito and matplotlib's cividis, which colour-blind readers can tell apart; lines differ by
+dash or marker, too. Figures are made without pyplot, so any thread can make them, and a notebook shows them as is.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ from xml.etree import ElementTree
 
 from ...errors import InvalidRequest, printable
 from ...files import write_file
-from ...text import format_ranges
+from ...terms import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ENDINGS = (".png", ".svg", ".pdf")
-WIDTH = 7.5  # inches: a page's, so that type is printed in its own size
+WIDTH = 7.5  # inches: the width of a page, so that type is printed at its nominal size
 PAD = 0.08  # inches around panels
 SMALL = 8  # points, the smallest type
 GREY, DARK = "#767676", "#404040"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 STYLES = [(COLORS[i % 7], ("-", "--", "-.", ":")[i % 4], "os^DvPX*"[i % 8]) for i in range(56)]  # no two alike
-ROLE_STYLES = dict(zip(("gate", "up", "down"), STYLES, strict=False))
+ROLE_STYLES = dict(zip(ROLES, STYLES, strict=False))
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -68,7 +68,7 @@ _lock = RLock()
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Our style and nobody else's; one thread at a time, since matplotlib's settings belong to the process."""
+    """Our style alone, in one thread at a time, since matplotlib's settings belong to the process."""
     from matplotlib import style
 
     with _lock, style.context(["default", STYLE]):
@@ -95,30 +95,31 @@ def save(figure: "Figure", path: str | Path) -> None:
 
 
 def to_svg(figure: "Figure") -> str:
-    """A figure as one `<svg>` element, for a page or a file of its own: text as text, nothing from elsewhere.
+    """A figure as one `<svg>` element, for a page or a file: text as text, and no reference to other files.
 
-    Ids begin with a digest of the figure, so that several figures on a page don't meet.
+    Ids begin with a digest of the figure, so that those of several figures on a page do not clash.
     """
-    drawn = _render(figure, "svg", dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    root = ElementTree.fromstring(drawn)
-    prefix = f"f{hashlib.sha256(drawn).hexdigest()[:8]}-"
+    file = _render(figure, "svg", dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(file)
+    prefix = f"f{hashlib.sha256(file).hexdigest()[:8]}-"
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith(("}metadata", "}style")):
                 parent.remove(child)
-    used = {found for one in root.iter() for value in one.attrib.values() for found in re.findall(r"#([\w-]+)", value)}
-    known = {one.get("id") for one in root.iter()} & used
-    for one in root.iter():
-        one.tag = one.tag.split("}")[-1]
-        attributes = {name.replace(f"{{{XLINK}}}", "xlink:"): value for name, value in one.attrib.items()}
-        one.attrib.clear()
+    values = [value for element in root.iter() for value in element.attrib.values()]
+    references = {reference for value in values for reference in re.findall(r"#([\w-]+)", value)}
+    ids = {element.get("id") for element in root.iter()} & references
+    for element in root.iter():
+        element.tag = element.tag.split("}")[-1]
+        attributes = {name.replace(f"{{{XLINK}}}", "xlink:"): value for name, value in element.attrib.items()}
+        element.attrib.clear()
         for name, value in attributes.items():
             if name == "id":
-                if value in known:
-                    one.set("id", prefix + value)
+                if value in ids:
+                    element.set("id", prefix + value)
             else:
-                one.set(name, re.sub(r"#([\w-]+)", lambda m: f"#{prefix * (m[1] in known)}{m[1]}", value))
-    # what matplotlib says in a style sheet for "*", which would hold for the whole page
+                element.set(name, re.sub(r"#([\w-]+)", lambda m: f"#{prefix * (m[1] in ids)}{m[1]}", value))
+    # matplotlib sets these two in a style sheet for "*", which would hold for the whole page
     root.attrib |= {"xmlns": SVG, "xmlns:xlink": XLINK, "stroke-linejoin": "round", "stroke-linecap": "butt"}
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -132,20 +133,20 @@ def _render(figure: "Figure", kind: str, metadata: Mapping[str, None]) -> bytes:
 
 
 def new_figure(height: float, title: str) -> "Figure":
-    """A figure with so many inches for its panels, beside title and caption."""
+    """A figure whose panels get `height` inches; the title is added to that here, the caption by `finish`."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    shown = wrap(title, WIDTH - 2 * PAD, 11)
-    height += shown.count("\n") * 1.2 * 11 / 72
+    wrapped = wrap(title, WIDTH - 2 * PAD, 11)
+    height += wrapped.count("\n") * 1.2 * 11 / 72
     figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=PAD, h_pad=PAD))
-    figure.suptitle(shown, x=PAD / WIDTH, ha="left", fontsize=11, fontweight="bold")
-    figure._repr_svg_ = partial(to_svg, figure)  # type: ignore[attr-defined]  # what a notebook asks for
+    figure.suptitle(wrapped, x=PAD / WIDTH, ha="left", fontsize=11, fontweight="bold")
+    figure._repr_svg_ = partial(to_svg, figure)  # type: ignore[attr-defined]  # what a notebook calls
     return figure
 
 
 def finish(figure: "Figure", text: str, source: Sequence[str], command: str | None) -> "Figure":
-    """The figure with its caption: what is to be seen, of which model and layers, by which command."""
+    """The figure with its caption: what it shows, of which model and layers, and the command that made it."""
     from matplotlib.axes import Axes
 
     caption = wrap("\n".join([text, *source, *([command] if command else [])]), WIDTH - 2 * PAD)
@@ -153,14 +154,14 @@ def finish(figure: "Figure", text: str, source: Sequence[str], command: str | No
     figure.supxlabel(caption, x=PAD / WIDTH, ha="left", fontsize=SMALL, color=DARK, linespacing=1.3)
     figure.set_figheight(figure.get_figheight() + lines * 1.3 * SMALL / 72)
     for ax in figure.findobj(Axes):
-        ax.tick_params(labelsize=SMALL)  # how many numbers an axis gets must not depend on whoever draws it
+        ax.tick_params(labelsize=SMALL)  # the number of ticks must not depend on the program that draws it
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once for all: again, it would move by a hair
+    figure.set_layout_engine("none")  # a second layout would move everything by a hair
     return figure
 
 
 def wrap(text: str, inches: float, points: float = SMALL) -> str:
-    """The text in lines that fit, also where it has no blanks; what the font can't show is escaped."""
+    """The text in lines that fit, even where it has no blanks; characters that the font lacks are escaped."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.textpath import text_to_path
 
@@ -168,23 +169,18 @@ def wrap(text: str, inches: float, points: float = SMALL) -> str:
     known = get_font(findfont(font)).get_char_index
 
     def width(line: str) -> float:
-        # more than is measured: at 100 dots per inch, letters are made whole dots wide
+        # 10 % more than is measured: at 100 dots per inch, each letter is a whole number of dots wide
         return 1.1 / 72 * float(text_to_path.get_text_width_height_descent(line, font, ismath=False)[0])
 
     lines = []
     for paragraph in text.split("\n"):
-        shown = "".join(c if known(ord(c)) else c.encode("unicode_escape").decode() for c in printable(paragraph))
-        broken, most = [shown], len(shown)
+        escaped = "".join(c if known(ord(c)) else c.encode("unicode_escape").decode() for c in printable(paragraph))
+        broken, most = [escaped], len(escaped)
         while (widest := max(map(width, broken), default=0.0)) > inches and most > 1:
             most = min(most - 1, ceil(most * inches / widest))
-            broken = textwrap.wrap(shown, most, break_on_hyphens=False)
+            broken = textwrap.wrap(escaped, most, break_on_hyphens=False)
         lines += broken
     return "\n".join(lines)
-
-
-def name_layers(numbers: Sequence[int]) -> str:
-    """For instance "layer 3" or "layers 0-2, 5"."""
-    return f"layer{'' if len(numbers) == 1 else 's'} {format_ranges(numbers)}"
 
 
 def format_share(value: float, _place: object = None) -> str:
@@ -192,7 +188,7 @@ def format_share(value: float, _place: object = None) -> str:
     return f"{100 * value:.4g} %"
 
 
-def panels(figure: "Figure", place: Any, panels: int) -> list["Axes"]:
-    """So many panels side by side in a place of the figure's grid."""
-    grid = place.subgridspec(1, panels)
-    return [figure.add_subplot(grid[0, i]) for i in range(panels)]
+def add_panels(figure: "Figure", place: Any, count: int) -> list["Axes"]:
+    """`count` panels side by side in a place of the figure's grid."""
+    grid = place.subgridspec(1, count)
+    return [figure.add_subplot(grid[0, i]) for i in range(count)]

@@ -1,58 +1,87 @@
-"""What all tables are made of."""
+"""What all tables are made of. Rich is imported late, so that a program that shows nothing does not wait for it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ...reports import Identity, LayerLayout
-from ...text import format_ranges
+from ...reports import Identity, MoEQuickAnalysis, MoETypeAnalysis
+from ...terms import Origin
+from ..words import describe_family, format_confidence, identify
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-
-def fact_grid(rows: Sequence[tuple[str, Any]]) -> "Table":
-    """A key and its value on each line."""
+    from rich.console import Group, RenderableType
     from rich.table import Table
     from rich.text import Text
+
+Options = Mapping[str, Any]
+Fact = tuple["str | Text", "str | Text"]
+
+ORIGIN_STYLES: dict[Origin, str] = {"UPCYCLED": "bold cyan", "NATIVE": "bold green", "UNDETERMINED": "bold yellow"}
+
+# rich's options of columns that are not plain numbers
+LEFT: Options = {"justify": "left"}
+CUT: Options = {"justify": "left", "overflow": "ellipsis"}
+WHOLE: Options = {"overflow": "ellipsis", "no_wrap": True}
+
+
+def paint(text: str, style: str = "") -> "Text":
+    """Text that is shown as it is, without markup."""
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+def paint_verdict(report: MoETypeAnalysis | MoEQuickAnalysis) -> "Text":
+    """A verdict in its colour, with its confidence."""
+    from rich.text import Text
+
+    return Text.assemble((report.type, ORIGIN_STYLES[report.type]), format_confidence(report))
+
+
+def stack(title: str, *blocks: "RenderableType") -> "Group":
+    """A title, and below it tables and texts."""
+    from rich.console import Group
+
+    return Group(paint(title, "bold"), *blocks)
+
+
+def identity_facts(report: Identity) -> list[Fact]:
+    """Which model a report is about."""
+    return [("Model", identify(report)), ("Family", describe_family(report))]
+
+
+def draw_facts(facts: Iterable[Fact], notes: Iterable[str] = ()) -> "Table":
+    """A name and its value on each line, then the notes."""
+    from rich.table import Table
 
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for key, value in rows:
-        grid.add_row(Text(key, style="dim"), value if isinstance(value, Text) else Text(str(value)))
+    for name, value in (*facts, *(("Note", note) for note in notes)):
+        grid.add_row(_as_text(name, "dim"), _as_text(value))
     return grid
 
 
-VERDICT_STYLES = {"UPCYCLED": "bold cyan", "NATIVE": "bold green", "UNDETERMINED": "bold yellow"}
-
-
-def heading_blocks(title: str, report: Identity, *rows: tuple[str, Any]) -> list[Any]:
-    """A title, and below it which model the report is about."""
-    from rich.text import Text
-
-    name = report.model + (f" @ {report.revision[:12]}" if report.revision else "")
-    kind = f"{report.family} ({report.model_type or 'unknown type'}, {report.experts} experts, {report.storage})"
-    return [Text(title, style="bold"), fact_grid([("Model", name), ("Family", kind), *rows])]
-
-
-def number_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
-    """A table of numbers, all columns to the right."""
+def draw_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence["str | Text"]],
+    columns: Mapping[str, Options] = MappingProxyType({}),
+    footers: Sequence[str] = (),
+    **options: Any,
+) -> "Table":
+    """A table of numbers; `columns` has rich's options for the other columns, by heading, `options` for the table."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=bool(footers), **options)
+    for heading, footer in zip_longest(headings, footers, fillvalue=""):
+        of_column = {"justify": "right", "overflow": "fold", **columns.get(heading, {})}
+        table.add_column(paint(heading), paint(footer), **of_column)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_as_text, row))
     return table
 
 
-def count_things(number: int, thing: str) -> str:
-    """For instance "1 layer" or "3 layers"."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def name_layers(layers: Sequence[LayerLayout]) -> str:
-    """For instance "layer 3" or "layers 0-2, 5"."""
-    return f"layer{'' if len(layers) == 1 else 's'} {format_ranges([layer.layer for layer in layers])}"
+def _as_text(value: "str | Text", style: str = "") -> "Text":
+    return paint(value, style) if isinstance(value, str) else value

@@ -1,6 +1,7 @@
 """Overlays, as tables."""
 
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from ...reports import (
     MoEOverlay,
@@ -10,56 +11,55 @@ from ...reports import (
     MoEOverlayExport,
     MoEOverlayVerification,
 )
+from ...terms import ROLES
 from ...text import format_bytes, percent
-from .grid import fact_grid, heading_blocks, number_table
+from ..words import format_ratio
+from .grid import Fact, draw_facts, draw_table, identity_facts, paint, stack
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
 def _roles(ranks: dict[str, int]) -> list[str]:
-    return [role for role in ("gate", "up", "down") if role in ranks]
+    return [role for role in ROLES if role in ranks]
 
 
 def render_overlay(overlay: MoEOverlay) -> "RenderableType":
-    """Ranks, energy, error and bytes, a row per layer."""
-    from rich.console import Group
-
+    """Ranks, energy, error and bytes, a row for each layer."""
     roles = _roles(overlay.layers[0].ranks)
     rows = [
         [
             str(layer.layer),
             *(f"{layer.ranks[role]}/{layer.max_ranks[role]} ({layer.energy_kept[role]:.1%})" for role in roles),
             percent(layer.weight_error),
-            f"{layer.ratio:.1f}x",
+            format_ratio(layer.ratio),
         ]
         for layer in overlay.layers
     ]
     headings = ["Layer", *(f"{role} rank (kept)" for role in roles), "Error", "Ratio"]
-    blocks = heading_blocks("MOE OVERLAY", overlay, ("Ranks", overlay.rule))
-    return Group(
-        *blocks, number_table(headings, rows), fact_grid([*_byte_rows(overlay), *(("Note", n) for n in overlay.notes)])
+    return stack(
+        "MOE OVERLAY",
+        draw_facts([*identity_facts(overlay), ("Ranks", overlay.rule)]),
+        draw_table(headings, rows),
+        draw_facts(_byte_facts(overlay), overlay.notes),
     )
 
 
-def _byte_rows(report: "MoEOverlay | MoEOverlayEstimate") -> list[tuple[str, Any]]:
+def _byte_facts(report: MoEOverlay | MoEOverlayEstimate) -> list[Fact]:
     stored, original = format_bytes(report.stored_bytes), format_bytes(report.original_bytes)
     return [
         ("Experts", f"{stored} as stored, {original} at two bytes a weight"),
         (
             "Overlay",
-            f"{format_bytes(report.overlay_bytes)}: {report.ratio:.1f}x against two bytes a weight, "
-            f"{report.ratio_vs_stored:.1f}x against the file",
+            f"{format_bytes(report.overlay_bytes)}: {format_ratio(report.ratio)} against two bytes a weight, "
+            f"{format_ratio(report.ratio_vs_stored)} against the file",
         ),
     ]
 
 
 def render_verification(report: MoEOverlayVerification) -> "RenderableType":
-    """Pass or fail, and the errors, a row per layer."""
-    from rich.console import Group
-    from rich.text import Text
-
-    verdict = Text("PASSED", style="bold green") if report.passed else Text("FAILED", style="bold red")
+    """Passed or failed, and the errors, a row for each layer."""
+    verdict = paint("PASSED", "bold green") if report.passed else paint("FAILED", "bold red")
     verdict.append(f" (worst expert's output error, tolerance {percent(report.tolerance)})", style="default")
     roles = _roles(report.layers[0].ranks)
     rows = [
@@ -74,34 +74,36 @@ def render_verification(report: MoEOverlayVerification) -> "RenderableType":
         for layer in report.layers
     ]
     headings = ["Layer", *(f"{role} (error)" for role in roles), "Output", "Worst", "Expert", "Mixed"]
-    blocks = heading_blocks("MOE OVERLAY VERIFICATION", report, ("Ranks", report.rule), ("Result", verdict))
     rounding = (
-        f"{percent(sum(layer.rounding_error[bits] for layer in report.layers) / len(report.layers))} at {bits} bits"
+        f"{percent(fmean(layer.rounding_error[bits] for layer in report.layers))} at {bits} bits"
         for bits in report.layers[0].rounding_error
     )
-    notes = [
+    method: list[Fact] = [
         ("Inputs", f"{report.inputs} seeded vectors (seed {report.seed}), activation {report.activation}"),
         ("Rounding", f"the mean output error of plain quantisation is {', '.join(rounding)}"),
     ]
-    return Group(*blocks, number_table(headings, rows), fact_grid([*notes, *(("Note", note) for note in report.notes)]))
+    return stack(
+        "MOE OVERLAY VERIFICATION",
+        draw_facts([*identity_facts(report), ("Ranks", report.rule), ("Result", verdict)]),
+        draw_table(headings, rows),
+        draw_facts(method, report.notes),
+    )
 
 
 def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
-    """The whole model's bytes, its layers, and what else the same bytes would buy."""
-    from rich.console import Group
-
+    """The whole model's bytes, its layers, and what the same bytes would buy otherwise."""
     roles = _roles(report.layers[0].ranks)
     rows = [
         [
             str(layer.layer),
             *(f"{layer.ranks[role]}" for role in roles),
             percent(layer.weight_error),
-            f"{layer.original_bytes / layer.overlay_bytes:.1f}x",
+            format_ratio(layer.original_bytes / layer.overlay_bytes),
             "measured" if layer.measured else "interpolated",
         ]
         for layer in report.layers
     ]
-    same = [
+    same_bytes = [
         [
             f"{row.bits} bit",
             format_bytes(row.bytes),
@@ -111,68 +113,64 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
         ]
         for row in report.same_bytes
     ]
-    blocks = heading_blocks("MOE OVERLAY ESTIMATE", report, ("Ranks", report.rule))
-    return Group(
-        *blocks,
-        number_table(["Layer", *(f"{role} rank" for role in roles), "Error", "Ratio", "How"], rows),
-        fact_grid(
-            [
-                *_byte_rows(report),
-                ("Error", f"{percent(report.weight_error)} of the weights"),
-                (
-                    "Same bytes",
-                    f"weight errors and bytes of layers {', '.join(map(str, report.layers_measured))}",
-                ),
-            ]
-        ),
-        number_table(["As", "Bytes", "Quantised", "Overlay", "Plain SVD"], same),
-        fact_grid([("Advice", report.advice), *(("Note", note) for note in report.notes)]),
+    errors: list[Fact] = [
+        ("Error", f"{percent(report.weight_error)} of the weights"),
+        ("Same bytes", f"weight errors and bytes of layers {', '.join(map(str, report.layers_measured))}"),
+    ]
+    return stack(
+        "MOE OVERLAY ESTIMATE",
+        draw_facts([*identity_facts(report), ("Ranks", report.rule)]),
+        draw_table(["Layer", *(f"{role} rank" for role in roles), "Error", "Ratio", "How"], rows),
+        draw_facts([*_byte_facts(report), *errors]),
+        draw_table(["As", "Bytes", "Quantised", "Overlay", "Plain SVD"], same_bytes),
+        draw_facts([("Advice", report.advice)], report.notes),
     )
 
 
 def render_compression(report: MoEOverlayCompression) -> "RenderableType":
     """Where it is, what it takes, and the errors of the layers that were verified."""
-    from rich.console import Group
-
     size = f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after ({report.ratio:.2f}x)"
-    rows = [
-        [str(one.layer), *map(str, one.ranks.values()), percent(one.output_error.mean), percent(one.output_error.max)]
-        for one in report.verification
-    ]
     roles = _roles(next(iter(report.ranks.values())))
     headings = ["Layer", *(f"{role} rank" for role in roles), "Output error", "Worst expert"]
-    blocks = heading_blocks("MOE OVERLAY WRITTEN", report, ("Ranks", report.rule), ("Folder", report.folder))
-    rest = [("Model", size), *(("Note", note) for note in report.notes)]
-    return Group(*blocks, number_table(headings, rows), fact_grid(rest))
+    rows = [
+        [str(layer.layer), *map(str, layer.ranks.values()), percent(error.mean), percent(error.max)]
+        for layer in report.verification
+        for error in (layer.output_error,)
+    ]
+    return stack(
+        "MOE OVERLAY WRITTEN",
+        draw_facts([*identity_facts(report), ("Ranks", report.rule), ("Folder", report.folder)]),
+        draw_table(headings, rows),
+        draw_facts([("Model", size)], report.notes),
+    )
 
 
 def render_export(report: MoEOverlayExport) -> "RenderableType":
     """Where it is and what it takes."""
-    from rich.console import Group
-    from rich.text import Text
-
-    rows = [
+    facts = [
         ("Overlay", report.overlay),
         ("Folder", report.folder),
         ("Family", report.family),
         ("Bytes", format_bytes(report.bytes)),
     ]
-    return Group(Text("MOE OVERLAY EXPORTED", style="bold"), fact_grid(rows))
+    return stack("MOE OVERLAY EXPORTED", draw_facts(facts))
 
 
 def render_evaluation(report: MoEOverlayEvaluation) -> "RenderableType":
     """Original and overlay side by side."""
-    from rich.console import Group
-    from rich.text import Text
-
     results = (report.original_result, report.overlay_result)
-    rows = [
-        ["Loss", *(f"{one.loss:.4f}" for one in results), f"{report.loss_difference:+.4f}"],
-        ["Perplexity", *(f"{one.perplexity:.3f}" for one in results), f"{report.perplexity_ratio:.3f}x"],
-        ["Tokens per second", *(f"{one.tokens_per_second:,.0f}" for one in results), ""],
-        ["Weights in memory", *(format_bytes(one.parameter_bytes) for one in results), ""],
+    first = results[0]
+    facts = [
+        ("Model", report.model),
+        ("Overlay", report.overlay),
+        ("Text", report.text),
+        ("Tokens", f"{first.tokens:,} by {report.tokens_from}, in windows of {first.context}"),
     ]
-    heading = [("Model", report.model), ("Overlay", report.overlay), ("Text", report.text)]
-    heading += [("Tokens", f"{results[0].tokens:,} by {report.tokens_from}, in windows of {results[0].context}")]
-    table = number_table(["", "Original", "Overlay", "Difference"], rows)
-    return Group(Text("MOE OVERLAY EVALUATION", style="bold"), fact_grid(heading), table)
+    rows = [
+        ["Loss", *(f"{result.loss:.4f}" for result in results), f"{report.loss_difference:+.4f}"],
+        ["Perplexity", *(f"{result.perplexity:.3f}" for result in results), f"{report.perplexity_ratio:.3f}x"],
+        ["Tokens per second", *(f"{result.tokens_per_second:,.0f}" for result in results), ""],
+        ["Weights in memory", *(format_bytes(result.parameter_bytes) for result in results), ""],
+    ]
+    table = draw_table(["", "Original", "Overlay", "Difference"], rows)
+    return stack("MOE OVERLAY EVALUATION", draw_facts(facts), table)

@@ -1,0 +1,5 @@
+"""`python -m chuk_lazarus.cli` is the `lazarus` command."""
+
+from . import main
+
+main()

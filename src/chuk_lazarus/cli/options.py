@@ -1,0 +1,146 @@
+"""The options that commands share, each once, and what their words mean."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .output import check_drawable, check_writable
+
+if TYPE_CHECKING:
+    from chuk_lazarus.introspection.moe import RankOptions
+
+
+def parse_layer(text: str) -> int:
+    """The number of a layer."""
+    if not re.fullmatch(r"-?\d{1,9}", text):
+        raise typer.BadParameter(f"{text!r} is not the number of a layer")
+    return int(text)
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 0.9,0.99", param_hint="--variance") from None
+
+
+def parse_experts(text: str) -> int | None:
+    """A number of experts, or None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a number of experts from 1 on nor 'all'", param_hint="--experts")
+    return int(text)
+
+
+def limit_memory(context: typer.Context, size: str | None) -> str | None:
+    """Keep to a limit while the command runs."""
+    if size:
+        from chuk_lazarus.introspection.moe import memory_limit
+
+        context.with_resource(memory_limit(size))
+    return size
+
+
+MODEL = (
+    "a folder, a .safetensors or .gguf file, a Hub id (org/name or org/name@revision), "
+    "or demo:upcycled, demo:native, demo:permuted"
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help=f"The model: {MODEL}.", show_default=False)]
+Layer = Annotated[
+    int | None,
+    typer.Option(
+        "--layer", metavar="N", parser=parse_layer, help="The layer to analyse; the first MoE layer if not given."
+    ),
+]
+Layers = Annotated[
+    str | None, typer.Option("--layers", metavar="SPEC", help="Several layers: 0,5,10 or 0-23/6 or all.")
+]
+ExpertCount = Annotated[
+    str,
+    typer.Option(
+        "--experts", metavar="N|all", help="Of how many experts to take spectra; base and cosines always use all."
+    ),
+]
+Variance = Annotated[
+    str,
+    typer.Option("--variance", metavar="SHARES", help="At which shares of the deltas' energy to take ranks."),
+]
+Thorough = Annotated[
+    bool, typer.Option("--thorough", help="Match all neurons of all experts, not a sample; takes time and memory.")
+]
+Budget = Annotated[str, typer.Option("--budget", metavar="SIZE", help="With --quick: how much to read of the weights.")]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write it as a page with figures and tables to this file, too.",
+        callback=check_writable,
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE", help="Draw it to this file, too: .png, .svg or .pdf.", callback=check_drawable
+    ),
+]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="ADDRESS",
+        help="Let the workers of this dask.distributed scheduler do it, such as tcp://host:8786.",
+        show_default=False,
+    ),
+]
+Folder = Annotated[Path, typer.Option("--folder", "-O", help="The folder to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")]
+
+# What the decorator of `command` takes care of
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="About how much memory to use, such as 1GB; 2GB if not given.",
+        callback=limit_memory,
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Write the JSON object to this file, too.", callback=check_writable),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no hints.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what it cost.")]
+
+
+def rank_options(
+    gate_rank: Annotated[int | None, typer.Option("--gate-rank", min=0, help="The rank of the gate deltas.")] = None,
+    up_rank: Annotated[int | None, typer.Option("--up-rank", min=0, help="The rank of the up deltas.")] = None,
+    down_rank: Annotated[int | None, typer.Option("--down-rank", min=0, help="The rank of the down deltas.")] = None,
+    energy: Annotated[
+        float, typer.Option("--energy", help="Choose each rank as the mean rank at this share of the deltas' energy.")
+    ] = 0.95,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error", help="Spread rank for this relative weight error of the experts, in the fewest bytes."
+        ),
+    ] = None,
+    target_ratio: Annotated[
+        float | None,
+        typer.Option("--target-ratio", help="Spread rank for this ratio of bytes, with the least weight error."),
+    ] = None,
+) -> "RankOptions":
+    """How the ranks of an overlay are chosen, as the services take it."""
+    given = {"gate": gate_rank, "up": up_rank, "down": down_rank}
+    ranks = {role: rank for role, rank in given.items() if rank is not None}
+    return {"ranks": ranks, "energy": energy, "max_error": max_error, "target_ratio": target_ratio}

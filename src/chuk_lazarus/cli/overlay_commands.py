@@ -1,0 +1,195 @@
+"""Commands about overlays, what can be saved: parse, call the service, return its report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .command import JSON, MEMORY, OUTPUT, QUIET, VERBOSE, OptionGroup, Result, Run, command
+from .options import ExpertCount, Folder, Force, Layer, Layers, Model, Plot, parse_experts, rank_options
+
+if TYPE_CHECKING:
+    from chuk_lazarus.introspection.moe import (
+        MoEOverlay,
+        MoEOverlayCompression,
+        MoEOverlayEstimate,
+        MoEOverlayEvaluation,
+        MoEOverlayExport,
+        RankOptions,
+    )
+
+Ranks = Annotated["RankOptions", OptionGroup(rank_options)]
+
+
+@command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
+def compute(
+    run: Run,
+    model: Model,
+    *,
+    layer: Layer = None,
+    layers: Layers = None,
+    ranks: Ranks,
+    experts: ExpertCount = "all",
+) -> "MoEOverlay":
+    """Choose ranks for an overlay (one base and a low-rank delta per expert), and say what it keeps and takes.
+
+    Ranks are given, or chosen by the energy of the deltas, by error, or by size.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled
+      lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --layers all --target-ratio 2
+      lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --max-error 0.05
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    return MoECompressionService.compute(
+        model, layer=layer, layers=layers, experts=parse_experts(experts), progress=run.progress, **ranks
+    )
+
+
+@command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
+def verify(
+    run: Run,
+    model: Model,
+    *,
+    layer: Layer = None,
+    layers: Layers = None,
+    ranks: Ranks,
+    experts: ExpertCount = "all",
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="The worst expert's relative output error that still passes.")
+    ] = 0.05,
+    inputs: Annotated[int, typer.Option("--inputs", min=1, help="On how many vectors to try the experts.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of these vectors.")] = 0,
+) -> Result:
+    """Rebuild the experts of a layer from base and factors as a file would hold them, and compare with the originals.
+
+    Exits with 1 when the worst expert's output error is over the tolerance.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled
+      lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled --max-error 0.02 --tolerance 0.03
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    report = MoECompressionService.verify(
+        model,
+        layer=layer,
+        layers=layers,
+        experts=parse_experts(experts),
+        tolerance=tolerance,
+        inputs=inputs,
+        seed=seed,
+        progress=run.progress,
+        **ranks,
+    )
+    return Result(report, hints=[report.cost.describe()], exit_code=0 if report.passed else 1)
+
+
+@command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
+def estimate(
+    run: Run,
+    model: Model,
+    *,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="SPEC", help="Which layers to measure: 0,5,10 or 0-23/6 or all.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Without --layers: how many evenly spaced layers to measure.")
+    ] = 3,
+    ranks: Ranks,
+    experts: ExpertCount = "8",
+    plot: Plot = None,
+) -> "MoEOverlayEstimate":
+    """Estimate an overlay of the whole model, beside plain quantisation and plain SVDs at the same bytes.
+
+    Some layers are measured, the others interpolated.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled
+      lazarus introspect moe-expert moe-overlay-estimate -m allenai/OLMoE-1B-7B-0924 --samples 4
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService, plots
+
+    report = MoECompressionService.estimate(
+        model, layers=layers, samples=samples, experts=parse_experts(experts), progress=run.progress, **ranks
+    )
+    if plot:
+        plots.save(plots.plot_estimate(report, run.command_line), plot)
+    return report
+
+
+@command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
+def compress(
+    run: Run,
+    model: Model,
+    folder: Folder,
+    *,
+    layers: Annotated[
+        str, typer.Option("--layers", metavar="SPEC", help="Which layers to overlay: 0,5,10 or 0-23/6 or all.")
+    ] = "all",
+    ranks: Ranks,
+    experts: ExpertCount = "all",
+    force: Force = False,
+) -> "MoEOverlayCompression":
+    """Write a model with its experts as overlays (base and low-rank factors) into a new folder, a complete checkpoint.
+
+    Killed at any moment, the same command goes on where it was.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-overlay-compress -m demo:upcycled -O ./overlay
+      lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --target-ratio 3
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    return MoECompressionService.compress(
+        model,
+        folder,
+        layers=layers,
+        experts=parse_experts(experts),
+        force=force,
+        progress=run.progress,
+        **ranks,
+    )
+
+
+@command(JSON, OUTPUT, QUIET)
+def export(
+    run: Run,
+    overlay: Annotated[Path, typer.Argument(help="The folder of an overlay checkpoint.", show_default=False)],
+    folder: Folder,
+    force: Force = False,
+) -> "MoEOverlayExport":
+    """Rebuild a standard checkpoint of the original family, in bfloat16, from an overlay.
+
+    \b
+    Example:
+      lazarus introspect moe-expert moe-overlay-export ./overlay -O ./rebuilt
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    return MoECompressionService.export(overlay, folder, force=force, progress=run.progress)
+
+
+@command(JSON, OUTPUT)
+def evaluate(
+    run: Run,
+    model: Model,
+    overlay: Annotated[Path, typer.Option("--overlay", help="The folder of its overlay.", show_default=False)],
+    text: Annotated[Path, typer.Option("--text", help="A text file in UTF-8.", show_default=False)],
+    context: Annotated[int, typer.Option("--context", min=1, help="The length of the windows, in tokens.")] = 512,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of the text at most.")] = None,
+) -> "MoEOverlayEvaluation":
+    """Run a model and its overlay in MLX on the same text: loss, perplexity, speed and memory of both.
+
+    \b
+    Example:
+      lazarus introspect moe-expert moe-overlay-eval -m demo:upcycled --overlay ./overlay --text README.md
+    """
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    return MoECompressionService.evaluate(model, overlay, text, context=context, tokens=tokens)

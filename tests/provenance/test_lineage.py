@@ -1,0 +1,704 @@
+"""Matching neurons: against closed forms and against made layers whose history is known."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from scipy.stats import binomtest, norm
+
+from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeService
+from chuk_lazarus.introspection.moe.errors import InvalidRequest
+from chuk_lazarus.introspection.moe.numerics.neurons import Nearest, draw_neurons, find_nearest, join
+from chuk_lazarus.introspection.moe.provenance.classifier import (
+    LINEAGE,
+    MEASURED,
+    LineageThresholds,
+    classify_by_neurons,
+    is_alike_in_place,
+)
+from chuk_lazarus.introspection.moe.provenance.lineage import (
+    Evidence,
+    find_groups,
+    match_evidence,
+    name_kind,
+    parent_evidence,
+)
+from places import FIXTURES, ROOT
+
+Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
+EXPERTS, NEURONS, HIDDEN = 8, 256, 48
+SHORT = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def dense(rng: np.random.Generator, neurons: int = NEURONS) -> Matrices:
+    return {role: rng.standard_normal((1, neurons, HIDDEN), np.float32) for role in SHORT}
+
+
+def copies(rng: np.random.Generator) -> Matrices:
+    return {role: np.repeat(matrix, EXPERTS, axis=0) for role, matrix in dense(rng).items()}
+
+
+def shuffled(rng: np.random.Generator, found: Matrices | None = None) -> Matrices:
+    found = found or copies(rng)
+    orders = [rng.permutation(len(expert)) for expert in found["up"]]
+    return {role: np.stack([e[o] for e, o in zip(m, orders, strict=True)]) for role, m in found.items()}
+
+
+def noisy(rng: np.random.Generator) -> Matrices:
+    return {role: m + 0.6 * rng.standard_normal(m.shape, np.float32) for role, m in shuffled(rng).items()}
+
+
+def half_redrawn(rng: np.random.Generator) -> Matrices:
+    found = copies(rng)
+    for expert in range(EXPERTS):
+        chosen = rng.permutation(NEURONS)[: NEURONS // 2]
+        for matrix in found.values():
+            matrix[expert, chosen] = rng.standard_normal((len(chosen), HIDDEN), np.float32)
+    return found
+
+
+def sliced(rng: np.random.Generator) -> Matrices:
+    """Two copies, each cut into four slices after a shuffle."""
+    whole = dense(rng, 4 * NEURONS)
+    parts = [shuffled(rng, whole) for _ in range(2)]
+    return {role: np.concatenate([p[role].reshape(4, NEURONS, HIDDEN) for p in parts]) for role in SHORT}
+
+
+def native(rng: np.random.Generator) -> Matrices:
+    return {role: rng.standard_normal((EXPERTS, NEURONS, HIDDEN), np.float32) for role in SHORT}
+
+
+def with_common_direction(rng: np.random.Generator) -> Matrices:
+    """Independent experts whose neurons all lean the same way: they are alike, and not the same."""
+    return {role: m + 3 * rng.standard_normal(HIDDEN).astype(np.float32) for role, m in native(rng).items()}
+
+
+def with_hubs(rng: np.random.Generator) -> Matrices:
+    """Independent experts, each with one neuron that points where most others do."""
+    found = with_common_direction(rng)
+    for matrix in found.values():
+        matrix[:, 0] = 100 * matrix.mean(axis=1)
+    return found
+
+
+def with_scales(rng: np.random.Generator) -> Matrices:
+    """Independent experts whose neurons' lengths differ a thousandfold, alike in all experts."""
+    lengths = np.exp(rng.uniform(-3.5, 3.5, (1, NEURONS, 1))).astype(np.float32)
+    return {role: m * lengths for role, m in native(rng).items()}
+
+
+def trained_apart(rng: np.random.Generator) -> Matrices:
+    """In place a tenth of the energy is common: far too little for a neuron to be found."""
+    found = native(rng)
+    return {role: m + 0.33 * common for (role, m), common in zip(found.items(), dense(rng).values(), strict=True)}
+
+
+def padded(rng: np.random.Generator, found: Matrices | None = None) -> Matrices:
+    """Independent experts whose last neurons are zeros, as where a width was rounded up."""
+    found = found or native(rng)
+    for matrix in found.values():
+        matrix[:, -16:] = 0
+    return found
+
+
+def pruned(rng: np.random.Generator) -> Matrices:
+    """Independent experts that lean one way, with neurons set to zero here and there."""
+    found = with_common_direction(rng)
+    for expert in range(EXPERTS):
+        chosen = rng.permutation(NEURONS)[:16]
+        for matrix in found.values():
+            matrix[expert, chosen] = 0
+    return found
+
+
+def padded_copies(rng: np.random.Generator) -> Matrices:
+    return padded(rng, copies(rng))
+
+
+def write(folder: Path, found: Matrices, gated: bool = True) -> str:
+    """A Mixtral of one layer; without a gate, a Nemotron."""
+    tensors = {}
+    for role, matrix in found.items():
+        for expert, neurons in enumerate(matrix):
+            values = np.ascontiguousarray(neurons.T if role == "down" else neurons)
+            if gated:
+                tensors[f"model.layers.0.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight"] = values
+            elif role != "gate":
+                tensors[f"backbone.layers.0.mixer.experts.{expert}.{role}_proj.weight"] = values
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(f'{{"model_type": "{"mixtral" if gated else "nemotron_h"}"}}')
+    return str(folder)
+
+
+def write_dense(folder: Path, found: Matrices) -> str:
+    tensors = {
+        f"model.layers.0.mlp.{role}_proj.weight": np.ascontiguousarray(m[0].T if role == "down" else m[0])
+        for role, m in found.items()
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return str(folder)
+
+
+Make = Callable[[np.random.Generator], Matrices]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "origin", "kind"),
+    [
+        (copies, "UPCYCLED", "copies"),
+        (shuffled, "UPCYCLED", "shuffled copies"),
+        (noisy, "UPCYCLED", "shuffled copies"),
+        (half_redrawn, "UPCYCLED", "copies, partly re-initialised"),
+        (sliced, "UPCYCLED", "shuffled slices"),
+        (trained_apart, "UPCYCLED", "copies, trained far apart"),
+        (native, "NATIVE", None),
+        (with_common_direction, "NATIVE", None),
+        (with_hubs, "NATIVE", None),
+        (with_scales, "NATIVE", None),
+        (padded, "NATIVE", None),
+        (pruned, "NATIVE", None),
+        (padded_copies, "UPCYCLED", "copies"),
+    ],
+)
+def test_made_histories(make: Make, origin: str, kind: str | None, seed: int, gated: bool, tmp_path: Path) -> None:
+    report = MoETypeService.analyze(write(tmp_path / "m", make(np.random.default_rng(seed)), gated))
+    assert (report.type, report.kind) == (origin, kind)
+    lineage = report.layers[0].lineage
+    assert lineage.neurons == 512
+    assert (min(lineage.p_value, lineage.cosine_p_value) < 1e-9) == (origin == "UPCYCLED")
+
+
+def test_the_share_of_kept_neurons_is_what_was_kept(tmp_path: Path) -> None:
+    """Half of each expert's neurons are the parent's; one of the 7 others has such a neuron nearly always."""
+    report = MoETypeService.analyze(write(tmp_path / "m", half_redrawn(np.random.default_rng(3))), thorough=True)
+    lineage = report.layers[0].lineage
+    assert lineage.neurons == EXPERTS * NEURONS
+    assert lineage.kept == pytest.approx(0.5 * (1 - 0.5**7), abs=0.03)
+    assert lineage.spread == pytest.approx(0.5, abs=0.05)
+    assert lineage.in_place > 0.95
+
+
+def test_slices_are_found_in_the_other_copy_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    whole = dense(rng, 4 * NEURONS)
+    cut = {role: np.concatenate([m.reshape(4, NEURONS, HIDDEN)] * 2) for role, m in whole.items()}
+    report = MoETypeService.analyze(write(tmp_path / "m", cut), parent=write_dense(tmp_path / "parent", whole))
+    lineage = report.layers[0].lineage
+    assert report.kind == "slices"
+    assert lineage.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    parent = lineage.parent
+    assert parent is not None
+    assert (parent.kept, set(parent.shares.values())) == (1.0, {1.0})
+    for expert, (first, last) in parent.ranges.items():
+        assert NEURONS * (expert % 4) <= first <= last < NEURONS * (expert % 4 + 1)
+
+
+def test_shared_experts_count_as_a_parent(tmp_path: Path) -> None:
+    """As in an MoE whose dense layer became the shared expert, and, half of it redrawn, the routed ones."""
+    rng = np.random.default_rng(6)
+    whole = dense(rng)
+    tensors = {}
+    for role, matrix in whole.items():
+        routed = np.repeat(matrix, EXPERTS, axis=0)
+        routed[:, : NEURONS // 2] = rng.standard_normal(routed[:, : NEURONS // 2].shape)
+        named = {"shared_expert": matrix[0], **{f"experts.{e}": one for e, one in enumerate(routed)}}
+        for name, one in named.items():
+            key = f"model.layers.0.mlp.{name}.{role}_proj.weight"
+            tensors[key] = np.ascontiguousarray(one.T if role == "down" else one)
+    (tmp_path / "m").mkdir()
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    (tmp_path / "m/config.json").write_text('{"model_type": "qwen2_moe", "num_experts": 8}')
+    parent = MoETypeService.analyze(str(tmp_path / "m"), parent=str(tmp_path / "m")).layers[0].lineage.parent
+    assert parent
+    assert parent.kept == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_parent_that_is_none(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    model = write(tmp_path / "m", copies(rng))
+    report = MoETypeService.analyze(model, parent=write_dense(tmp_path / "other", dense(rng)))
+    parent = report.layers[0].lineage.parent
+    assert parent is not None
+    assert parent.kept < 0.02
+    with pytest.raises(InvalidRequest, match="hidden size"):
+        MoETypeService.analyze(model, parent="demo:parent")
+
+
+def test_several_layers_are_compared_with_each_other() -> None:
+    one, two = (MoETypeService.analyze("demo:upcycled", layers=layers) for layers in ("0", "all"))
+    assert one.layers[0].lineage.above is None
+    for layer in two.layers:
+        assert layer.lineage.above is not None
+        assert layer.lineage.unrelated is not None
+        assert min(layer.lineage.above.values()) > 0.99
+        assert max(layer.lineage.unrelated.values()) < 0.9
+
+
+@pytest.mark.parametrize("model", ["upcycled", "native"])
+def test_a_sample_says_what_all_neurons_say(model: str) -> None:
+    def kept(thorough: bool) -> MoETypeAnalysis:
+        return MoETypeService.analyze(f"demo:{model}", layers="all", thorough=thorough)
+
+    for sample, everything in zip(kept(False).layers, kept(True).layers, strict=True):
+        assert everything.lineage.neurons > sample.lineage.neurons
+        assert sample.lineage.kept == pytest.approx(everything.lineage.kept, abs=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+@given(st.integers(2, 9), st.integers(1, 40), st.integers(0, 60), st.integers(0, 5))
+def test_drawn_neurons_are_distinct_and_the_same_again(experts: int, neurons: int, queries: int, seed: int) -> None:
+    drawn = draw_neurons(experts, neurons, queries, seed)
+    assert drawn.shape == (experts, min(neurons, -(-queries // experts)))
+    assert all(len(set(row)) == len(row) for row in drawn.tolist())
+    assert ((drawn >= 0) & (drawn < neurons)).all()
+    np.testing.assert_array_equal(drawn, draw_neurons(experts, neurons, queries, seed))
+
+
+@given(st.integers(0, 1000), st.integers(2, 9), st.integers(2, 30), st.integers(2, 12))
+@settings(deadline=None)
+def test_the_nearest_is_the_largest_cosine(seed: int, queries: int, neurons: int, inputs: int) -> None:
+    rng = np.random.default_rng(seed)
+    asked, pool = (rng.standard_normal((n, inputs)).astype(np.float32) for n in (queries, neurons))
+    positions = rng.integers(0, neurons, queries)
+    found = find_nearest(asked * rng.uniform(0.1, 9, (queries, 1)).astype(np.float32), positions, 1e30 * pool)
+    asked, pool = (
+        rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        for rows in (asked.astype(np.float64), pool.astype(np.float64))
+    )
+    center = asked.mean(axis=0)
+    # what lies at the center has no direction, and of what lies near it float32 has lost it
+    assume(min(np.linalg.norm(rows - center, axis=1).min() for rows in (asked, pool)) > 0.1)
+    for i, query in enumerate(asked - center):
+        cosines = [query @ one / max(np.linalg.norm(query) * np.linalg.norm(one), 1e-30) for one in pool - center]
+        assert cosines[found.neuron[i, 0]] == pytest.approx(max(cosines), abs=1e-5)
+        assert found.cosine[i, 0] == pytest.approx(max(cosines), abs=1e-5)
+        assert found.in_place[i, 0] == pytest.approx(cosines[positions[i]], abs=1e-5)
+        assert found.runner_up[i, 0] == pytest.approx(sorted(cosines)[-2], abs=1e-5)
+        assert found.mean[i, 0] == pytest.approx(np.mean(cosines), abs=1e-5)
+        assert found.deviation[i, 0] == pytest.approx(np.std(cosines), abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1.0, 1e30])
+def test_the_lengths_of_vectors_do_not_matter(scale: float) -> None:
+    rng = np.random.default_rng(2)
+    asked, pool = (rng.standard_normal((n, 6)).astype(np.float32) for n in (5, 9))
+    plain = find_nearest(asked, np.arange(5), pool)
+    scaled = find_nearest(asked * np.float32(scale), np.arange(5), pool * np.float32(scale))
+    np.testing.assert_array_equal(plain.neuron, scaled.neuron)
+    np.testing.assert_allclose(plain.cosine, scaled.cosine, atol=1e-5)
+
+
+def test_zero_vectors_are_like_nothing() -> None:
+    rng = np.random.default_rng(3)
+    asked = 1 + rng.standard_normal((8, 6)).astype(np.float32)
+    asked[[2, 6]] = 0
+    found = find_nearest(asked, np.arange(8), asked)
+    for figure in (found.cosine, found.runner_up, found.in_place, found.mean, found.deviation):
+        assert (figure[[2, 6]] == 0).all()
+    # and the others are as near to each other as without them
+    alive = [0, 1, 3, 4, 5, 7]
+    without = find_nearest(asked[alive], np.arange(6), asked[alive])
+    np.testing.assert_allclose(found.cosine[alive], without.cosine, atol=1e-6)
+    np.testing.assert_allclose(found.in_place[alive], without.in_place, atol=1e-6)
+    assert find_nearest(asked[:1], np.arange(1), asked).cosine == 0  # one alone is the mean
+    nothing = find_nearest(0 * asked, np.arange(8), 0 * asked)
+    assert not nothing.cosine.any()
+    both = {"gate": join([nothing, nothing]), "up": join([nothing, nothing])}
+    lost = match_evidence(both, np.repeat([0, 1], 4), np.arange(8), 8)
+    assert (lost.kept, lost.close, lost.chance) == (0, 0, 1)  # nothing to judge by
+    parent = parent_evidence({"gate": nothing, "up": nothing}, np.repeat([0, 1], 4), np.arange(8), 8)
+    assert (parent.kept, parent.chance) == (0, 1)
+
+
+def test_a_position_beyond_the_last_neuron_is_the_last() -> None:
+    """As when a parent has fewer neurons than an expert."""
+    rng = np.random.default_rng(4)
+    asked, pool = (rng.standard_normal((n, 6)).astype(np.float32) for n in (5, 3))
+    beyond = find_nearest(asked, np.array([0, 1, 2, 3, 9]), pool)
+    np.testing.assert_array_equal(beyond.in_place, find_nearest(asked, np.array([0, 1, 2, 2, 2]), pool).in_place)
+
+
+def some(found: NDArray[np.int32]) -> Nearest:
+    zeros = np.zeros(found.shape, np.float32)
+    return Nearest(found, zeros + 0.25, zeros, zeros, zeros, zeros)
+
+
+def test_chance_is_what_roles_that_know_nothing_of_each_other_give() -> None:
+    rng = np.random.default_rng(0)
+    own = np.repeat(np.arange(4), 2000)
+    hubs = np.array([0.3, *[0.7 / 31] * 31])  # one neuron of 32 is nearest to nearly a third of all
+    roles = {role: some(rng.choice(32, (8000, 4), p=hubs).astype(np.int32)) for role in ("gate", "up", "down")}
+    evidence = match_evidence(roles, own, np.zeros(8000, np.intp), 32)
+    pair = 0.3**3 + 31 * (0.7 / 31) ** 3
+    assert evidence.chance == pytest.approx(1 - (1 - pair) ** 3, rel=0.05)
+    assert evidence.kept == pytest.approx(evidence.chance, rel=0.15)
+    assert evidence.p_value > 1e-4
+
+
+ROLES = ("gate", "up", "down")
+
+
+def drawn(rng: np.random.Generator, queries: int, experts: int, neurons: int) -> dict[str, Nearest]:
+    """Roles that agree about two of three matches, with cosines on both sides of 0.5."""
+    common = rng.integers(0, neurons, (queries, experts)).astype(np.int32)
+    roles = {}
+    for role in ROLES:
+        found = np.where(rng.random(common.shape) < 0.12, rng.integers(0, neurons, common.shape), common)
+        figures = [rng.uniform(-0.2, 1.0, common.shape).astype(np.float32) for _ in range(4)]
+        roles[role] = Nearest(found.astype(np.int32), *figures, rng.uniform(0.1, 0.3, common.shape).astype(np.float32))
+    return roles
+
+
+@pytest.mark.parametrize(("experts", "neurons", "each", "seed"), [(2, 5, 12, 0), (3, 40, 30, 1), (5, 9, 20, 2)])
+def test_evidence_by_its_definitions(experts: int, neurons: int, each: int, seed: int) -> None:
+    """As docs/concepts.md has them, neuron by neuron."""
+    rng = np.random.default_rng(seed)
+    own, positions = np.repeat(np.arange(experts), each), rng.integers(0, neurons, experts * each)
+    roles = drawn(rng, len(own), experts, neurons)
+    for nearest in roles.values():  # some at their own position
+        nearest.neuron[::3] = positions[::3, None]
+    kept, close, in_place, spreads, tallies = 0, 0, 0, [], np.zeros((experts, experts))
+    means: dict[str, list[float]] = {"in_place": [], "mean": [], "deviation": []}
+    greatest, second = [], []
+    for q, expert in enumerate(own):
+        others = [other for other in range(experts) if other != expert]
+        found = [
+            other
+            for other in others
+            if len({roles[role].neuron[q, other] for role in ROLES}) == 1
+            and min(roles[role].cosine[q, other] for role in ROLES) > 0
+        ]
+        kept += bool(found)
+        close += any(np.mean([roles[role].cosine[q, other] for role in ROLES]) >= 0.5 for other in found)
+        in_place += sum(roles["up"].neuron[q, other] == positions[q] for other in found)
+        spreads += [len(found) / (experts - 1)] if found else []
+        for other in found:
+            tallies[expert, other] += 1 / each
+        for name, values in means.items():
+            values += [float(np.mean([getattr(roles[role], name)[q, other] for role in ROLES])) for other in others]
+        greatest.append(max(np.mean([roles[role].cosine[q, other] for role in ROLES]) for other in others))
+        second.append(max(np.mean([roles[role].runner_up[q, other] for role in ROLES]) for other in others))
+    missed = []
+    near = np.min([nearest.cosine for nearest in roles.values()], axis=0) > 0
+    for expert in range(experts):
+        shares = {
+            (role, other): [
+                np.mean(nearest.neuron[(own == expert) & near[:, other], other] == n) for n in range(neurons)
+            ]
+            for role, nearest in roles.items()
+            for other in range(experts)
+        }
+        agree = [
+            sum(np.prod([shares[role, other][n] for role in ROLES]) for n in range(neurons))
+            for other in range(experts)
+            if other != expert
+        ]
+        missed.append(np.prod([1 - one for one in agree]))
+    chance = 1 - np.mean(missed)
+    z = sum(np.subtract(means["in_place"], means["mean"])) / np.sqrt(2 * np.square(means["deviation"]).sum())
+
+    evidence = match_evidence(roles, own, positions, neurons)
+    assert evidence.queries == len(own)
+    assert evidence.kept == pytest.approx(kept / len(own))
+    assert evidence.close == pytest.approx(close / len(own))
+    assert evidence.chance == pytest.approx(chance)
+    assert evidence.p_value == pytest.approx(binomtest(kept, len(own), chance, alternative="greater").pvalue)
+    assert evidence.spread == pytest.approx(np.mean(spreads))
+    assert evidence.in_place == pytest.approx(in_place / (tallies.sum() * each))
+    np.testing.assert_allclose(evidence.pairs, tallies)
+    assert evidence.cosine == pytest.approx(np.mean(means["in_place"]), rel=1e-5)
+    assert evidence.permuted_cosine == pytest.approx(np.mean(means["mean"]), rel=1e-5)
+    assert evidence.cosine_p_value == pytest.approx(norm.sf(z), rel=1e-4)
+    # where nothing is near, 0
+    np.testing.assert_allclose(evidence.nearest, np.maximum(greatest, 0), rtol=1e-5)
+    np.testing.assert_allclose(evidence.runner_up, np.maximum(second, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("cosine", "close"), [(0.5, 1.0), (0.49, 0.0)])
+def test_close_begins_at_a_half(cosine: float, close: float) -> None:
+    found, figures = np.zeros((2, 2), np.int32), np.full((2, 2), cosine, np.float32)
+    role = Nearest(found, figures, figures, figures, figures, figures)
+    assert match_evidence({"gate": role, "up": role}, np.arange(2), np.zeros(2, np.intp), 3).close == close
+
+
+def test_nothing_found_again() -> None:
+    """And cosines that do not scatter: no z-score, so nothing is proved."""
+    own, nowhere = np.repeat(np.arange(2), 4), np.zeros(8, np.intp)
+    roles = {role: some(np.full((8, 2), place, np.int32)) for place, role in enumerate(ROLES)}
+    evidence = match_evidence(roles, own, nowhere, 3)
+    figures = (evidence.kept, evidence.close, evidence.chance, evidence.spread, evidence.in_place)
+    assert figures == (0, 0, 0, 0, 0)
+    assert (evidence.p_value, evidence.cosine_p_value) == (1, 1)
+    parent = parent_evidence({role: join([found]) for role, found in roles.items()}, own, nowhere, 3)
+    assert (parent.kept, parent.chance, parent.p_value, parent.in_place, parent.cosine) == (0, 0, 1, 0, 0)
+    assert (parent.shares.tolist(), parent.ranges.tolist()) == ([0, 0], [[-1, -1], [-1, -1]])
+
+
+@pytest.mark.parametrize(("neurons", "each", "seed"), [(7, 5, 0), (300, 40, 1)])
+def test_evidence_of_a_parent_by_its_definitions(neurons: int, each: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    own, positions = np.repeat(np.arange(3), each), rng.integers(0, neurons, 3 * each)
+    roles = drawn(rng, 3 * each, 1, neurons)
+    for nearest in roles.values():
+        nearest.neuron[::3, 0] = positions[::3]
+    found = {role: nearest.neuron[:, 0].tolist() for role, nearest in roles.items()}
+    near = np.min([roles[role].cosine[:, 0] for role in ROLES], axis=0) > 0
+    kept = [q for q in range(3 * each) if len({found[role][q] for role in ROLES}) == 1 and near[q]]
+    shares = {role: [np.mean(np.array(found[role])[near] == n) for n in range(neurons)] for role in ROLES}
+    chance = sum(np.prod([shares[role][n] for role in ROLES]) for n in range(neurons))
+    evidence = parent_evidence(roles, own, positions, neurons)
+    assert evidence.queries == 3 * each
+    assert evidence.kept == pytest.approx(len(kept) / len(own))
+    assert evidence.chance == pytest.approx(chance)
+    assert evidence.p_value == pytest.approx(binomtest(len(kept), len(own), chance, alternative="greater").pvalue)
+    assert evidence.in_place == pytest.approx(np.mean([found["up"][q] == positions[q] for q in kept]))
+    assert evidence.cosine == pytest.approx(np.mean([roles[role].cosine[q, 0] for q in kept for role in ROLES]))
+    for expert in range(3):
+        mine = [found["up"][q] for q in kept if own[q] == expert]
+        assert evidence.shares[expert] == pytest.approx(len(mine) / each)
+        assert evidence.ranges[expert].tolist() == [min(mine), max(mine)]
+
+
+def evidence_of(
+    pairs: NDArray[np.float64], kept: float = 1.0, close: float = 1.0, spread: float = 1.0, in_place: float = 1.0
+) -> Evidence:
+    none = np.zeros(0, np.float32)
+    return Evidence(512, kept, close, 0.0, 0.0, spread, in_place, pairs, 0.0, 0.0, 0.5, none, none)
+
+
+EVEN = np.full((4, 4), 0.9)  # 115 of 512 neurons for each pair of experts
+SLICES = np.kron(np.ones((2, 2)), np.eye(2))  # 0 and 2 share all, 1 and 3 as well; others nothing
+
+
+@pytest.mark.parametrize(
+    ("pairs", "figures", "in_place", "kind"),
+    [
+        (EVEN, {}, False, "copies"),
+        (EVEN, {}, True, "copies"),
+        (EVEN, {"in_place": 0.51}, False, "copies"),
+        (EVEN, {"in_place": 0.5}, False, "shuffled copies"),
+        (EVEN, {"close": 0.019}, True, "copies, trained far apart"),
+        (EVEN, {"close": 0.019}, False, "copies"),
+        (EVEN, {"close": 0.02}, True, "copies"),
+        (EVEN, {"kept": 0.91}, False, "copies"),
+        (EVEN, {"kept": 0.9}, False, "copies, partly re-initialised"),
+        (EVEN, {"kept": 0.61, "spread": 0.48}, False, "copies"),
+        (EVEN, {"kept": 0.61, "spread": 0.49}, False, "copies, partly re-initialised"),
+        (EVEN, {"kept": 0.6, "spread": 0.2}, False, "copies, partly re-initialised"),
+        (SLICES, {}, False, "slices"),
+        (np.full((4, 4), 8 / 128), {}, False, "copies"),  # eight neurons
+        (np.full((4, 4), 7.9 / 128), {}, False, "copies or slices"),
+        (np.where(SLICES > 0, 0.9, 0.15), {}, False, "copies"),  # 0.15 is more than a quarter of 0.4
+        (np.where(SLICES > 0, 0.9, 0.07), {}, False, "slices"),
+    ],
+)
+def test_kinds(pairs: NDArray[np.float64], figures: dict[str, float], in_place: bool, kind: str) -> None:
+    assert name_kind(evidence_of(pairs, **figures), in_place) == kind
+
+
+@pytest.mark.parametrize(("few", "kind"), [(5, "copies"), (6, "slices")])
+def test_slices_show_in_more_than_a_twentieth_of_the_pairs(few: int, kind: str) -> None:
+    pairs = np.full((5, 5), 0.9)
+    pairs.flat[1 : 1 + 5] = 0.9
+    larger = np.full((11, 11), 0.9)  # 110 pairs, of which 5.5 are a twentieth
+    rows, columns = np.nonzero(~np.eye(11, dtype=bool))
+    larger[rows[:few], columns[:few]] = 0.0
+    assert name_kind(evidence_of(larger), False) == kind
+
+
+def test_groups_share_more_than_half_in_one_direction() -> None:
+    pairs = np.zeros((5, 5))
+    pairs[0, 3] = 0.51  # 3 has more neurons, so 0 is less of it
+    pairs[4, 3] = 0.6
+    pairs[1, 2] = pairs[2, 1] = 0.5
+    assert find_groups(evidence_of(pairs), [10, 11, 12, 13, 14]) == ((10, 13, 14),)
+
+
+@dataclass(frozen=True)
+class Facts:
+    neurons: int
+    kept: float
+    close: float
+    chance: float
+    cosine: float = 0.0
+    permuted_cosine: float = 0.0
+    cosine_p_value: float = 0.5
+
+
+@given(st.integers(1, 10**6), *[st.floats(0, 1)] * 5)
+def test_more_kept_is_never_more_native(
+    neurons: int, kept: float, more: float, close: float, closer: float, chance: float
+) -> None:
+    order = {"NATIVE": 0, "UNDETERMINED": 1, "UPCYCLED": 2}
+    (low, high), (far, near) = sorted((kept, more)), sorted((close, closer))
+    less, greater = Facts(neurons, low, far, chance), Facts(neurons, high, near, chance)
+    assert order[classify_by_neurons([less]).origin] <= order[classify_by_neurons([greater]).origin]
+
+
+MANY, FEW = 4096, 8
+
+
+@pytest.mark.parametrize(
+    ("facts", "origin"),
+    [
+        (Facts(MANY, 0.2, 0.0, 0.2), "UNDETERMINED"),  # experts of too few neurons
+        (Facts(MANY, 0.13, 0.0, 0.026), "UNDETERMINED"),  # as a dense layer cut into such experts
+        (Facts(MANY, 0.001, 0.0, 0.0), "NATIVE"),
+        (Facts(MANY, LINEAGE.upcycled + 0.001, 0.0, 0.0001), "UPCYCLED"),
+        (Facts(FEW, 0.125, 0.0, 0.01), "UNDETERMINED"),  # one neuron of eight
+        (Facts(MANY, 0.06, 0.001, 0.0001), "NATIVE"),  # as layers of one trained model are to each other
+        (Facts(MANY, 0.06, 0.06, 0.0001), "UPCYCLED"),
+        (Facts(MANY, 0.08, 0.0, 0.0001), "UNDETERMINED"),
+        (Facts(MANY, 0.001, 0.0, 0.0, 0.05, 0.0, 1e-30), "UPCYCLED"),  # copies, trained far apart
+        (Facts(MANY, 0.001, 0.0, 0.0, 0.05, 0.045, 1e-30), "NATIVE"),
+        (Facts(MANY, 0.001, 0.0, 0.0, 0.05, 0.0, 1e-6), "NATIVE"),
+    ],
+)
+def test_verdicts(facts: Facts, origin: str) -> None:
+    assert classify_by_neurons([facts]).origin == origin
+    assert classify_by_neurons([facts, facts]).origin == origin
+
+
+EXACT = LineageThresholds(  # numbers that float arithmetic meets exactly
+    upcycled=0.25, native=0.125, close_upcycled=0.5, close_native=0.25, times=4.0, chance=0.0625, cosine=0.25
+)
+
+
+@pytest.mark.parametrize(
+    ("facts", "origin"),
+    [
+        (Facts(MANY, 0.25, 0.0, 0.0), "UPCYCLED"),
+        (Facts(MANY, 0.2499, 0.0, 0.0), "UNDETERMINED"),
+        (Facts(MANY, 0.6250, 0.0, 0.125), "UPCYCLED"),  # four times chance beyond it
+        (Facts(MANY, 0.6249, 0.0, 0.125), "UNDETERMINED"),
+        (Facts(MANY, 0.1, 0.5, 0.0), "UPCYCLED"),
+        (Facts(MANY, 0.1, 0.4999, 0.0), "UNDETERMINED"),
+        (Facts(MANY, 0.2, 0.5, 0.03125), "UNDETERMINED"),  # chance counts for the close, too
+        (Facts(MANY, 0.1249, 0.0, 0.0), "NATIVE"),
+        (Facts(MANY, 0.125, 0.0, 0.0), "UNDETERMINED"),
+        (Facts(MANY, 0.1, 0.2499, 0.0), "NATIVE"),
+        (Facts(MANY, 0.1, 0.25, 0.0), "UNDETERMINED"),
+        (Facts(MANY, 0.1, 0.0, 0.0625), "NATIVE"),
+        (Facts(MANY, 0.1, 0.0, 0.0626), "UNDETERMINED"),
+        (Facts(MANY, 0.0, 0.0, 0.0, 0.5, 0.25, 1e-13), "UPCYCLED"),
+        (Facts(MANY, 0.0, 0.0, 0.0, 0.4999, 0.25, 1e-13), "NATIVE"),
+        (Facts(MANY, 0.0, 0.0, 0.0, 0.5, 0.25, 1e-12), "NATIVE"),
+    ],
+)
+def test_where_verdicts_begin(facts: Facts, origin: str) -> None:
+    assert classify_by_neurons([facts], EXACT).origin == origin
+
+
+@pytest.mark.parametrize(("found", "p_value"), [(1, 1 - 0.99**8), (2, 1 - 0.99**8 - 8 * 0.01 * 0.99**7)])
+def test_the_p_value_is_that_of_so_many_or_more(found: int, p_value: float) -> None:
+    facts = [Facts(8, found / 8, 0.0, 0.01)]
+    for factor, origin in ((1.001, "UPCYCLED"), (0.999, "UNDETERMINED")):
+        assert classify_by_neurons(facts, LineageThresholds(p_value=p_value * factor, times=1.0)).origin == origin
+
+
+def test_more_layers_have_more_chances() -> None:
+    one, other = Facts(MANY, 0.0, 0.0, 0.0, 0.05, 0.0, 0.4e-12), Facts(MANY, 0.0, 0.0, 0.0, 0.05, 0.0, 0.3)
+    assert is_alike_in_place([one, other])
+    assert not is_alike_in_place([one, other, other])
+    larger = Facts(3 * MANY, 0.0, 0.0, 0.0, 0.0, 0.0, 0.3)
+    assert not is_alike_in_place([one, larger])  # 0.0125 by their neurons
+
+
+def test_confidence_is_the_measured_rate() -> None:
+    """The lower ends of intervals for the held-out models, rounded down."""
+    folder = ROOT / "experiments/02_training_history"
+    held_out = json.loads((folder / "results.json").read_text())["held_out"]
+    for origin, key in (("UPCYCLED", "recognised"), ("NATIVE", "natives_recognised")):
+        right, tried, (low, _) = held_out[key]
+        assert right == tried
+        assert low == pytest.approx(0.025 ** (1 / tried), abs=1e-4)
+        assert MEASURED[origin] == floor(100 * low) / 100
+    assert classify_by_neurons([Facts(MANY, 1.0, 1.0, 0.0)]).confidence == MEASURED["UPCYCLED"]
+    assert classify_by_neurons([Facts(MANY, 0.0, 0.0, 0.0)]).confidence == MEASURED["NATIVE"]
+    assert classify_by_neurons([Facts(MANY, 0.2, 0.0, 0.2)]).confidence == MEASURED["UNDETERMINED"] == 0.5
+
+
+def test_layers_count_by_their_neurons() -> None:
+    native, copies = Facts(100, 0.0, 0.0, 0.0001), Facts(100, 1.0, 1.0, 0.0001)
+    assert classify_by_neurons([native, copies]).origin == "UPCYCLED"
+    assert classify_by_neurons([native] * 200 + [copies]).origin == "NATIVE"
+
+
+def cosine_p_value(base: NDArray[np.float32], copies: list[NDArray[np.float32]]) -> float:
+    """Of a layer whose first expert is `base`, in one role."""
+    positions = np.tile(np.arange(len(base)), len(copies) + 1)
+    experts = [base, *copies]
+    found = join([find_nearest(np.concatenate(experts), positions, expert) for expert in experts])
+    return match_evidence(
+        {"up": found}, np.repeat(np.arange(len(experts)), len(base)), positions, len(base)
+    ).cosine_p_value
+
+
+def test_the_p_value_of_the_positional_cosine_is_that_of_shuffled_neurons() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((40, 16)).astype(np.float32)
+    shuffled = [cosine_p_value(base, [base[rng.permutation(40)]]) for _ in range(400)]
+    for level in (
+        0.05,
+        0.2,
+        0.5,
+    ):
+        assert np.mean(np.array(shuffled) < level) < 2 * level
+    assert min(shuffled) > 1e-6
+    assert cosine_p_value(base, [base + 0.5 * rng.standard_normal(base.shape).astype(np.float32)]) < 1e-12
+
+
+# Trained: the first layers of checkpoints whose history is known (experiments/02_training_history, held-out family 6)
+
+ZOO = FIXTURES / "zoo"
+
+
+@pytest.mark.parametrize(
+    ("name", "origin", "rule", "from_parent"),
+    [
+        ("copy-hot-1300", "UPCYCLED", "UNDETERMINED", (0.7, 1.0)),
+        ("shuffle-noise-1300", "UPCYCLED", "NATIVE", (0.9, 1.0)),
+        ("drop50-apart-1300", "UPCYCLED", "NATIVE", (0.05, 0.25)),
+        ("slice-shuffle-drop50-400", "UPCYCLED", "NATIVE", (0.4, 0.6)),
+        ("native-2300", "NATIVE", "NATIVE", (0.0, 0.02)),
+        ("redrawn-400", "NATIVE", "NATIVE", (0.0, 0.02)),  # as it must be: nothing of the parent is left
+    ],
+)
+@pytest.mark.parametrize("thorough", [False, True])
+def test_trained_models_of_known_history(
+    name: str, origin: str, rule: str, from_parent: tuple[float, float], thorough: bool
+) -> None:
+    found = MoETypeService.analyze(str(ZOO / name), parent=str(ZOO / "parent-1000"), thorough=thorough)
+    assert (found.type, found.documented_rule.type) == (origin, rule)
+    match = found.layers[0].lineage.parent
+    assert match
+    assert from_parent[0] <= match.kept <= from_parent[1]
+
+
+def test_a_dense_layer_cut_into_experts_is_found_in_its_parent_only() -> None:
+    found = MoETypeService.analyze(str(ZOO / "split-400"), parent=str(ZOO / "parent-1000")).layers[0]
+    assert found.type == "UNDETERMINED"  # 16 neurons in an expert are too few
+    assert found.lineage.parent
+    assert found.lineage.parent.kept > 0.95
+
+
+def test_every_neuron_is_counted_in_the_histograms(tmp_path: Path) -> None:
+    """A cosine of copies may be a rounding above 1."""
+    lineage = MoETypeService.analyze(write(tmp_path / "m", copies(np.random.default_rng(0)))).layers[0].lineage
+    assert sum(lineage.matches.nearest) == sum(lineage.matches.runner_up) == lineage.neurons

@@ -1,0 +1,175 @@
+"""Write docs/families.md: what is read, by family and by storage format, and what says that it is read right.
+
+    python tools/families.py
+
+Nothing is listed that no test reads: families come from the test checkpoints with an oracle, formats from those and
+from the tensors below tests/fixtures/formats.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
+from chuk_lazarus.introspection.moe.weights.experts import Experts
+from chuk_lazarus.introspection.moe.weights.layouts import Kind, Layout, load_table
+from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
+from chuk_lazarus.introspection.moe.weights.stored import open_stored
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests/fixtures"
+PAGE = ROOT / "docs/families.md"
+
+# who wrote and decoded the tensors below tests/fixtures/formats
+LIBRARIES = {
+    "float_ct": "compressed-tensors 0.20.0",
+    "float_hf": "transformers 5.23.0",
+    "float_modelopt": "compressed-tensors 0.20.0, from ModelOpt's parts",
+    "packed_ct": "compressed-tensors 0.20.0 (0.12.2 for `weight_g_idx`)",
+    "packed_bnb": "bitsandbytes 0.50.2",
+    "packed_gptq": "GPTQModel 7.7.0",
+    "packed_awq": "AutoAWQ 0.2.7",
+    "packed_autoround": "AutoRound 0.16.1",
+}
+
+# what the gguf package decodes besides plain floating point numbers
+GGML_TYPES = [
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS",
+    "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+]  # fmt: skip
+
+INTRODUCTION = """# Families and storage formats
+
+What is read, and what says that it is read right. This page is made by `python tools/families.py` from the layout
+table and the test checkpoints, and a test holds it against them: nothing is listed that no test reads.
+
+The **oracle** is what the experts' matrices are compared with: a tiny model of that class, built and saved by
+`transformers` or `mlx-lm`, whose own forward pass, expert by expert, agrees with them; or, where no library builds the
+family, tensors with the names and shapes that are published for it (`published shapes`, which proves the reading of
+these names, and not that every published file has them).
+
+A model type that is not listed works, too, if its tensors' names and shapes fit one row of the table, and the report
+says so. Only where gates and ups may lie in halves or in turns, which no shape can tell, is it refused.
+
+## Families
+
+`model_type` is what `config.json` says, in parentheses that of its text part. GGUF files are read by the names that
+llama.cpp gives the tensors, whatever the architecture (rows `gguf` and so on below; oracle: files written by the `gguf`
+package).
+
+| model_type | layout | oracle | storage |
+|---|---|---|---|
+"""
+
+LAYOUTS = """
+## Layouts
+
+One row of [layouts.toml](../src/chuk_lazarus/introspection/moe/weights/layouts.toml) each. Names follow `layers.N.` (or
+`blocks.N.`, `blk.N.`, ...), with alternatives in braces. Axes: E experts, I intermediate, H hidden;
+`(2 I)` has all gates before all ups, or the other way round in `up_gate`, `(I 2)` has them in turns, `(E I)` all rows
+of one expert after those of the other.
+
+| layout | tensors |
+|---|---|
+"""
+
+FORMATS = """
+## Storage formats
+
+The storage is what reports print. Every format is also tested with random bytes and sizes against an encoder of its own
+(`tests/encoders_float.py`, `tests/encoders_packed.py`), in every layout in which it can occur.
+
+How the weights are quantised is what `config.json` says, or, where it says nothing, `hf_quant_config.json` (ModelOpt),
+`quantize_config.json` (AutoGPTQ) or `quant_config.json` (AutoAWQ) beside it. MLX's `quantization` goes before the
+`quantization_config` of a model that was converted.
+
+| storage | oracle |
+|---|---|
+"""
+
+REFUSED = """
+Refused, by name: FP8 in blocks without `weight_block_size`, and FP8 scales that fit two readings; compressed-tensors
+INT3/5/6/7 and MXFP6; GPTQ in the marlin packing; AWQ other than 4-bit GEMM; stacks in bitsandbytes' 4-bit; HQQ, AQLM,
+QuIP, EXL2/3, VPTQ, Quark, torchao and EETQ; in GGUF Q8_1, Q8_K, Q1_0 and every type that the `gguf` package does not
+decode. Pickles are never opened.
+"""
+
+
+def fixtures(kind: Kind) -> Iterable[tuple[str, Experts]]:
+    """Each test checkpoint, stack by stack, that has an oracle of this kind."""
+    file = {"routed": "oracle"}.get(kind, kind)
+    for path in sorted(FIXTURES.glob(f"*/{file}*.npz")):
+        stack = path.stem.removeprefix(file).removeprefix(".")
+        yield path.parent.name, Experts.open(str(path.parent) + (f"#{stack}" if stack else ""), kind)
+
+
+def code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in dict.fromkeys(words))
+
+
+def families() -> list[str]:
+    """One line per model type."""
+    found: dict[str, dict[str, dict[str, None]]] = {}
+    for folder, experts in fixtures("routed"):
+        whole = experts.checkpoint.config.get("model_type")
+        label = f"`{name}`" if (name := whole or experts.model_type) else "(not given)"
+        if whole and experts.model_type != whole:
+            label += f" (`{experts.model_type}`)"
+        line = found.setdefault(label, {"layout": {}, "oracle": {}, "storage": {}})
+        line["layout"][experts.family] = None
+        line["oracle"][json.loads((FIXTURES / folder / "origin.json").read_text())["oracle"]] = None
+        line["storage"] |= dict.fromkeys(experts.layer(experts.layers[0]).storage.split("+"))
+    return [
+        f"| {label} | {code(line['layout'])} | {'; '.join(line['oracle'])} | {code(line['storage'])} |"
+        for label, line in sorted(found.items(), key=lambda item: item[0].lower())
+    ]
+
+
+def layouts() -> list[str]:
+    """One line per row of the table."""
+
+    def describe(row: Layout) -> str:
+        lines = []
+        for tensor in row.tensors:
+            leaf = tensor.names[0]
+            while not all(name.endswith(leaf) for name in tensor.names):
+                leaf = leaf.partition(".")[2]
+            blocks = [name.removesuffix(leaf) for name in tensor.names]
+            front = f"{{{','.join(blocks)}}}" if len(blocks) > 1 else ""
+            lines.append(f"{tensor.role} `{front}{leaf}`: `{tensor.axes.text}`")
+        return "<br>".join(lines)
+
+    kinds = {"routed": "", "shared": " (shared experts)", "dense": " (dense layers)"}
+    return [f"| `{row.name}`{kinds[row.kind]} | {describe(row)} |" for row in load_table()]
+
+
+def formats() -> list[str]:
+    """One line per storage format."""
+    found: dict[str, dict[str, None]] = {}
+    for folder in sorted((FIXTURES / "formats").iterdir()):
+        checkpoint = Checkpoint(find_repository(str(folder)))
+        parts = {name.removeprefix("x."): name for name in checkpoint.names}
+        _, stored = open_stored(checkpoint, parts, checkpoint.config["quantization_config"])
+        library = next(library for prefix, library in LIBRARIES.items() if folder.name.startswith(prefix))
+        found.setdefault(stored.codec, {})[library] = None
+    for name, experts in fixtures("routed"):
+        for storage in experts.layer(experts.layers[0]).storage.split("+"):
+            oracle = json.loads((FIXTURES / name / "origin.json").read_text())["oracle"].partition(",")[0]
+            if oracle != "published shapes":
+                found.setdefault(storage, {})[oracle] = None
+    lines = [f"| `{storage}` | {'; '.join(oracles)} |" for storage, oracles in sorted(found.items())]
+    return [*lines, f"| {code(GGML_TYPES)} (GGUF) | gguf 0.19 |"]
+
+
+def page() -> str:
+    sections = [
+        INTRODUCTION + "\n".join(families()),
+        LAYOUTS + "\n".join(layouts()),
+        FORMATS + "\n".join(formats()),
+        REFUSED.rstrip(),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
