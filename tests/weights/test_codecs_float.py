@@ -390,7 +390,8 @@ def test_mlx_takes_a_module_of_its_own_bits_from_the_config(tmp_path: Path) -> N
     assert encoded.quantization["bits"] == 3
     config = {"bits": 4, "group_size": 128, "x": encoded.quantization}
     checkpoint = write(tmp_path, encoded.parts, config)
-    infos, stored = open_stored(checkpoint, {part: f"x.{part}" for part in encoded.parts}, config)
+    quantization = checkpoint.model_config.quantization("x")
+    infos, stored = open_stored(checkpoint, {part: f"x.{part}" for part in encoded.parts}, quantization)
     np.testing.assert_array_equal(read_rows(checkpoint, infos, stored, 8, 0, 8), encoded.values)
 
 

@@ -220,7 +220,7 @@ class OverlayJob:
             seed,
             top_k=experts.top_k,
             scoring=experts.scoring,
-            normalise=experts.config.get("norm_topk_prob", True) is not False,
+            normalise=experts.model_config.normalises_routing_weights,
         )
         return FidelityCheck(layer, drawn_inputs, experts.activation)
 

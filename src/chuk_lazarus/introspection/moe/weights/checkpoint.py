@@ -1,12 +1,12 @@
-"""A checkpoint: which tensors it has, in which files they lie, and their rows.
+"""A checkpoint: its tensors, the files that they are in, and their rows.
 
-Two containers are read, safetensors and GGUF; tensors lie row-major and little-endian in both. Headers of safetensors
-files are read one file at a time, when first asked.
+Two containers are read, safetensors and GGUF; in both, tensors are row-major and little-endian. The header of a
+safetensors file is read when one of its tensors is first looked up.
 """
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -16,25 +16,26 @@ from numpy.typing import NDArray
 from ..errors import InvalidRequest, ModelUnreadable, UnknownFormat
 from ..progress import Progress
 from . import gguf
-from .model_config import QUANTIZATION_KEYS, nested_objects, read_quantization
-from .repositories.source import QUANTIZATION_FILES, ByteSource, Range, Repository, is_inside, list_parts
+from .model_config import ModelConfig
+from .repositories.source import CONFIG, INDEX, ByteSource, Range, Repository, is_inside, list_parts
 from .safetensors_header import parse_json_object, read_header
 from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_name
 
-__all__ = ["DTYPES", "INDEX", "QUANTIZATION_KEYS", "Checkpoint", "TensorInfo", "find_weight_files"]
+__all__ = ["DTYPES", "INDEX", "Checkpoint", "TensorInfo", "find_weight_files"]
 
-INDEX = "model.safetensors.index.json"
 _LORA = re.compile(r"(?P<stem>.+?)[.]lora_[aAbB](?:[.].+)?")
-_RANK = re.compile(r"-TP-\d+\.safetensors$")  # a file of one tensor parallel rank, as Grok-2 has them
+_RANK = re.compile(r"-TP-\d+\.safetensors$")  # one file for each rank of tensor parallelism, as in Grok-2
 
 
 class Checkpoint:
     """The tensors of a model, read row by row.
 
-    `names` are all its tensors, `config` is its `config.json` ({} without one), with what a file beside it says of the
-    quantisation where it says nothing, or what a GGUF file says in its place, `config_file` the file that says it;
-    `bytes_read` counts every byte asked of the repository. Raises ModelUnreadable for a broken index, header or config,
-    InvalidRequest where the repository holds several models, UnknownFormat where it holds an adapter.
+    `names` are all its tensors. `model_config` is its config, and `config_file` the file that this was read from:
+    config.json, or a GGUF file, whose metadata are put into the keys of a config.json. `bytes_read` counts the bytes
+    read from the repository.
+
+    Raises ModelUnreadable for a broken index, header or config, InvalidRequest where the repository holds several
+    models, UnknownFormat where it holds an adapter.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -44,12 +45,13 @@ class Checkpoint:
         self._sources: dict[str, ByteSource] = {}
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         files = [] if INDEX in repository.files else find_weight_files(repository.files)
-        self.config_file = "config.json"
+        self.config_file = CONFIG
         if files and files[0].endswith(".gguf"):
             self.config_file = files[0]
-            self.config, self._headers = gguf.read_model({file: self._source(file) for file in files})
+            values, self._headers = gguf.read_model({file: self._source(file) for file in files})
+            self.model_config = ModelConfig(values)
         else:
-            self.config = self._read_config()
+            self.model_config = ModelConfig.read(repository.files, self._json)
         self._files = self._read_headers(files) if files else self._read_index()
         self.names = tuple(self._files)
         if not self.names:
@@ -59,6 +61,11 @@ class Checkpoint:
                 "this is a LoRA adapter: it holds changes to a model's weights, and not the weights",
                 "give the merged model, or the one that the adapter is for",
             )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The whole config as one JSON object."""
+        return self.model_config.values
 
     @property
     def files(self) -> set[str]:
@@ -71,15 +78,15 @@ class Checkpoint:
 
     @property
     def is_split(self) -> bool:
-        """Whether tensors are cut into slices, each in a file of its own."""
+        """Whether a tensor is cut into slices, each in another file."""
         return any(len(files) > 1 for files in self._files.values())
 
     def info(self, name: str) -> TensorInfo:
-        """Where the tensor, or the first slice of it, lies; reads the header of its file if need be."""
+        """The place of a tensor, or of its first slice; reads the header of its file if it is not read yet."""
         return self._find(name, self._files[name][0])
 
     def slices(self, name: str) -> tuple[TensorInfo, ...]:
-        """Where the slices lie that the tensor is cut into; nearly always it is one."""
+        """The places of the slices that a tensor is cut into; nearly always there is only one."""
         return tuple(self._find(name, file) for file in self._files[name])
 
     def _find(self, name: str, file: str) -> TensorInfo:
@@ -91,7 +98,7 @@ class Checkpoint:
             ) from None
 
     def is_at_hand(self, name: str) -> bool:
-        """Whether the header that describes the tensor has been read already."""
+        """Whether the header that describes the tensor is read already."""
         return self._files[name][0] in self._headers
 
     def header(self, file: str) -> dict[str, TensorInfo]:
@@ -101,9 +108,10 @@ class Checkpoint:
         return self._headers[file]
 
     def rows(self, info: TensorInfo, start: int, stop: int, leading: int = 1) -> NDArray[Any]:
-        """Rows [start, stop) of a tensor whose first `leading` axes are seen as one.
+        """Rows [start, stop) of a tensor, counted over its first `leading` axes taken as one.
 
-        The dtype is the stored one; elements that share bytes come as these bytes, uint8 [rows, bytes].
+        The dtype is the stored one; elements that share bytes come as these bytes, uint8 [rows, bytes]. Raises
+        ModelUnreadable where the tensor has fewer rows, UnknownFormat for a dtype that numpy lacks.
         """
         dtype = _element(info)
         low, high = self.row_range(info, start, stop, leading)
@@ -113,12 +121,12 @@ class Checkpoint:
         return data.reshape(stop - start, -1) if info.packed else data.reshape(stop - start, *info.shape[leading:])
 
     def whole(self, info: TensorInfo) -> NDArray[Any]:
-        """A tensor as it is; for small ones."""
+        """A whole tensor in its stored dtype; meant for small ones."""
         data = self._source(info.file).read(info.start, info.stop)
         return np.frombuffer(data, _element(info)).reshape(-1 if info.packed else info.shape)
 
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
-        """The bytes of a tensor as they are stored, whatever its dtype, at most `size` at a time."""
+        """The stored bytes of a tensor of any dtype, at most `size` at a time."""
         info = self.info(name)
         source = self._source(info.file)
         for start in range(info.start, info.stop, size):
@@ -126,15 +134,15 @@ class Checkpoint:
 
     @staticmethod
     def row_range(info: TensorInfo, start: int, stop: int, leading: int = 1) -> Range:
-        """The byte offsets, in the tensor's file, of its rows [start, stop)."""
+        """The byte offsets of a tensor's rows [start, stop) in its file."""
         row_bytes = info.nbytes // max(1, prod(info.shape[:leading]))
         return info.start + start * row_bytes, info.start + stop * row_bytes
 
     def prefetch(self, ranges: Iterable[tuple[str, Range]], progress: Progress) -> None:
-        """Bring byte ranges, each with its file's name, near."""
+        """Fetch byte ranges, each given with its file's name, so that reading them needs no network."""
         wanted: dict[str, list[Range]] = {}
-        for file, span in ranges:
-            wanted.setdefault(file, []).append(span)
+        for file, byte_range in ranges:
+            wanted.setdefault(file, []).append(byte_range)
         self.repository.prefetch(wanted, progress)
 
     def _source(self, file: str) -> ByteSource:
@@ -152,45 +160,34 @@ class Checkpoint:
             raise ModelUnreadable(f"{file} is {source.size:,} bytes long, far more than such a file can be")
         return parse_json_object(source.read(0, source.size), file)
 
-    def _read_config(self) -> dict[str, Any]:
-        """config.json, with `quantization_config` as it holds for these weights."""
-        config = self._json("config.json") if "config.json" in self.repository.files else {}
-        own = config.get("quantization")
-        if isinstance(own, dict) and {"bits", "group_size"} <= own.keys() and "quantization_config" in config:
-            # MLX's; the other may be that of the model it was converted from, whose format is gone
-            return {**config, "quantization_config": own}
-        said = (part.get(key) for part in nested_objects(config) for key in QUANTIZATION_KEYS)
-        if any(isinstance(one, dict) and one for one in said):
-            return config
-        for file in QUANTIZATION_FILES:
-            if file in self.repository.files and (found := read_quantization(file, self._json(file))):
-                return {**config, "quantization_config": found}
-        return config
-
     def _is_adapter(self) -> bool:
-        """Whether there are LoRA's factors of a weight, and not the weight; a model may have adapters beside it."""
+        """Whether the checkpoint has LoRA factors without the weight that they change.
+
+        A model that has both may be published with an adapter in the same file.
+        """
         match = next((match for name in self.names if ".lora_" in name and (match := _LORA.fullmatch(name))), None)
         if match is None:
             return False
-        stem, below = match["stem"], f"{match['stem']}."
-        return stem not in self._files and not any(
-            name.startswith(below) and ".lora_" not in name and not name.endswith(".bias") for name in self.names
+        module = match["stem"]
+        return module not in self._files and not any(
+            name.startswith(f"{module}.") and ".lora_" not in name and not name.endswith(".bias") for name in self.names
         )
 
     def _read_headers(self, files: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Which file each tensor is in, or which files hold its slices: those of tensor parallel ranks do."""
-        places: dict[str, tuple[str, ...]] = {}
+        """The file that each tensor is in, by name; or the files with its slices, one for each tensor parallel rank."""
+        files_of: dict[str, tuple[str, ...]] = {}
         for file in files:
             for name in self.header(file):
-                if name in places and not (_RANK.search(file) and _RANK.search(places[name][0])):
+                if name in files_of and not (_RANK.search(file) and _RANK.search(files_of[name][0])):
                     raise ModelUnreadable(
-                        f"{name} is in {places[name][0]} and in {file}",
+                        f"{name} is in {files_of[name][0]} and in {file}",
                         "give one of the files, or one copy of the model",
                     )
-                places[name] = (*places.get(name, ()), file)
-        return places
+                files_of[name] = (*files_of.get(name, ()), file)
+        return files_of
 
     def _read_index(self) -> dict[str, tuple[str, ...]]:
+        """The file that each tensor is in, as the index says, whose names are checked."""
         files = self._json(INDEX).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ModelUnreadable(f"{INDEX} has no weight_map of names to files")
@@ -207,7 +204,7 @@ class Checkpoint:
 
 
 class _Counted:
-    """A source that tells how much is read of it."""
+    """A source that reports the number of bytes of each read."""
 
     def __init__(self, source: ByteSource, count: Callable[[int], None]) -> None:
         self._source = source
@@ -223,7 +220,7 @@ class _Counted:
 
 
 def _element(info: TensorInfo) -> np.dtype[Any]:
-    """The numpy type of a tensor's elements, bytes for packed ones; raises UnknownFormat where there is none."""
+    """The numpy dtype of a tensor's elements, uint8 for packed ones; raises UnknownFormat where numpy has none."""
     if info.packed:
         return DTYPES["U8"]
     if info.dtype not in DTYPES:
@@ -232,9 +229,9 @@ def _element(info: TensorInfo) -> np.dtype[Any]:
 
 
 def find_weight_files(files: frozenset[str]) -> list[str]:
-    """The files that make up a model without an index: safetensors ones, or else the parts of a GGUF.
+    """The files that make up a model without an index: its safetensors files, or else the parts of a GGUF model.
 
-    Raises ModelUnreadable when there is none or one is missing, InvalidRequest when there are several GGUFs.
+    Raises ModelUnreadable when there are none or one is missing, InvalidRequest when there are several GGUF models.
     """
     weights = sorted(file for file in files if file.endswith(".safetensors"))
     if "model.safetensors" in weights:
@@ -250,19 +247,19 @@ def find_weight_files(files: frozenset[str]) -> list[str]:
         raise ModelUnreadable(
             "there is no safetensors or GGUF file in the model", "give the folder that holds the weights"
         )
-    # Mistral's repositories hold a second copy of the weights under this name
+    # in Mistral's repositories, files of this name are a second copy of the weights
     shards = [file for file in weights if not file.startswith("consolidated")] or weights
     numbered = [match for file in shards if (match := re.search(r"-(\d{1,9})-of-(\d{1,9})\.safetensors$", file))]
-    if len(shards) > 1 and numbered:  # a single shard may be all that the user asked for
-        count, found = int(numbered[0][2]), {int(match[1]) for match in numbered}
-        if missing := next((number for number in range(1, count + 1) if number not in found), None):
+    if len(shards) > 1 and numbered:  # the user may have asked for a single shard
+        count, present = int(numbered[0][2]), {int(match[1]) for match in numbered}
+        if missing := next((number for number in range(1, count + 1) if number not in present), None):
             raise ModelUnreadable(f"shard {missing} of {count} is missing", "download the rest of the model")
     return shards
 
 
 def _find_gguf(files: list[str]) -> list[str]:
-    """The parts of the only model among these GGUF files."""
-    # the projector of a vision model, and the statistics that a quantisation was made with, lie beside a model
+    """The parts of the one model among these GGUF files."""
+    # a model may come with the projector of its vision part, and with the statistics that guided its quantisation
     beside = re.compile(r".*mmproj.*|(.*[-._])?imatrix(_unsloth)?[.]gguf")
     models = [file for file in files if not beside.fullmatch(file.rpartition("/")[2].lower())] or files
     sets = list(dict.fromkeys(tuple(list_parts(file)) for file in models))

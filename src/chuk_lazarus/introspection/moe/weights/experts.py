@@ -1,4 +1,4 @@
-"""Which experts a checkpoint has: the stack, the layout, the layers, and what the config says of them."""
+"""The experts of a checkpoint: their stack, layout and layers, and how tokens are routed to them."""
 
 import os
 import re
@@ -10,31 +10,25 @@ from ..text import format_ranges
 from .checkpoint import Checkpoint
 from .expert_layer import DoesNotFit, ExpertLayer
 from .layouts import Kind, LayoutMatch, has_feature, is_listed, match_names, usual_activation
-from .model_config import (
-    ACTIVATION_KEYS,
-    QUANTIZATION_KEYS,
-    TOP_K_KEYS,
-    count_experts,
-    layer_config,
-    stack_config,
-    text_config,
-)
 from .repositories.find import find_repository
 
 
 class Experts:
-    """The routed experts of a model, or its shared ones, or its dense feed-forwards: then a layer has one expert.
+    """The routed experts of a model, or its shared experts, or its dense feed-forwards, one per layer.
 
-    `stack` says which one to read of a model with several stacks of layers, such as "encoder"; the largest if None.
-    `layers` are the numbers of the layers that have such experts, `mtp_layers` those of multi-token prediction,
-    `stacks` the names of all stacks, `family` the layout's name, `model_type` what the config says, `notes` what the
-    user should know about how the experts were found. Raises InvalidRequest, NotMoE, UnknownFormat or ModelUnreadable.
+    `stack` chooses among a model's stacks of layers by name, such as "encoder"; None is the largest stack.
+
+    `layers` are the numbers of the layers that have these experts, `mtp_layers` those for multi-token prediction.
+    `stacks` are the names of all stacks, `family` is the name of the layout, `model_type` the one in the config, and
+    `model_config` the config of the chosen stack. `notes` are sentences for the user on how the experts were found.
+
+    Raises InvalidRequest, NotMoE, UnknownFormat or ModelUnreadable.
     """
 
     def __init__(self, checkpoint: Checkpoint, kind: Kind = "routed", stack: str | None = None) -> None:
         self.checkpoint = checkpoint
         self.kind = kind
-        self.config = text_config(checkpoint.config)
+        self.model_config = checkpoint.model_config.language_model()
         self.notes: list[str] = []
         matches, partial, unmatched = match_names(checkpoint.names, kind)
         if unmatched:
@@ -46,15 +40,15 @@ class Experts:
             raise self._nothing()
         self.stacks = tuple(sorted(sizes, key=lambda root: (_is_mtp_root(root), -sizes[root], root)))
         root = self._choose_stack(stack)
-        self.config, is_own = stack_config(checkpoint.config, root)
-        self._match = self._choose([match for match in matches if match.root == root])
-        depth = self.config.get("num_hidden_layers")
-        main = [one for one in self.stacks if not _is_mtp_root(one)]
-        last = max(self._match.layers) + 1
-        if type(depth) is int and (is_own or main == [root]):
-            last = depth
-        self.layers = tuple(sorted(layer for layer in self._match.layers if layer < last))
-        self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= last))
+        self.model_config = checkpoint.model_config.stack(root)
+        self._match = self._choose_match([match for match in matches if match.root == root])
+        depth = self.model_config.num_hidden_layers
+        main_stacks = [name for name in self.stacks if not _is_mtp_root(name)]
+        end = max(self._match.layers) + 1
+        if depth is not None and (self.model_config.is_stack or main_stacks == [root]):
+            end = depth
+        self.layers = tuple(sorted(layer for layer in self._match.layers if layer < end))
+        self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= end))
         if left_out := self._open(self._match, min(self._match.layers)).left_out:
             self.notes.append(
                 f"experts {format_ranges(left_out)} of a layer have no weights, or other shapes, and are left out"
@@ -66,9 +60,14 @@ class Experts:
 
     @classmethod
     def open(cls, model: str, kind: Kind = "routed") -> "Experts":
-        """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`, where `#STACK` may follow."""
+        """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`, each perhaps followed by `#STACK`."""
         name, stack = split_model(model)
         return cls(Checkpoint(find_repository(name)), kind, stack)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The JSON object in the config that describes the chosen stack."""
+        return self.model_config.values
 
     @property
     def family(self) -> str:
@@ -76,16 +75,15 @@ class Experts:
 
     @property
     def model_type(self) -> str | None:
-        found = self.config.get("model_type") or self.checkpoint.config.get("model_type")
-        return printable(found) if isinstance(found, str) else None
+        return self.model_config.model_type
 
     @property
     def stack(self) -> str:
-        """The name of the stack that is read: what its tensors' names begin with."""
+        """The name of the chosen stack: the beginning of its tensors' names."""
         return self._match.root
 
     def layer(self, number: int) -> ExpertLayer:
-        """One MoE layer; raises InvalidRequest, naming the layers there are, when it is none."""
+        """One MoE layer; for any other number raises InvalidRequest, which lists the MoE layers."""
         if number not in self._match.layers:
             raise InvalidRequest(
                 f"layer {number} is not an MoE layer", f"the MoE layers are {format_ranges(self.layers)}"
@@ -93,10 +91,10 @@ class Experts:
         return self._open(self._match, number)
 
     def choose_layers(self, layer: int | None, layers: Sequence[int] | str | None) -> tuple[int, ...]:
-        """The layers that the user means: one, several (numbers, or a string such as "0,5,10", "0-23/6" or "all"), or
-        the first.
+        """The numbers of the layers that the user asks for: `layer`, or `layers`, or the first MoE layer.
 
-        Raises InvalidRequest, naming the layers there are, for any that is not an MoE layer.
+        `layers` are numbers, or a string such as "0,5,10", "0-23/6" or "all". Raises InvalidRequest, which lists the
+        MoE layers, for any other layer; also where `layer` and `layers` are both given, or `layers` is empty.
         """
         if layer is not None and layers is not None:
             raise InvalidRequest("both layer and layers are given", "give one of the two")
@@ -115,58 +113,47 @@ class Experts:
     def _open(self, match: LayoutMatch, number: int) -> ExpertLayer:
         expected: dict[str, int | None] = {}
         if self.kind == "routed":
-            expected[self.checkpoint.config_file] = count_experts(layer_config(self.config, number))
+            expected[self.checkpoint.config_file] = self.model_config.layer(number).expert_count
             router = match.beside.get(number, {}).get("router", {}).get("weight")
             if router and match.layout.is_flattened:
                 expected[router] = next(iter(self.checkpoint.info(router).shape), None)
         one_plus_norm = has_feature(self.model_type, "one_plus_norm")
-        return ExpertLayer(self.checkpoint, match, number, expected, self._quantization, one_plus_norm)
+        return ExpertLayer(self.checkpoint, match, number, expected, self.model_config, one_plus_norm)
 
     @property
     def activation(self) -> str:
-        """The name of the experts' activation: what the config says, or the layout's own, or silu."""
-        function = self._ffn_config.get("ffn_act_fn")
-        names = [self.config.get(key) for key in ACTIVATION_KEYS]
-        names += [function.get("name")] if isinstance(function, dict) else []
-        is_gated = any("gate" in tensor.roles for tensor in self._match.layout.tensors)
+        """The name of the experts' activation: the config's, or else the layout's, or else silu."""
+        layout = self._match.layout
+        is_gated = any("gate" in tensor.roles for tensor in layout.tensors)
         if is_gated and has_feature(self.model_type, "swiglu_oai"):
             return "swiglu_oai"
-        names += [usual_activation(self.model_type), self._match.layout.activation]
-        known = (name for name in names if isinstance(name, str) and (is_gated or name != "swiglu_oai"))
-        return printable(next(known, "silu"))
+        names = [*self.model_config.activations, usual_activation(self.model_type), layout.activation]
+        fitting = (name for name in names if name is not None and (is_gated or name != "swiglu_oai"))
+        return printable(next(fitting, "silu"))
 
     @property
     def top_k(self) -> int:
-        """How many experts a token is sent to, by the config; 1 where it does not say."""
-        found = [config.get(key) for config in (self.config, self._ffn_config) for key in TOP_K_KEYS]
-        first = [count[0] if isinstance(count, list) and count else count for count in found]  # one for each layer
-        return next((count for count in first if type(count) is int and count > 0), 1)
+        """The number of experts that a token is routed to, by the config; 1 where it does not give it."""
+        return self.model_config.top_k
 
     @property
     def scoring(self) -> str:
-        """softmax or sigmoid; a router with a bias that corrects its scores, as DeepSeek-V3's, takes the sigmoid."""
-        corrected = any("correction" in found for found in self._match.beside.values())
-        said = self.config.get("scoring_func")
-        default = "sigmoid" if corrected or has_feature(self.model_type, "sigmoid") else "softmax"
-        return said if said in ("sigmoid", "softmax") else default
+        """The router's function, "softmax" or "sigmoid".
 
-    @property
-    def _ffn_config(self) -> dict[str, Any]:
-        inner = self.config.get("ffn_config")
-        return inner if isinstance(inner, dict) else {}
-
-    @property
-    def _quantization(self) -> Mapping[str, Any]:
-        configs = (self.checkpoint.config, self.config)
-        found = (config.get(key) for config in configs for key in QUANTIZATION_KEYS)
-        return next((one for one in found if isinstance(one, dict) and one), {})
+        Where the config does not name it, a router whose scores are corrected by a bias, as DeepSeek-V3's, takes the
+        sigmoid.
+        """
+        is_corrected = any("correction" in parts for parts in self._match.beside.values())
+        default = "sigmoid" if is_corrected or has_feature(self.model_type, "sigmoid") else "softmax"
+        return self.model_config.scoring or default
 
     def _refuse(self, partial: list[LayoutMatch], unmatched: list[str]) -> NoReturn:
-        """Raise for tensors that look like routed experts and are in no layout."""
+        """Raise ModelUnreadable or UnknownFormat for tensors that look like routed experts and fit no layout."""
         for match in partial:
             if match.names.issuperset(unmatched):
                 roles = {role for experts in match.layers.values() for role in experts}
-                lacking = [f"{x.role} projections ({x.leaf})" for x in match.layout.tensors if x.role not in roles]
+                absent = [tensor for tensor in match.layout.tensors if tensor.role not in roles]
+                lacking = [f"{tensor.role} projections ({tensor.leaf})" for tensor in absent]
                 raise ModelUnreadable(
                     f"no layer has {f'its {lacking[0]}' if lacking else 'all that it needs'}, as layout "
                     f"{match.layout.name} has",
@@ -179,7 +166,7 @@ class Experts:
         )
 
     def _nothing(self) -> MoEError:
-        """What to raise when nothing in the checkpoint is of the wanted kind."""
+        """The error to raise for a checkpoint without experts of the wanted kind."""
         if self.kind != "routed":
             return UnknownFormat(
                 f"no layout in our table holds {'shared experts' if self.kind == 'shared' else 'dense feed-forwards'}",
@@ -190,7 +177,7 @@ class Experts:
                 "the model is an overlay, whose experts are stored as base and factors",
                 "give the model that it was made from, or export it to a standard checkpoint",
             )
-        if (count := count_experts(self.config) or 0) > 1:
+        if (count := self.model_config.expert_count or 0) > 1:
             return UnknownFormat(
                 f"{self.checkpoint.config_file} says that there are {count} experts, and no tensor's name is known",
                 f"model_type is {self.model_type or 'not given'}; please report it",
@@ -201,44 +188,48 @@ class Experts:
         )
 
     def _choose_stack(self, wanted: str | None) -> str:
-        """The root of the stack to read; raises InvalidRequest, naming those there are, when the wanted one is none."""
-        others = ", ".join(root or "(no name)" for root in self.stacks)
+        """The root of the stack to read; raises InvalidRequest, which lists the stacks, if none is `wanted`."""
         if wanted is None:
-            main = [root for root in self.stacks if not _is_mtp_root(root)]
-            if len(main) > 1:
+            main_stacks = [root for root in self.stacks if not _is_mtp_root(root)]
+            if len(main_stacks) > 1:
                 self.notes.append(
-                    f"the model has {len(main)} stacks of layers ({', '.join(main)}): {main[0]} was read; "
-                    f"#{main[1]} behind the model's name reads another"
+                    f"the model has {len(main_stacks)} stacks of layers ({', '.join(main_stacks)}): {main_stacks[0]} "
+                    f"was read; #{main_stacks[1]} behind the model's name reads another"
                 )
-            for root in self.stacks[len(main) :] if self.kind == "routed" else ():
+            for root in self.stacks[len(main_stacks) :] if self.kind == "routed" else ():
                 self.notes.append(
                     f"layers for multi-token prediction lie apart: #{root} behind the model's name reads them"
                 )
             return self.stacks[0]
-        found = [root for root in self.stacks if root == wanted] or [
-            root for root in self.stacks if wanted in root.split(".")
-        ]
-        if len(found) != 1:
-            raise InvalidRequest(f"the model has no stack of layers named {wanted}", f"there are {others}")
-        return found[0]
+        if wanted in self.stacks:
+            return wanted
+        roots = [root for root in self.stacks if wanted in root.split(".")]
+        if len(roots) != 1:
+            listing = ", ".join(root or "(no name)" for root in self.stacks)
+            raise InvalidRequest(f"the model has no stack of layers named {wanted}", f"there are {listing}")
+        return roots[0]
 
-    def _choose(self, candidates: list[LayoutMatch]) -> LayoutMatch:
-        """The one match whose layout fits the shapes and leaves no tensor over; where several do, the config's
-        model_type decides."""
+    def _choose_match(self, candidates: list[LayoutMatch]) -> LayoutMatch:
+        """The match whose layout fits the shapes and accounts for all tensors; of several, model_type chooses one.
+
+        Raises UnknownFormat where no layout does, or where model_type leaves a choice.
+        """
         fitting = []
         for match in candidates:
             try:
-                self._open(match, min(match.layers)).sizes  # noqa: B018  asked for its errors
+                self._open(match, min(match.layers)).sizes  # noqa: B018  which raises where the shapes do not fit
                 fitting.append(match)
             except DoesNotFit as error:
                 reason = error
         if not fitting:
             raise UnknownFormat(reason.message, reason.hint)
-        everything = set().union(*(match.names for match in candidates))
-        if not (whole := [match for match in fitting if match.names == everything]):
-            left = min(everything - fitting[0].names)
-            raise UnknownFormat(f"layout {fitting[0].layout.name} fits, and does not account for {left}")
-        if is_listed(self.model_type):  # and lies in turns only where its row says so
+        all_names = set().union(*(match.names for match in candidates))
+        whole = [match for match in fitting if match.names == all_names]
+        if not whole:
+            leftover = min(all_names - fitting[0].names)
+            raise UnknownFormat(f"layout {fitting[0].layout.name} fits, and does not account for {leftover}")
+        if is_listed(self.model_type):
+            # the gates and ups of a listed model lie in turns only where a row of its type says so
             whole = [m for m in whole if self.model_type in m.layout.model_types or not m.layout.may_be_halves] or whole
         known = [match for match in whole if self.model_type in match.layout.model_types]
         if len(whole) > 1 and len(known) != 1:
@@ -262,7 +253,10 @@ class Experts:
 
 
 def parse_layers(text: str) -> list[int]:
-    """The layers of "0,5,10" or "0-23/6" (every sixth from 0 to 23); raises InvalidRequest for anything else."""
+    """The layers in a list such as "0,5,10" or "0-23/6" (every sixth from 0 to 23).
+
+    Raises InvalidRequest for any other text.
+    """
     chosen: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6})(?:/(\d{1,6}))?)?\s*", item)
@@ -274,10 +268,11 @@ def parse_layers(text: str) -> list[int]:
 
 
 def split_model(model: str) -> tuple[str, str | None]:
-    """A model's name and the stack that follows it behind a #, if one does: "org/name#encoder"."""
+    """A model's name, and the stack that may follow it behind a #: "org/name#encoder"."""
     name, mark, stack = model.rpartition("#")
     return (name, stack) if mark and name and not os.path.exists(model) else (model, None)
 
 
 def _is_mtp_root(root: str) -> bool:
+    """Whether the stack's layers are for multi-token prediction."""
     return any(part in ("mtp", "mtp_block") for part in root.split("."))

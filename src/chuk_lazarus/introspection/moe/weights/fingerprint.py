@@ -1,18 +1,17 @@
-"""What tells one state of a model's files from any other."""
+"""A description of a model's files that changes when any of them does."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import MoEError
-from .checkpoint import INDEX, Checkpoint
-from .model_config import CONFIG
+from .checkpoint import Checkpoint
 from .repositories.local import Folder
-from .repositories.source import QUANTIZATION_FILES
+from .repositories.source import CONFIG, INDEX, QUANTIZATION_FILES
 
 
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where a model is, its revision on the Hub, and its files: here with their sizes in bytes and their times."""
+    """A model's place, its revision on the Hub, and its files, with sizes in bytes and times where they lie here."""
     repository = checkpoint.repository
     names = checkpoint.files | ({CONFIG, INDEX, *QUANTIZATION_FILES} & repository.files)
     folder = repository.folder
@@ -24,16 +23,19 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _describe_file(path: Path) -> list[int]:
+    """Size in bytes and time in nanoseconds; [] for a file that is not there."""
     try:
         status = path.stat()
         return [status.st_size, status.st_mtime_ns]
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a link whose target is missing
         return []
 
 
 def file_sizes(path: str) -> dict[str, int] | None:
-    """The bytes of a model's weights and configs by name, None where there is nothing at the path; for machines whose
-    clocks differ."""
+    """The sizes in bytes of a model's weights and configs by name; None where `path` can't be read.
+
+    It leaves times out, so that machines whose clocks differ can compare it.
+    """
     try:
         if not os.path.exists(path):
             return None

@@ -1,7 +1,7 @@
-"""The GGUF container of llama.cpp: metadata, the tensors' table, then the tensors' bytes.
+"""The GGUF container of llama.cpp: metadata, a table of the tensors, then the tensors' bytes.
 
-Versions 2 and 3, little-endian, as https://github.com/ggml-org/ggml/blob/master/docs/gguf.md has them. A file may be
-split into parts named "-00001-of-00003.gguf", each a file of its own with `split.*` in its metadata.
+We read versions 2 and 3 in little-endian order (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). A model may
+be split into parts named "-00001-of-00003.gguf", each a complete file with `split.*` in its metadata.
 """
 
 import struct
@@ -15,11 +15,11 @@ from ..errors import ModelUnreadable, UnknownFormat
 from .repositories.source import ByteSource
 from .tensor_info import MAX_HEADER, MAX_NAME, TensorInfo, check_apart, check_name
 
-PIECE = 2**20  # read at once while the header goes on; the first time a quarter of it
+PIECE = 2**20  # bytes of a header that are read at once; the first read is a quarter of them
 MAX_METADATA = 4096  # keys
 MAX_TENSORS = 200_000
-MAX_ITEMS = 1024  # longer arrays, such as a vocabulary, are passed over
-MAX_STRING = 65_535  # bytes; longer values are passed over
+MAX_ITEMS = 1024  # longer arrays, such as a vocabulary, are skipped
+MAX_STRING = 65_535  # bytes; longer values are skipped
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 DEFAULT_ALIGNMENT = 32
 
@@ -35,7 +35,7 @@ CONFIG_KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_shared_count": "n_shared_experts",
 }
-"""What the metadata calls, behind the architecture's name, what a config calls by these words."""
+"""Keys of the metadata, which follow the architecture's name there, and the keys of a config.json."""
 
 SCORING = {1: "softmax", 2: "sigmoid"}
 ACTIVATIONS = {
@@ -45,13 +45,13 @@ ACTIVATIONS = {
     "nomic-bert-moe": "gelu",
     "smallthinker": "relu",
 }
-"""The architectures whose experts have another activation than silu; no metadata says it."""
+"""The architectures whose experts have another activation than silu, which is not in the metadata."""
 
 
 def read_model(sources: Mapping[str, ByteSource]) -> tuple[dict[str, Any], dict[str, dict[str, TensorInfo]]]:
-    """The config of a model, and the tensors of each of the files that make it up.
+    """The config of a model, and the tensors in each of the files that make it up.
 
-    Raises ModelUnreadable, or UnknownFormat for a version of GGUF that we can't read.
+    Raises ModelUnreadable for files that are broken or do not belong together, UnknownFormat for another version.
     """
     first: dict[str, Any] = {}
     headers: dict[str, dict[str, TensorInfo]] = {}
@@ -82,7 +82,7 @@ def read_model(sources: Mapping[str, ByteSource]) -> tuple[dict[str, Any], dict[
 
 
 def make_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What the metadata says of the model in the words of the Hub's `config.json`."""
+    """The metadata of a model under the keys of a `config.json` on the Hub."""
     architecture = metadata.get("general.architecture")
     config: dict[str, Any] = {"quantization_config": {"quant_method": "gguf"}}
     if not isinstance(architecture, str):
@@ -107,9 +107,9 @@ def make_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_header(file: str, source: ByteSource) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """The metadata of a file, but for long arrays, and its tensors.
+    """The metadata of a file, without long arrays and texts, and its tensors.
 
-    Raises ModelUnreadable for a header that is broken or at odds with the file, UnknownFormat for another version.
+    Raises ModelUnreadable for a header that is broken or does not fit the file, UnknownFormat for another version.
     """
     reader = _Reader(file, source)
     magic, version, tensor_count, metadata_count = reader.unpack("<4sIQQ") if source.size >= 24 else (b"", 0, 0, 0)
@@ -139,14 +139,14 @@ def read_header(file: str, source: ByteSource) -> tuple[dict[str, Any], dict[str
 
 
 _Entry = tuple[str, tuple[int, ...], int, int]
-"""Name, shape in numpy's order, the number of the type, offset."""
+"""A tensor's name, its shape in numpy's order, the number of its type, and its offset in the data."""
 
 
 def _place(reader: "_Reader", entries: list[_Entry], data_start: int, alignment: int) -> dict[str, TensorInfo]:
-    """Where the tensors lie in the file, checked."""
+    """The tensors with their places in the file, all of which are checked."""
     size = reader.source.size
     starts = sorted({offset for _, _, _, offset in entries})
-    following = dict(pairwise([*starts, size - data_start]))
+    next_start = dict(pairwise([*starts, size - data_start]))
     tensors: dict[str, TensorInfo] = {}
     for name, shape, number, offset in entries:
         check_name(name, reader.file)
@@ -158,8 +158,8 @@ def _place(reader: "_Reader", entries: list[_Entry], data_start: int, alignment:
         columns = shape[-1] if shape else 1
         if block and columns % block:
             raise reader.broken(f"has {name} as {dtype}, in blocks of {block}, with rows of {columns:,}")
-        # the length of a type that we don't know is up to the next tensor
-        length = prod(shape) // block * block_bytes if block else max(following[offset] - offset, 0)
+        # a tensor of a type that we don't know reaches to the next tensor
+        length = prod(shape) // block * block_bytes if block else max(next_start[offset] - offset, 0)
         start, stop = data_start + offset, data_start + offset + length
         if stop > size:
             raise ModelUnreadable(
@@ -173,21 +173,21 @@ def _place(reader: "_Reader", entries: list[_Entry], data_start: int, alignment:
 
 @cache
 def _types() -> dict[int, tuple[str, int, int]]:
-    """Number of a type -> its name, how many elements a block of it has, and how many bytes."""
+    """The name of each type, by its number, and the elements and bytes of a block of it."""
     from gguf.constants import GGML_QUANT_SIZES
 
     return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 
 
 class _Reader:
-    """Reads a header from its beginning on, a piece of the file at a time."""
+    """Reads a header from its beginning, a piece of the file at a time."""
 
     def __init__(self, file: str, source: ByteSource) -> None:
         self.file = file
         self.source = source
         self._data = b""
-        self._start = 0  # where in the file the piece begins
-        self._at = 0  # where in the piece we are; beyond its end where something was passed over
+        self._start = 0  # the offset of the piece in the file
+        self._at = 0  # the offset in the piece; it may lie beyond the end of the piece once something was skipped
 
     @property
     def position(self) -> int:
@@ -204,14 +204,14 @@ class _Reader:
         return values
 
     def name(self) -> str:
-        """A key, or a tensor's name."""
+        """The name that follows: a metadata key or a tensor's name."""
         (length,) = self.unpack("<Q")
         if length > MAX_NAME:
             raise self.broken(f"has a name of {length:,} bytes")
         return self._text(length)
 
     def value(self, key: str) -> Any:
-        """The value of a metadata key; None where it is too long to be of interest."""
+        """The value of a metadata key; None for long texts and arrays, which are skipped."""
         (kind,) = self.unpack("<I")
         if kind == STRING:
             return self._string()
@@ -231,7 +231,7 @@ class _Reader:
         return self._skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
 
     def tensor(self) -> _Entry:
-        """One entry of the tensors' table."""
+        """The entry of the tensors' table that follows."""
         name = self.name()
         (dimensions,) = self.unpack("<I")
         if dimensions > MAX_DIMENSIONS:
@@ -269,7 +269,10 @@ class _Reader:
         self._need(0)
 
     def _need(self, length: int) -> None:
-        """Have the next `length` bytes in the piece; raises ModelUnreadable where the file or our patience ends."""
+        """Make the piece reach over the next `length` bytes.
+
+        Raises ModelUnreadable where the file ends before them, or the header is longer than MAX_HEADER.
+        """
         if self._at + length <= len(self._data):
             return
         position = self.position
@@ -280,6 +283,6 @@ class _Reader:
         if length:
             ahead = PIECE if self._data else PIECE // 4
             rest = self._data[self._at :]
-            reached = position + len(rest)
-            data = self.source.read(reached, min(max(position + length, reached + ahead), self.source.size))
+            end = position + len(rest)
+            data = self.source.read(end, min(max(position + length, end + ahead), self.source.size))
             self._data, self._start, self._at = rest + data, position, 0

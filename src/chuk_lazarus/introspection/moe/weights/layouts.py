@@ -1,6 +1,6 @@
-"""The layout table, and matching a checkpoint's tensor names against it.
+"""The layout table, and how the names of a checkpoint's tensors are matched with it.
 
-Names are matched, never made up from the config: layers and experts are found, not computed.
+The layers and experts of a model are those whose names match; no name is composed from numbers in the config.
 """
 
 import re
@@ -18,13 +18,13 @@ Kind = Literal["routed", "shared", "dense"]
 _LAYER = re.compile(
     r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
 )
-# what storage formats put beside a weight, or in its place
+# the parts that storage formats put beside a weight, or in its place
 _QUANTISED = re.compile(
     r"(?P<stem>.+?)[._](?P<part>weight_(?:scale(?:_inv|_2)?|global_scale|packed|shape|zero_point|g_idx|format)|q?scales?"
     r"|scale_inv|biases|blocks|qweight|qzeros|g_idx|SCB|global_scale"
     r"|weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+))"
 )
-# set off by a dot where a module holds the tensor; a bare parameter's name goes on with an underscore
+# a dot precedes the part where the tensor belongs to a module, and an underscore where it is a bare parameter
 _PART = re.compile(
     r"\.(?P<part>[A-Za-z][\w.]*)"
     r"|_(?P<suffix>bias|blocks|scales|scale(?:_inv|_2)?|weight_(?:scale(?:_inv|_2)?|packed)|\w+_scale)"
@@ -38,10 +38,10 @@ _NOT_ROUTED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class StoredAxes:
-    """How one stored tensor relates to the canonical form, from a string such as "E (2 I) H".
+    """The axes of a stored tensor in terms of the canonical form, from a string such as "E (2 I) H".
 
-    `groups` are the stored axes of a single expert, always two; `stacked` says whether one tensor holds all experts,
-    and `flattened` whether its first axis is experts times rows.
+    `groups` are the two stored axes of a single expert; `stacked` tells whether one tensor holds all experts, and
+    `flattened` whether its first axis is experts times rows.
     """
 
     text: str
@@ -51,7 +51,7 @@ class StoredAxes:
 
     @classmethod
     def parse(cls, text: str) -> "StoredAxes":
-        """Raises ValueError for a string that is no such description."""
+        """The axes that `text` describes; raises ValueError for a text that does not describe an expert."""
         groups = [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", text)]
         stacked = text.startswith(("E", "(E"))
         flattened = stacked and groups[0] != ("E",)
@@ -62,10 +62,9 @@ class StoredAxes:
         return cls(text, (groups[0], groups[1]), stacked, flattened)
 
     def solve(self, shape: Sequence[int], sizes: Mapping[str, int]) -> dict[str, int] | None:
-        """The sizes of E, I and H that a tensor of this shape tells beyond those given, or None if it can't be such a
-        tensor.
+        """`sizes` and those of E, I and H that follow from the shape, or None where the shape does not fit the axes.
 
-        A group with two unknown axes tells nothing yet.
+        From a group with two unknown axes, no size follows.
         """
         groups: list[tuple[str, ...]] = list(self.groups)
         if self.flattened:
@@ -88,7 +87,10 @@ class StoredAxes:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a layout: `role` is gate, up or down, or gate_up or up_gate (both in one, in this order)."""
+    """One tensor of a layout.
+
+    `role` is gate, up or down; or gate_up or up_gate, where one tensor holds both in this order.
+    """
 
     role: str
     names: tuple[str, ...]
@@ -100,7 +102,7 @@ class StoredTensor:
 
     @property
     def leaf(self) -> str:
-        """The last part of its name, such as "down_proj"."""
+        """The last component of its name, such as "down_proj"."""
         return self.names[0].rpartition(".")[2]
 
 
@@ -117,41 +119,40 @@ class Layout:
 
     @property
     def is_flattened(self) -> bool:
-        """Whether a tensor's first axis is experts times rows, so that no shape tells the number of experts."""
+        """Whether a tensor's first axis is experts times rows, so that no shape gives the number of experts."""
         return self.tensors[0].axes.flattened
 
     @property
     def may_be_halves(self) -> bool:
-        """Whether gates and ups lie in turns, and in halves in another row that fits the same names."""
-        turns = {name for tensor in self.tensors if ("I", "2") in tensor.axes.groups for name in tensor.names}
-        halves = {
+        """Whether gates and ups lie in turns here, and in halves in another row of the table with the same names."""
+        in_turns = {name for tensor in self.tensors if ("I", "2") in tensor.axes.groups for name in tensor.names}
+        in_halves = {
             name
             for row in load_table()
             for tensor in row.tensors
             if ("2", "I") in tensor.axes.groups
             for name in tensor.names
         }
-        return bool(turns & halves)
+        return bool(in_turns & in_halves)
 
     @property
     def is_stacked(self) -> bool:
-        """Whether each tensor holds all experts, and not one."""
+        """Whether each tensor holds all experts, rather than one."""
         return self.tensors[0].axes.stacked
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one tensor of each role in a layer, and not one per expert."""
+        """Whether a layer has one tensor of each role, rather than one per expert."""
         return not any("{expert}" in name for tensor in self.tensors for name in tensor.names)
 
     def solve(self, shapes: Mapping[str, Sequence[int]], experts: int | None) -> dict[str, int] | None:
-        """The sizes E, I, H for stored tensors of these shapes (by role), or None where the layout does not fit
-        them."""
+        """The sizes E, I and H for stored tensors of these shapes, by role; None where the layout does not fit them."""
         sizes = {} if experts is None else {"E": experts}
-        for tensor in (*self.tensors, *self.tensors):  # twice: a later tensor may tell what an earlier one left open
-            found = tensor.axes.solve(shapes[tensor.role], sizes)
-            if found is None:
+        for tensor in (*self.tensors, *self.tensors):  # twice, since a later tensor may give what an earlier one needs
+            solved = tensor.axes.solve(shapes[tensor.role], sizes)
+            if solved is None:
                 return None
-            sizes = found
+            sizes = solved
         return sizes if sizes.keys() == {"E", "I", "H"} else None
 
 
@@ -162,7 +163,7 @@ def _load_toml() -> dict[str, Any]:
 
 @cache
 def load_table() -> tuple[Layout, ...]:
-    """The rows of layouts.toml; raises ValueError or KeyError when the table itself is wrong."""
+    """The rows of layouts.toml; raises ValueError or KeyError where the table itself is wrong."""
 
     def expand(template: str, blocks: list[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(template.replace("{block}.", block and f"{block}.") for block in blocks))
@@ -186,27 +187,27 @@ def load_table() -> tuple[Layout, ...]:
 
 
 def is_listed(model_type: str | None) -> bool:
-    """Whether some row of routed experts is known to be used by models of this type."""
+    """Whether a row of routed experts lists this model type."""
     return any(model_type in row.model_types for row in load_table() if row.kind == "routed")
 
 
 def has_feature(model_type: str | None, feature: Literal["one_plus_norm", "swiglu_oai", "sigmoid"]) -> bool:
-    """Whether the table says that models of this type have the feature."""
+    """Whether the table lists this model type under the feature."""
     return model_type in _load_toml()[feature]
 
 
 def usual_activation(model_type: str | None) -> str | None:
-    """The activation of models of this type, where their configs may leave it out."""
-    found = _load_toml()["activation"].get(model_type)
-    return found if isinstance(found, str) else None
+    """The activation of this model type, where its configs may leave it out."""
+    name = _load_toml()["activation"].get(model_type)
+    return name if isinstance(name, str) else None
 
 
 Parts = dict[str, str]
-"""Part of a stored tensor ("weight", "scales", ...) -> the name of the tensor that holds it."""
+"""The parts of a stored tensor ("weight", "scales", ...), each with the name of the tensor that holds it."""
 
 
 def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
-    """The tensors that belong together because a storage format splits a weight up: by the weight's plain name."""
+    """The groups of tensors that a storage format makes out of one weight, by the plain name of this weight."""
     known = set(names)
     groups: dict[str, Parts] = {}
     for name in sorted(known):
@@ -227,10 +228,10 @@ def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
 
 @dataclass(slots=True)
 class LayoutMatch:
-    """What the names of a checkpoint hold for one row of the table below one root, such as "model".
+    """The names of a checkpoint that match one row of the table, below one root such as "model".
 
-    `layers[layer][role][expert]` are the parts of a stored tensor; the expert is None where one tensor holds them all.
-    `beside[layer][what]` are the parts of router, norm and correction.
+    `layers[layer][role][expert]` are the parts of a stored tensor; the expert is None where one tensor holds all
+    experts. `beside[layer][kind]` are the parts of a small tensor beside the experts: router, norm or correction.
     """
 
     layout: Layout
@@ -240,7 +241,7 @@ class LayoutMatch:
 
     @property
     def names(self) -> set[str]:
-        """Every tensor that is matched as part of an expert."""
+        """All tensors that are matched as parts of experts."""
         return {
             name
             for roles in self.layers.values()
@@ -251,14 +252,14 @@ class LayoutMatch:
 
     @property
     def is_complete(self) -> bool:
-        """Whether at least one layer has all the layout's tensors."""
-        wanted = {tensor.role for tensor in self.layout.tensors}
-        return any(roles.keys() == wanted for roles in self.layers.values())
+        """Whether a layer has all tensors of the layout."""
+        required = {tensor.role for tensor in self.layout.tensors}
+        return any(roles.keys() == required for roles in self.layers.values())
 
 
 @cache
 def _expert_number() -> re.Pattern[str]:
-    """Where an expert's number is in a name: behind what stands before {expert} in the table."""
+    """A pattern that finds an expert's number in a name, by the words that precede {expert} in the table."""
     before = {
         name.partition("{expert}")[0].rpartition(".")[2] or name.partition("{expert}")[0].split(".")[-2] + "."
         for row in load_table()
@@ -270,9 +271,9 @@ def _expert_number() -> re.Pattern[str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A tensor's layer, such as "model.layers.3", and its name there, with {expert} for the expert's number.
+    """The name of a tensor's layer, such as "model.layers.3", and the rest, with {expert} for an expert's number.
 
-    Raises ValueError for a name that is in no layer.
+    Raises ValueError for a name outside of all layers.
     """
     if not (match := _LAYER.fullmatch(name)):
         raise ValueError(f"{name} is in no layer")
@@ -280,7 +281,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def _split_number(rest: str) -> tuple[str, int | None]:
-    """A name with {expert} for the expert's number, and this number."""
+    """A name below its layer with {expert} for an expert's number, and this number, None where there is none."""
     if not (number := _expert_number().search(rest)):
         return rest, None
     return f"{rest[: number.start(1)]}{{expert}}{rest[number.end(1) :]}", int(number[1])
@@ -288,34 +289,34 @@ def _split_number(rest: str) -> tuple[str, int | None]:
 
 @cache
 def _places(pattern: str, kind: Kind) -> tuple[tuple[int, str, str], ...]:
-    """All (row, role, part) that a name with {expert} for its number can be."""
-    found = []
+    """The (row, role, part) triples that fit a name with {expert} for its number."""
+    places = []
     for row, layout in enumerate(load_table()):
         for tensor in layout.tensors if layout.kind == kind else ():
             for name in tensor.names:
                 rest = pattern.removeprefix(name)
                 if rest == "":
-                    found.append((row, tensor.role, "weight"))
+                    places.append((row, tensor.role, "weight"))
                 elif rest != pattern and (match := _PART.fullmatch(rest)):
-                    found.append((row, tensor.role, match["part"] or match["suffix"]))
-    return tuple(found)
+                    places.append((row, tensor.role, match["part"] or match["suffix"]))
+    return tuple(places)
 
 
 @cache
 def _place_beside(pattern: str) -> tuple[str, str] | None:
-    """Which of the small tensors beside the experts a name is, and its part."""
-    for what, names in _load_toml()["beside"].items():
+    """The kind of small tensor beside the experts that a name stands for, and its part; None where it is none."""
+    for kind, names in _load_toml()["beside"].items():
         for name in names:
             rest = pattern.removeprefix(name)
             if rest == "" or (rest != pattern and rest[0] == "." and "." not in rest[1:]):
-                return what, rest[1:] or "weight"
+                return kind, rest[1:] or "weight"
     return None
 
 
 def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[LayoutMatch], list[LayoutMatch], list[str]]:
-    """All matches of the names with rows of the table: complete ones, then others, then the names that stay over.
+    """The complete matches of the names with rows of the table, the incomplete matches, and the unmatched names.
 
-    Those that stay over look like routed experts and are in no complete match.
+    Unmatched names look like routed experts and are in no complete match.
     """
     matches: dict[tuple[int, str], LayoutMatch] = {}
     beside: dict[str, dict[int, dict[str, Parts]]] = {}
@@ -328,14 +329,14 @@ def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[Layou
         if kind == "routed" and _LOOKS_ROUTED.search(match["rest"]) and not _NOT_ROUTED.search(match["rest"]):
             suspects.append(name)
         if place := _place_beside(pattern):
-            what, part = place
-            beside.setdefault(root, {}).setdefault(layer, {}).setdefault(what, {})[part] = name
+            small_tensor, part = place
+            beside.setdefault(root, {}).setdefault(layer, {}).setdefault(small_tensor, {})[part] = name
         for row, role, part in _places(pattern, kind):
             if (row, root) not in matches:
                 matches[row, root] = LayoutMatch(load_table()[row], root, beside.setdefault(root, {}))
             experts = matches[row, root].layers.setdefault(layer, {}).setdefault(role, {})
             experts.setdefault(number, {})[part] = name
-    complete = [found for found in matches.values() if found.is_complete]
-    partial = [found for found in matches.values() if not found.is_complete]
-    matched = set().union(*(found.names for found in complete))
+    complete = [candidate for candidate in matches.values() if candidate.is_complete]
+    partial = [candidate for candidate in matches.values() if not candidate.is_complete]
+    matched = set().union(*(candidate.names for candidate in complete))
     return complete, partial, [name for name in suspects if name not in matched]

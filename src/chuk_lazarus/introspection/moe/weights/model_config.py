@@ -1,11 +1,14 @@
-"""What config.json says of a model: its experts, its activation, its quantisation."""
+"""What config.json says about a model: its experts, their activation and routing, the quantisation of its weights."""
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
-CONFIG = "config.json"
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+from ..errors import printable
+from .repositories.source import CONFIG, QUANTIZATION_FILES
+
+LANGUAGE_MODELS = ("text_config", "llm_config", "language_config", "thinker_config")
 ACTIVATION_KEYS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "dense_act_fn")
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -18,77 +21,191 @@ TOP_K_KEYS = (
     "experts_per_token",
     "router_topk",
 )
-EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "moe_num_primary_experts")
+EXPERT_COUNT_KEYS = (
+    "n_routed_experts",
+    "num_local_experts",
+    "num_experts",
+    "moe_num_experts",
+    "moe_num_primary_experts",
+)
 QUANTIZATION_KEYS = ("quantization_config", "quantization")
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a multimodal config that describes the language model."""
-    while inner := next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None):
-        config = inner
-    return config
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The settings of a model, or of a part of it: its language model, one stack of layers, one layer.
 
+    `values` is the JSON object that describes the part, `whole` the object that describes the model, None where
+    `values` does. `is_stack` tells whether `values` describes one stack of layers and no other.
+    """
 
-def stack_config(config: dict[str, Any], root: str) -> tuple[dict[str, Any], bool]:
-    """The part of a multimodal config that describes a stack of layers ("talker.model" has a `talker_config`), and
-    whether it is this stack's own."""
-    first = root.partition(".")[0].removesuffix("_encoder")
-    inner = config.get(f"{first}_config")
-    return (text_config(inner), True) if isinstance(inner, dict) else (text_config(config), False)
+    values: MutableMapping[str, Any]
+    whole: Mapping[str, Any] | None = None
+    is_stack: bool = False
 
+    @classmethod
+    def read(cls, files: Container[str], load: Callable[[str], dict[str, Any]]) -> "ModelConfig":
+        """The config of the model that has these `files`, of which `load` parses one; empty without a config.json.
 
-def layer_config(config: dict[str, Any], number: int) -> Mapping[str, Any]:
-    """The config with what it says about one layer."""
-    by_layer = config.get("per_layer_config")
-    own = by_layer.get(str(number)) if isinstance(by_layer, dict) else None
-    return ChainMap(own, config) if isinstance(own, dict) else config
+        Its `quantization_config` is the one that holds for the weights: that of MLX before others, and that of a file
+        beside config.json where config.json has none.
+        """
+        values = load(CONFIG) if CONFIG in files else {}
+        mlx = values.get("quantization")
+        if isinstance(mlx, dict) and {"bits", "group_size"} <= mlx.keys() and "quantization_config" in values:
+            # quantization_config may describe the model that MLX converted, which was stored in another format
+            return cls({**values, "quantization_config": mlx})
+        # settings of any part count here, an image encoder's included: they show that config.json itself has settings
+        if any(_stated_quantization(part) for part in _nested_objects(values)):
+            return cls(values)
+        for file in QUANTIZATION_FILES:
+            if file in files and (settings := _parse_quantization_file(file, load(file))):
+                return cls({**values, "quantization_config": settings})
+        return cls(values)
 
+    def language_model(self) -> "ModelConfig":
+        """The part of a multimodal model's config that describes its language model."""
+        return ModelConfig(_find_language_model(self.values), self.values)
 
-def count_experts(config: Mapping[str, Any]) -> int | None:
-    """How many experts the config says there are."""
-    for part in (config, config.get("ffn_config")):
-        if isinstance(part, Mapping):
-            for key in EXPERT_COUNTS:
+    def stack(self, root: str) -> "ModelConfig":
+        """The part that describes a stack of layers, by the root of its tensors' names.
+
+        For "talker.model" it is `talker_config`. Without this object, it is the language model's part.
+        """
+        name = root.partition(".")[0].removesuffix("_encoder")
+        part = self.values.get(f"{name}_config")
+        if not isinstance(part, dict):
+            return self.language_model()
+        return ModelConfig(_find_language_model(part), self.values, is_stack=True)
+
+    def layer(self, number: int) -> "ModelConfig":
+        """The settings of one layer: its own, then those of all layers."""
+        by_layer = self.values.get("per_layer_config")
+        settings = by_layer.get(str(number)) if isinstance(by_layer, dict) else None
+        if not isinstance(settings, dict):
+            return self
+        # a copy for each of many layers would take time that grows with the square of their number
+        return ModelConfig(ChainMap(settings, self.values), self.whole, self.is_stack)
+
+    @property
+    def model_type(self) -> str | None:
+        """The part's model_type or else the model's, safe to print."""
+        name = self.values.get("model_type") or (self.whole or {}).get("model_type")
+        return printable(name) if isinstance(name, str) else None
+
+    @property
+    def num_hidden_layers(self) -> int | None:
+        depth = self.values.get("num_hidden_layers")
+        return depth if type(depth) is int else None
+
+    @property
+    def expert_count(self) -> int | None:
+        """The number of routed experts in a layer."""
+        for part in (self.values, self._ffn):
+            for key in EXPERT_COUNT_KEYS:
                 if type(count := part.get(key)) is int:
                     return count
-    return None
+        return None
+
+    @property
+    def activations(self) -> list[str]:
+        """The names under all keys that name the experts' activation; the first one decides."""
+        function = self._ffn.get("ffn_act_fn")
+        names = [self.values.get(key) for key in ACTIVATION_KEYS]
+        names += [function.get("name")] if isinstance(function, dict) else []
+        return [name for name in names if isinstance(name, str)]
+
+    @property
+    def top_k(self) -> int:
+        """The number of experts that a token is routed to; 1 where the config does not give it."""
+        counts = [part.get(key) for part in (self.values, self._ffn) for key in TOP_K_KEYS]
+        # some configs list the number for each layer: the first layer's stands for all
+        counts = [count[0] if isinstance(count, list) and count else count for count in counts]
+        return next((count for count in counts if type(count) is int and count > 0), 1)
+
+    @property
+    def scoring(self) -> str | None:
+        """The function that turns router logits into scores, "softmax" or "sigmoid", where the config names it."""
+        function = self.values.get("scoring_func")
+        return function if function in ("sigmoid", "softmax") else None
+
+    @property
+    def normalises_routing_weights(self) -> bool:
+        """Whether the routing weights of a token's experts are scaled to a sum of 1."""
+        return self.values.get("norm_topk_prob") is not False
+
+    def quantization(self, module: str | None = None) -> Mapping[str, Any]:
+        """The quantisation settings, {} where there are none: those that hold for `module`, or else the general ones.
+
+        `module` is the name of a weight without its last part, such as "model.layers.0.mlp.gate".
+        """
+        # The experts of a stack have the model's settings, or else the stack's own. For a whole model, whose tensors
+        # belong to all stacks, every object that describes a language model may have the settings.
+        parts = _language_models(self.values) if self.whole is None else (self.whole, self.values)
+        settings = next(filter(None, map(_stated_quantization, parts)), {})
+        of_module = settings.get(module) if module else None
+        if not isinstance(of_module, dict):
+            return settings
+        # MLX's settings of a module leave out the mode where it is affine, even if the general mode is another
+        return {**settings, "mode": "affine", **of_module}
+
+    def without_quantization(self) -> dict[str, Any]:
+        """The values without the quantisation settings of the model and of its language model."""
+        return _drop_quantization(self.values)
+
+    @property
+    def _ffn(self) -> Mapping[str, Any]:
+        """The object in which DBRX describes its experts."""
+        part = self.values.get("ffn_config")
+        return part if isinstance(part, Mapping) else {}
 
 
-def nested_objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config and every object in it."""
-    found = [config]
-    for one in found:
-        yield one
-        found += [value for value in one.values() if isinstance(value, dict)]
+def _find_language_model(values: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The innermost object that describes a language model."""
+    while part := next((values[key] for key in LANGUAGE_MODELS if isinstance(values.get(key), dict)), None):
+        values = part
+    return values
 
 
-def read_quantization(file: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What one of QUANTIZATION_FILES says, as a config's quantization_config would; {} for nothing."""
-    method, renamed = {
+def _language_models(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The object itself, then all objects in it that describe a language model, on every level."""
+    yield values
+    for key in LANGUAGE_MODELS:
+        if isinstance(part := values.get(key), dict):
+            yield from _language_models(part)
+
+
+def _nested_objects(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The object itself, then every object that can be reached from it through objects."""
+    parts = [values]
+    for part in parts:
+        yield part
+        parts += [value for value in part.values() if isinstance(value, dict)]
+
+
+def _stated_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantisation settings that stand in the object itself, {} where none do."""
+    candidates = (values.get(key) for key in QUANTIZATION_KEYS)
+    return next((settings for settings in candidates if isinstance(settings, dict) and settings), {})
+
+
+def _drop_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _drop_quantization(value) if key in LANGUAGE_MODELS and isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in QUANTIZATION_KEYS
+    }
+
+
+def _parse_quantization_file(file: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings in one of QUANTIZATION_FILES, under the keys of a `quantization_config`; {} where it has none."""
+    method, usual_keys = {
         "hf_quant_config.json": ("modelopt", {}),
         "quantize_config.json": ("gptq", {}),
         "quant_config.json": ("awq", {"w_bit": "bits", "q_group_size": "group_size"}),
     }[file]
     if method == "modelopt":
-        inner = found.get("quantization")
-        found = inner if isinstance(inner, dict) and inner.get("quant_algo") else {}
-    found = {renamed.get(key, key): value for key, value in found.items()}
-    return {**found, "quant_method": found.get("quant_method") or method} if found else {}
-
-
-def find_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config or its text part says first about quantisation."""
-    for key in QUANTIZATION_KEYS:
-        if isinstance(found := config.get(key), dict) and found:
-            return found
-    inner = (find_quantization(config[key]) for key in TEXT_CONFIGS if isinstance(config.get(key), dict))
-    return next((one for one in inner if one), {})
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without what it says about quantisation, neither its own nor that of its text part."""
-    return {
-        key: without_quantization(value) if key in TEXT_CONFIGS and isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in QUANTIZATION_KEYS
-    }
+        settings = values.get("quantization")
+        values = settings if isinstance(settings, dict) and settings.get("quant_algo") else {}
+    values = {usual_keys.get(key, key): value for key, value in values.items()}
+    return {**values, "quant_method": values.get("quant_method") or method} if values else {}

@@ -1,6 +1,6 @@
-"""The safetensors container: 8 bytes of header length, a JSON header, then the tensors' bytes.
+"""The safetensors container: 8 bytes with the header's length, a JSON header, then the tensors' bytes.
 
-These are row-major and little-endian (https://github.com/huggingface/safetensors#format).
+Tensors are row-major and little-endian (https://github.com/huggingface/safetensors#format).
 """
 
 import json
@@ -13,14 +13,14 @@ from .repositories.source import ByteSource
 from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_apart, check_name
 
 PACKED = frozenset({"F4"})
-"""Types whose elements share bytes."""
+"""Dtypes of which several elements share a byte."""
 
-MAX_AXES = 64  # as in numpy and torch
-MAX_DEPTH = 100  # of JSON, so that what is read can be written, which takes the stack more
+MAX_AXES = 64  # the limit of numpy and torch
+MAX_DEPTH = 100  # levels of JSON; the interpreter's stack lets us read more levels than we can write
 
 
 def read_header(file: str, source: ByteSource) -> dict[str, TensorInfo]:
-    """The tensors of a file; raises ModelUnreadable for a header that is broken or at odds with the file."""
+    """The tensors of a file by name; raises ModelUnreadable for a header that is broken or does not fit the file."""
     if source.size < 8:
         raise ModelUnreadable(f"{file} is {source.size} bytes long: not a safetensors file", "download it again")
     length = int.from_bytes(source.read(0, 8), "little")
@@ -35,8 +35,11 @@ def read_header(file: str, source: ByteSource) -> dict[str, TensorInfo]:
 
 
 def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data`; raises ModelUnreadable, naming `what`, for anything else, duplicate keys and values
-    nested deeper than MAX_DEPTH included."""
+    """The JSON object in `data`.
+
+    Raises ModelUnreadable, which names `what`, for anything else, for duplicate keys, and for values that are nested
+    deeper than MAX_DEPTH.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -57,18 +60,22 @@ def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
 
 
 def _check_depth(value: Any) -> None:
-    """Raise RecursionError for objects and lists within each other beyond MAX_DEPTH."""
+    """Raise RecursionError for objects and lists that are nested deeper than MAX_DEPTH."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        inner = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [one for each in inner for one in each if isinstance(one, dict | list)]
+        contents = (container.values() if isinstance(container, dict) else container for container in level)
+        level = [item for items in contents for item in items if isinstance(item, dict | list)]
         if not level:
             return
     raise RecursionError
 
 
 def parse_entries(entries: dict[str, Any], file: str, data_start: int, size: int) -> dict[str, TensorInfo]:
-    """The tensors of a header, checked: offsets in the file, in keeping with the shapes, not overlapping."""
+    """The tensors of a header, whose data begins at `data_start` in a file of `size` bytes.
+
+    Raises ModelUnreadable where an offset is outside of the file or does not fit the shape, or two tensors overlap;
+    UnknownFormat for an odd name.
+    """
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
         check_name(name, file)

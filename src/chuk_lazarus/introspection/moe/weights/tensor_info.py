@@ -1,11 +1,4 @@
-"""Overlay checkpoints on disk: a whole model whose routed experts are kept as base and factors, and the way back.
-
-`write_overlay` makes such a folder out of any model that `Experts` reads, `read_overlay` opens one, `export_overlay`
-turns it into a checkpoint of the original family again. Both writers stream: they hold no more than the base of one
-layer and the experts that the worker threads are busy with.
-
-`model_folder` writes the folders, so that they are whole or not there.
-"""
+"""The place of a tensor in a file, its dtype and shape, and the checks that both containers have in common."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +10,8 @@ import numpy as np
 
 from ..errors import ModelUnreadable, UnknownFormat
 
-MAX_HEADER = 100_000_000  # the safetensors library's own limit
-MAX_NAME = 1024  # characters of a tensor's name; the longest published ones have some 150
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_NAME = 1024  # characters of a tensor's name; the longest published names have about 150
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -39,12 +32,18 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 
+PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+"""Dtypes that no quantised weight has."""
+
+INTEGER_DTYPES = frozenset({"I32", "I16", "I8", "U64", "U32", "U16", "U8"})
+"""Dtypes of quantised weights, and also of masks and tables."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: `start` and `stop` are byte offsets in `file`.
+    """A tensor's dtype, shape and place; `start` and `stop` are byte offsets in `file`.
 
-    `shape` counts elements; `packed` says that these share bytes, so that only whole rows of them can be had.
+    `shape` counts elements. `packed` tells that several elements share bytes, so that only whole rows can be read.
     """
 
     name: str
@@ -61,9 +60,9 @@ class TensorInfo:
 
 
 def check_name(name: str, file: str) -> None:
-    """Raise UnknownFormat for a tensor's name that no model has: too long, or not printable.
+    """Raise UnknownFormat for a tensor's name that is too long or not printable.
 
-    Names are printed, matched with patterns and written into other files; this is where all of them come by.
+    Names are printed, matched with patterns and written into other files. All names that are read are checked here.
     """
     if len(name) > MAX_NAME:
         raise UnknownFormat(f"{file}: a tensor's name has {len(name):,} characters: {name}")
@@ -72,14 +71,8 @@ def check_name(name: str, file: str) -> None:
 
 
 def check_apart(tensors: Iterable[TensorInfo], file: str) -> None:
-    """Raise ModelUnreadable when two tensors of a file share bytes."""
+    """Raise ModelUnreadable where two tensors of a file overlap."""
     in_order = sorted((info for info in tensors if info.nbytes), key=lambda info: info.start)
     for before, after in pairwise(in_order):
         if after.start < before.stop:
             raise ModelUnreadable(f"{file}: {before.name} and {after.name} share bytes: the header is broken")
-
-
-PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})  # dtypes that no quantised weight has
-INTEGER_DTYPES = frozenset(
-    {"I32", "I16", "I8", "U64", "U32", "U16", "U8"}
-)  # a quantised weight, or a plain mask or table

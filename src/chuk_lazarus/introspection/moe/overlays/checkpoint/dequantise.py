@@ -11,18 +11,20 @@ from ...jobs.measure import WINDOW
 from ...weights.checkpoint import Checkpoint, TensorInfo
 from ...weights.codecs import NOT_DECODED, Part, Stored, recognise
 from ...weights.layouts import group_quantised
-from ...weights.stored import BIAS, Infos, open_stored, read_rows
+from ...weights.stored import BIAS, Infos, module_of, open_stored, read_rows
 from ...weights.tensor_info import INTEGER_DTYPES, PLAIN_DTYPES
 from ..quantisation import BF16
 from .folder import ShardFile, TensorWriter, bf16_tensor, copy_tensor
 
 
-def dequantise(checkpoint: Checkpoint, names: Sequence[str], quantization: Mapping[str, Any]) -> list[TensorWriter]:
+def dequantise(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorWriter]:
     """Writers of these tensors, which decode the quantised ones among them to bf16.
 
-    Where the config says nothing of quantisation, plain tensors are taken for what they are, whatever their names, and
-    so are integers that are no weight. Raises UnknownFormat where a tensor can't be decoded.
+    Where the config has no quantisation settings, plain tensors are copied whatever their names are, and so are
+    integers that are no weight. Raises UnknownFormat where a tensor can't be decoded.
     """
+    config = checkpoint.model_config
+    quantization = config.quantization()
     infos = {name: checkpoint.info(name) for name in names}
     groups = {
         plain_name: parts
@@ -31,7 +33,7 @@ def dequantise(checkpoint: Checkpoint, names: Sequence[str], quantization: Mappi
     }
     used = {name for parts in groups.values() for name in parts.values()}
     writers = [
-        _decode_tensor(checkpoint, plain_name, *open_stored(checkpoint, parts, quantization))
+        _decode_tensor(checkpoint, plain_name, *open_stored(checkpoint, parts, config.quantization(module_of(parts))))
         for plain_name, parts in groups.items()
     ]
     for name, info in infos.items():

@@ -11,7 +11,6 @@ from ...progress import Progress
 from ...weights.expert_layer import stored_rows
 from ...weights.fingerprint import fingerprint
 from ...weights.layouts import Layout, load_table
-from ...weights.model_config import find_quantization, without_quantization
 from ..quantisation import BF16
 from .auxiliary import read_auxiliary_files
 from .dequantise import dequantise
@@ -35,7 +34,7 @@ def export_overlay(
     rows = {row.name: row for row in load_table()}
     layout = rows[rows[overlay.family].plain or overlay.family]
     names = sorted(set(checkpoint.names) - overlay.names)
-    writers = dequantise(checkpoint, names, find_quantization(overlay.config))
+    writers = dequantise(checkpoint, names)
     shards = [
         *group_into_shards(writers, checkpoint, progress),
         *(
@@ -51,7 +50,7 @@ def export_overlay(
         if tensor.name in written:
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
-    config = without_quantization(overlay.config)
+    config = checkpoint.model_config.without_quantization()
     del config[CONFIG_KEY]
     write_model(
         target,

@@ -25,9 +25,8 @@ from typing import Any
 
 from ...errors import InvalidRequest, printable
 from ...progress import Counter, Progress
-from ...weights.checkpoint import INDEX, Checkpoint, TensorInfo
-from ...weights.model_config import CONFIG
-from ...weights.repositories.source import Range
+from ...weights.checkpoint import Checkpoint, TensorInfo
+from ...weights.repositories.source import CONFIG, INDEX, Range
 
 PLAN = "plan.json"
 TEMPORARY = ".tmp"

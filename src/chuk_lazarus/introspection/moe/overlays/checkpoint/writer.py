@@ -24,7 +24,6 @@ from ...text import format_ranges
 from ...weights.expert_layer import ExpertLayer
 from ...weights.experts import Experts
 from ...weights.fingerprint import fingerprint
-from ...weights.model_config import without_quantization
 from ...weights.stored import BIAS
 from ...weights.tensor_info import PLAIN_DTYPES
 from ..coding import split_delta
@@ -105,7 +104,7 @@ def write_overlay(
     ]
     config = checkpoint.config
     if all(info.dtype in PLAIN_DTYPES for info in copied):
-        config = without_quantization(config)
+        config = checkpoint.model_config.without_quantization()
     overlay = OverlayConfig(
         source=source,
         revision=checkpoint.repository.revision,

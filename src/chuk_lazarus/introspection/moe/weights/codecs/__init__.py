@@ -1,7 +1,8 @@
-"""Storage formats: the parts that a stored tensor consists of -> float32.
+"""Storage formats: how the parts of a stored tensor become float32.
 
-A format is one module with a `recognise` function, which is told which parts there are (dtype and shape, by the part's
-own name: "weight", "scales", ...) and answers None or how to decode them. A codec never sees a tensor's name.
+A format is a module with a `recognise` function. It gets the dtype and shape of each part, by the part's name
+("weight", "scales", ...), and returns how to decode them, or None where they are not of its format. A codec never gets
+a tensor's name.
 """
 
 from collections.abc import Mapping
@@ -13,15 +14,16 @@ from .codec import NOT_DECODED, SAME_PART, Codec, Decode, Part, Stored
 
 __all__ = ["NOT_DECODED", "SAME_PART", "Codec", "Decode", "Part", "Stored", "recognise"]
 
-# asked in this order: a later one takes what an earlier one has refused
+# The order matters: some parts fit several formats, and the first codec that recognises them decodes them.
 CODECS: tuple[Codec, ...] = (plain, mxfp8, fp8, mxfp4, nvfp4, mlx, pack_quantized, gptq, awq, bitsandbytes, gguf)
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored:
-    """How the tensor that consists of `parts` is stored; raises UnknownFormat when no codec knows.
+    """How the tensor that consists of `parts` is stored.
 
-    Parts go by their usual names (`SAME_PART`), without those that are not decoded. `quantization` is what the config
-    says about the quantisation of this tensor, {} when nothing.
+    The parts have their usual names (`SAME_PART`), and those in `NOT_DECODED` are left out. `quantization` are the
+    config's settings for this tensor, {} where it has none. Raises UnknownFormat where no codec recognises the parts,
+    and UnknownFormat or ModelUnreadable where a codec recognises them and can't decode them.
     """
     for codec in CODECS:
         if stored := codec.recognise(parts, quantization):

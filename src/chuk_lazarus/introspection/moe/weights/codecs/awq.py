@@ -1,7 +1,7 @@
-"""AWQ as AutoAWQ's GEMM version stores it: unsigned 4-bit integers in groups of inputs.
+"""AWQ in the GEMM version of AutoAWQ: unsigned 4-bit integers in groups of inputs.
 
-The stored matrix is [in, out]. `qweight` I32 [in, out / 8], `qzeros` I32 [groups, out / 8], `scales` [groups, out]. Of
-the eight outputs of a word, those at 0, 2, 4, 6, 1, 3, 5, 7 lie from the lowest four bits on. A weight is
+The stored matrix is [in, out]. `qweight` is I32 [in, out / 8], `qzeros` I32 [groups, out / 8], `scales` [groups, out].
+A word holds eight outputs, from the lowest four bits on in the order 0, 2, 4, 6, 1, 3, 5, 7. A weight is
 (integer - zero point) * scale (utils/packing_utils.py of AutoAWQ 0.2.7, `dequantize_gemm`).
 """
 
@@ -18,7 +18,7 @@ from .gptq import scale_rows
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`qweight`, `qzeros` and `scales` where the config says AWQ, or says nothing and the shapes are AWQ's."""
+    """Takes `qweight`, `qzeros` and `scales` of AWQ's shapes, unless the config names another method."""
     if parts.keys() != {"qweight", "qzeros", "scales"}:
         return None
     qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
@@ -42,27 +42,30 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     groups = scales.shape[-2]
     if not inputs * words or scales.shape != (*leading, groups, words * 8) or qzeros.shape != (*leading, groups, words):
         raise ModelUnreadable(f"not the shapes of AWQ: {_list_shapes(parts)}")
-    said = next((quantization[key] for key in ("group_size", "q_group_size") if key in quantization), None)
-    size = inputs if said == -1 else said
-    if said is None and inputs % groups == 0:
+    stated = next((quantization[key] for key in ("group_size", "q_group_size") if key in quantization), None)
+    size = inputs if stated == -1 else stated
+    if stated is None and inputs % groups == 0:
         size = inputs // groups
     if type(size) is not int or size < 1 or -(-inputs // size) != groups:
-        raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {said}")
+        raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {stated}")
     spans = {"qweight": 1, "qzeros": size, "scales": size}
     return Stored("awq", (*leading, inputs, words * 8), spans, partial(decode, size=size), transposed=True)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, size: int) -> NDArray[np.float32]:
-    """Integers [rows, outputs] less the zero points of their groups, times the scales."""
+    """(Integers [rows, outputs] - the zero points of their groups) * the scales of their groups, `size` rows each."""
     index = np.arange(start, stop) // size - start // size
     zeros = unpack_in_turns(parts["qzeros"]).astype(np.float32)
     return scale_rows(unpack_in_turns(parts["qweight"]), zeros, parts["scales"].astype(np.float32), index)
 
 
 def unpack_in_turns(packed: NDArray[Any]) -> NDArray[np.uint8]:
-    """I32 [rows, words] -> uint8 [rows, words * 8]: the lower half of a word has the even values, the upper the odd."""
+    """I32 [rows, words] -> uint8 [rows, words * 8].
+
+    The lower half of a word has the values of even number, the upper half those of odd number.
+    """
     wide = np.ascontiguousarray(packed, "<i4").view("<u4").astype("<u8")
-    # the first and third byte to the lower half, the second and fourth to the upper, then each four bits to a byte
+    # bytes 0 and 2 go to the lower half and bytes 1 and 3 to the upper half, then each four bits go to a byte
     wide = (wide & 0xFF) | (wide & 0xFF0000) >> 8 | (wide & 0xFF00) << 24 | (wide & 0xFF000000) << 16
     wide = (wide & 0x00000F0F_00000F0F) | (wide & 0x0000F0F0_0000F0F0) << 12
     return wide.view(np.uint8)

@@ -1,7 +1,7 @@
 """Unsigned integers of 1 to 8 bits, packed into 32-bit words as one dense stream, lowest bit first.
 
-Value i of a row lies in the bits [i * bits, (i + 1) * bits) of that row, counted from the lowest bit of its first word;
-where the width does not divide 32, values reach over into the next word.
+Value i of a row lies in the bits [i * bits, (i + 1) * bits) of this row, counted from the lowest bit of its first word.
+Where the width does not divide 32, some values lie in two words.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def unpack(words: NDArray[np.uint32], bits: int, count: int) -> NDArray[np.uint8
         return pairs.view(np.uint8)[..., :count]
     if bits == 2:
         fours = data.astype("<u4")
-        fours |= fours << 6  # bits 2 and 3 to the second byte, 4 and 5 to the lower half of the third ...
+        fours |= fours << 6  # bits 2 and 3 go to the second byte, 4 and 5 to the lower half of the third
         fours |= fours << 12
         fours &= 0x03030303
         return fours.view(np.uint8)[..., :count]
@@ -32,25 +32,24 @@ def unpack(words: NDArray[np.uint32], bits: int, count: int) -> NDArray[np.uint8
 
 
 def unpack_rows(words: NDArray[np.uint32], bits: int, first: int, count: int) -> NDArray[np.uint8]:
-    """uint32 [words, columns], each column a stream -> `count` of its values from bit `first` on, uint8 [count,
-    columns]."""
+    """uint32 [words, columns], each column a stream -> uint8 [count, columns]: `count` values from bit `first` on."""
     result = np.empty((count, words.shape[1]), np.uint8)
     mask = np.uint32((1 << bits) - 1)
-    period = 1 if 32 % bits == 0 else bits  # so many words on, values lie at the same bits
-    apart = period * 32 // bits
-    for turn in range(min(apart, count)):
-        place, shift = divmod(first + turn * bits, 32)
-        rows = len(range(turn, count, apart))
-        value = words[place::period][:rows] >> np.uint32(shift)
+    period = 1 if 32 % bits == 0 else bits  # the number of words after which values lie at the same bits again
+    values_per_period = period * 32 // bits
+    for offset in range(min(values_per_period, count)):
+        word, shift = divmod(first + offset * bits, 32)
+        rows = len(range(offset, count, values_per_period))
+        value = words[word::period][:rows] >> np.uint32(shift)
         if shift + bits > 32:
-            value |= words[place + 1 :: period][:rows] << np.uint32(32 - shift)
+            value |= words[word + 1 :: period][:rows] << np.uint32(32 - shift)
         value &= mask
-        result[turn::apart] = value
+        result[offset::values_per_period] = value
     return result
 
 
 def _unpack_eights(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
-    """uint8 [..., bytes] -> uint8 [..., count]: eight values lie in as many bytes as they have bits."""
+    """uint8 [..., bytes] -> uint8 [..., count]: eight values of n bits lie in n bytes."""
     eights = -(-count // 8)
     if missing := eights * bits - data.shape[-1]:
         data = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, missing)])

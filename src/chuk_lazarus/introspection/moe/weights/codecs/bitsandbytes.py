@@ -1,14 +1,15 @@
 """bitsandbytes: NF4 and FP4, with double quantisation or without, and LLM.int8().
 
-4-bit: the matrix [out, in], flattened, is one stream of codes, two a byte, the even one in the *high* four bits;
-`weight` [n / 2, 1] holds the bytes, U8 or seen as another type (`bnb_4bit_quant_storage`). A code means an entry of
-`weight.quant_map` F32 [16], times the `weight.absmax` of its block of so many codes. With double quantisation, absmax
-is U8: an entry of `weight.nested_quant_map` F32 [256], times `weight.nested_absmax` of its block of absmaxes, plus
-`nested_offset`. That and the sizes are JSON in `weight.quant_state.bitsandbytes__nf4` or `__fp4` (functional.py,
-`QuantState`, and backends/default/ops.py of bitsandbytes 0.50).
+4-bit: the matrix [out, in], flattened, is a stream of codes, two in a byte with the even one in the *high* four bits;
+`weight` [n / 2, 1] holds the bytes as U8 or viewed as another type (`bnb_4bit_quant_storage`). A code is an index into
+`weight.quant_map` F32 [16]; the entry is multiplied by the `weight.absmax` of its block of codes. With double
+quantisation, absmax is U8, an index into `weight.nested_quant_map` F32 [256]; the entry is multiplied by the
+`weight.nested_absmax` of its block of absmaxes, and `nested_offset` is added. The offset, the shape and the sizes of
+blocks are JSON in `weight.quant_state.bitsandbytes__nf4` or `__fp4` (functional.py, `QuantState`, and
+backends/default/ops.py of bitsandbytes 0.50).
 
-8-bit: `weight` I8 [out, in], `SCB` F32 [out], the largest magnitude of each row: a weight is weight * SCB / 127
-(backends/default/ops.py, `int8_vectorwise_dequant`). `weight_format` must be 0, rows.
+8-bit: `weight` is I8 [out, in], `SCB` F32 [out] the largest magnitude of each row: a weight is integer * SCB / 127
+(backends/default/ops.py, `int8_vectorwise_dequant`). `weight_format` must be 0, which means rows.
 """
 
 import json
@@ -27,14 +28,14 @@ from .codec import Part, Stored
 
 STATE = "weight.quant_state.bitsandbytes__"
 STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-"""What the bytes may be stored as -> how many are one element."""
+"""The dtypes that the bytes may be stored as, and the bytes in an element."""
 
-MAX_STATE = 65_536
+MAX_STATE = 65_536  # bytes of a quant_state
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What the JSON of one matrix says; the nested values are 0 without double quantisation."""
+    """The quant_state of a matrix; `nested_block` and `offset` are 0 without double quantisation."""
 
     shape: tuple[int, ...]
     block: int
@@ -43,7 +44,7 @@ class _State:
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`weight` beside `weight.absmax` and `weight.quant_state.bitsandbytes__*`, or I8 beside `SCB`."""
+    """Takes `weight` beside `weight.absmax` and `weight.quant_state.bitsandbytes__*`, or I8 beside `SCB`."""
     if parts.keys() - {"weight_format"} == {"weight", "SCB"}:
         return _recognise_int8(parts)
     kinds = [name for name in parts if name.startswith(STATE)]
@@ -95,28 +96,32 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 def decode(
     parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, state: str, expected: "_State"
 ) -> NDArray[np.float32]:
-    """The codes of rows [start, stop), by the quant map, times the absmax of their blocks."""
-    own = _read_state(parts[state], "weight.nested_absmax" in parts)
-    if (own.shape, own.block, own.nested_block) != (expected.shape, expected.block, expected.nested_block):
-        raise ModelUnreadable(f"its quant_state says {list(own.shape)} in blocks of {own.block}, unlike other experts'")
-    columns = own.shape[-1]
+    """The quant map's entries for the codes of rows [start, stop), times the absmax of their blocks.
+
+    `state` is the name of the part with the quant_state, `expected` the first expert's. Raises ModelUnreadable where
+    this expert has another shape or other blocks.
+    """
+    this = _read_state(parts[state], "weight.nested_absmax" in parts)
+    shape, block = this.shape, this.block
+    if (shape, block, this.nested_block) != (expected.shape, expected.block, expected.nested_block):
+        raise ModelUnreadable(f"its quant_state says {list(shape)} in blocks of {block}, unlike other experts'")
+    columns = shape[-1]
     first, last = start * columns, stop * columns
     packed = parts["weight"].reshape(-1)
     per_item = 2 * packed.dtype.itemsize
     data = packed.view(np.uint8)
-    # the pair of values of each byte as one 8-byte item, so that decoding is a single look-up
+    # the two values of each byte are one item of 8 bytes, so that decoding is a single look-up
     codebook = parts["weight.quant_map"].astype(np.float32)
     pairs = np.stack([np.repeat(codebook, 16), np.tile(codebook, 16)], axis=1).view(np.uint64).ravel()
     skipped = first - first // per_item * per_item
     with np.errstate(over="ignore", invalid="ignore"):
         values: NDArray[np.float32] = pairs[data].view(np.float32)[skipped : skipped + last - first]
-        absmax = _absmax(parts, first // own.block, own)
-        _scale_blocks(values, absmax, first % own.block, own.block)
+        _scale_blocks(values, _absmax(parts, first // block, this), first % block, block)
     return values.reshape(stop - start, columns)
 
 
 def _scale_blocks(values: NDArray[np.float32], factors: NDArray[np.float32], skip: int, block: int) -> None:
-    """Multiply a stream of values, in place, by the factors of its blocks, the first of which lacks `skip` values."""
+    """Multiply a stream of values in place by the factors of its blocks; the first block lacks `skip` values."""
     if skip:
         head = min(block - skip, len(values))
         values[:head] *= factors[0]
@@ -129,7 +134,7 @@ def _scale_blocks(values: NDArray[np.float32], factors: NDArray[np.float32], ski
 
 
 def _absmax(parts: Mapping[str, NDArray[Any]], first: int, state: _State) -> NDArray[np.float32]:
-    """The absmaxes from number `first` on, as far as they come."""
+    """The absmax of each block in `parts`, float32; the first of them is block number `first` of the matrix."""
     stored = parts["weight.absmax"].reshape(-1)
     if not state.nested_block:
         return stored.astype(np.float32)
@@ -140,11 +145,11 @@ def _absmax(parts: Mapping[str, NDArray[Any]], first: int, state: _State) -> NDA
 
 
 def _read_state(data: NDArray[Any], nested: bool) -> _State:
-    """The JSON in `data`, checked."""
+    """The quant_state in the JSON of `data`; raises ModelUnreadable where a value is missing or out of range."""
     try:
-        found = json.loads(data.tobytes())
-        shape, block = tuple(found["shape"]), found["blocksize"]
-        nested_block, offset = (found["nested_blocksize"], found["nested_offset"]) if nested else (0, 0.0)
+        values = json.loads(data.tobytes())
+        shape, block = tuple(values["shape"]), values["blocksize"]
+        nested_block, offset = (values["nested_blocksize"], values["nested_offset"]) if nested else (0, 0.0)
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else "no JSON object with a shape"
         raise ModelUnreadable(f"its quant_state can't be read: {reason}", "download it again") from None
@@ -170,7 +175,7 @@ def _recognise_int8(parts: Mapping[str, Part]) -> Stored:
 
 
 def decode_int8(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
-    """I8 [rows, columns] times SCB / 127 of each row."""
+    """I8 [rows, columns] * SCB [rows] / 127."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = parts["weight"].astype(np.float32)
         values *= (parts["SCB"] / np.float32(127))[:, None]

@@ -1,4 +1,4 @@
-"""What a codec is given, and what it answers: a stored tensor's parts, and how they become float32."""
+"""The interface of a codec: the parts of a stored tensor that it gets, and the decoder that it returns."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ SAME_PART = {
     "scale_2": "weight_scale_2",
     "qscale_weight": "weight_scale",
 }
-"""What some publishers call a part -> its usual name."""
+"""Names that some publishers give to a part, and its usual name."""
 
 NOT_DECODED = frozenset({"bias", "input_scale", "input_global_scale", "activation_scale", "qscale_act"})
-"""Parts that are no part of the matrix: the bias, and what scales the inputs."""
+"""Parts that do not belong to the matrix: the bias, and the scales of the inputs."""
 
 
 class Decode(Protocol):
-    """The stored rows of each part that cover decoded rows [start, stop) -> these rows, float32 [rows, columns].
+    """Decodes the rows [start, stop) of one expert's matrix into float32 [rows, columns].
 
-    A row's number is counted within its expert.
+    `parts` are the stored rows of each part that cover these rows.
     """
 
     def __call__(self, parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]: ...
@@ -37,7 +37,7 @@ def _unread() -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the tensors that a stored tensor consists of; `load` reads it whole, and is for tiny ones only."""
+    """One of the tensors that make up a stored tensor; `load` reads it whole, and is meant for tiny ones only."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,10 +48,11 @@ class Part:
 class Stored:
     """How one tensor is stored.
 
-    `shape` is that of the decoded tensor, [..., rows, columns]; `transposed` says that its rows are inputs where those
-    of a plain weight are outputs, as in GPTQ. `rows_per_row` has the parts that decoding needs: how many decoded rows
-    one of the part's rows covers (a fraction where a row takes several of them), or None for a part that every
-    window needs whole. Leading axes, such as the experts', are the same in all parts; a whole part may lack them.
+    `shape` is the shape of the decoded tensor, [..., rows, columns]. `transposed` tells that its rows are inputs, as in
+    GPTQ, whereas the rows of a plain weight are outputs. `rows_per_row` has the parts that decoding takes, each with
+    the number of decoded rows that one of its rows covers (a fraction where a decoded row takes several of them), or
+    None for a part that every window takes whole. All parts have the same leading axes, such as the experts'; a whole
+    part may lack them.
     """
 
     codec: str
@@ -62,7 +63,7 @@ class Stored:
 
     @property
     def granule(self) -> int:
-        """How many decoded rows share one row of some part."""
+        """The largest number of decoded rows that share one row of a part."""
         return max([1, *(int(span) for span in self.rows_per_row.values() if span is not None)])
 
     @property
@@ -72,7 +73,7 @@ class Stored:
 
 
 class Codec(Protocol):
-    """One storage format: a module with this function."""
+    """A storage format: a module with this function."""
 
     def recognise(self, parts: Mapping[str, Part], quantization: Mapping[str, Any], /) -> Stored | None:
-        """How the tensor that consists of `parts` is stored; None where it is not in this format."""
+        """How the tensor that consists of `parts` is stored, or None where it is not in this format."""

@@ -1,17 +1,18 @@
-"""FP8 with scales: one per block, row, column or matrix, or none at all.
+"""FP8 with a scale per block, row, column or matrix, or without scales.
 
-`weight` [M, N] in E4M3 or E5M2 beside `weight_scale` or `weight_scale_inv`, which is *multiplied* despite that name
-(README_WEIGHTS.md of deepseek-ai/DeepSeek-V3). By the shape of the scale, for matrices that may be stacked [E, ...]:
+`weight` [M, N] is E4M3 or E5M2 beside `weight_scale` or `weight_scale_inv`, which is *multiplied* despite its name
+(README_WEIGHTS.md of deepseek-ai/DeepSeek-V3). The shapes of the scales, for matrices that may be stacked [E, ...]:
 
-- one per block: [ceil(M / b0), ceil(N / b1)], where blocks at the right and lower edge may be ragged (DeepSeek-V3;
+- one per block: [ceil(M / b0), ceil(N / b1)], where blocks at the right and lower edge may be smaller (DeepSeek-V3;
   compressed-tensors, strategies `block` and `group`), or [M / b0, 1, N / b1, 1] (`fp8_pb_wo` of ModelOpt);
 - one per row: [M, 1] or [M] (compressed-tensors, strategy `channel`);
-- one per column: [1, N] or [N] (stacks of transposed matrices, as Llama 4 has them; `to_quantized_weight` in
-  modelopt/torch/export/quant_utils.py tells these from the former by the shapes, and refuses square matrices);
+- one per column: [1, N] or [N] (stacks of transposed matrices, as in Llama 4; `to_quantized_weight` in
+  modelopt/torch/export/quant_utils.py distinguishes these from rows by the shapes, and refuses square matrices);
 - one per matrix: [], [1], [1, 1], or for a stack [E], [E, 1], [E, 1, 1].
 
-A block's size comes from the config: it can't be told from the shapes. Where a shape has two meanings, the config
-decides. Scales are floats, or E8M0 exponents: as such, or as bytes where the config says `scale_fmt` ue8m0.
+A block's size is in the config, since several sizes fit the same shapes. Where a shape has two meanings, the config
+decides. Scales are floats or E8M0 exponents. Exponents have their own dtype, or are bytes where the config's
+`scale_fmt` is ue8m0.
 """
 
 import re
@@ -35,7 +36,7 @@ Block = tuple[int, int]
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`weight` in FP8, alone or beside one part of scales."""
+    """Takes `weight` in FP8, alone or beside one part of scales."""
     weight = parts.get("weight")
     if weight is None or weight.dtype not in WEIGHTS or len(weight.shape) < 2:
         return None
@@ -55,7 +56,10 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 def decode(
     parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, scale: str, block: Block, kind: type | None
 ) -> NDArray[np.float32]:
-    """FP8 [rows, columns] times the scales of its blocks; a block has all rows where the scales are a whole part."""
+    """FP8 [rows, columns] times the scales of its blocks; `block` is their height and width.
+
+    `scale` is the name of the part with the scales, and `kind` their type where their dtype is bytes.
+    """
     values, scales = widen(parts["weight"]), widen(parts[scale], kind)
     height, width = block
     scales = scales.reshape(-1, -(-values.shape[1] // width))
@@ -70,7 +74,7 @@ def decode(
 
 
 def find_blocks(quantization: Mapping[str, Any]) -> tuple[set[str], list[Block]]:
-    """What the config says that a scale may span (channel, tensor, block, or unknown), and the blocks' sizes."""
+    """The kinds of ranges that a scale spans by the config (channel, tensor, block, unknown), and the blocks' sizes."""
     kinds: set[str] = set()
     blocks = []
     groups = quantization.get("config_groups")
@@ -89,7 +93,7 @@ def find_blocks(quantization: Mapping[str, Any]) -> tuple[set[str], list[Block]]
         blocks.append(structure)
     algorithm = str(quantization.get("quant_algo")).lower()
     if algorithm.startswith("fp8_pb"):
-        blocks.append([128, 128])  # the only size that ModelOpt's recipes have, and it does not say it
+        blocks.append([128, 128])  # the only size in ModelOpt's recipes, which do not write it to the config
     elif algorithm == "fp8_per_channel_per_token" or quantization.get("quant_method") == "fbgemm_fp8":
         kinds.add("channel")
     blocks.append(quantization.get("weight_block_size"))
@@ -102,7 +106,7 @@ def _is_block(block: list[object]) -> bool:
 
 
 def grid(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
-    """How many blocks there are along the last two axes of a weight of this shape, after its leading ones."""
+    """The leading axes of a weight of this shape, then the numbers of blocks along its rows and columns."""
     *leading, rows, columns = shape
     return (*leading, -(-rows // block[0]), -(-columns // block[1]))
 
@@ -120,12 +124,16 @@ def _decode_unscaled(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -
 def _find_block(
     shape: tuple[int, ...], name: str, scale: tuple[int, ...], quantization: Mapping[str, Any]
 ) -> tuple[Block, int | None]:
-    """The size of the block that a scale spans, and how many rows a row of scales does: None for all of them."""
+    """The size of the block that a scale spans, and the number of rows that a row of scales spans, None for all rows.
+
+    Raises UnknownFormat where the shapes and the config leave several sizes or none, ModelUnreadable where the shapes
+    contradict the config.
+    """
     *stack, rows, columns = shape
     leading = tuple(stack)
     kinds, declared = find_blocks(quantization)
     matrix, row, column = (rows, columns), (1, columns), (rows, 1)
-    # what the shape may mean: the block, the kind, and whether the scales are a whole part
+    # the readings of the shape: the block, the kind, whether all rows share the scales, and whether the shape fits
     readings = [
         (matrix, "tensor", True, is_one_per_matrix(scale, leading)),
         (row, "channel", False, scale in ((*leading, rows, 1), (*leading, rows))),
@@ -140,7 +148,7 @@ def _find_block(
         if is_fitting and (not kinds or kind in kinds or "unknown" in kinds):
             fitting.setdefault((max(1, height), max(1, width)), whole)
     if len(fitting) > 1 and scale == (rows,) and kinds == {"channel"}:
-        fitting = {(1, columns): False}  # a weight by itself is [out, in], and a channel is an output
+        fitting = {(1, columns): False}  # a weight that is not stacked is [out, in], and a channel is an output
     if len(fitting) == 1:
         block, whole = fitting.popitem()
         return block, None if whole else block[0]

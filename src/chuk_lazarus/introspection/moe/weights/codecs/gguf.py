@@ -1,8 +1,8 @@
-"""The types of llama.cpp's GGML: blocks of 32 to 256 elements with their scales inside, decoded by the gguf package.
+"""The types of llama.cpp's GGML: blocks of 32 to 256 elements that include their scales.
 
-Rows of blocks arrive as bytes, uint8 [..., rows, row bytes]. NVFP4 has a second scale beside the blocks, `weight_scale`
-F32 [experts] or a single number, by which the elements are multiplied; a part of that name beside any other type is
-none of the matrix (Gemma 4 keeps the router's scale of each expert there).
+The gguf package decodes them. Rows of blocks are bytes, uint8 [..., rows, row bytes]. NVFP4 has a second scale beside
+the blocks, `weight_scale` F32 [experts] or a single number, which multiplies the elements. Beside any other type, a
+part of this name does not belong to the matrix (in Gemma 4 it is the router's scale of each expert).
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ SCALE = "weight_scale"
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`weight` of a GGML type in blocks, or of plain numbers in a GGUF file, and perhaps `weight_scale`."""
+    """Takes `weight` in blocks of a GGML type, or in plain numbers of a GGUF file, with or without `weight_scale`."""
     if "weight" not in parts or not parts.keys() <= {"weight", SCALE}:
         return None
     weight, scale = parts["weight"], parts.get(SCALE)
@@ -39,11 +39,11 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 
 
 def decode(dtype: str, parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
-    """uint8 [rows, row bytes], and perhaps a single scale -> float32 [rows, columns]."""
+    """uint8 [rows, row bytes] in the GGML type `dtype`, with or without a scale -> float32 [rows, columns]."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    with np.errstate(over="ignore", invalid="ignore"):  # a scale may be infinite or NaN, and is reported as such
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite values and NaN are reported later
         values: NDArray[np.float32] = dequantize(parts["weight"], GGMLQuantizationType[dtype])
         if SCALE in parts:
             values *= parts[SCALE].astype(np.float32)
@@ -58,7 +58,7 @@ def _is_blocks(dtype: str) -> bool:
 
 @cache
 def _is_decoded(dtype: str) -> bool:
-    """Whether the gguf package decodes the type: tried with one block."""
+    """Whether the gguf package decodes the type, which we try with one block."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 

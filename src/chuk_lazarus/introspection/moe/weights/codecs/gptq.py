@@ -1,14 +1,16 @@
 """GPTQ: unsigned integers in groups of inputs, each group with a scale and a zero point for every output.
 
-The stored matrix is [in, out]. `qweight` I32 [in * bits / 32, out]: each column is a dense stream from the lowest bit
-on, also of 3 bits. `qzeros` I32 [groups, out * bits / 32], rows packed likewise; `scales` [groups, out]; `g_idx` I32
-[in], the group of each input, which act-order makes any. A weight is (integer - zero point) * scale
-(nn_modules/qlinear/__init__.py of GPTQModel 7.7, `pack_original` and `dequantize_weight`).
+The stored matrix is [in, out]. `qweight` is I32 [in * bits / 32, out]; each column is a dense stream from the lowest
+bit on, also with 3 bits. `qzeros` is I32 [groups, out * bits / 32], with rows packed in the same way, and `scales`
+[groups, out]. `g_idx` I32 [in] is the group of each input, which with act-order may be any. A weight is
+(integer - zero point) * scale (nn_modules/qlinear/__init__.py of GPTQModel 7.7, `pack_original` and
+`dequantize_weight`).
 
-Format "gptq" stores the zero points less one, "gptq_v2" as they are. GPTQModel takes that one from the words, so that a
-zero borrows from its neighbour, and adds it to them (`convert_gptq_v1_to_v2_format_module` in utils/model.py); where
-no zero point was 0, adding it to each is the same. AutoRound's "auto_gptq" is the first of the two, its "gptqmodel" the
-second (GPTQ_FORMAT and GPTQ_FORMAT_NO_ZP in inference/backend.py of auto-round 0.16).
+Format "gptq" stores each zero point less 1, "gptq_v2" the zero point itself. GPTQModel subtracts 1 from the packed
+words, so that a zero point of 0 borrows from its neighbour, and adds it to the words again
+(`convert_gptq_v1_to_v2_format_module` in utils/model.py). Where no zero point was 0, adding 1 to each of them is the
+same. AutoRound's "auto_gptq" is the first of these formats, its "gptqmodel" the second (GPTQ_FORMAT and
+GPTQ_FORMAT_NO_ZP in inference/backend.py of auto-round 0.16).
 """
 
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ from .codec import Part, Stored
 
 WIDTHS = (2, 3, 4, 8)
 FORMATS = {"gptq": 1, "gptq_v2": 0}
-"""A checkpoint's format -> what its zero points lack."""
+"""The formats of a checkpoint, each with the number that is missing from its zero points."""
 
 AUTO_ROUND_FORMATS = {
     "auto_round:auto_gptq": 1,
@@ -38,7 +40,7 @@ CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`qweight`, `qzeros` and `scales`, perhaps with `g_idx`, unless the config or the shapes say that it is AWQ."""
+    """Takes `qweight`, `qzeros` and `scales`, with or without `g_idx`, unless config or shapes show that it is AWQ."""
     if parts.keys() - {"g_idx"} != {"qweight", "qzeros", "scales"}:
         return None
     qweight, qzeros, scales, order = parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx")
@@ -67,18 +69,15 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         if rest:
             raise ModelUnreadable(f"not the shapes of GPTQ in {bits} bits: {listing}")
     size = _group_size(inputs, groups, order is not None, quantization)
-    in_turn = size is not None
-    if order:
-        # with act-order any input may be of any group; that a later expert is so where the first is not, decode sees
-        in_turn = in_turn and quantization.get("desc_act") is not True
-        in_turn = in_turn and bool(
-            np.array_equal(order.load(), np.broadcast_to(np.arange(inputs) // (size or 1), order.shape))
-        )
-    spans: dict[str, int | Fraction | None] = {"qweight": Fraction(32, bits)}
-    spans |= dict.fromkeys(("qzeros", "scales"), size if in_turn else None)
+    if order and size is not None:
+        # With act-order, an input may be in any group. We look at the first expert, and decode checks the others.
+        in_sequence = np.broadcast_to(np.arange(inputs) // size, order.shape)
+        if quantization.get("desc_act") is True or not np.array_equal(order.load(), in_sequence):
+            size = None
+    spans: dict[str, int | Fraction | None] = {"qweight": Fraction(32, bits), "qzeros": size, "scales": size}
     spans |= {"g_idx": 1} if order else {}
-    known = partial(decode, bits=bits, offset=offset, groups=groups, size=size if in_turn else None)
-    return Stored("gptq", (*leading, inputs, outputs), spans, known, transposed=True)
+    decoder = partial(decode, bits=bits, offset=offset, groups=groups, size=size)
+    return Stored("gptq", (*leading, inputs, outputs), spans, decoder, transposed=True)
 
 
 def decode(
@@ -91,7 +90,11 @@ def decode(
     groups: int,
     size: int | None,
 ) -> NDArray[np.float32]:
-    """The window's inputs [rows, outputs]; `size` where the groups follow each other, and only some of them come."""
+    """Inputs [start, stop) of all outputs, float32 [rows, outputs].
+
+    `size` is the number of inputs in a group where the groups are consecutive inputs; then `parts` has only the groups
+    of these inputs. With None it has all groups.
+    """
     zeros = _zero_points(parts["qzeros"], bits, offset, parts["scales"].shape[1])
     scales = parts["scales"].astype(np.float32)
     codes = unpack_rows(parts["qweight"].view(np.uint32), bits, start * bits % 32, stop - start)
@@ -115,7 +118,7 @@ def scale_rows(
 ) -> NDArray[np.float32]:
     """(codes - zeros[index]) * scales[index] for codes [rows, columns], zeros and scales [groups, columns]."""
     values = np.empty(codes.shape, np.float32)
-    # a run of rows of one group at a time, or, where those are short, a few rows with each their own
+    # a run of rows of the same group at a time, or, where most runs are short, 16 rows with a group for each
     starts = np.flatnonzero(np.diff(index, prepend=-1))
     in_runs = len(starts) * 4 <= len(index)
     edges = {*range(0, len(index), 16), *(starts.tolist() if in_runs else ()), len(index)}
@@ -129,7 +132,7 @@ def scale_rows(
 
 
 def _zero_points(packed: NDArray[Any], bits: int, offset: int, outputs: int) -> NDArray[np.float32]:
-    """I32 [groups, words] -> [groups, outputs], with what the file's format took away."""
+    """I32 [groups, words] -> float32 [groups, outputs]; adds the `offset` that the file's format subtracts."""
     words = packed.view(np.uint32)
     if offset and 32 % bits == 0:
         words = words + np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
@@ -140,7 +143,10 @@ def _zero_points(packed: NDArray[Any], bits: int, offset: int, outputs: int) -> 
 
 
 def _zero_offset(quantization: Mapping[str, Any], is_awq_shape: bool) -> int | None:
-    """What the zero points lack, by the config; None when the tensors are not GPTQ's."""
+    """The number to add to stored zero points, by the config; None where the tensors are not GPTQ's.
+
+    Raises UnknownFormat for a format that we can't decode, or where the config names none.
+    """
     method = quantization.get("quant_method")
     if method in ("auto-round", "auto_round"):
         packing = str(quantization.get("packing_format"))
@@ -167,7 +173,11 @@ def _zero_offset(quantization: Mapping[str, Any], is_awq_shape: bool) -> int | N
 def _find_bits(
     words: int, outputs: int, zero_words: int, inputs: int | None, listing: str, quantization: Mapping[str, Any]
 ) -> int:
-    """The width, from the config if the shapes fit it; single modules may differ where the config says so."""
+    """The bits of an integer: the config's, if they fit the shapes, or else those that the shapes give.
+
+    The shapes decide where the config has no bits, or has other settings for some modules. Raises ModelUnreadable where
+    no number of bits fits the shapes, UnknownFormat where several do or the one that does is not in the config.
+    """
     fitting = {
         bits
         for bits in range(1, 9)
@@ -175,33 +185,38 @@ def _find_bits(
     }
     if not fitting:
         raise ModelUnreadable(f"not the shapes of GPTQ: {listing}")
-    said = quantization.get("bits")
-    varied = said is None or bool(quantization.get("dynamic") or quantization.get("extra_config"))
-    if isinstance(said, int | float) and said in fitting:
-        bits = int(said)
-    elif varied and len(fitting) == 1:
+    stated = quantization.get("bits")
+    if isinstance(stated, int | float) and stated in fitting:
+        bits = int(stated)
+    elif _may_differ(stated, quantization) and len(fitting) == 1:
         bits = fitting.pop()
     else:
-        if said is None:
+        if stated is None:
             raise UnknownFormat(
                 "stored as gptq, and neither its shapes nor config.json say in how many bits", CONFIG_HINT
             )
         widths = " or ".join(str(bits) for bits in sorted(fitting))
-        raise UnknownFormat(f"stored as gptq in {widths} bits by its shapes, and config.json says {said}", CONFIG_HINT)
+        raise UnknownFormat(
+            f"stored as gptq in {widths} bits by its shapes, and config.json says {stated}", CONFIG_HINT
+        )
     if bits not in WIDTHS:
         raise UnknownFormat(f"GPTQ in {bits} bits")
     return bits
 
 
 def _group_size(inputs: int, groups: int, has_order: bool, quantization: Mapping[str, Any]) -> int | None:
-    """How many inputs share a scale where the groups follow each other; None when only g_idx can tell."""
-    said = quantization.get("group_size")
-    size = inputs if said == -1 else said
+    """The number of inputs in a group where groups are consecutive inputs; None where only g_idx gives the groups."""
+    stated = quantization.get("group_size")
+    size = inputs if stated == -1 else stated
     if type(size) is int and size > 0 and -(-inputs // size) == groups:
         return size
-    varied = said is None or bool(quantization.get("dynamic") or quantization.get("extra_config"))
-    if (varied or has_order) and inputs % groups == 0:
+    if (has_order or _may_differ(stated, quantization)) and inputs % groups == 0:
         return inputs // groups
     if has_order:
         return None
-    raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {said}", CONFIG_HINT)
+    raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {stated}", CONFIG_HINT)
+
+
+def _may_differ(stated: object, quantization: Mapping[str, Any]) -> bool:
+    """Whether a module may have another value than `stated`, the config's: it has none, or settings for modules."""
+    return stated is None or bool(quantization.get("dynamic") or quantization.get("extra_config"))

@@ -1,14 +1,14 @@
 """MLX's quantised matrices: `weight` uint32 and `scales`, with `biases` in the affine mode.
 
-By `mode` (documentation of `mlx.core.quantize`; mlx/ops.cpp), for matrices that may be stacked:
+The modes (documentation of `mlx.core.quantize`; mlx/ops.cpp), for matrices that may be stacked:
 
 - affine: elements of 1 to 8 bits in one dense stream, lowest bit first; `scales` and `biases` float [..., rows,
-  columns / group_size]; a weight is scale * element + bias. A config without a mode means this one;
+  columns / group_size]; a weight is scale * element + bias. A config without a mode means this mode;
 - mxfp4, mxfp8: E2M1 or E4M3 elements, `scales` uint8 E8M0 for groups of 32;
-- nvfp4: E2M1 elements, `scales` uint8 E4M3 for groups of 16, and at times `global_scale`, the largest magnitude of the
-  matrix: the scales are for a matrix whose largest is 6 * 448.
+- nvfp4: E2M1 elements, `scales` uint8 E4M3 for groups of 16. Some files have a `global_scale`, the largest magnitude
+  of the matrix; the scales are then for a matrix whose largest magnitude is 6 * 448.
 
-`bits`, `group_size` and `mode` come from the config: they can't be told from the shapes.
+`bits`, `group_size` and `mode` are in the config, since several of them fit the same shapes.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ HINT = "put the config.json that belongs to the model beside its weights"
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`weight` in uint32 beside `scales`."""
+    """Takes `weight` in uint32 beside `scales`."""
     weight, scales = parts.get("weight"), parts.get("scales")
     if weight is None or scales is None or weight.dtype != "U32" or len(weight.shape) < 2:
         return None
@@ -64,15 +64,18 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 
 
 def _settings(quantization: Mapping[str, Any], parts: list[str]) -> tuple[str, int, int]:
-    """The mode, the bits of an element and the columns of a group, by the config."""
+    """The mode, the bits of an element and the columns of a group, by the config.
+
+    Raises UnknownFormat where they are missing or we can't decode them; `parts` are the names for the message.
+    """
     mode = quantization.get("mode", "affine")
     bits, group = quantization.get("bits"), quantization.get("group_size")
     if isinstance(mode, str) and mode in FLOAT_MODES:
-        usual = FLOAT_MODES[mode]
-        bits, group = usual[0] if bits is None else bits, usual[1] if group is None else group
-        if (bits, group) != usual:
+        mode_bits, mode_group = FLOAT_MODES[mode]
+        bits, group = mode_bits if bits is None else bits, mode_group if group is None else group
+        if (bits, group) != FLOAT_MODES[mode]:
             raise UnknownFormat(
-                f"MLX's mode {mode} with {bits} bits in groups of {group}: it has {usual[0]} in {usual[1]}"
+                f"MLX's mode {mode} with {bits} bits in groups of {group}: it has {mode_bits} in {mode_group}"
             )
     elif mode != "affine":
         raise UnknownFormat(f"MLX's quantisation mode {mode!r}, which we can't decode")

@@ -1,6 +1,7 @@
-"""MXFP4: E2M1 elements, two a byte with the even one in the low nibble, in groups of 32 inputs with an E8M0 scale each.
+"""MXFP4: E2M1 elements in groups of 32 inputs with an E8M0 scale each.
 
-A scale is 2^(byte - 127), 255 being NaN (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1). Published as
+A byte holds two elements, the even one in the low nibble. A scale is 2^(byte - 127), where 255 is NaN (OCP Microscaling
+Formats v1.0, sections 5.3.3 and 5.4.1). Publishers store it as
 
 - `blocks` uint8 [..., rows, groups, 16] and `scales` uint8 [..., rows, groups]: GPT-OSS;
 - `weight_packed` uint8 [..., rows, columns / 2] and `weight_scale` [..., rows, columns / 32]: compressed-tensors,
@@ -8,7 +9,7 @@ A scale is 2^(byte - 127), 255 being NaN (OCP Microscaling Formats v1.0, section
 - `weight` int8 or uint8 [..., rows, columns / 2], or of the safetensors dtype F4, whose shape counts elements
   [..., rows, columns], beside the same scales: DeepSeek-V4, ModelOpt.
 
-Scales are E8M0 or its bytes.
+The dtype of the scales is E8M0, or uint8 with the same bytes.
 """
 
 from collections.abc import Mapping
@@ -24,11 +25,11 @@ from .fp8 import SCALE_NAMES
 from .small_floats import E8M0, scale_groups, unpack_e2m1, widen
 
 GROUP = 32
-MXFP6_RATIO = 48  # nibbles of six-bit elements per scale: another format, with the same parts and dtypes
+MXFP6_RATIO = 48  # the nibbles that 32 elements of MXFP6 take; this format has the same parts and dtypes
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """E2M1 pairs beside exponents."""
+    """Takes pairs of E2M1 elements beside exponents."""
     if parts.keys() == {"blocks", "scales"}:
         return _recognise_blocks(parts["blocks"], parts["scales"])
     scale = next((name for name in SCALE_NAMES if name in parts), None)
@@ -46,14 +47,17 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 def decode(
     parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, elements: str, scale: str
 ) -> NDArray[np.float32]:
-    """Bytes [rows, ...] and exponents [rows, groups] -> float32 [rows, groups * 32]."""
+    """Bytes [rows, ...] and exponents [rows, groups] -> float32 [rows, groups * 32].
+
+    `elements` and `scale` are the names of the parts.
+    """
     values = unpack_e2m1(parts[elements].reshape(len(parts[elements]), -1))
     scale_groups(values, widen(parts[scale], E8M0), GROUP)
     return values
 
 
 def find_pairs(parts: Mapping[str, Part]) -> str | None:
-    """The part that may hold pairs of E2M1 elements."""
+    """The name of the part that may hold pairs of E2M1 elements."""
     for name, dtypes in (("weight_packed", ("U8",)), ("weight", ("U8", "I8", "F4"))):
         if name in parts and parts[name].dtype in dtypes and len(parts[name].shape) > 1:
             return name
@@ -61,7 +65,7 @@ def find_pairs(parts: Mapping[str, Part]) -> str | None:
 
 
 def pairs_shape(part: Part) -> tuple[int, ...]:
-    """The shape of the elements in a part of pairs: F4 counts elements, and bytes are counted otherwise."""
+    """The shape in elements of a part of pairs; its own shape counts elements in F4, and bytes in other dtypes."""
     return part.shape if part.dtype == "F4" else (*part.shape[:-1], part.shape[-1] * 2)
 
 

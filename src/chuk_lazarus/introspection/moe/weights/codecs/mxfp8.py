@@ -1,8 +1,8 @@
 """MXFP8: E4M3 or E5M2 elements in groups of 32 inputs with an E8M0 scale each.
 
-`weight` [..., rows, columns] in FP8 and `weight_scale` or `weight_scale_inv` [..., rows, columns / 32], as E8M0 or as
-its bytes; a scale is 2^(byte - 127), 255 being NaN (OCP Microscaling Formats v1.0, sections 5.2 and 5.4.1).
-compressed-tensors calls it `mxfp8-quantized`; ModelOpt and MiniMax-M3 store the same.
+`weight` [..., rows, columns] is FP8, `weight_scale` or `weight_scale_inv` [..., rows, columns / 32] is E8M0 or uint8
+with the same bytes. A scale is 2^(byte - 127), where 255 is NaN (OCP Microscaling Formats v1.0, sections 5.2 and
+5.4.1). compressed-tensors calls this `mxfp8-quantized`; ModelOpt and MiniMax-M3 store the same.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ GROUP = 32
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`weight` in FP8 beside exponents for 32 inputs each, unless the config's blocks fit these scales as well."""
+    """Takes `weight` in FP8 beside exponents of 32 inputs each, unless the config's blocks fit these scales as well."""
     scale = next((name for name in SCALE_NAMES if parts.keys() == {"weight", name}), None)
     if scale is None or parts["weight"].dtype not in WEIGHTS or parts[scale].dtype not in ("U8", "F8_E8M0"):
         return None

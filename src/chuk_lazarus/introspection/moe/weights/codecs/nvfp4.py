@@ -1,16 +1,17 @@
-"""NVFP4: E2M1 elements in groups of 16 inputs with an E4M3 scale each, and one more scale for the whole matrix.
+"""NVFP4: E2M1 elements in groups of 16 inputs with an E4M3 scale each, and a second scale for the whole matrix.
 
-Two elements lie in a byte, the even one in the low nibble; `weight_scale` E4M3 [..., rows, columns / 16]. Published as
+A byte holds two elements, the even one in the low nibble; `weight_scale` is E4M3 [..., rows, columns / 16]. Publishers
+store the rest as
 
 - `weight_packed` uint8 [..., rows, columns / 2] and `weight_global_scale`, which *divides*: compressed-tensors,
   `nvfp4-pack-quantized` (compressors/nvfp4 and quantization/lifecycle/forward_helpers.py);
 - `weight` uint8 [..., rows, columns / 2], or of the safetensors dtype F4, and `weight_scale_2`, which multiplies:
   ModelOpt (modelopt/torch/quantization/qtensor/nvfp4_tensor.py).
 
-The scale of the matrix is one number, or one for each of a stack ([E], [E, 1] or [E, 1, 1]); or two, [2] or [E, 2],
-where a gate and its up lie in one matrix: the first is for the first half of the rows. ModelOpt stores the stacked,
-transposed matrices of Llama 4 and GPT-OSS with all this turned, as [E, columns / 2, rows] and [E, columns / 16, rows]
-(`maybe_transpose_expert_weight_dimensions` in modelopt/torch/export/quant_utils.py).
+The second scale is one number, or one for each matrix of a stack ([E], [E, 1] or [E, 1, 1]). Where gates and ups lie in
+one matrix, it may be two numbers, [2] or [E, 2], of which the first is for the first half of the rows. ModelOpt stores
+the stacked, transposed matrices of Llama 4 and GPT-OSS with turned parts, as [E, columns / 2, rows] and
+[E, columns / 16, rows] (`maybe_transpose_expert_weight_dimensions` in modelopt/torch/export/quant_utils.py).
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ SECOND_SCALES = {"weight_packed": "weight_global_scale", "weight": "weight_scale
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """E2M1 pairs beside E4M3 scales; in need of a second scale."""
+    """Takes pairs of E2M1 elements beside E4M3 scales and a second scale."""
     packed = find_pairs(parts)
     scale = parts.get("weight_scale")
     if packed is None or scale is None or scale.dtype != "F8_E4M3":
@@ -64,13 +65,17 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 def decode(
     parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, packed: str, second: str, half: int | None
 ) -> NDArray[np.float32]:
-    """Bytes [rows, columns / 2] and their scales -> float32; from row `half` on, the other second scale holds."""
+    """Bytes [rows, columns / 2] and their scales -> float32 [rows, columns].
+
+    `packed` and `second` are names of parts. Where there are two second scales, the latter is for row `half` and later
+    rows.
+    """
     values = unpack_e2m1(parts[packed])
     scales = widen(parts["weight_scale"])
-    of_matrix = widen(parts[second]).reshape(-1)
+    second_scale = widen(parts[second]).reshape(-1)
     if half is not None:
-        of_matrix = of_matrix[(np.arange(start, stop) >= half).astype(np.intp)][:, None]
-    _apply_second(scales, of_matrix, second)
+        second_scale = second_scale[(np.arange(start, stop) >= half).astype(np.intp)][:, None]
+    _apply_second(scales, second_scale, second)
     scale_groups(values, scales, GROUP)
     return values
 
@@ -90,7 +95,7 @@ def _decode_turned(
 
 
 def _apply_second(scales: NDArray[np.float32], second: NDArray[np.float32], name: str) -> None:
-    """Put the matrix's scale into those of the groups, in place."""
+    """Apply the second scale, which is the part `name`, to the scales of the groups, in place."""
     with np.errstate(all="ignore"):
         if name == "weight_global_scale":
             scales /= second

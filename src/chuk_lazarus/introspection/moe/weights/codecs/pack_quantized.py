@@ -1,15 +1,16 @@
-"""Integers as compressed-tensors stores them: `pack-quantized` and `int-quantized`.
+"""The integers of compressed-tensors: `pack-quantized` and `int-quantized`.
 
-Packed: `weight_packed` I32 [out, ceil(in * bits / 32)], each row a dense stream from the lowest bit on of the integers
-plus 2^(bits - 1), and `weight_shape`, which is [out, in]. Not packed: `weight` I8 [out, in]. In both,
-`weight_scale` is [out, in / group], [out, 1] or a single number, and `weight_zero_point` is as large; beside packed
-weights it is packed too, but along the outputs: I32 [ceil(out * bits / 32), in / group]. A weight is
-(integer - zero point) * scale. `weight_g_idx` [in] says which group each input belongs to; a -1 in it says that it was
-never filled and the groups follow each other (of compressed-tensors: compressors/pack_quantized/helpers.py,
-compressors/naive_quantized/base.py and quantization/lifecycle/forward.py; for g_idx the last as of version 0.12).
+Packed: `weight_packed` is I32 [out, ceil(in * bits / 32)]; each row is a dense stream, from the lowest bit on, of the
+integers plus 2^(bits - 1). `weight_shape` is [out, in]. Not packed: `weight` is I8 [out, in].
 
-Of 3, 5, 6 and 7 bits, older versions packed as many as fit in a word and newer ones pack densely, and no file says
-which.
+In both, `weight_scale` is [out, in / group], [out, 1] or a single number, and `weight_zero_point` has the same shape.
+Beside packed weights it is packed along the outputs: I32 [ceil(out * bits / 32), in / group]. A weight is
+(integer - zero point) * scale. `weight_g_idx` [in] is the group of each input; if it contains -1 it was never filled,
+and the groups are consecutive inputs (compressors/pack_quantized/helpers.py, compressors/naive_quantized/base.py and
+quantization/lifecycle/forward.py of compressed-tensors; for g_idx the latter in version 0.12).
+
+Integers of 3, 5, 6 and 7 bits are packed densely by newer versions; older versions packed as many as fit into a word.
+No file tells which version it is from.
 """
 
 from collections.abc import Mapping
@@ -31,11 +32,11 @@ CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """`weight_packed` I32 beside `weight_shape`, or `weight` I8, with a `weight_scale` of floats."""
-    own = parts.keys() - {"weight_scale", "weight_zero_point", "weight_g_idx"}
+    """Takes `weight_packed` I32 beside `weight_shape`, or `weight` I8, with a `weight_scale` of floats."""
+    integers = parts.keys() - {"weight_scale", "weight_zero_point", "weight_g_idx"}
     if "weight_scale" not in parts or parts["weight_scale"].dtype not in FLOATS:
         return None
-    if own == {"weight_packed", "weight_shape"} and parts["weight_packed"].dtype == "I32":
+    if integers == {"weight_packed", "weight_shape"} and parts["weight_packed"].dtype == "I32":
         packed = parts["weight_packed"]
         if len(packed.shape) < 2 or not prod(packed.shape):
             raise ModelUnreadable(f"its weight_packed is {list(packed.shape)}, which is no matrix")
@@ -44,7 +45,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         bits = _find_bits(words, columns, quantization)
         spans: dict[str, int | Fraction | None] = {"weight_packed": 1}
         codec = f"int{bits}"
-    elif own == {"weight"} and parts["weight"].dtype == "I8" and len(parts["weight"].shape) > 1:
+    elif integers == {"weight"} and parts["weight"].dtype == "I8" and len(parts["weight"].shape) > 1:
         if quantization.get("quant_method") not in (None, "compressed-tensors", "modelopt"):
             return None
         *leading, rows, columns = parts["weight"].shape
@@ -63,15 +64,14 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         if zero.dtype == "I32" and "weight" not in parts and per_row and zero.shape == packed_shape:
             spans["weight_zero_point"] = Fraction(32, bits)
         elif zero.dtype == "I8":
-            span, others = _find_span("weight_zero_point", zero, shape, quantization)
-            if others != groups:
-                raise ModelUnreadable(f"its weight_zero_point has {others} groups and its weight_scale {groups}")
-            spans["weight_zero_point"] = span
+            spans["weight_zero_point"], count = _find_span("weight_zero_point", zero, shape, quantization)
+            if count != groups:
+                raise ModelUnreadable(f"its weight_zero_point has {count} groups and its weight_scale {groups}")
         else:
             raise ModelUnreadable(
                 f"its weight_zero_point is {zero.dtype} {list(zero.shape)}, expected I32 {list(packed_shape)} or I8"
             )
-    elif (described := _int_weights(quantization)) and all(each.get("symmetric") is False for each in described):
+    elif (schemes := _int_weights(quantization)) and all(scheme.get("symmetric") is False for scheme in schemes):
         raise ModelUnreadable("config.json says that it is not symmetric, and there is no weight_zero_point")
     if order := parts.get("weight_g_idx"):
         if order.dtype not in ("I32", "I64") or order.shape != (*leading, columns):
@@ -84,7 +84,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 def decode(
     parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, bits: int, columns: int, group: int
 ) -> NDArray[np.float32]:
-    """Integers [rows, columns] less their zero points, times the scales of their groups."""
+    """(Integers [rows, columns] - their zero points) * the scales of their groups of `group` columns."""
     if "weight" in parts:
         values = parts["weight"].astype(np.float32)
     else:
@@ -103,7 +103,7 @@ def decode(
 
 
 def _signed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """Integers less 2^(bits - 1)."""
+    """The codes - 2^(bits - 1)."""
     if bits == 8:
         return (codes ^ np.uint8(0x80)).view(np.int8)
     return codes.view(np.int8) - np.int8(1 << (bits - 1))
@@ -116,7 +116,11 @@ def _apply(
     group: int,
     order: NDArray[np.integer[Any]] | None,
 ) -> None:
-    """Combine values [rows, columns], in place, with the factors of their groups, [rows or 1, groups]."""
+    """Apply an operation with the operands of each group, [rows or 1, groups], to values [rows, columns] in place.
+
+    `order` is the group of each column, None where groups are `group` consecutive columns. Raises ModelUnreadable for
+    a group that does not exist.
+    """
     rows, columns = values.shape
     factors = factors.reshape(rows if factors.ndim and len(factors) == rows else 1, -1)
     groups = factors.shape[1]
@@ -134,7 +138,7 @@ def _apply(
 
 
 def _count_columns(described: Part, packed: Part) -> int:
-    """The number of inputs, from `weight_shape`."""
+    """The number of inputs by `weight_shape`; raises ModelUnreadable where it does not fit the packed weights."""
     if described.dtype not in ("I64", "I32") or not 1 < prod(described.shape) <= 2 * prod(packed.shape[:-2]) + 1:
         raise ModelUnreadable(f"its weight_shape is {described.dtype} {list(described.shape)}")
     sizes = [int(size) for size in described.load().reshape(-1)]
@@ -142,7 +146,7 @@ def _count_columns(described: Part, packed: Part) -> int:
     if sizes[:-1] == expected or sizes[:-1] == expected[-1:]:
         columns = sizes[-1]
     elif sizes == sizes[:2] * prod(expected[:-1]) and sizes[0] == expected[-1]:
-        columns = sizes[1]  # [out, in] once for each expert
+        columns = sizes[1]  # the part has [out, in] for each expert
     else:
         raise ModelUnreadable(f"its weight_shape says {sizes}, and its weight_packed is {list(packed.shape)}")
     if columns < 1:
@@ -151,26 +155,30 @@ def _count_columns(described: Part, packed: Part) -> int:
 
 
 def _int_weights(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the config's groups say about their weights, those that are integers."""
+    """The schemes for weights of integers in the config's groups."""
     groups = quantization.get("config_groups")
-    schemes = groups.values() if isinstance(groups, dict) else ()
-    described = [scheme.get("weights") for scheme in schemes if isinstance(scheme, dict)]
-    return [each for each in described if isinstance(each, dict) and each.get("type", "int") == "int"]
+    settings = groups.values() if isinstance(groups, dict) else ()
+    schemes = [group.get("weights") for group in settings if isinstance(group, dict)]
+    return [scheme for scheme in schemes if isinstance(scheme, dict) and scheme.get("type", "int") == "int"]
 
 
 def _find_bits(words: int, columns: int, quantization: Mapping[str, Any]) -> int:
-    """The width that the shapes tell, or what the config says where they fit several."""
+    """The bits of an integer that fit the shapes, and the config where it has them.
+
+    Raises ModelUnreadable where none fit the shapes, UnknownFormat where several or none fit both, or where we can't
+    tell how these bits are packed.
+    """
     fitting = {bits for bits in range(1, 9) if words in (-(-columns * bits // 32), -(-columns // (32 // bits)))}
-    said = {each["num_bits"] for each in _int_weights(quantization) if type(each.get("num_bits")) is int}
-    found = fitting & said if said else fitting
+    stated = {scheme["num_bits"] for scheme in _int_weights(quantization) if type(scheme.get("num_bits")) is int}
+    candidates = fitting & stated if stated else fitting
     if not fitting:
         raise ModelUnreadable(f"its weight_packed has {words} words a row for {columns} integers of at most 8 bits")
-    listing = " or ".join(str(bits) for bits in sorted(said or fitting))
-    if not found:
+    listing = " or ".join(str(bits) for bits in sorted(stated or fitting))
+    if not candidates:
         raise UnknownFormat(f"{words} words a row hold {columns} integers, and config.json says {listing} bits")
-    if len(found) > 1:
+    if len(candidates) > 1:
         raise UnknownFormat(f"packed integers of {listing} bits: the shapes do not tell which", CONFIG_HINT)
-    bits = found.pop()
+    bits = candidates.pop()
     if bits not in WIDTHS:
         raise UnknownFormat(f"packed integers of {bits} bits: compressed-tensors has packed those in two ways")
     return bits
@@ -179,7 +187,10 @@ def _find_bits(words: int, columns: int, quantization: Mapping[str, Any]) -> int
 def _find_span(
     name: str, part: Part, shape: tuple[int, ...], quantization: Mapping[str, Any]
 ) -> tuple[int | None, int]:
-    """How many decoded rows a row of scales or zero points covers, and how many groups it has."""
+    """The number of decoded rows that a row of scales or zero points covers, None for all, and its number of groups.
+
+    Raises ModelUnreadable for a shape that does not fit the matrix, UnknownFormat for blocks of rows and columns.
+    """
     *leading, rows, columns = shape
     tail = part.shape[len(leading) :] if part.shape[: len(leading)] == tuple(leading) else part.shape
     if prod(tail) == 1 and (rows > 1 or len(tail) < 2):
@@ -189,23 +200,26 @@ def _find_span(
             return 1, 1
         if len(tail) == 2 and tail[0] == rows and 0 < tail[1] <= columns:
             return 1, tail[1]
-    if any(each.get("strategy") == "block" for each in _int_weights(quantization)):
+    if any(scheme.get("strategy") == "block" for scheme in _int_weights(quantization)):
         raise UnknownFormat("integers with one scale for each block of rows and columns")
     raise ModelUnreadable(f"its {name} is {list(part.shape)} for a matrix {list(shape)}")
 
 
 def _group_size(columns: int, groups: int, quantization: Mapping[str, Any]) -> int:
-    """How many columns share a scale; the last group may have fewer."""
-    described = _int_weights(quantization)
-    if not described and columns % groups == 0:
+    """The number of columns in a group; the last group may have fewer.
+
+    Raises UnknownFormat where the config does not give a size that fits the number of groups.
+    """
+    schemes = _int_weights(quantization)
+    if not schemes and columns % groups == 0:
         return columns // groups
-    said = [each.get("group_size") for each in described]
-    sizes = {size if type(size) is int and size > 0 else columns for size in said}
+    stated = [scheme.get("group_size") for scheme in schemes]
+    sizes = {size if type(size) is int and size > 0 else columns for size in stated}
     fitting = [size for size in sizes if -(-columns // size) == groups]
     if len(fitting) == 1 or (fitting and groups == 1):
         return fitting[0]
-    said_sizes = " or ".join(sorted({*map(str, said)}))
+    listing = " or ".join(sorted({*map(str, stated)}))
     raise UnknownFormat(
-        f"{groups} scales for {columns} columns, and config.json says group_size {said_sizes}",
+        f"{groups} scales for {columns} columns, and config.json says group_size {listing}",
         CONFIG_HINT,
     )

@@ -1,4 +1,4 @@
-"""Floating point numbers as they are: bfloat16, float16, float32, float64."""
+"""Plain floating point numbers: bfloat16, float16, float32, float64."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ NAMES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f64"}
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
-    """One part, `weight`, of a floating point dtype."""
+    """Takes `weight` of a floating point dtype, without other parts."""
     if parts.keys() != {"weight"} or (weight := parts["weight"]).dtype not in NAMES:
         return None
     return Stored(NAMES[weight.dtype], weight.shape, {"weight": 1}, decode)
@@ -20,5 +20,5 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
     """[rows, columns] of any floating point dtype -> float32."""
-    with np.errstate(over="ignore"):  # a float64 may be too large: it becomes infinite, and is reported as such
+    with np.errstate(over="ignore"):  # a float64 that is too large becomes infinite, which is reported later
         return parts["weight"].astype(np.float32)

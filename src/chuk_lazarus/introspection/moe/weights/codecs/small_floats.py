@@ -1,8 +1,8 @@
 """Floats of four and eight bits, and the scales that groups of them share.
 
-E2M1, E4M3 and E8M0 are those of the OCP Microscaling Formats specification v1.0 (section 5.3), E4M3 and E5M2 those of
-the OCP 8-bit Floating Point specification v1.0. There are at most 256 codes, so that decoding is a look-up, several
-times faster than a cast.
+E2M1, E4M3 and E8M0 are defined in the OCP Microscaling Formats specification v1.0 (section 5.3), E4M3 and E5M2 in the
+OCP 8-bit Floating Point specification v1.0. Since they have at most 256 codes, we decode them by a look-up, which is
+several times faster than a cast.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ _PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1)  # t
 
 
 def widen(array: NDArray[Any], kind: type | None = None) -> NDArray[np.float32]:
-    """Numbers -> a new float32 array; `kind` says what the elements are where their dtype is bytes."""
+    """Numbers -> a new float32 array of the same shape; `kind` is the elements' type where their dtype is bytes."""
     values = _VALUES.get(np.dtype(kind) if kind else array.dtype)
     if values is None:
         return array.astype(np.float32)
@@ -32,7 +32,7 @@ def widen(array: NDArray[Any], kind: type | None = None) -> NDArray[np.float32]:
 
 
 def unpack_e2m1(data: NDArray[Any]) -> NDArray[np.float32]:
-    """Bytes [..., n] -> float32 [..., 2n]: the low nibble is the even element."""
+    """Bytes [..., n] -> float32 [..., 2n]; the low nibble of a byte is the even element."""
     return look_up(_PAIRS, _as_codes(data))
 
 
@@ -41,9 +41,9 @@ def _as_codes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def scale_groups(values: NDArray[np.float32], scales: NDArray[np.float32], span: int) -> None:
-    """Multiply each `span` columns of [rows, columns] by their scale, [rows, ceil(columns / span)], in place."""
+    """Multiply groups of `span` columns of [rows, columns] in place by scales [rows, ceil(columns / span)]."""
     rows, columns = values.shape
-    with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, and is reported as such
+    with np.errstate(over="ignore", invalid="ignore"):  # numbers that are too large become infinite, reported later
         if columns % span:
             values *= np.repeat(scales, span, axis=1)[:, :columns]
         else:
@@ -52,5 +52,5 @@ def scale_groups(values: NDArray[np.float32], scales: NDArray[np.float32], span:
 
 
 def is_one_per_matrix(shape: tuple[int, ...], leading: tuple[int, ...]) -> bool:
-    """Whether a part of this shape has one number for each matrix of a stack, or a single one for all."""
+    """Whether a part of this shape has one number for each matrix of a stack, or one number for all of them."""
     return set(shape) <= {1} or shape in (leading, (*leading, 1), (*leading, 1, 1))

@@ -1,1 +1,1 @@
-"""Where bytes come from: folders on this machine and models on the Hub."""
+"""The places that models are read from: folders on this machine, and the Hub."""

@@ -1,4 +1,4 @@
-"""Which repository a user means by a model's name."""
+"""The repository that a model's name stands for."""
 
 import re
 from pathlib import Path
@@ -12,24 +12,24 @@ DEMO_FOLDER = Path(__file__).parents[4] / "demo"
 
 
 def find_repository(model: str) -> Repository:
-    """The repository that the user means by `model`.
+    """The repository that `model` stands for.
 
-    `demo:NAME` is an embedded model; then an existing folder or file; then a Hub id, `org/name` or `org/name@revision`,
-    or a GGUF file of it, `org/name/path/file.gguf`. Raises ModelUnreadable when it is none of these.
+    These are tried in order: an embedded model, `demo:NAME`; an existing folder or file; a Hub id, `org/name` or
+    `org/name@revision`, or one of its GGUF files, `org/name/path/file.gguf`. Raises ModelUnreadable for other texts.
     """
     if model.startswith("demo:"):
         name = model.removeprefix("demo:")
         if name not in DEMO_MODELS:
-            known = ", ".join(f"demo:{known}" for known in DEMO_MODELS)
+            known = ", ".join(f"demo:{demo}" for demo in DEMO_MODELS)
             raise ModelUnreadable(f"there is no embedded model {model}", f"there are {known}")
         return Folder(DEMO_FOLDER / name)
     path = Path(model)
     try:
         path = path.expanduser()
-        found = bool(model) and path.exists()
-    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, a NUL
-        found = False
-    if found:
+        exists = bool(model) and path.exists()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, an unknown user's home, a NUL
+        exists = False
+    if exists:
         return Folder(path.parent if path.name.endswith(".safetensors.index.json") else path)
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([^@]+\.gguf))?(?:@([\w./-]+))?", model)
     if match and not match[1].endswith((".safetensors", ".gguf")):

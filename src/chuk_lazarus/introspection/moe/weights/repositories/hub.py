@@ -1,7 +1,7 @@
-"""Models on the Hugging Face Hub, read by HTTP Range through the official client.
+"""Models on the Hugging Face Hub, read by HTTP Range requests through the official client.
 
-The client resolves revisions, tokens, endpoint, offline mode and its own cache of downloaded files. Ranges that are in
-neither cache are fetched, a few at a time, and kept in the range cache.
+The client resolves revisions, tokens, endpoint and offline mode, and has its own cache of downloaded files. Ranges that
+are neither there nor in our range cache are fetched in parallel and kept in the range cache.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import httpx2
 from ...errors import ModelUnreadable, MoEError
 
 try:
-    import huggingface_hub.constants  # noqa: F401  which reads the environment
+    import huggingface_hub.constants  # noqa: F401  raises ValueError for a variable that is no number
 except ValueError as error:
     wrong = [name for name, value in os.environ.items() if name.startswith("HF_") and repr(value) in str(error)]
     raise ModelUnreadable(
@@ -58,30 +58,30 @@ from ...files import cache_folder, read_checked, write_checked
 from ...progress import Progress
 from .local import LocalFile
 from .range_cache import RangeCache, cache_limit, merge
-from .source import ByteSource, Range, is_inside, list_parts
+from .source import CONFIG, INDEX, ByteSource, Range, is_inside, list_parts
 
-PARALLEL = 4
-CHUNK = 16 * 2**20  # bytes of one request, so of one cached range
-GAP = 4096  # fetch this many unwanted bytes rather than make another request
-READ_AHEAD = 100_000  # most headers fit in it, so that one costs a single request
-ATTEMPTS = 5  # to read what was fetched: another process that keeps to a smaller limit may delete it in between
-MAX_JSON = 100_000_000  # bytes of a config or an index, as of a header
-SMALL = 64 * 2**20  # a file that we take whole from a server that ignores Range
-RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
-ENOUGH = 64 * 1024  # bytes; a connection that breaks after so many is worth another one
-LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait: the Hub counts requests in windows as long
+PARALLEL = 4  # requests at a time
+CHUNK = 16 * 2**20  # the most bytes of a request, and of a cached range
+GAP = 4096  # the most unwanted bytes that are fetched to save a request
+READ_AHEAD = 100_000  # bytes of the first read of a file; most headers fit, and cost one request
+ATTEMPTS = 5  # to read a fetched range, which another process with a smaller limit may have deleted from the cache
+MAX_JSON = 100_000_000  # bytes of a config or an index; the same limit as for headers
+SMALL = 64 * 2**20  # bytes of the largest file that we take whole from a server that ignores Range
+RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds
+ENOUGH = 64 * 1024  # bytes; a connection that broke after this many does not count as a failure
+LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait, the length of the Hub's window for counting requests
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 CERTIFICATES = frozenset({"SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"})
 PROXIES = frozenset({"ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"})
-COMMIT = r"[0-9a-zA-Z]{1,64}"  # the Hub's have 40 digits
+COMMIT = r"[0-9a-zA-Z]{1,64}"  # a commit on the Hub has 40 digits; other servers may name theirs otherwise
 
 T = TypeVar("T")
 
 
 class HubRepository:
-    """A model repository at one commit, or one GGUF file of it; raises ModelUnreadable when it can't be had.
+    """A model repository at one commit, or one GGUF model in it; raises ModelUnreadable where it can't be reached.
 
     `bytes_fetched` counts the bytes of weight files that came over the network.
     """
@@ -100,22 +100,22 @@ class HubRepository:
         self.revision, self.files = self._resolve()
         if file:
             if file not in self.files:
-                there = ", ".join(sorted(other for other in self.files if other.endswith(".gguf"))[:20])
-                raise ModelUnreadable(f"{name} has no file {file}", f"its GGUF files are {there}" if there else "")
+                listing = ", ".join(sorted(gguf for gguf in self.files if gguf.endswith(".gguf"))[:20])
+                raise ModelUnreadable(f"{name} has no file {file}", f"its GGUF files are {listing}" if listing else "")
             self.files &= {file, *list_parts(file)}
 
     def open(self, filename: str) -> ByteSource:
-        """A file of the repository: a downloaded one if there is, else one that fetches what is read."""
+        """A file of the repository: the downloaded one, or else one that fetches the ranges that are read."""
         if filename not in self._open:
             downloaded = self._find_downloaded(filename)
             if filename.endswith(".json") and not (isinstance(downloaded, str) and _is_json(downloaded)):
-                downloaded = self.persist(lambda: self._download(filename))
-            local = isinstance(downloaded, str)
-            self._open[filename] = LocalFile(Path(str(downloaded))) if local else HubFile(self, filename)
+                downloaded = self.retry(lambda: self._download(filename))
+            is_local = isinstance(downloaded, str)
+            self._open[filename] = LocalFile(Path(str(downloaded))) if is_local else HubFile(self, filename)
         return self._open[filename]
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
-        """Fetch what of the wanted ranges is not here yet, neighbours merged, a few requests at a time."""
+        """Fetch the wanted ranges that are in no cache, neighbours together, by a few requests at a time."""
         self.cache.begin()
         jobs = []
         for filename, ranges in wanted.items():
@@ -138,7 +138,7 @@ class HubRepository:
             for job in as_completed([pool.submit(source.fetch, start, stop, count) for source, start, stop in jobs]):
                 job.result()
         except BaseException:
-            self._stopped.set()  # ends each request that is under way with its next bytes
+            self._stopped.set()  # each request that is under way ends when its next bytes come in
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -146,17 +146,17 @@ class HubRepository:
             self.cache.trim()
 
     def received(self, count: int) -> None:
-        """Note bytes that came in; raises ModelUnreadable when the job that they belong to has been given up."""
+        """Count bytes that came in; raises ModelUnreadable where their job is given up."""
         with self._lock:
             self.bytes_fetched += count
         if self._stopped.is_set():
             raise ModelUnreadable(f"reading {self.name} was given up")
 
-    def persist(self, function: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
-        """Call `function`, again after a while where the fault may pass, and tell the user where it does not.
+    def retry(self, function: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
+        """Call `function`, repeatedly and with longer and longer delays where its error may pass.
 
-        `done` counts bytes that have come; whenever ENOUGH of them have, the retries start anew. Raises
-        ModelUnreadable.
+        `done` is the number of bytes that have come; after ENOUGH of them, the delays start from the first one again.
+        Raises ModelUnreadable for an error that stays.
         """
         failures, before = 0, done()
         while True:
@@ -166,7 +166,7 @@ class HubRepository:
             except (HfHubHTTPError, httpx2.RequestError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
                 cause: BaseException = error
                 if isinstance(error, LocalEntryNotFoundError):
-                    # the client has already tried this again itself
+                    # the client has retried this itself
                     raise explain(error.__cause__ or error, self.name, self._wanted_revision) from None
             except _BadAnswer as error:
                 cause = error
@@ -182,62 +182,64 @@ class HubRepository:
                 raise ModelUnreadable(f"reading {self.name} was given up")
             failures += 1
 
-    def remember(self, kind: str, what: str, facts: dict[str, Any]) -> None:
-        """Note facts that hold without the network; a note that can't be written is not missed."""
+    def note(self, kind: str, subject: str, facts: dict[str, Any]) -> None:
+        """Keep facts on disk for later runs, which may have no network; without a place to write, they are lost."""
         with contextlib.suppress(OSError):
-            write_checked(self._note(kind, what), json.dumps(facts))
+            write_checked(self._note_path(kind, subject), json.dumps(facts))
 
-    def recall(self, kind: str, what: str) -> dict[str, Any]:
-        """The facts noted, {} when there are none."""
+    def noted(self, kind: str, subject: str) -> dict[str, Any]:
+        """The facts that `note` kept, {} where there are none."""
         try:
-            facts: dict[str, Any] = json.loads(read_checked(self._note(kind, what)))
+            facts: dict[str, Any] = json.loads(read_checked(self._note_path(kind, subject)))
             return facts
         except (OSError, ValueError):
             return {}
 
-    def _note(self, kind: str, what: str) -> Path:
-        digest = hashlib.sha256(f"{ENDPOINT}\n{self.name}\n{what}".encode()).hexdigest()
+    def _note_path(self, kind: str, subject: str) -> Path:
+        digest = hashlib.sha256(f"{ENDPOINT}\n{self.name}\n{subject}".encode()).hexdigest()
         return cache_folder() / kind / f"{digest[:32]}.json"
 
     def _find_downloaded(self, filename: str) -> object:
-        """The place of a file that the Hub's client has, a str, or something else."""
+        """The path, a str, of a file that the Hub's client has downloaded; another object where it has none."""
         return try_to_load_from_cache(self.name, filename, revision=self.revision)
 
     def _download(self, filename: str) -> str:
-        there = self._find_downloaded(filename)
+        """The path of a JSON file that the Hub's client has downloaded; a broken one is downloaded again."""
+        downloaded = self._find_downloaded(filename)
         try:
-            if isinstance(there, str) and not _is_json(there):
-                blob = Path(os.path.realpath(there))
-                os.unlink(there)  # the client would keep it; snapshots are links to blobs, or files
+            if isinstance(downloaded, str) and not _is_json(downloaded):
+                blob = Path(os.path.realpath(downloaded))
+                os.unlink(downloaded)  # or the client would keep it; it is a link to a blob, or a file
                 if blob.parent.name == "blobs":
                     blob.unlink(missing_ok=True)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of little room: where there is too little, an error follows
+                warnings.simplefilter("ignore")  # the client warns of a disk with little room; without room it fails
                 path = hf_hub_download(self.name, filename, revision=self.revision, tqdm_class=_Meter)
         except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError):
             raise
         except OSError as error:
-            if error.errno is None:  # its length is not what the Hub said
+            if error.errno is None:  # the client raises this where the length is not that which the Hub gave
                 raise _BadAnswer(f"{filename} of {self.name} came incomplete") from None
             raise ModelUnreadable(
                 f"can't write to the cache of the Hub's client: {error.strerror}", "set HF_HOME to a folder with room"
             ) from None
-        if not os.path.getsize(path):  # a server had said so, and the client believed it
+        if not os.path.getsize(path):  # the client believes a server that gives 0 as the length
             raise _BadAnswer(f"{filename} of {self.name} came incomplete")
         return path
 
     def _resolve(self) -> tuple[str, frozenset[str]]:
-        """The commit that the wanted revision is, and its files; from what we know already if there is no network."""
+        """The commit of the wanted revision and its files; without a network, as known from earlier runs."""
         try:
-            commit, files = self.persist(self._ask)
+            commit, files = self.retry(self._ask)
         except _Unreachable:
             if known := self._resolve_offline():
                 return known
             raise
-        self.remember("refs", self._wanted_revision, {"commit": commit, "files": sorted(files)})
+        self.note("refs", self._wanted_revision, {"commit": commit, "files": sorted(files)})
         return commit, files
 
     def _ask(self) -> tuple[str, frozenset[str]]:
+        """The commit of the wanted revision and its files, by the Hub."""
         try:
             info = HfApi().model_info(self.name, revision=self._wanted_revision, timeout=TIMEOUT)
             if not re.fullmatch(COMMIT, str(info.sha)):
@@ -250,9 +252,10 @@ class HubRepository:
             raise _BadAnswer(f"what answers in the Hub's place for {self.name} is not the Hub") from None
 
     def _resolve_offline(self) -> tuple[str, frozenset[str]] | None:
-        note = self.recall("refs", self._wanted_revision)
-        noted = (note["commit"], frozenset(note["files"])) if note else None
-        known = ("config.json", "model.safetensors.index.json", "model.safetensors", self._wanted_file)
+        """The commit of the wanted revision and its files, by our notes or the files that the client has downloaded."""
+        facts = self.noted("refs", self._wanted_revision)
+        noted = (facts["commit"], frozenset(facts["files"])) if facts else None
+        known = (CONFIG, INDEX, "model.safetensors", self._wanted_file)
         for filename in filter(None, known):
             path = try_to_load_from_cache(self.name, filename, revision=self._wanted_revision)
             if isinstance(path, str):
@@ -268,7 +271,7 @@ class HubRepository:
 
 
 class HubFile:
-    """A file on the Hub, fetched by ranges."""
+    """A file on the Hub, which is fetched by ranges."""
 
     def __init__(self, repository: HubRepository, name: str) -> None:
         self.repository = repository
@@ -281,16 +284,16 @@ class HubFile:
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        """Size and version of the file; a commit never changes, so they are asked for only once."""
-        what = f"{self.repository.revision}/{self.name}"
-        known = self.repository.recall("files", what)
+        """The size and version of the file, which we ask for only once, since a commit never changes."""
+        subject = f"{self.repository.revision}/{self.name}"
+        known = self.repository.noted("files", subject)
         if known:
             return known
-        found = self.repository.persist(lambda: get_hf_file_metadata(self._url))
-        if found.size is None or found.etag is None:
+        metadata = self.repository.retry(lambda: get_hf_file_metadata(self._url))
+        if metadata.size is None or metadata.etag is None:
             raise ModelUnreadable(f"the Hub does not say how long {self.name} is")
-        facts = {"size": found.size, "etag": found.etag}
-        self.repository.remember("files", what, facts)
+        facts = {"size": metadata.size, "etag": metadata.etag}
+        self.repository.note("files", subject, facts)
         return facts
 
     @property
@@ -299,14 +302,18 @@ class HubFile:
 
     @cached_property
     def _key(self) -> str:
+        """The key of this version of the file in the range cache."""
         return hashlib.sha256(f"{ENDPOINT}\n{self._facts['etag']}\n{self.size}".encode()).hexdigest()[:32]
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes [start, stop), fetched where the cache has not got them."""
+        """The bytes [start, stop), which are fetched where they are not in the cache.
+
+        Raises ModelUnreadable where they can't be fetched, or the cache does not keep them.
+        """
         cache = self.repository.cache
         data = cache.read(self._key, start, stop)
         if data is None:
-            with self._lock:  # what is fetched here serves the next reader, too
+            with self._lock:  # a thread that waits here may find its bytes in the cache afterwards
                 data = cache.read(self._key, start, stop)
                 for _ in range(ATTEMPTS):
                     if data is None:
@@ -318,14 +325,14 @@ class HubFile:
         return data
 
     def missing_chunks(self, ranges: Sequence[Range]) -> list[Range]:
-        """The requests that would bring what is not here yet."""
+        """The ranges, one for each request, that fetch the parts of `ranges` that are not in the cache."""
         gaps = merge(self.repository.cache.missing(self._key, ranges), GAP)
         return [(low, min(low + CHUNK, stop)) for start, stop in gaps for low in range(start, stop, CHUNK)]
 
     def fetch(self, start: int, stop: int, count: Callable[[int], None] = lambda received: None) -> None:
-        """Fetch one range into the cache; a broken connection goes on where it broke."""
+        """Fetch a range into the cache, resuming after a broken connection; `count` is told the bytes that came."""
         if not self.repository.cache.missing(self._key, [(start, stop)]):
-            return  # it came with another range
+            return  # another thread has fetched it
         received = bytearray()
 
         def go_on() -> None:
@@ -334,7 +341,7 @@ class HubFile:
                 "Range": f"bytes={start + len(received)}-{stop - 1}",
                 "Accept-Encoding": "identity",
             }
-            # httpx does not send the token on to another host when it follows a redirect
+            # when httpx follows a redirect to another host, it does not send the token there
             stream = get_session().stream("GET", self._url, headers=headers, timeout=TIMEOUT, follow_redirects=True)
             with stream as response:
                 if self._is_whole(response, start + len(received), stop):
@@ -350,11 +357,11 @@ class HubFile:
             if len(received) != stop - start:
                 raise _BadAnswer(f"a server sent more or less of {self.name} than was asked for")
 
-        self.repository.persist(go_on, lambda: len(received))
+        self.repository.retry(go_on, lambda: len(received))
         self.repository.cache.write(self._key, start, bytes(received))
 
     def _is_whole(self, response: httpx2.Response, start: int, stop: int) -> bool:
-        """Whether the answer is the whole file and not the range [start, stop); raises when it is neither."""
+        """Whether the answer is the whole file, rather than the range [start, stop); raises where it is neither."""
         if response.status_code == 206:
             if response.headers.get("Content-Range", "") in (f"bytes {start}-{stop - 1}/{n}" for n in (self.size, "*")):
                 return False
@@ -373,7 +380,7 @@ class HubFile:
 
 
 class _Meter(tqdm):
-    """A progress bar of the Hub's client that shows nothing, and stops the download of what is too long for JSON."""
+    """A progress bar for the Hub's client that shows nothing, and ends a download that is too long for JSON."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]
@@ -390,19 +397,22 @@ class _Meter(tqdm):
 
 
 def _is_json(path: str) -> bool:
-    """Whether a file has JSON in it, and not the half of it that a broken machine leaves; others judge what is huge."""
+    """Whether a file is JSON, rather than the half of it that a crash may leave.
+
+    A file that is too large or can't be read passes, so that its reader raises the proper error.
+    """
     try:
         if os.path.getsize(path) <= MAX_JSON:
             json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
         return False
-    except OSError:  # it is for the reader to say what is wrong
+    except OSError:
         pass
     return True
 
 
 def _start_client() -> None:
-    """Have the Hub's client take up certificates and proxies; raises _Unreachable."""
+    """Make the Hub's client read certificates and proxies; raises _Unreachable where they are wrong."""
     try:
         get_session()
         return
@@ -410,32 +420,36 @@ def _start_client() -> None:
         what, names = "a SOCKS proxy needs the package socksio", PROXIES
     except OSError as error:
         what, names = str(error.strerror), CERTIFICATES
-    except (ValueError, httpx2.InvalidURL):  # whose text may have a password in it
+    except (ValueError, httpx2.InvalidURL):  # the text of the error may contain a password
         what, names = "a proxy's address is no URL", PROXIES
     given = ", ".join(name for name in os.environ if name.upper() in names)
     raise _Unreachable(f"the Hub's client can't start: {what}", given and f"correct or unset {given}")
 
 
 class _BadAnswer(Exception):
-    """An answer that makes no sense; the next one may."""
+    """An answer that makes no sense, unlike, perhaps, the next one."""
 
 
 class _Unreachable(ModelUnreadable):
-    """There is no network, or it is not to be used."""
+    """Raised where there is no network, or it must not be used."""
 
 
 def _may_pass(error: BaseException) -> bool:
+    """Whether another attempt may succeed."""
     if isinstance(error, HfHubHTTPError):
         if error.response is None:
             return False
-        expired = error.response.status_code == 403 and bool(error.response.history)  # a signed URL, after a redirect
+        expired = error.response.status_code == 403 and bool(error.response.history)  # a redirect's signed URL
         return expired or error.response.status_code in TRANSIENT
     return isinstance(error, httpx2.TransportError | _BadAnswer)
 
 
 def _seconds_to_wait(error: BaseException) -> float:
-    """The seconds that the server asks us to wait: by `Retry-After`, or the rest of a window whose requests are used up
-    (`RateLimit: "resolver";r=0;t=55`, draft-ietf-httpapi-ratelimit-headers-09)."""
+    """The seconds that the server asks us to wait, at most LONGEST_WAIT.
+
+    They are in `Retry-After`, or are the rest of a window whose requests are used up
+    (`RateLimit: "resolver";r=0;t=55`, draft-ietf-httpapi-ratelimit-headers-09).
+    """
     response = error.response if isinstance(error, HfHubHTTPError) else None
     if response is None:
         return 0.0
@@ -447,7 +461,7 @@ def _seconds_to_wait(error: BaseException) -> float:
 
 
 def explain(error: BaseException, name: str, revision: str) -> MoEError:
-    """What the user should know of an error of the Hub's client; never the URL, which may be signed, nor the token."""
+    """An error of the Hub's client in words for the user, without the URL, which may be signed, and the token."""
     match error:
         case GatedRepoError():
             return ModelUnreadable(f"{name} is gated", "accept its terms on its Hub page, then set HF_TOKEN")

@@ -7,19 +7,19 @@ from pathlib import Path
 
 from ...errors import ModelUnreadable
 from ...progress import Progress
-from .source import QUANTIZATION_FILES, Range, list_parts
+from .source import CONFIG, QUANTIZATION_FILES, Range, list_parts
 
 
 class LocalFile:
-    """A file on this machine.
+    """A file on this machine; raises ModelUnreadable where it is not a regular file or can't be opened.
 
-    Read with `pread` and not mapped: the pages of a mapped file stay in the process's resident memory.
+    It is read by `pread` rather than mapped, since the pages of a mapped file stay in the process's resident memory.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not keep us waiting
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe must not block
             status = os.fstat(self._descriptor)
         except OSError as error:
             raise ModelUnreadable(f"{path}: {error.strerror}") from None
@@ -28,8 +28,7 @@ class LocalFile:
         self.size = status.st_size
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes [start, stop); safe to call from several threads. Raises ModelUnreadable when the file ends
-        early."""
+        """The bytes [start, stop); raises ModelUnreadable where the file ends before. Several threads may call it."""
         parts: list[bytes] = []
         while start < stop:
             try:
@@ -48,10 +47,11 @@ class LocalFile:
 
 
 class Folder:
-    """The files of a local folder, or a single file of it with its other parts and the configs beside it.
+    """The files in a local folder, or a single file there with its other parts and the configs beside it.
 
-    A folder may come from a stranger, with links in it. They are followed within the folder and into the blobs of a Hub
-    cache, whose snapshots are such links; weights may also be links to other weights, as people share large files.
+    A folder may come from a stranger and contain links. A link is followed if it leads into the folder, or into the
+    blobs of a Hub cache, whose snapshots consist of links. Weights may also be links to other weights, since people
+    share large files.
     """
 
     revision = None
@@ -60,16 +60,16 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path if path.is_dir() else path.parent
         self.name, self.folder = str(self.path), Path(os.path.realpath(self.path))
-        self._named = path  # by the user, who may name what he likes
+        self._named = path  # the user chose this path, which may therefore be any link
         try:
             names = {entry.name for entry in self.path.iterdir() if not entry.is_dir()}
         except OSError as error:
             raise ModelUnreadable(f"{self.path}: {error.strerror}") from None
-        beside = {"config.json", *QUANTIZATION_FILES, *list_parts(path.name)}
+        beside = {CONFIG, *QUANTIZATION_FILES, *list_parts(path.name)}
         self.files = frozenset(names if path.is_dir() else {path.name} | (names & beside))
 
     def open(self, filename: str) -> LocalFile:
-        """Raises ModelUnreadable for what is no file, can't be read, or is a link that is not followed."""
+        """A file of the folder; raises ModelUnreadable where it can't be read or is a link that is not followed."""
         path = self.path / filename
         if path != self._named and path.is_symlink() and not self._is_followed(path):
             raise ModelUnreadable(
@@ -85,4 +85,4 @@ class Folder:
         return is_blob or is_weights or target.is_relative_to(os.path.realpath(self.path))
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
-        """Nothing to do: the bytes are here."""
+        """Does nothing, since the bytes are on this machine."""

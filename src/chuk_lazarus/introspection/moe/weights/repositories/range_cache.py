@@ -1,8 +1,9 @@
-"""A bounded cache on disk of byte ranges of remote files.
+"""A bounded cache on disk for byte ranges of remote files.
 
-One folder per file version, one file per fetched range, named "start-stop-crc32". Several processes may share it: a
-range is written to a temporary name and then renamed, and one whose checksum is wrong counts as not there. No cache
-library fits: those for HTTP keep no partial answers, and diskcache unpickles what it finds.
+It has a folder for each version of a file, and in it a file for each fetched range, named "start-stop-crc32". Several
+processes may share it: a range is written under a temporary name and then renamed, and a range with a wrong checksum
+counts as missing. We found no library that fits: caches for HTTP keep no partial answers, and diskcache unpickles the
+files that it finds.
 """
 
 import contextlib
@@ -21,20 +22,20 @@ from ...text import parse_size
 from .source import Range
 
 DEFAULT_LIMIT = "20GB"
-STALE = 24 * 3600  # seconds after which a temporary file is nobody's any more
+STALE = 24 * 3600  # seconds after which we take a temporary file for abandoned
 
 _RANGE = re.compile(r"(\d{1,18})-(\d{1,18})-[0-9a-f]{8}")
 _TEMPORARY = re.compile(r"\.part-[a-z0-9_]{8}")
 
 
 def cache_limit() -> int:
-    """$LAZARUS_CACHE_LIMIT in bytes, such as 500MB or 20GB."""
+    """The bytes in $LAZARUS_CACHE_LIMIT, such as 500MB or 20GB; raises InvalidRequest for no size."""
     return parse_size(os.environ.get("LAZARUS_CACHE_LIMIT") or DEFAULT_LIMIT, "LAZARUS_CACHE_LIMIT")
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A range of a file that is in the cache."""
+    """A cached range of a file."""
 
     start: int
     stop: int
@@ -42,10 +43,10 @@ class Segment:
 
 
 class RangeCache:
-    """Byte ranges of files, found by a key that names a file's version.
+    """Byte ranges of files, found by a key that stands for one version of a file.
 
-    `limit` bytes are kept, the least recently used ranges go first; what this object has written or read since `begin`
-    stays, so that a job larger than the limit still ends.
+    `trim` keeps `limit` bytes and deletes the least recently used ranges. It keeps the ranges that this object wrote or
+    read since `begin` in any case, so that a job that needs more than the limit can finish.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -57,14 +58,14 @@ class RangeCache:
         self._checking = Lock()
 
     def begin(self) -> None:
-        """Begin another job: what the one before has used may go."""
+        """Begin a job; the ranges of the previous job may be deleted from now on."""
         with self._lock:
             self._used = set()
 
     def missing(self, key: str, ranges: Iterable[Range]) -> list[Range]:
-        """What of the ranges is not in the cache, in order and without overlaps."""
+        """The parts of the ranges that are not in the cache, in order and without overlaps."""
         gaps: list[Range] = []
-        segments = self._of(key)
+        segments = self._segments_of(key)
         for start, stop in merge(ranges):
             for segment in segments:
                 if segment.stop <= start or segment.start >= stop:
@@ -77,21 +78,21 @@ class RangeCache:
         return gaps
 
     def read(self, key: str, start: int, stop: int) -> bytes | None:
-        """The bytes [start, stop), or None where one of them is not in the cache; drops all damaged ranges it meets."""
+        """The bytes [start, stop), or None where some are not in the cache; drops the damaged ranges among them."""
         parts: list[bytes] = []
-        reached = start
-        whole = True
-        for segment in self._of(key):
-            if segment.start < stop and segment.stop > reached:
-                end = min(stop, segment.stop)
-                data = self._read_segment(key, segment, max(0, reached - segment.start), end - segment.start)
-                whole = whole and data is not None and segment.start <= reached
+        end = start
+        is_whole = True
+        for segment in self._segments_of(key):
+            if segment.start < stop and segment.stop > end:
+                next_end = min(stop, segment.stop)
+                data = self._read_segment(key, segment, max(0, end - segment.start), next_end - segment.start)
+                is_whole = is_whole and data is not None and segment.start <= end
                 parts.append(data or b"")
-                reached = end
-        return b"".join(parts) if whole and reached >= stop else None
+                end = next_end
+        return b"".join(parts) if is_whole and end >= stop else None
 
     def write(self, key: str, start: int, data: bytes) -> None:
-        """Keep `data` as the bytes from `start` on; raises ModelUnreadable when the disk does not take it."""
+        """Keep `data` as the bytes from `start` on; raises ModelUnreadable where it can't be written."""
         path = self.folder / key / f"{start}-{start + len(data)}-{zlib.crc32(data):08x}"
         try:
             write_whole(path, data)
@@ -99,27 +100,27 @@ class RangeCache:
             raise ModelUnreadable(
                 f"can't write to the cache {self.folder}: {error.strerror}", "set LAZARUS_CACHE to a folder with room"
             ) from None
-        self._of(key)
-        with self._lock:  # a list that a reader may hold is replaced, never changed
+        self._segments_of(key)
+        with self._lock:  # the list is replaced and not changed, since another thread may be reading it
             others = [segment for segment in self._segments[key] if segment.path != path]
             self._segments[key] = _in_order([*others, Segment(start, start + len(data), path)])
             self._used.add(path)
 
     def trim(self) -> None:
-        """Delete the least recently used ranges beyond the limit, and temporary files that were left behind.
+        """Delete the least recently used ranges beyond the limit, and abandoned temporary files.
 
-        Whatever has not a name of ours is not ours: the cache folder may have been somebody's before.
+        Files with other names than ours stay, since the folder may have been used for something else before.
         """
-        found, cache = [], self.folder.parent
+        ranges, cache = [], self.folder.parent
         for path in [*self.folder.glob("*/*"), *cache.glob("files/.part-*"), *cache.glob("refs/.part-*")]:
             with contextlib.suppress(OSError):  # another process may have deleted it
                 status = path.stat()
                 if _RANGE.fullmatch(path.name):
-                    found.append((status.st_mtime, status.st_size, path))
+                    ranges.append((status.st_mtime, status.st_size, path))
                 elif _TEMPORARY.fullmatch(path.name) and status.st_mtime < time.time() - STALE:
                     path.unlink()
-        excess = sum(size for _, size, _ in found) - self.limit
-        for _, size, path in sorted(found):
+        excess = sum(size for _, size, _ in ranges) - self.limit
+        for _, size, path in sorted(ranges):
             if excess <= 0:
                 break
             if path not in self._used:
@@ -127,7 +128,8 @@ class RangeCache:
                     path.unlink()
                 excess -= size
 
-    def _of(self, key: str) -> list[Segment]:
+    def _segments_of(self, key: str) -> list[Segment]:
+        """The cached ranges of a file in order."""
         with self._lock:
             if key not in self._segments:
                 folder = self.folder / key
@@ -140,9 +142,9 @@ class RangeCache:
             return self._segments[key]
 
     def _read_segment(self, key: str, segment: Segment, start: int, stop: int) -> bytes | None:
-        """Bytes [start, stop) of a range, checked when first read; None, and the range dropped, if it is damaged."""
+        """Bytes [start, stop) of a range, whose checksum is tested at its first use; a damaged range is dropped."""
         if segment.path not in self._used:
-            with self._checking:  # so that nobody drops what another thread has just written anew
+            with self._checking:  # or a thread could drop a range that another one has just written again
                 if segment.path not in self._used:
                     return self._check_segment(key, segment, start, stop)
         try:
@@ -157,6 +159,7 @@ class RangeCache:
         return None
 
     def _check_segment(self, key: str, segment: Segment, start: int, stop: int) -> bytes | None:
+        """As `_read_segment`, with a test of the checksum."""
         try:
             data = segment.path.read_bytes()
         except OSError:
@@ -182,7 +185,7 @@ def _in_order(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def merge(ranges: Iterable[Range], gap: int = 0) -> list[Range]:
-    """The ranges in order, those that overlap, touch or lie at most `gap` apart made one."""
+    """The ranges in order, where those that overlap, touch or lie at most `gap` bytes apart are one range."""
     merged: list[Range] = []
     for start, stop in sorted(ranges):
         if start >= stop:

@@ -1,4 +1,4 @@
-"""Where bytes come from: the files of a model, read by byte ranges."""
+"""The interface of a repository: the files of a model, which are read by byte ranges."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,16 @@ from ...progress import Progress
 Range = tuple[int, int]
 """Half-open range of byte offsets in a file."""
 
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""What ModelOpt, AutoGPTQ and AutoAWQ say of the quantisation where config.json says nothing."""
+"""The files of ModelOpt, AutoGPTQ and AutoAWQ with the quantisation settings that config.json may lack."""
 
-MAX_PARTS = 1000  # of a split GGUF file
+MAX_PARTS = 1000  # the largest number of parts in the name of a split GGUF file
 
 
 def list_parts(file: str) -> list[str]:
-    """The names of all parts of the GGUF file that `file` is a part of; itself alone where it is not split."""
+    """The names of all parts of the GGUF model that `file` is a part of; `file` alone where it is not split."""
     match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file)
     if not match or not 0 < int(match[2]) <= MAX_PARTS:
         return [file]
@@ -25,12 +27,12 @@ def list_parts(file: str) -> list[str]:
 
 
 def is_inside(file: str) -> bool:
-    """Whether the name of a file, as others list it, is that of one in the model, or below it."""
+    """Whether a file's name, as an index or the Hub lists it, stays within the model's folder."""
     return not (file.startswith("/") or "\\" in file or ".." in file.split("/")) and file.isprintable()
 
 
 class ByteSource(Protocol):
-    """One file, read by byte ranges."""
+    """A file that is read by byte ranges."""
 
     @property
     def size(self) -> int: ...
@@ -41,8 +43,8 @@ class ByteSource(Protocol):
 class Repository(Protocol):
     """The files of one model.
 
-    `name` is what it is called: its id on the Hub, or where it lies on this machine; `folder` is that place with all
-    links followed, None for what is elsewhere.
+    `name` is the model's id on the Hub, or its path on this machine. `folder` is this path with all links resolved,
+    None for a model on the Hub; `revision` is the commit on the Hub, None for a model on this machine.
     """
 
     @property
@@ -59,10 +61,10 @@ class Repository(Protocol):
 
     @property
     def bytes_fetched(self) -> int:
-        """How many bytes have come over a network so far."""
+        """The number of bytes that came over the network so far."""
         ...
 
     def open(self, filename: str) -> ByteSource: ...
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
-        """Bring the wanted ranges of each file near, so that reading them is quick."""
+        """Fetch the wanted ranges of each file, so that reading them needs no network."""
