@@ -225,7 +225,8 @@ def test_the_page_has_every_variable_of_ours() -> None:
 def test_the_plan_of_the_house_has_every_file() -> None:
     plan = (ROOT / "README.md").read_text("utf-8").partition("## The house")[2]
     moe = SOURCE / "introspection/moe"
-    files = [file for file in (*moe.iterdir(), *(moe / "weights").iterdir()) if file.is_file()]
+    rooms = [moe, *(moe / room for room in ("weights", "jobs", "provenance", "overlays", "views", "numerics"))]
+    files = [file for room in rooms for file in room.iterdir() if file.is_file()]
     assert not [file.name for file in files if file.name != "__init__.py" and f" {file.name}" not in plan]
 
 
