@@ -1,4 +1,4 @@
-"""Sweeps and surveys on a scheduler and three workers, processes of their own: what they give, and what goes wrong."""
+"""Analyses and surveys on a scheduler and three workers in processes: what they give, and what goes wrong."""
 
 import json
 import os
@@ -351,7 +351,7 @@ def test_the_tasks_of_a_lost_worker_are_repeated(machines: Machines, hub: HubSer
 
 
 @pytest.mark.long
-def test_an_interrupted_sweep_cancels_its_tasks_and_goes_on_where_it_was(
+def test_an_interrupted_analysis_cancels_its_tasks_and_goes_on_where_it_was(
     machines: Machines, hub: HubServer, tmp_path: Path, cache: Path
 ) -> None:
     fault = on_the_hub(hub, tmp_path, "tests/interrupted")

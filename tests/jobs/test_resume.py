@@ -1,4 +1,4 @@
-"""Sweeps over layers: interrupted anywhere, they go on where they were, and give what an undisturbed run gives."""
+"""Jobs over several layers: interrupted anywhere, they go on, and give what an undisturbed run gives."""
 
 import os
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def stop_after(layers: int) -> Callable[[str, int, int], None]:
 @pytest.mark.sample
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("job", list(JOBS))
-def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path, cache: Path, job: str, layers: int) -> None:
+def test_an_interrupted_job_goes_on_where_it_was(tmp_path: Path, cache: Path, job: str, layers: int) -> None:
     model = write_model(tmp_path / "model")
     undisturbed = JOBS[job](model)
     with pytest.raises(Interrupted):

@@ -35,7 +35,8 @@ from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import OverlayChe
 from chuk_lazarus.introspection.moe.overlays.checkpoint.writer import planned_ranks, write_overlay
 from chuk_lazarus.introspection.moe.weights.expert_layer import stored_rows
 from chuk_lazarus.introspection.moe.weights.experts import Experts
-from chuk_lazarus.introspection.moe.weights.layouts import group_quantised, load_table, split_name
+from chuk_lazarus.introspection.moe.weights.layouts import load_table, split_name
+from chuk_lazarus.introspection.moe.weights.stored import group_quantised
 from places import FIXTURES
 
 

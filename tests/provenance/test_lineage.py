@@ -19,7 +19,7 @@ from chuk_lazarus.introspection.moe.errors import InvalidRequest
 from chuk_lazarus.introspection.moe.numerics.neurons import Nearest, draw_neurons, find_nearest, join
 from chuk_lazarus.introspection.moe.provenance.classifier import (
     LINEAGE,
-    MEASURED,
+    RATES,
     LineageThresholds,
     classify_by_neurons,
     is_alike_in_place,
@@ -628,10 +628,10 @@ def test_confidence_is_the_measured_rate() -> None:
         right, tried, (low, _) = held_out[key]
         assert right == tried
         assert low == pytest.approx(0.025 ** (1 / tried), abs=1e-4)
-        assert MEASURED[origin] == floor(100 * low) / 100
-    assert classify_by_neurons([Facts(MANY, 1.0, 1.0, 0.0)]).confidence == MEASURED["UPCYCLED"]
-    assert classify_by_neurons([Facts(MANY, 0.0, 0.0, 0.0)]).confidence == MEASURED["NATIVE"]
-    assert classify_by_neurons([Facts(MANY, 0.2, 0.0, 0.2)]).confidence == MEASURED["UNDETERMINED"] == 0.5
+        assert RATES[origin] == floor(100 * low) / 100
+    assert classify_by_neurons([Facts(MANY, 1.0, 1.0, 0.0)]).confidence == RATES["UPCYCLED"]
+    assert classify_by_neurons([Facts(MANY, 0.0, 0.0, 0.0)]).confidence == RATES["NATIVE"]
+    assert classify_by_neurons([Facts(MANY, 0.2, 0.0, 0.2)]).confidence == RATES["UNDETERMINED"] == 0.5
 
 
 def test_layers_count_by_their_neurons() -> None:

@@ -20,8 +20,8 @@ from .output import print_hint, progress_bar, show
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-# what says where a result goes, and how
-WHERE_TO = {"html", "plot", "visualize", "memory", "dask", "as_json", "output", "quiet", "verbose"}
+# options that do not change the result
+NOT_OF_THE_RESULT = {"html", "plot", "visualize", "memory", "dask", "as_json", "output", "quiet", "verbose"}
 
 
 def _shared(name: str, annotation: Any, default: Any) -> Parameter:
@@ -62,7 +62,7 @@ class Run:
         words, given = self.context.command_path.split(), self.given
         for option in self.context.command.params:
             name = str(option.name)
-            if name in given - WHERE_TO:
+            if name in given - NOT_OF_THE_RESULT:
                 value = self.context.params[name]
                 words += [option.opts[-1], *([] if value is True else [str(value)])]
         return shlex.join(words)
@@ -83,7 +83,7 @@ def command(
 ) -> Callable[[Callable[..., "BaseModel | Result"]], Callable[..., None]]:
     """Make a command of a function `(run, options...) -> report`; the options in `shared` are added to its own.
 
-    `verbose` is the last option of every command; a function that has it as an option of its own is told.
+    `--verbose` comes last where a command has it; a function that declares it itself also receives it.
     """
 
     def decorate(function: Callable[..., "BaseModel | Result"]) -> Callable[..., None]:

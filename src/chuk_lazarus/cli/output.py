@@ -78,15 +78,15 @@ def format_json(value: Any, indent: str = "") -> str:
     """JSON with a key a line, and lists of plain values on a line of their own."""
     inner = indent + "  "
     if isinstance(value, dict) and value:
-        lines = (f"{json.dumps(key, ensure_ascii=False)}: {format_json(one, inner)}" for key, one in value.items())
+        lines = (f"{json.dumps(key, ensure_ascii=False)}: {format_json(entry, inner)}" for key, entry in value.items())
         return "{\n" + inner + f",\n{inner}".join(lines) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
-        return "[\n" + inner + f",\n{inner}".join(format_json(one, inner) for one in value) + f"\n{indent}]"
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return "[\n" + inner + f",\n{inner}".join(format_json(item, inner) for item in value) + f"\n{indent}]"
     return json.dumps(value, ensure_ascii=False)
 
 
 def write(path: Path, text: str, option: str = "--output") -> None:
-    """Write a file as `plots.write_file` does; `option` is the one that named it."""
+    """Write a file as `files.write_file` does; `option` is the one that named it."""
     from chuk_lazarus.introspection.moe.files import write_file
 
     try:

@@ -38,10 +38,9 @@ class MoESurveyService:
         list does not say otherwise. With a `budget` of bytes ("64MB") all analyses are quick ones, which know neither
         parents nor numbers of experts: what lists say of those is passed over. `jobs` models are analysed side by side,
         sharing cores and memory, or as many as the dask.distributed scheduler at the address `dask` has workers. `file`
-        gets each row, as a line of JSON, when it is there; a model
-        for which it already has an answer to the same request is not analysed again. `progress` is told (what, done,
-        total), and `finished` each new row. Raises InvalidRequest for a list, an option or a file that can't be used,
-        and ClusterUnusable for a scheduler.
+        gets each row, as a line of JSON, when it is there; a model for which it already has an answer to the same
+        request is not analysed again. `progress` is told (what, done, total), and `finished` each new row. Raises
+        InvalidRequest for a list, an option or a file that can't be used, and ClusterUnusable for a scheduler.
         """
         return survey(models, layer, layers, experts, budget, jobs, dask, file, progress, finished)
 

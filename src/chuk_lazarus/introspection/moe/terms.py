@@ -5,3 +5,6 @@ from typing import Literal
 Origin = Literal["UPCYCLED", "NATIVE", "UNDETERMINED"]
 
 ROLES = ("gate", "up", "down")
+
+OVERLAY_CONFIG = "overlay_config"
+"""The key of config.json that describes an overlay."""

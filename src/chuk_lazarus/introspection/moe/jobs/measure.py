@@ -64,7 +64,7 @@ def measure_layer(
     result: dict[str, RoleMeasure] = {}
     layer.prefetch(progress)
     positions = draw_neurons(len(chosen), layer.sizes["I"], queries)
-    done = count_experts(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
+    done = expert_counter(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
     with resources.worker_threads(layer) as pool:
         for tensor in layer.tensors:
             first = _FirstPass(tensor, chosen, positions, resources)
@@ -84,7 +84,9 @@ def measure_layer(
                     float(np.mean(shares)),
                     positions,
                     join([nearest[role] for nearest in columns]) if positions.size else None,
-                    tuple(first.find(role, _matrix(other, role, expert)) for other, expert in others),
+                    tuple(
+                        first.find_queries(role, _matrix(other_layer, role, expert)) for other_layer, expert in others
+                    ),
                 )
     return {role: result[role] for role in layer.roles}
 
@@ -178,7 +180,7 @@ class _FirstPass:
         for piece in self.tensor.read(range(self.layer.count), *window):
             gram = gram_matrix(piece.values.reshape(self.layer.count, -1))
             if not np.isfinite(gram).all():
-                refuse(self.layer, int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
+                refuse_not_finite(self.layer, int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
             grams.append((piece.role, gram, piece.values.size))
             self.base[piece.role][piece.index] = mean_expert(piece.values)
             for expert, matrices in self._kept.items():
@@ -191,14 +193,16 @@ class _FirstPass:
         """By role: the energy spectrum of an expert's delta, and the delta's share of the expert's energy; and where
         the queries are found in the expert."""
         matrices = self._kept.pop(expert, None) or self.tensor.matrices(expert)
-        nearest = {role: self.find(role, matrix) for role, matrix in matrices.items()} if self.positions.size else {}
+        nearest = (
+            {role: self.find_queries(role, matrix) for role, matrix in matrices.items()} if self.positions.size else {}
+        )
         spectra = {role: _delta_spectrum(matrices.pop(role), base) for role, base in self.base.items()}
         for role, (_, share) in spectra.items():
             if not np.isfinite(share):
-                refuse(self.layer, expert, role)
+                refuse_not_finite(self.layer, expert, role)
         return spectra, nearest
 
-    def find(self, role: str, matrix: NDArray[np.float32]) -> Nearest:
+    def find_queries(self, role: str, matrix: NDArray[np.float32]) -> Nearest:
         """Where the queries are found in a matrix of the role."""
         queries = self._queries[role].reshape(-1, self._queries[role].shape[-1])
         return find_nearest(queries, self.positions.reshape(-1), as_neurons(role, matrix))
@@ -233,11 +237,11 @@ def _matrix(layer: ExpertLayer, role: str, expert: int) -> NDArray[np.float32]:
     tensor = next(tensor for tensor in layer.tensors if role in tensor.spec.roles)
     matrix = tensor.matrices(expert)[role]
     if not np.isfinite(matrix).all():
-        refuse(layer, expert, role)
+        refuse_not_finite(layer, expert, role)
     return matrix
 
 
-def refuse(layer: ExpertLayer, expert: int, role: str) -> NoReturn:
+def refuse_not_finite(layer: ExpertLayer, expert: int, role: str) -> NoReturn:
     """Raise ModelUnreadable for a matrix that is not finite."""
     raise ModelUnreadable(
         f"layer {layer.number}, expert {expert}: the {role} projection holds NaN, infinity or numbers too large for "
@@ -259,6 +263,6 @@ def _delta_spectrum(matrix: NDArray[np.float32], base: NDArray[np.float32]) -> t
     return energy_spectrum(matrix), share
 
 
-def count_experts(progress: Progress, what: str, layer: ExpertLayer, experts: int) -> Counter:
+def expert_counter(progress: Progress, what: str, layer: ExpertLayer, experts: int) -> Counter:
     """A counter of decoded weights that tells of stored bytes; the job is to read this many experts of a layer."""
     return Counter(progress, what, layer.stored_bytes * experts // layer.count, layer.stored_bytes / layer.parameters)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .gram import gram_matrix
 from .lapack import symmetric_eigenvalues
 
-SHARES = (0.90, 0.95, 0.99)  # of energy, whose ranks must be right to the last
+SHARES = (0.90, 0.95, 0.99)  # of energy, whose ranks must be exact
 DECAY_POINTS = 65  # of a spectrum that a report keeps
 MARGIN = 1e-6  # of their sum, by which leading energies in float32 may err
 ROUNDING = 1e-9
@@ -60,7 +60,7 @@ def noise_rank(shape: tuple[int, int], fraction: float) -> float:
     semicircle, (t - sin t cos t) / pi, and the *number* of eigenvalues above is the integral of
     2 sin^2 t / (pi (1 + c + 2 sqrt(c) cos t)) from 0 to t.
     """
-    from scipy.integrate import quad  # here, because they take longer to load than a layout to read
+    from scipy.integrate import quad  # here, because they load slowly
     from scipy.optimize import brentq
 
     small, large = sorted(shape)

@@ -7,7 +7,7 @@ from math import inf, prod, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from ..jobs.measure import RoleMeasure, count_experts
+from ..jobs.measure import RoleMeasure, expert_counter
 from ..jobs.resources import Resources
 from ..numerics.gram import total_energy
 from ..numerics.low_rank import BYTES_PER_NUMBER
@@ -44,7 +44,7 @@ def compare_alternatives(
     They are estimated from the experts that `measures` sampled, whose matrices are read again.
     """
     chosen = next(iter(measures.values())).chosen
-    done = count_experts(progress, f"alternatives for layer {layer.number}", layer, len(chosen))
+    done = expert_counter(progress, f"alternatives for layer {layer.number}", layer, len(chosen))
 
     def probe(expert: int) -> tuple[dict[str, NDArray[np.float64]], dict[int, float], float]:
         """The expert's spectra by role, the energy that quantisation loses by bits, and its whole energy."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelUnreadable
-from ..jobs.measure import count_experts, mean_experts
+from ..jobs.measure import expert_counter, mean_experts
 from ..jobs.resources import Resources
 from ..numerics.forward import route, run_expert
 from ..numerics.low_rank import rebuild, relative_error
@@ -161,7 +161,7 @@ def check_layer(
     """
     layer.prefetch(progress)
     bases: dict[str, NDArray[np.float32]] = {}
-    done = count_experts(progress, f"verifying layer {layer.number}", layer, layer.count)
+    done = expert_counter(progress, f"verifying layer {layer.number}", layer, layer.count)
 
     def compare(expert: int) -> ExpertErrors:
         exact = layer.matrices(expert)

@@ -84,7 +84,7 @@ def _analyze(
         for layer in due:
             neighbour = neighbours[layer.number]
             arguments = (names, dense and dense.kind, layer.number, neighbour and neighbour.number, sample)
-            tasks.append(Task(f"layer {layer.number}", analyze_on_worker, arguments, tuple(places)))
+            tasks.append(Task(f"layer {layer.number}", analyze_layer_on_worker, arguments, tuple(places)))
         for place, result in cluster.run(tasks, lambda place, what, done, total: watched[place](what, done, total)):
             if isinstance(result, MoEError):
                 raise result
@@ -129,7 +129,7 @@ def _analyze(
     )
 
 
-def analyze_on_worker(
+def analyze_layer_on_worker(
     names: Sequence[str], kind: Kind | None, number: int, neighbour: int | None, sample: Sample, progress: Progress
 ) -> tuple[LayerAnalysis, Cost]:
     """One layer of a model that is opened for it, as on a worker, and what it has cost.

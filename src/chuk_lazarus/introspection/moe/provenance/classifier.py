@@ -66,7 +66,7 @@ class LineageThresholds:
 
     Layers of one trained model have up to 6 % of neurons in common in this sense, with no common origin but their
     task (experiments/02_training_history/real_size.json); hardly any of these are close. Where chance finds many, as in
-    experts of few neurons, so many `times` that must be found, and more `chance` than that is too much to judge by.
+    experts of few neurons, `times` as many must be found as chance finds, and above `chance` no verdict is NATIVE.
 
     Copies that were trained far apart are no longer found, and yet still alike in place: by more than `cosine`, of
     which no native has shown a third.
@@ -107,7 +107,7 @@ class Neurons(Protocol):
 
 # How often such a verdict was right on held-out models of known history: the lower ends of 95 % intervals
 # (experiments/02_training_history/results.json, "held_out"). Undetermined has no likelier origin.
-MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.93, "UNDETERMINED": 0.5}
+RATES: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.93, "UNDETERMINED": 0.5}
 
 
 def classify_by_neurons(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> Verdict:
@@ -124,13 +124,13 @@ def classify_by_neurons(evidence: Sequence[Neurons], thresholds: LineageThreshol
     kept, chance = mean("kept"), mean("chance")
     excess, near = kept - chance, mean("close") - chance
     p_value = float(bdtrc(round(kept * looked) - 1, looked, min(1.0, chance)))
-    found = p_value < t.p_value and (excess >= max(t.upcycled, t.times * chance) or near >= t.close_upcycled)
+    is_found_again = p_value < t.p_value and (excess >= max(t.upcycled, t.times * chance) or near >= t.close_upcycled)
     origin: Origin = "UNDETERMINED"
-    if found or is_alike_in_place(evidence, t):
+    if is_found_again or is_alike_in_place(evidence, t):
         origin = "UPCYCLED"
     elif excess < t.native and near < t.close_native and chance <= t.chance:
         origin = "NATIVE"
-    return Verdict(origin, MEASURED[origin])
+    return Verdict(origin, RATES[origin])
 
 
 def is_alike_in_place(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> bool:
@@ -144,8 +144,8 @@ def is_alike_in_place(evidence: Sequence[Neurons], thresholds: LineageThresholds
 
 @dataclass(frozen=True, slots=True)
 class QuickThresholds:
-    """What share of the neurons of a part must be found again, closely, in other experts' parts: so much of `reach`,
-    the share that would be of shuffled copies; and what reach, and how many neurons, a NATIVE verdict needs."""
+    """What share of the neurons of a part must be found again, closely, in other experts' parts, as a share of
+    `reach`, which is what shuffled copies would show; and what reach, and how many neurons, a NATIVE verdict needs."""
 
     upcycled: float = 0.02
     least: float = 0.005
@@ -156,8 +156,8 @@ class QuickThresholds:
 
 QUICK = QuickThresholds()
 
-# As MEASURED, of verdicts from a quarter of the gates and ups ("quick" in the same file)
-QUICK_MEASURED: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.93, "UNDETERMINED": 0.5}
+# As RATES, of verdicts from a quarter of the gates and ups ("quick" in the same file)
+QUICK_RATES: dict[Origin, float] = {"UPCYCLED": 0.97, "NATIVE": 0.93, "UNDETERMINED": 0.5}
 
 
 def classify_quickly(close: float, reach: float, neurons: int, thresholds: QuickThresholds = QUICK) -> Verdict:
@@ -168,4 +168,4 @@ def classify_quickly(close: float, reach: float, neurons: int, thresholds: Quick
         origin = "UPCYCLED"
     elif close < t.native * reach and reach >= t.reach and neurons >= t.neurons:
         origin = "NATIVE"
-    return Verdict(origin, QUICK_MEASURED[origin])
+    return Verdict(origin, QUICK_RATES[origin])

@@ -72,9 +72,9 @@ def match_evidence(
     chances = np.zeros((experts, experts))
     for expert in range(experts):
         mine = owner == expert
-        for other in range(experts):
-            if other != expert:
-                chances[expert, other] = _chance(neurons_found[:, mine, other], near[mine, other], neurons)
+        for partner in range(experts):
+            if partner != expert:
+                chances[expert, partner] = _chance(neurons_found[:, mine, partner], near[mine, partner], neurons)
     # an expert of zeros has no matches by chance either; where no expert has any, nothing is proved
     chance = float(np.mean(1.0 - np.prod(1.0 - chances, axis=1))) if (near & others).any() else 1.0
     pairs = np.stack([same[owner == expert].mean(axis=0) for expert in range(experts)])

@@ -12,7 +12,7 @@ from math import ceil, prod
 import numpy as np
 
 from ..errors import InvalidRequest, name_model
-from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure, refuse
+from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure, refuse_not_finite
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.parts import BUDGET, EXPERTS, LAYERS, bytes_per_neuron, part_ranges, read_part, roles_to_read
 from ..jobs.resources import Resources
@@ -21,7 +21,7 @@ from ..progress import Progress, no_progress
 from ..reports import MoEQuickAnalysis, QuickLayer
 from ..text import parse_size
 from ..weights.expert_layer import ExpertLayer
-from .classifier import MEASURED, Verdict, classify_quickly
+from .classifier import RATES, Verdict, classify_quickly
 from .lineage import Evidence, match_evidence
 
 QUERIES = 1024  # neurons of a layer that are looked for
@@ -74,9 +74,9 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
         moe_layers=experts.layers,
         type=verdict.origin,
         confidence=verdict.confidence,
-        full_confidence=MEASURED[verdict.origin]
+        full_confidence=RATES[verdict.origin]
         if verdict.origin != "UNDETERMINED"
-        else min(MEASURED["UPCYCLED"], MEASURED["NATIVE"]),
+        else min(RATES["UPCYCLED"], RATES["NATIVE"]),
         kind=max(kinds, key=kinds.count) if kinds and verdict.origin == "UPCYCLED" else None,
         close=close,
         reach=reach,
@@ -121,7 +121,7 @@ def _analyze_layer(
         for expert, part in zip(chosen, parts, strict=True):
             for role, values in part.items():
                 if not np.isfinite(values).all():
-                    refuse(layer, expert, role)
+                    refuse_not_finite(layer, expert, role)
         inputs = min(matrix.shape[1] for matrix in parts[0].values())
         numbers = sum(matrix.size for matrix in parts[0].values())
         count = min(len(matrix) for matrix in parts[0].values())

@@ -158,7 +158,7 @@ def _analyze_on_cluster(
     for entry in entries:
         model, parent = locate(entry.request.model), entry.request.parent and locate(entry.request.parent)
         there = entry.request.model_copy(update={"model": model.name, "parent": parent and parent.name})
-        tasks.append(Task(entry.shown.model, analyze_on_worker, (there,), (model, *([parent] if parent else []))))
+        tasks.append(Task(entry.shown.model, analyze_model_on_worker, (there,), (model, *([parent] if parent else []))))
 
     def watch(place: int, what: str, done: int, total: int) -> None:
         if progress:
@@ -171,9 +171,9 @@ def _analyze_on_cluster(
         finish(row.model_copy(update={"request": entry.shown, "stated": entry.stated, "answer": answer}))
 
 
-def analyze_on_worker(request: SurveyRequest, progress: Progress) -> SurveyRow:
+def analyze_model_on_worker(request: SurveyRequest, progress: Progress) -> SurveyRow:
     """The row of a model whose place is that on this machine, a worker."""
-    return _analyze(Entry(request), progress)
+    return _answer(Entry(request), progress)
 
 
 def _failed(request: SurveyRequest, error: MoEError) -> SurveyRow:
@@ -211,7 +211,7 @@ def work() -> None:
                 send([what, done, total])
 
     with memory_limit(bytes_allowed), thread_limit(threads):
-        send(_analyze(Entry(SurveyRequest(**request)), report if watched else None).model_dump(mode="json"))
+        send(_answer(Entry(SurveyRequest(**request)), report if watched else None).model_dump(mode="json"))
 
 
 def _end_with_parent() -> None:
@@ -220,7 +220,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _analyze(entry: Entry, progress: Progress | None) -> SurveyRow:
+def _answer(entry: Entry, progress: Progress | None) -> SurveyRow:
     """A model's row, with its answer or with the error."""
     request, answer, error = entry.request, None, None
     try:

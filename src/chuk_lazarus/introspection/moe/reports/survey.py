@@ -66,7 +66,7 @@ class SurveyRow(Report):
     error: SurveyError | None
 
     def describe(self) -> str:
-        """For instance "demo:native: NATIVE (87%), read 401.6 kB, of which 0 B over the network, in 0.1 s"."""
+        """For instance "demo:native: NATIVE (93%), read 401.6 kB, of which 0 B over the network, in 0.1 s"."""
         if self.answer:
             verdict = f"{self.answer.type} ({self.answer.confidence:.0%})"
             return f"{self.request.model}: {verdict}, {self.answer.cost.describe()}"

@@ -30,7 +30,7 @@ def count_noun(number: int, noun: str) -> str:
 
 
 def format_confidence(report: MoETypeAnalysis | MoEQuickAnalysis) -> str:
-    """What follows a verdict, for instance " (87% confidence)"; nothing where there is none."""
+    """What follows a verdict, for instance " (93% confidence)"; nothing where there is none."""
     return "" if report.type == "UNDETERMINED" else f" ({report.confidence:.0%} confidence)"
 
 

@@ -183,13 +183,6 @@ class ExpertLayer:
         """The bytes of all experts' matrices in the files, with their scales and without biases."""
         return sum(info.nbytes for tensor in self.tensors for info in tensor.infos())
 
-    @property
-    def is_at_hand(self) -> bool:
-        """Whether the headers that describe the layer are read already."""
-        by_role = self._match.layers[self.number]
-        tensors = (parts for experts in by_role.values() for parts in experts.values())
-        return all(self._checkpoint.is_at_hand(name) for parts in tensors for name in parts.values())
-
     def prefetch(self, progress: Progress, ranges: Iterable[tuple[str, Range]] | None = None) -> None:
         """Fetch all experts of the layer, or the given byte ranges of files, in a few long requests."""
         if ranges is None:
@@ -207,11 +200,11 @@ class ExpertLayer:
     def router(self) -> Router | None:
         """The layer's router; None where we find none whose shapes fit the experts."""
         parts = self._beside("router")
-        weight = self.vectors(parts.get("weight"))
+        weight = self.small_tensor(parts.get("weight"))
         if weight is None or weight.shape != (self.count, self.sizes["H"]):
             return None
-        correction = self.vectors(next(iter(self._beside("correction").values()), None))
-        vectors = (self.vectors(parts.get("bias")), correction)
+        correction = self.small_tensor(next(iter(self._beside("correction").values()), None))
+        vectors = (self.small_tensor(parts.get("bias")), correction)
         bias, correction = (vector if vector is None else vector.reshape(-1) for vector in vectors)
         if any(vector is not None and len(vector) != self.count for vector in (bias, correction)):
             return None
@@ -219,7 +212,7 @@ class ExpertLayer:
 
     def norm(self) -> NDArray[np.float32] | None:
         """The factors of the norm before the experts, float32 [hidden]; None where we find no such norm."""
-        weight = self.vectors(self._beside("norm").get("weight"))
+        weight = self.small_tensor(self._beside("norm").get("weight"))
         if weight is None or weight.shape != (self.sizes["H"],):
             return None
         return weight + np.float32(1.0) if self._one_plus_norm else weight
@@ -228,7 +221,7 @@ class ExpertLayer:
         """The parts of the layer's router, norm or correction."""
         return self._match.beside.get(self.number, {}).get(what, {})
 
-    def vectors(self, name: str | None) -> NDArray[np.float32] | None:
+    def small_tensor(self, name: str | None) -> NDArray[np.float32] | None:
         """A whole small tensor as float32; None where there is none, or its numbers are not plain floats."""
         if name is None:
             return None
@@ -378,7 +371,7 @@ class ExpertTensor:
         """
         stacked = self.spec.axes.stacked
         name = self.parts[0 if stacked else expert].get(BIAS)
-        values = self.layer.vectors(name)
+        values = self.layer.small_tensor(name)
         if values is None:
             return {}
         roles = self.spec.roles

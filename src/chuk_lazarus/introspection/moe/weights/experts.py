@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
+from ..terms import OVERLAY_CONFIG
 from ..text import format_ranges
 from .checkpoint import Checkpoint
 from .expert_layer import DoesNotFit, ExpertLayer
@@ -172,7 +173,7 @@ class Experts:
                 f"no layout in our table holds {'shared experts' if self.kind == 'shared' else 'dense feed-forwards'}",
                 f"model_type is {self.model_type or 'not given'}",
             )
-        if "overlay_config" in self.checkpoint.config:
+        if OVERLAY_CONFIG in self.checkpoint.config:
             return UnknownFormat(
                 "the model is an overlay, whose experts are stored as base and factors",
                 "give the model that it was made from, or export it to a standard checkpoint",

@@ -18,12 +18,6 @@ Kind = Literal["routed", "shared", "dense"]
 _LAYER = re.compile(
     r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
 )
-# the parts that storage formats put beside a weight, or in its place
-_QUANTISED = re.compile(
-    r"(?P<stem>.+?)[._](?P<part>weight_(?:scale(?:_inv|_2)?|global_scale|packed|shape|zero_point|g_idx|format)|q?scales?"
-    r"|scale_inv|biases|blocks|qweight|qzeros|g_idx|SCB|global_scale"
-    r"|weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+))"
-)
 # a dot precedes the part where the tensor belongs to a module, and an underscore where it is a bare parameter
 _PART = re.compile(
     r"\.(?P<part>[A-Za-z][\w.]*)"
@@ -204,26 +198,6 @@ def usual_activation(model_type: str | None) -> str | None:
 
 Parts = dict[str, str]
 """The parts of a stored tensor ("weight", "scales", ...), each with the name of the tensor that holds it."""
-
-
-def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
-    """The groups of tensors that a storage format makes out of one weight, by the plain name of this weight."""
-    known = set(names)
-    groups: dict[str, Parts] = {}
-    for name in sorted(known):
-        if not (match := _QUANTISED.fullmatch(name)):
-            continue
-        stem, part = match["stem"], match["part"]
-        as_module = name[len(stem)] == "."
-        group = groups.setdefault(f"{stem}.weight" if as_module else stem, {})
-        group[part] = name
-        if (weight := f"{stem}.weight" if as_module else stem) in known:
-            group["weight"] = weight
-    return {
-        plain: parts
-        for plain, parts in groups.items()
-        if parts.keys() & {"weight", "weight_packed", "qweight", "blocks"}
-    }
 
 
 @dataclass(slots=True)

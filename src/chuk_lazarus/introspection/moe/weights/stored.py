@@ -1,6 +1,7 @@
 """A stored tensor, which may consist of several parts and slices: opened, and decoded by rows."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,11 @@ from numpy.typing import NDArray
 
 from ..errors import ModelUnreadable, MoEError, UnknownFormat
 from .checkpoint import Checkpoint, TensorInfo
-from .codecs import NOT_DECODED, SAME_PART, Part, Stored, recognise
+from .codecs import NOT_DECODED, PARTS, SAME_PART, Part, Stored, recognise
 from .layouts import Parts
 
 BIAS = "bias"
+_QUANTISED = re.compile(rf"(?P<stem>.+?)[._](?P<part>{'|'.join(map(re.escape, sorted(PARTS)))})")
 
 Infos = Mapping[str, TensorInfo]
 """The tensors in the files that make up one stored tensor, or a slice of it, by the usual names of its parts."""
@@ -105,3 +107,23 @@ def find_rows(
             raise UnknownFormat(f"{info.name}: blocks of {span} rows reach over two experts")
         first = index * -(-rows // span)
         yield info, int(first + start // span), int(first + -(-stop // span)), leading + 1
+
+
+def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
+    """The groups of tensors that a storage format makes out of one weight, by the plain name of this weight."""
+    known = set(names)
+    groups: dict[str, Parts] = {}
+    for name in sorted(known):
+        if not (match := _QUANTISED.fullmatch(name)):
+            continue
+        stem, part = match["stem"], match["part"]
+        as_module = name[len(stem)] == "."
+        group = groups.setdefault(f"{stem}.weight" if as_module else stem, {})
+        group[part] = name
+        if (weight := f"{stem}.weight" if as_module else stem) in known:
+            group["weight"] = weight
+    return {
+        plain: parts
+        for plain, parts in groups.items()
+        if parts.keys() & {"weight", "weight_packed", "qweight", "blocks"}
+    }

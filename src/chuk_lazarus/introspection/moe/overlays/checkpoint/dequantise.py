@@ -10,8 +10,7 @@ from ...errors import MoEError, UnknownFormat
 from ...jobs.measure import WINDOW
 from ...weights.checkpoint import Checkpoint, TensorInfo
 from ...weights.codecs import NOT_DECODED, Part, Stored, recognise
-from ...weights.layouts import group_quantised
-from ...weights.stored import BIAS, Infos, module_of, open_stored, read_rows
+from ...weights.stored import BIAS, Infos, group_quantised, module_of, open_stored, read_rows
 from ...weights.tensor_info import INTEGER_DTYPES, PLAIN_DTYPES
 from ..quantisation import BF16
 from .folder import ShardFile, TensorWriter, bf16_tensor, copy_tensor

@@ -8,6 +8,7 @@ from threading import BoundedSemaphore
 from ...errors import ModelUnreadable
 from ...jobs.resources import Resources
 from ...progress import Progress
+from ...terms import OVERLAY_CONFIG
 from ...weights.expert_layer import stored_rows
 from ...weights.fingerprint import fingerprint
 from ...weights.layouts import Layout, load_table
@@ -15,7 +16,7 @@ from ..quantisation import BF16
 from .auxiliary import read_auxiliary_files
 from .dequantise import dequantise
 from .folder import Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
-from .format import CONFIG_KEY, VERSION
+from .format import VERSION
 from .reader import OverlayCheckpoint, read_overlay
 
 
@@ -51,7 +52,7 @@ def export_overlay(
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
     config = checkpoint.model_config.without_quantization()
-    del config[CONFIG_KEY]
+    del config[OVERLAY_CONFIG]
     write_model(
         target,
         shards,

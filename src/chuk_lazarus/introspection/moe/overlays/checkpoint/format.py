@@ -4,8 +4,9 @@ The writer, the reader and the MLX runtime all take the format from here, and on
 
 Version 1 keeps each role of a layer as a bf16 base and two bf16 factors per expert. A version with other codes starts
 here: its parts go into `AXES` and `part_shapes`, its fields into `OverlayConfig`, and `OverlayConfig.read` branches on
-the version. The numbers themselves are coded by `writer._fill_layer`, and decoded by `OverlayCheckpoint.base` and
-`factors`, or by the MLX modules. Version 1 must stay readable.
+the version. Numbers are rounded in `coding.split_delta`, laid out by `writer._overlay_tensors` and `_fill_layer`,
+checked and decoded by `OverlayCheckpoint`, or by the MLX modules, and counted by `low_rank.overlay_bytes`. Version 1
+must stay readable.
 """
 
 import re
@@ -13,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ...terms import ROLES
+from ...terms import OVERLAY_CONFIG, ROLES
 
 VERSION = 1
-CONFIG_KEY = "overlay_config"  # in config.json
 AXES = {"base": 2, "left": 3, "right": 3}  # the parts of a role, with the number of axes that their tensors have
 
 Ranks = dict[str, int]
@@ -98,7 +98,7 @@ class OverlayConfig:
         `family`, which may be of any type, and may raise. Only version and layers must be there: a text that is missing
         is read as an empty one. Raises OverlayConfigError.
         """
-        facts = config.get(CONFIG_KEY)
+        facts = config.get(OVERLAY_CONFIG)
         if not isinstance(facts, dict):
             raise OverlayConfigError("missing")
         if facts.get("version") != VERSION:

@@ -20,6 +20,7 @@ from ...jobs.measure import mean_experts
 from ...jobs.resources import Resources
 from ...numerics.low_rank import rebuild
 from ...progress import Progress
+from ...terms import OVERLAY_CONFIG
 from ...text import format_ranges
 from ...weights.expert_layer import ExpertLayer
 from ...weights.experts import Experts
@@ -43,7 +44,7 @@ from .folder import (
     group_into_shards,
     write_model,
 )
-from .format import CONFIG_KEY, VERSION, OverlayConfig, Ranks, part_shapes, tensor_name
+from .format import VERSION, OverlayConfig, Ranks, part_shapes, tensor_name
 
 
 def write_overlay(
@@ -72,7 +73,7 @@ def write_overlay(
     ModelUnreadable where the model is broken.
     """
     checkpoint = experts.checkpoint
-    if CONFIG_KEY in checkpoint.config:
+    if OVERLAY_CONFIG in checkpoint.config:
         raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
     layers = [_check_ranks(experts, number, ranks[number]) for number in sorted(ranks)]
     if not layers:
@@ -119,7 +120,7 @@ def write_overlay(
     write_model(
         folder,
         shards,
-        encode_json({**config, CONFIG_KEY: overlay_json}),
+        encode_json({**config, OVERLAY_CONFIG: overlay_json}),
         {
             **read_auxiliary_files(checkpoint.repository),
             CARD: lambda: write_card(overlay, layers, before, after, card()).encode(),

@@ -1,8 +1,8 @@
 """Storage formats: how the parts of a stored tensor become float32.
 
-A format is a module with a `recognise` function. It gets the dtype and shape of each part, by the part's name
-("weight", "scales", ...), and returns how to decode them, or None where they are not of its format. A codec never gets
-a tensor's name.
+A format is a module with a `recognise` function and the names of its parts, `PARTS`. The function gets the dtype and
+shape of each part, by the part's name ("weight", "scales", ...), and returns how to decode them, or None where they are
+not of its format. A codec never gets a tensor's name.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,13 @@ from ...errors import UnknownFormat
 from . import awq, bitsandbytes, fp8, gguf, gptq, mlx, mxfp4, mxfp8, nvfp4, pack_quantized, plain
 from .codec import NOT_DECODED, SAME_PART, Codec, Decode, Part, Stored
 
-__all__ = ["NOT_DECODED", "SAME_PART", "Codec", "Decode", "Part", "Stored", "recognise"]
+__all__ = ["NOT_DECODED", "PARTS", "SAME_PART", "Codec", "Decode", "Part", "Stored", "recognise"]
 
 # The order matters: some parts fit several formats, and the first codec that recognises them decodes them.
 CODECS: tuple[Codec, ...] = (plain, mxfp8, fp8, mxfp4, nvfp4, mlx, pack_quantized, gptq, awq, bitsandbytes, gguf)
+
+PARTS = frozenset({*SAME_PART, *(part for codec in CODECS for part in codec.PARTS)})
+"""Every name of a part that a storage format puts beside a weight, or in its place."""
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored:

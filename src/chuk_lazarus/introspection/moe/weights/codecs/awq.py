@@ -16,6 +16,8 @@ from ...errors import ModelUnreadable, UnknownFormat
 from .codec import Part, Stored
 from .gptq import scale_rows
 
+PARTS = ("qweight", "qzeros", "scales")
+
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
     """Takes `qweight`, `qzeros` and `scales` of AWQ's shapes, unless the config names another method."""

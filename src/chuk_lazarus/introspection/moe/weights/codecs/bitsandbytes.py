@@ -43,6 +43,18 @@ class _State:
     offset: float
 
 
+PARTS = (
+    "SCB",
+    "weight_format",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    f"{STATE}nf4",
+    f"{STATE}fp4",
+)
+
+
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
     """Takes `weight` beside `weight.absmax` and `weight.quant_state.bitsandbytes__*`, or I8 beside `SCB`."""
     if parts.keys() - {"weight_format"} == {"weight", "SCB"}:

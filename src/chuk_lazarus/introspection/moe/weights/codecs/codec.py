@@ -21,6 +21,8 @@ SAME_PART = {
 NOT_DECODED = frozenset({"bias", "input_scale", "input_global_scale", "activation_scale", "qscale_act"})
 """Parts that do not belong to the matrix: the bias, and the scales of the inputs."""
 
+CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
+
 
 class Decode(Protocol):
     """Decodes the rows [start, stop) of one expert's matrix into float32 [rows, columns].
@@ -73,7 +75,13 @@ class Stored:
 
 
 class Codec(Protocol):
-    """A storage format: a module with this function."""
+    """One storage format: a module with this constant and this function.
+
+    `PARTS` names the parts that the format puts beside a weight, or in its place.
+    """
+
+    @property
+    def PARTS(self) -> tuple[str, ...]: ...
 
     def recognise(self, parts: Mapping[str, Part], quantization: Mapping[str, Any], /) -> Stored | None:
         """How the tensor that consists of `parts` is stored, or None where it is not in this format."""

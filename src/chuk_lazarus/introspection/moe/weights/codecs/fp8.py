@@ -24,15 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from .codec import Part, Stored
+from .codec import CONFIG_HINT, Part, Stored
 from .small_floats import E8M0, is_one_per_matrix, scale_groups, widen
 
 WEIGHTS = ("F8_E4M3", "F8_E5M2")
 SCALES = ("F64", "F32", "BF16", "F16", "F8_E8M0", "U8")
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
-HINT = "put the config.json that belongs to the model beside its weights"
 
 Block = tuple[int, int]
+PARTS = (*SCALE_NAMES,)
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
@@ -47,7 +47,9 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         return None
     is_exponent = parts[scale].dtype == "U8"
     if is_exponent and quantization.get("scale_fmt") != "ue8m0":
-        raise UnknownFormat(f"FP8 whose {scale} is bytes, and config.json does not say that scale_fmt is ue8m0", HINT)
+        raise UnknownFormat(
+            f"FP8 whose {scale} is bytes, and config.json does not say that scale_fmt is ue8m0", CONFIG_HINT
+        )
     block, span = _find_block(weight.shape, scale, parts[scale].shape, quantization)
     decoder = partial(decode, scale=scale, block=block, kind=E8M0 if is_exponent else None)
     return Stored("fp8", weight.shape, {"weight": 1, scale: span}, decoder)
@@ -166,5 +168,7 @@ def _find_block(
             f"FP8 whose {name} is {list(scale)}, and config.json says one scale per {' or '.join(sorted(kinds))}"
         )
     if len(scale) == len(shape):
-        raise UnknownFormat("FP8 with block scales, and config.json has no quantization_config.weight_block_size", HINT)
+        raise UnknownFormat(
+            "FP8 with block scales, and config.json has no quantization_config.weight_block_size", CONFIG_HINT
+        )
     raise ModelUnreadable(f"its weight is {list(shape)} and its {name} {list(scale)}: they do not fit together")

@@ -17,6 +17,7 @@ from . import plain
 from .codec import Part, Stored
 
 SCALE = "weight_scale"
+PARTS = (SCALE,)
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:

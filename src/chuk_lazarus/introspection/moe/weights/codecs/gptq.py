@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from .bits import unpack, unpack_rows
-from .codec import Part, Stored
+from .codec import CONFIG_HINT, Part, Stored
 
 WIDTHS = (2, 3, 4, 8)
 FORMATS = {"gptq": 1, "gptq_v2": 0}
@@ -36,7 +36,7 @@ AUTO_ROUND_FORMATS = {
     "auto_round": 0,
     "auto_round:gptqmodel": 0,
 }
-CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:

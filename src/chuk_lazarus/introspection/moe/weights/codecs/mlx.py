@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from .bits import unpack
-from .codec import Part, Stored
+from .codec import CONFIG_HINT, Part, Stored
 from .small_floats import E4M3, E8M0, is_one_per_matrix, scale_groups, unpack_e2m1, widen
 
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 LARGEST = np.float32(6 * 448)
-HINT = "put the config.json that belongs to the model beside its weights"
+PARTS = ("scales", "biases", "global_scale")
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
@@ -81,7 +81,7 @@ def _settings(quantization: Mapping[str, Any], parts: list[str]) -> tuple[str, i
         raise UnknownFormat(f"MLX's quantisation mode {mode!r}, which we can't decode")
     if bits is None or group is None:
         raise UnknownFormat(
-            f"MLX's {', '.join(parts)}, and config.json has no quantization with bits and group_size", HINT
+            f"MLX's {', '.join(parts)}, and config.json has no quantization with bits and group_size", CONFIG_HINT
         )
     if bits not in AFFINE_BITS or type(bits) is not int or type(group) is not int or group < 1:
         raise UnknownFormat(f"MLX's quantisation to {bits!r} bits in groups of {group!r}, which we can't decode")

@@ -26,6 +26,7 @@ from .small_floats import E8M0, scale_groups, unpack_e2m1, widen
 
 GROUP = 32
 MXFP6_RATIO = 48  # the nibbles that 32 elements of MXFP6 take; this format has the same parts and dtypes
+PARTS = ("blocks", "scales", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:

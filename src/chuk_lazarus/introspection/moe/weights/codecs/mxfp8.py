@@ -17,6 +17,7 @@ from .fp8 import SCALE_NAMES, WEIGHTS, find_blocks, grid
 from .small_floats import E8M0, scale_groups, widen
 
 GROUP = 32
+PARTS = ("weight_scale", "weight_scale_inv")
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:

@@ -28,6 +28,7 @@ from .small_floats import is_one_per_matrix, scale_groups, unpack_e2m1, widen
 
 GROUP = 16
 SECOND_SCALES = {"weight_packed": "weight_global_scale", "weight": "weight_scale_2"}
+PARTS = ("weight_packed", "weight_scale", *SECOND_SCALES.values())
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:

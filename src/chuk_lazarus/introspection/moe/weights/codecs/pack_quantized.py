@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from .bits import unpack, unpack_rows
-from .codec import Part, Stored
+from .codec import CONFIG_HINT, Part, Stored
 
 FLOATS = ("BF16", "F16", "F32")
 WIDTHS = (1, 2, 4, 8)
-CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from .codec import Part, Stored
 
 NAMES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f64"}
+PARTS = ()
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:

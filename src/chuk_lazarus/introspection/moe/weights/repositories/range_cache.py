@@ -102,8 +102,8 @@ class RangeCache:
             ) from None
         self._segments_of(key)
         with self._lock:  # the list is replaced and not changed, since another thread may be reading it
-            others = [segment for segment in self._segments[key] if segment.path != path]
-            self._segments[key] = _in_order([*others, Segment(start, start + len(data), path)])
+            kept = [segment for segment in self._segments[key] if segment.path != path]
+            self._segments[key] = _in_order([*kept, Segment(start, start + len(data), path)])
             self._used.add(path)
 
     def trim(self) -> None:
@@ -174,7 +174,7 @@ class RangeCache:
 
     def _drop(self, key: str, segment: Segment) -> None:
         with self._lock:
-            self._segments[key] = [other for other in self._segments[key] if other.path != segment.path]
+            self._segments[key] = [kept for kept in self._segments[key] if kept.path != segment.path]
             self._used.discard(segment.path)
         with contextlib.suppress(OSError):
             segment.path.unlink()
