@@ -603,11 +603,11 @@ def bench() -> Iterator[Bench]:
 @contextmanager
 def hasty_surveys() -> Iterator[None]:
     """Surveys whose processes do not wait either."""
-    from chuk_lazarus.introspection.moe import moe_survey
+    from chuk_lazarus.introspection.moe.provenance import survey
 
     start = "from hostile.faults.network import hasty_worker; hasty_worker()"
     code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); {start}"
-    with patch.object(moe_survey, "WORKER", (sys.executable, "-P", "-c", code)):
+    with patch.object(survey, "WORKER", (sys.executable, "-P", "-c", code)):
         yield
 
 

@@ -32,9 +32,9 @@ from chuk_lazarus.introspection.moe import (
     MoESurveyService,
     MoETypeService,
     SurveyRow,
-    moe_survey,
 )
 from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import read_overlay
+from chuk_lazarus.introspection.moe.provenance import survey
 from chuk_lazarus.introspection.moe.weights.repositories import hub
 
 from .corpus import (
@@ -277,7 +277,7 @@ class Bench:
         if kind != "rows":
             show(MoESurveyService.plan([str(path) for path in sorted(self.model.glob("list.*"))]))
             return
-        with patch.object(moe_survey, "_analyze_apart", give_up):
+        with patch.object(survey, "_analyze_in_processes", give_up):
             found = MoESurveyService.survey(SURVEYED, file=self.model / "rows.jsonl")
         show(found)
         show(found, found.summary())
