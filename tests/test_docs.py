@@ -205,6 +205,7 @@ def test_readme_shows_a_screen() -> None:
     assert [path for path, *_ in SCREENS if path.name == "README.md"]
 
 
+@pytest.mark.long
 def test_the_figure_is_that_of_its_command() -> None:
     def text(svg: str) -> str:
         return " ".join(part for node in ElementTree.fromstring(svg).iter() if (part := (node.text or "").strip()))

@@ -1095,6 +1095,7 @@ PLACES = st.integers(0, HEADER_END - 1) | st.integers(0, len(VALID) - 1)
 MUTATIONS = st.lists(st.tuples(PLACES, st.integers(0, 255) | st.sampled_from(b'0129-"[]{},:.')), max_size=4)
 
 
+@pytest.mark.long
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

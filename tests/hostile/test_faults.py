@@ -254,6 +254,7 @@ def test_what_a_kill_leaves_beside_a_result_goes_a_day_later(tmp_path: Path) -> 
     assert all(path.exists() for path in kept)
 
 
+@pytest.mark.long
 def test_a_result_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
     results = [tmp_path / name for name in ("results.json", "page.html", "figure.svg")]
     for path in results:

@@ -334,6 +334,7 @@ def test_an_error_is_not_as_long_as_what_it_is_about(judge: Judge) -> None:
     assert (outcome.kind, len(outcome.detail) < 3000) == ("UnknownFormat", True)
 
 
+@pytest.mark.long
 def test_a_config_for_each_of_many_layers(judge: Judge) -> None:
     """The time is in proportion to the layers, and hardly depends on what else the config says."""
 

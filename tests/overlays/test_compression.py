@@ -344,6 +344,7 @@ def test_a_compressed_model_is_exported_and_runs_as_its_export(tmp_path: Path) -
     assert 1.0 < pair[1].original_result.loss < 4.0
 
 
+@pytest.mark.long
 def test_a_killed_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
     words = [
         *COMMAND,

@@ -986,6 +986,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("force", [False, True])
 def test_a_stop_between_any_two_steps_does_no_harm(force: bool, tmp_path: Path) -> None:
     model, folder = FIXTURES / "llama4_text", tmp_path / "folder"
@@ -1109,6 +1110,7 @@ def test_room_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_leaves_what_can_be_resumed(tmp_path: Path) -> None:
     model, folder = tmp_path / "model", tmp_path / "folder"
     make_model(model)

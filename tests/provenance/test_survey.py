@@ -226,6 +226,7 @@ def test_the_command_says_what_failed(capsys: Capture, folder: Path) -> None:
     assert err == f"{folder / 'missing'}: no such folder or file\n"
 
 
+@pytest.mark.long
 def test_a_quick_survey_gives_the_quick_verdicts(tmp_path: Path) -> None:
     """And passes over what lists say of parents and experts; its rows are not those of full analyses."""
     names = ["demo:upcycled", "demo:permuted", "demo:native"]
@@ -651,6 +652,7 @@ def asks_the_hub(hub: HubServer) -> Callable[[], object]:
     return lambda: [request for request in hub.requests if "tests/slow" in request.path]
 
 
+@pytest.mark.long
 def test_interrupted(hub: HubServer, slow: str, start: Callable[..., Any], tmp_path: Path) -> None:
     """As a terminal does it: all processes of the group get the signal."""
     process = start("demo:native", slow, "--jobs", "1")
@@ -731,6 +733,7 @@ def test_an_end_by_the_caller_leaves_no_process(hub: HubServer, slow: str, tmp_p
 # The Hub
 
 
+@pytest.mark.long
 def test_models_on_the_hub(hub: HubServer, cache: Path) -> None:
     commit = hub.add("tests/surveyed", DEMO / "upcycled")
     report = ask("tests/surveyed", "tests/not-there", "tests/surveyed@main", jobs=2)

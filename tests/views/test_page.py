@@ -248,6 +248,7 @@ def test_several_layers_have_a_figure_of_their_own() -> None:
     assert many == one + 1
 
 
+@pytest.mark.long
 def test_what_is_shown_depends_on_the_verdict(undrawn: None) -> None:
     native = report_of("one layer")
     assert isinstance(native, MoETypeAnalysis)
@@ -288,6 +289,7 @@ def test_other_layers_are_proposed_evenly(layers: int, wanted: str, undrawn: Non
 # Names that would break out
 
 
+@pytest.mark.long
 def test_a_name_is_text_and_nothing_else(hostile: str) -> None:
     for report in (MoETypeService.analyze(hostile), MoETypeService.compare(hostile, "demo:upcycled")):
         page = parse(to_page(report, shlex.join(["lazarus", "-m", hostile])))
@@ -299,6 +301,7 @@ def test_a_name_is_text_and_nothing_else(hostile: str) -> None:
         assert shlex.split(words(list(page.iter("code"))[-2])) == ["lazarus", "-m", hostile]
 
 
+@pytest.mark.long
 def test_no_field_of_a_report_is_markup() -> None:
     report = report_of("parent")
     texts = ("model", "revision", "family", "model_type", "storage", "parent", "kind")

@@ -406,6 +406,7 @@ def test_estimate_where_the_base_does_not_fit_and_nothing_is_lost() -> None:
     assert ax.get_ylim()[0] < 0.0
 
 
+@pytest.mark.long
 def test_captions_say_what_and_of_which_model() -> None:
     analysis = changed(analyse("demo:upcycled"), model="org/name", revision="0123456789abcdef" * 2)
     comparison = MoETypeComparison(models=(analysis, analyse("demo:native")))
@@ -594,6 +595,7 @@ def test_svg_has_its_text_as_text() -> None:
 SVG = "{http://www.w3.org/2000/svg}"
 
 
+@pytest.mark.long
 def test_svgs_on_one_page_do_not_meet() -> None:
     analysis = analyse("demo:native")
     drawn = [to_svg(plot_decay(layer)) for layer in analysis.layers] + [to_svg(plot_similarity(native()))]

@@ -252,6 +252,7 @@ def test_every_kind_of_checkpoint_reads_as_it_does_locally(hub: HubServer, cache
     assert warm.cost.bytes_fetched == 0
 
 
+@pytest.mark.long
 def test_a_warm_analysis_makes_no_request_for_weights(hub: HubServer, cache: Path, made: Path) -> None:
     name = publish(hub, made)
     cold = analyze(name, 1)
@@ -444,6 +445,7 @@ def test_json_that_is_too_long_is_not_fetched(hub: HubServer, cache: Path, tmp_p
 # Without a network
 
 
+@pytest.mark.long
 def test_offline_after_a_warm_up(hub: HubServer, cache: Path, made: Path) -> None:
     name = publish(hub, made)
     warm = analyze(name, 1)
@@ -510,6 +512,7 @@ def test_a_model_that_is_here_needs_no_certificates(hub: HubServer, cache: Path,
     assert figures(out) == figures(warm)
 
 
+@pytest.mark.long
 def test_a_model_that_is_here_outlives_the_hub(hub: HubServer, cache: Path, made: Path) -> None:
     name = publish(hub, made)
     warm = analyze(name, 0)

@@ -946,6 +946,7 @@ def write_miniature(folder: Path, specs: Specs, config: Mapping[str, Any], limit
     return folder
 
 
+@pytest.mark.long
 def test_deepseek_v3_on_the_hub(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     """Of 688 GB, the index and the headers of a few shards; and nothing again."""
     folder = write_miniature(tmp_path / "model", deepseek_v3(), DEEPSEEK_V3, SHARD, 256)
