@@ -2,7 +2,7 @@
 
 import json
 import re
-from math import floor
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -18,11 +18,12 @@ from chuk_lazarus.introspection.moe.jobs.parts import read_part, roles_to_read
 from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons
 from chuk_lazarus.introspection.moe.provenance.classifier import classify_quickly
+from chuk_lazarus.introspection.moe.provenance.quick import spaced_pairs
 from chuk_lazarus.introspection.moe.views.words import explain_quick
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.repositories.local import LocalFile
 from hub_server import HubServer
-from places import FIXTURES, ROOT
+from places import FIXTURES
 
 FOLDERS = sorted(path.parent for path in FIXTURES.glob("**/config.json") if "zoo" not in path.parts)
 HIDDEN, NEURONS, EXPERTS, LAYERS = 256, 128, 20, 4
@@ -91,15 +92,15 @@ def test_no_more_is_read_than_the_budget_allows(large: str, budget: int | str) -
 @pytest.mark.parametrize("layers", [None, "1", "0,3"])
 def test_reach_is_what_is_found_of_shuffled_copies(large: str, layers: str | None) -> None:
     report = MoETypeService.quick(large, layers=layers, budget=900_000)
-    assert report.reach > 0.5
+    assert 0.1 < report.reach < 0.5
     for layer in report.layers:
-        assert layer.reach == pytest.approx(1 - (1 - layer.part) ** 15)  # in one of 15 other experts
+        assert layer.reach == layer.part
         assert report.weight_bytes / len(report.layers) == 16 * 2 * HIDDEN * 2 * round(layer.part * NEURONS)
     looked = sum(layer.neurons for layer in report.layers)
-    for figure in ("reach", "close"):
+    for figure in ("reach", "close", "shared", "strong"):
         mean = sum(getattr(layer, figure) * layer.neurons for layer in report.layers) / looked
         assert getattr(report, figure) == pytest.approx(mean)
-    assert report.close == pytest.approx(report.reach, abs=0.06)
+    assert report.shared == pytest.approx(report.reach, abs=0.06)
 
 
 def test_a_budget_that_is_too_small(large: str) -> None:
@@ -138,41 +139,71 @@ def test_trained_models_of_known_history(name: str, origin: str) -> None:
     assert MoETypeService.quick(str(FIXTURES / "zoo" / name)).type == origin
 
 
+@dataclass(frozen=True)
+class Part:
+    shared: float = 0.0
+    strong: float = 0.0
+    reach: float = 1.0
+    neurons: int = 1024
+    twins: tuple[tuple[int, ...], ...] = ()
+    roles: int = 2
+    breadth: float = 1.0
+    delta_energy: float = 0.5
+    experts: tuple[int, ...] = tuple(range(16))
+
+
+PAIRS = tuple((expert, expert + 1) for expert in range(0, 16, 2))
+
+
 @pytest.mark.parametrize(
-    ("close", "reach", "neurons", "origin"),
+    ("part", "origin"),
     [
-        (0.9, 1.0, 1000, "UPCYCLED"),
-        (0.03, 1.0, 1000, "UPCYCLED"),
-        (0.015, 1.0, 1000, "UNDETERMINED"),
-        (0.004, 1.0, 1000, "NATIVE"),
-        (0.0, 0.1, 1000, "UNDETERMINED"),  # copies would hardly be met
-        (0.0, 1.0, 100, "UNDETERMINED"),
-        (0.02, 0.1, 1000, "UPCYCLED"),
-        (0.02, 1.0, 100, "UNDETERMINED"),  # two neurons
-        (4 / 256, 0.5, 256, "UPCYCLED"),  # four
-        (3 / 256, 0.5, 256, "UNDETERMINED"),
-        (0.006, 0.1, 1000, "UPCYCLED"),
-        (0.004, 0.1, 1000, "UNDETERMINED"),
-        (0.0, 0.25, 256, "NATIVE"),
-        (0.0, 0.2499, 256, "UNDETERMINED"),
-        (0.0, 0.25, 255, "UNDETERMINED"),
-        (0.0025, 0.25, 4096, "UNDETERMINED"),
-        (0.005, 0.25, 4096, "UPCYCLED"),
-        (0.02, 1.0, 4096, "UPCYCLED"),
-        (0.01, 1.0, 4096, "UNDETERMINED"),
+        (Part(0.9, 0.9), "UPCYCLED"),
+        (Part(0.9), "UPCYCLED"),
+        (Part(0.15), "UPCYCLED"),
+        (Part(0.1499), "UNDETERMINED"),
+        (Part(0.15, reach=0.5), "UPCYCLED"),
+        (Part(0.15, reach=0.499), "UNDETERMINED"),
+        (Part(0.9, roles=1), "UNDETERMINED"),  # one role agrees with itself
+        (Part(0.01, 0.01, reach=0.1), "UPCYCLED"),
+        (Part(0.01, 0.0099, reach=0.05), "UNDETERMINED"),
+        (Part(0.01, 0.01, neurons=399), "UNDETERMINED"),  # three neurons
+        (Part(0.01, 0.01, neurons=400), "UPCYCLED"),  # four
+        (Part(0.0999), "NATIVE"),
+        (Part(0.1), "UNDETERMINED"),
+        (Part(0.0499, reach=0.5), "NATIVE"),
+        (Part(0.05, reach=0.5), "UNDETERMINED"),
+        (Part(0.0, 0.005), "UNDETERMINED"),
+        (Part(reach=0.078), "UNDETERMINED"),  # copies might show 15.97 neurons
+        (Part(reach=0.079), "NATIVE"),
+        (Part(neurons=79), "UNDETERMINED"),
+        (Part(neurons=0), "UNDETERMINED"),
+        (Part(twins=(tuple(range(16)),), neurons=0), "UPCYCLED"),  # all experts are identical
+        (Part(twins=PAIRS), "UNDETERMINED"),
+        (Part(twins=PAIRS[:1]), "NATIVE"),
+        (Part(0.9, 0.9, breadth=0.49), "UNDETERMINED"),  # one base and deltas of few directions
+        (Part(0.9, 0.9, breadth=0.49, delta_energy=0.04), "UPCYCLED"),
+        (Part(0.9, breadth=0.79), "UNDETERMINED"),
     ],
 )
-def test_the_quick_rule(close: float, reach: float, neurons: int, origin: str) -> None:
-    assert classify_quickly(close, reach, neurons).origin == origin
+def test_the_quick_rule(part: Part, origin: str) -> None:
+    assert classify_quickly([part]).origin == origin
 
 
-def test_confidence_is_the_measured_rate() -> None:
-    """The lower ends of intervals for the held-out models, rounded down."""
-    folder = ROOT / "experiments/02_training_history"
-    held_out = json.loads((folder / "results.json").read_text())["held_out"]["quick"]["0.25"]
-    for figures, key in (((0.9, 1.0, 1000), "called_upcycled"), ((0.0, 1.0, 1000), "called_native")):
-        assert classify_quickly(*figures).confidence == floor(100 * held_out[key][2][0]) / 100
-    assert classify_quickly(0.0, 0.1, 1000).confidence == 0.5
+def test_layers_count_by_their_neurons_in_the_quick_rule() -> None:
+    many = Part(0.0, neurons=3000)
+    assert classify_quickly([many, Part(0.9, 0.9, neurons=10)]).origin == "NATIVE"
+    assert classify_quickly([many, Part(0.9, 0.9, neurons=3000)]).origin == "UPCYCLED"
+    assert classify_quickly([many, Part(twins=(tuple(range(16)),), neurons=0)]).origin == "NATIVE"
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(8, 16), (16, 16), (17, 16), (24, 16), (64, 16), (256, 16), (20, 8)])
+def test_experts_are_chosen_as_neighbours(count: int, wanted: int) -> None:
+    chosen = spaced_pairs(count, wanted)
+    assert len(set(chosen)) == len(chosen) == min(count, wanted)
+    assert (min(chosen), max(chosen)) == (0, count - 1)
+    if count >= 2 * wanted:
+        assert all(second == first + 1 for first, second in zip(chosen[::2], chosen[1::2], strict=True))
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], large: str) -> None:

@@ -192,7 +192,7 @@ def test_it_says_what_the_report_says(name: str) -> None:
             assert f"{100 * model.confidence:.0f} % confidence" in text
         assert f"{model.cosine:.3f}" in text
         assert f"{100 * model.rank_ratio:.1f} %" in text
-        assert f"{sum(layer.lineage.neurons for layer in model.layers):,} neurons" in text
+        assert f"{sum(layer.lineage.sharing.neurons for layer in model.layers):,} that were looked for" in text
         assert model.documented_rule.type in text
         assert all(note in text for note in model.notes)
         assert model.cost.describe() in text
@@ -209,7 +209,7 @@ def test_every_layer_and_every_expert_has_its_row(name: str) -> None:
         for layer, row in zip(model.layers, by_layer, strict=True):
             found = dict(zip(heading, row, strict=True))
             assert (found["Layer"], found["Type"]) == (str(layer.layer), layer.type)
-            assert found["Found"] == f"{100 * layer.lineage.kept:.1f} %"
+            assert found["Shared"] == f"{100 * layer.lineage.sharing.shared:.1f} %"
             assert found["Cosine"].startswith(f"{layer.cosine.mean:.3f}")
             for role in ("gate", "up", "down"):
                 assert (role in found) == (role in layer.projections)

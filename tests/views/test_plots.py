@@ -84,7 +84,8 @@ def with_experts(count: int, most: int = 8, largest: int = 255) -> LayerAnalysis
     sampled = np.linspace(0, count - 1, min(most, count)).round().astype(int)
     pairs = np.where(group[sampled][:, None] == group[sampled], 0.5, 0.01)
     np.fill_diagonal(pairs, 0.0)
-    lineage = changed(native().lineage, experts=tuple(experts[i] for i in sampled), pairs=pairs.tolist())
+    sharing = changed(native().lineage.sharing, experts=tuple(experts[i] for i in sampled), pairs=pairs.tolist())
+    lineage = changed(native().lineage, sharing=sharing)
     return changed(native(), similarity=Similarity(experts=experts, cosine=cosine.tolist()), lineage=lineage)
 
 
@@ -105,7 +106,10 @@ def many_layers(count: int) -> MoETypeAnalysis:
             native(),
             layer=i,
             cosine=changed(native().cosine, down=i / count, gate=0.5),
-            lineage=changed(native().lineage, kept=i / count, close=i / count / 2),
+            lineage=changed(
+                native().lineage,
+                sharing=changed(native().lineage.sharing, shared=i / count, strong=i / count / 2),
+            ),
         )
         for i in range(count)
     ]
@@ -258,15 +262,15 @@ def heat_map(ax: Axes) -> dict[tuple[int, int], float]:
 def test_heat_maps_have_the_values_at_the_experts_numbers(model: str) -> None:
     layer = analyse(model).layers[1]
     figure = plot_similarity(layer)
-    cosines, pairs = heat_map(panel(figure, "Cosine")), heat_map(panel(figure, "Neurons found"))
+    cosines, pairs = heat_map(panel(figure, "Cosine")), heat_map(panel(figure, "Neurons shared"))
     for i in range(8):
         for j in range(8):
             if i == j:
                 assert np.isnan([cosines[i, j], pairs[i, j]]).all()
             else:
                 assert cosines[i, j] == layer.similarity.cosine[i][j]
-                assert pairs[i, j] == layer.lineage.pairs[i][j]
-    for name, values in (("Cosine", cosines), ("Neurons found", pairs)):
+                assert pairs[i, j] == layer.lineage.sharing.pairs[i][j]
+    for name, values in (("Cosine", cosines), ("Neurons shared", pairs)):
         low, high = panel(figure, name).images[0].get_clim()
         assert low <= np.nanmin(list(values.values())) <= np.nanmax(list(values.values())) <= high
         assert low <= 0.0
@@ -276,7 +280,7 @@ def test_heat_maps_have_the_values_at_the_experts_numbers(model: str) -> None:
 @pytest.mark.parametrize("sampled", [8, 64])
 def test_alike_experts_stand_together(sampled: int) -> None:
     figure = plot_similarity(with_experts(64, sampled))
-    for name, high in (("Cosine", 0.6), ("Neurons found", 0.5)):
+    for name, high in (("Cosine", 0.6), ("Neurons shared", 0.5)):
         values = np.ma.filled(panel(figure, name).images[0].get_array().astype(float), high)  # type: ignore[union-attr]
         borders = (np.diff(values, axis=1) != 0).sum(axis=1)
         assert borders.max() <= 2  # one block in each row
@@ -316,9 +320,9 @@ def test_depth_has_every_layer() -> None:
         )
     noise = points(line(panel(figure, "Rank"), "noise"))
     np.testing.assert_allclose(noise[:, 1], noise_rank((128, 64), 0.95) / 64)
-    for label, name in (("found again", "kept"), ("closely", "close"), ("by chance", "chance")):
-        found = points(line(panel(figure, "Neurons found"), label))
-        np.testing.assert_allclose(found[:, 1], [getattr(layer.lineage, name) for layer in analysis.layers])
+    for label, name in (("shared", "shared"), ("strongly", "strong")):
+        found = points(line(panel(figure, "Neurons shared"), label))
+        np.testing.assert_allclose(found[:, 1], [getattr(layer.lineage.sharing, name) for layer in analysis.layers])
 
 
 def test_depth_of_layers_with_and_without_a_gate() -> None:
@@ -343,7 +347,7 @@ def figure_of(layer: LayerAnalysis, title: str, name: str) -> float:
         return layer.projections[name].rank_ratio
     if title == "Cosine":
         return float(getattr(layer.cosine, name))
-    return {"again": layer.lineage.kept, "closely": layer.lineage.close}[name]
+    return {"all": layer.lineage.sharing.shared, "strongly": layer.lineage.sharing.strong}[name]
 
 
 def test_comparison_has_each_models_means() -> None:

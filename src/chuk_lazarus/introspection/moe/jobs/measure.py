@@ -25,6 +25,8 @@ from .resources import Resources
 DEFAULT_EXPERTS = 8  # of a layer, whose spectra an analysis takes
 WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
 GROUP = 16  # experts that are summed in float32
+LEAST_INPUTS = 16
+INPUTS = 256  # numbers of each neuron's vectors that pairs of experts are compared by
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,12 @@ class RoleMeasure:
     """One role's figures in one layer.
 
     `gram` is [experts, experts], of all experts' flattened matrices; `spectra` are the energy spectra of the deltas
-    (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding;
+    (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding, and
+    `base_spectrum` is that of the mean;
     `delta_energy` is the mean share of a chosen expert's energy that its delta has. Where neurons were matched,
-    `nearest` says where those at `positions` [chosen, n] of the chosen experts are found in the chosen experts, and
-    `elsewhere` in the given matrices of other layers or models.
+    `nearest` says where those at `positions` [chosen, n] of the chosen experts are found in the chosen experts,
+    `elsewhere` in the given matrices of other layers or models, and `vectors` [experts, neurons, d] has the same d
+    numbers of every neuron of every expert.
     """
 
     shape: tuple[int, int]
@@ -43,9 +47,11 @@ class RoleMeasure:
     chosen: tuple[int, ...]
     spectra: tuple[NDArray[np.float64], ...]
     delta_energy: float
+    base_spectrum: NDArray[np.float64]
     positions: NDArray[np.intp]
     nearest: Nearest | None
     elsewhere: tuple[Nearest, ...]
+    vectors: NDArray[np.float32] | None
 
 
 def measure_layer(
@@ -64,10 +70,11 @@ def measure_layer(
     result: dict[str, RoleMeasure] = {}
     layer.prefetch(progress)
     positions = draw_neurons(len(chosen), layer.sizes["I"], queries)
+    inputs = draw_inputs(layer, resources) if positions.size else np.empty(0, np.intp)
     done = expert_counter(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
     with resources.worker_threads(layer) as pool:
         for tensor in layer.tensors:
-            first = _FirstPass(tensor, chosen, positions, resources)
+            first = _FirstPass(tensor, chosen, positions, inputs, resources)
             first.take_all(pool, done)
             deltas, columns = [], []
             for spectra_and_shares, nearest in pool.map(first.deltas, chosen):
@@ -82,13 +89,23 @@ def measure_layer(
                     tuple(chosen),
                     spectra,
                     float(np.mean(shares)),
+                    energy_spectrum(first.base[role]),
                     positions,
                     join([nearest[role] for nearest in columns]) if positions.size else None,
                     tuple(
                         first.find_queries(role, _matrix(other_layer, role, expert)) for other_layer, expert in others
                     ),
+                    first.vectors.get(role),
                 )
     return {role: result[role] for role in layer.roles}
+
+
+def draw_inputs(layer: ExpertLayer, resources: Resources) -> NDArray[np.intp]:
+    """Which numbers of the neurons' vectors are kept for all experts: INPUTS, fewer where they take a sixth of the
+    memory."""
+    size, neurons = layer.sizes["H"], layer.count * layer.sizes["I"] * len(layer.roles)
+    count = min(size, INPUTS, max(LEAST_INPUTS, resources.memory // (6 * 4 * neurons)))
+    return np.sort(np.random.default_rng(0).choice(size, count, replace=False))
 
 
 def bytes_to_measure(layer: ExpertLayer, chosen: Sequence[int], resources: Resources) -> int:
@@ -147,9 +164,15 @@ class _FirstPass:
     """Base and Gram matrix of the roles in one stored tensor, gathered window by window."""
 
     def __init__(
-        self, tensor: ExpertTensor, chosen: Sequence[int], positions: NDArray[np.intp], resources: Resources
+        self,
+        tensor: ExpertTensor,
+        chosen: Sequence[int],
+        positions: NDArray[np.intp],
+        inputs: NDArray[np.intp],
+        resources: Resources,
     ) -> None:
         self.tensor = tensor
+        self.inputs = inputs
         self.resources = resources
         self.chosen = chosen
         self.positions = positions
@@ -161,6 +184,8 @@ class _FirstPass:
             role: np.empty((*positions.shape, shape[0 if role == "down" else 1]), np.float32)
             for role, shape in shapes.items()
         }
+        neurons = (self.layer.count, self.layer.sizes["I"], len(inputs))
+        self.vectors = {role: np.empty(neurons, np.float32) for role in shapes if len(inputs)}
         self._kept: dict[int, dict[str, NDArray[np.float32]]] = {}
         if _are_kept(tensor, len(chosen), resources):
             self._kept = {e: {role: np.empty_like(base) for role, base in self.base.items()} for e in chosen}
@@ -208,10 +233,14 @@ class _FirstPass:
         return find_nearest(queries, self.positions.reshape(-1), as_neurons(role, matrix))
 
     def _note_queries(self, piece: Piece) -> None:
-        """Copy what a piece holds of the neurons that are looked for."""
+        """Copy what a piece holds of the neurons that are looked for, and of all neurons the numbers that are kept."""
         shape = self.layer.shape(piece.role)
         rows, columns = (range(size)[part] for part, size in zip(piece.index, shape, strict=True))
         neurons, inputs = (columns, rows) if piece.role == "down" else (rows, columns)
+        places = np.flatnonzero((self.inputs >= inputs.start) & (self.inputs < inputs.stop))
+        kept = self.inputs[places] - inputs.start
+        part = piece.values[:, kept].transpose(0, 2, 1) if piece.role == "down" else piece.values[:, :, kept]
+        self.vectors[piece.role][:, neurons.start : neurons.stop, places] = part
         for place, (expert, wanted) in enumerate(zip(self.chosen, self.positions, strict=True)):
             held = (wanted >= neurons.start) & (wanted < neurons.stop)
             values = as_neurons(piece.role, piece.values[expert])

@@ -49,7 +49,7 @@ def find_nearest(queries: Array, positions: NDArray[np.intp], neurons: Array) ->
     Cosines are taken after the mean direction of the queries is subtracted: what all neurons share would make them
     alike. Lengths do not matter. A neuron of zeros, as from padding or pruning, has no direction: its cosines are 0.
     """
-    asked, pool = _unit(queries), _unit(neurons)
+    asked, pool = unit_rows(queries), unit_rows(neurons)
     center = asked.sum(axis=0) / max(1, np.count_nonzero(asked.any(axis=1)))
     cosines = _centered(asked, center) @ _centered(pool, center).T
     nearest = cosines.argmax(axis=1)[:, None]
@@ -74,7 +74,7 @@ def _centered(rows: Array, center: Array) -> Array:
     return rows
 
 
-def _unit(rows: Array) -> Array:
+def unit_rows(rows: Array) -> Array:
     """Rows of length 1, whatever their scale; zeros stay zeros."""
     with np.errstate(over="ignore"):
         lengths = _lengths(rows)

@@ -13,11 +13,12 @@ from ..numerics.spectra import SHARES
 from ..progress import Progress, no_progress
 from ..reports import Cost, DocumentedRule, LayerAnalysis, MoETypeAnalysis
 from ..terms import Origin
+from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from ..weights.experts import Experts
 from ..weights.fingerprint import fingerprint
 from ..weights.layouts import Kind
-from .classifier import THRESHOLDS, classify, classify_by_neurons
+from .classifier import RATES, THRESHOLDS, Verdict, classify, classify_by_neurons, is_from_parent
 from .layer import Sample, analyze_layer
 from .lineage import QUERIES
 from .parent import open_parent
@@ -98,8 +99,13 @@ def _analyze(
     costs = [opening, *worker_costs] if cluster else [opened.cost()]
     resumable.end()
     rank_projection, rank_ratio, cosine = _headline(results)
-    verdict = classify_by_neurons([layer.lineage for layer in results])
-    kinds = [layer.kind for layer in results if layer.kind]
+    verdict = classify_by_neurons([layer.lineage for layer in results], [layer.projections for layer in results])
+    kinds = [layer.kind for layer in results if layer.kind] if verdict.origin == "UPCYCLED" else []
+    if is_from_parent([layer.lineage.parent for layer in results if layer.lineage.parent]):
+        verdict = Verdict("UPCYCLED", RATES["UPCYCLED"])
+        if not kinds:
+            has_twins = any(layer.lineage.sharing.twins for layer in results)
+            kinds = ["from this parent, in identical copies" if has_twins else "from this parent, no neuron twice"]
     original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
     stored = sum(layer.stored_bytes for layer in opened.layers)
     return MoETypeAnalysis(
@@ -108,7 +114,7 @@ def _analyze(
         mtp_layers=experts.mtp_layers,
         type=verdict.origin,
         confidence=verdict.confidence,
-        kind=max(kinds, key=kinds.count) if kinds and verdict.origin == "UPCYCLED" else None,
+        kind=max(kinds, key=kinds.count) if kinds else None,
         documented_rule=_documented(rank_ratio, cosine, verdict.origin),
         parent=printable(parent) if parent else None,
         rank_projection=rank_projection,
@@ -162,7 +168,12 @@ def _headline(layers: Sequence[LayerAnalysis]) -> tuple[Literal["gate", "up"], f
 
 
 def _notes(layers: Sequence[LayerAnalysis]) -> list[str]:
-    notes = []
+    notes = [
+        f"layer {layer.layer}: experts {format_ranges(twins)} are identical"
+        for layer in layers
+        for twins in layer.lineage.sharing.twins[:4]
+        if len(layer.lineage.sharing.partners) > 1
+    ]
     if "gate" not in layers[0].projections:
         notes.append("the experts have no gate: the documented rule uses the up projection")
     if all(p.delta_energy == 0 for layer in layers for p in layer.projections.values()):

@@ -13,10 +13,10 @@ from ..numerics.gram import pairwise_cosines
 from ..numerics.low_rank import original_bytes, overlay_bytes
 from ..numerics.spectra import effective_rank, mean_rank, noise_rank, sample_decay
 from ..progress import Progress
-from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatch, Projection, Similarity
+from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatch, Projection, Sharing, Similarity
 from ..weights.expert_layer import ExpertLayer
-from .classifier import classify_by_neurons, is_alike_in_place
-from .lineage import Evidence, find_groups, match_evidence, name_kind, parent_evidence
+from .classifier import classify_by_neurons
+from .lineage import PairEvidence, find_groups, match_evidence, name_kind, pair_evidence, parent_evidence
 
 MATCH_BINS = 50
 MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
@@ -60,19 +60,26 @@ def analyze_layer(
                 _name(fraction): tuple(effective_rank(spectrum, fraction) for spectrum in measure.spectra)
                 for fraction in sample.variance
             },
+            breadth={
+                "base": effective_rank(measure.base_spectrum, 0.80) / noise_rank(measure.shape, 0.80),
+                "deltas": mean_rank(measure.spectra, 0.99) / noise_rank(measure.shape, 0.99),
+            },
             decay=tuple(np.mean([sample_decay(spectrum) for spectrum in measure.spectra], axis=0).round(6).tolist()),
         )
         for role, measure in measures.items()
     }
     means = {role: float(values.mean()) for role, values in cosines.items()}
-    lineage, evidence = _lineage(layer, measures, unrelated is not None, parent)
-    verdict = classify_by_neurons([lineage])
+    vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
+    with resources.worker_threads(layer) as pool:
+        sharing = pair_evidence(vectors, sample.queries, pool.map)
+    lineage = _lineage(layer, measures, unrelated is not None, parent, sharing)
+    verdict = classify_by_neurons([lineage], [projections])
     original, overlay = original_bytes(shapes, layer.count), overlay_bytes(shapes, ranks, layer.count)
     return LayerAnalysis(
         layer=layer.number,
         type=verdict.origin,
         confidence=verdict.confidence,
-        kind=name_kind(evidence, is_alike_in_place([lineage])) if verdict.origin == "UPCYCLED" else None,
+        kind=name_kind(sharing) if verdict.origin == "UPCYCLED" else None,
         original_bytes=original,
         stored_bytes=layer.stored_bytes,
         overlay_bytes=overlay,
@@ -85,8 +92,12 @@ def analyze_layer(
 
 
 def _lineage(
-    layer: ExpertLayer, measures: Mapping[str, RoleMeasure], has_neighbour: bool, parent: ExpertLayer | None
-) -> tuple[Lineage, Evidence]:
+    layer: ExpertLayer,
+    measures: Mapping[str, RoleMeasure],
+    has_neighbour: bool,
+    parent: ExpertLayer | None,
+    sharing: PairEvidence,
+) -> Lineage:
     any_measure = next(iter(measures.values()))
     chosen, positions = any_measure.chosen, any_measure.positions.reshape(-1)
     owner = np.repeat(np.arange(len(chosen)), any_measure.positions.shape[1])
@@ -113,7 +124,7 @@ def _lineage(
                 expert: (int(low), int(high)) for expert, (low, high) in zip(chosen, of_parent.ranges, strict=True)
             },
         )
-    lineage = Lineage(
+    return Lineage(
         neurons=evidence.queries,
         experts=chosen,
         kept=evidence.kept,
@@ -131,8 +142,28 @@ def _lineage(
         above=above,
         unrelated=unrelated,
         parent=match,
+        sharing=_describe_sharing(sharing),
     )
-    return lineage, evidence
+
+
+def _describe_sharing(evidence: PairEvidence) -> Sharing:
+    """Twins have the shares of the first of them, and all neurons of each other."""
+    first = {expert: group[0] for group in evidence.twins for expert in group}
+    count = len(evidence.experts) + sum(len(group) - 1 for group in evidence.twins)
+    shown = evenly_spaced(count, MOST_SHOWN)
+    places = [evidence.experts.index(first.get(expert, expert)) for expert in shown]
+    pairs = evidence.pairs[np.ix_(places, places)]
+    pairs[np.equal.outer(places, places)] = 1.0
+    np.fill_diagonal(pairs, 0.0)
+    return Sharing(
+        neurons=evidence.queries,
+        shared=evidence.shared,
+        strong=evidence.strong,
+        twins=evidence.twins,
+        partners=dict(zip(evidence.experts, evidence.partners, strict=True)),
+        experts=shown,
+        pairs=_rounded(pairs),
+    )
 
 
 def _name(share: float) -> str:

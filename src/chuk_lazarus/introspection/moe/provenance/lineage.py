@@ -7,7 +7,8 @@ whether gate and up agree about the match, is the test of Zhu et al., Independen
 2025 (phi_MATCH); here it is asked of the experts of one layer, neuron by neuron.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,13 @@ from numpy.typing import NDArray
 from scipy.special import bdtrc, ndtr
 
 from ..numerics.neurons import Array, Nearest
+from ..numerics.pairs import LEAD, PairMatches, are_mutual, match_neurons, prepare_neurons
 
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
 FEW = 0.02  # the share of close neurons from which on they tell the kind of upcycling
+STRONG = 0.8  # the mean cosine that independent experts do not reach, however alike training makes them
+LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
+LEAST_QUERIES, PAIR_QUERIES = 8, 1024  # neurons of an expert, and of all experts together, that are looked for in all
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
 
 
@@ -105,22 +110,44 @@ def match_evidence(
     )
 
 
-def name_kind(evidence: Evidence, in_place: bool) -> str:
-    """In words, what kind of upcycling leaves such matches; `in_place` says whether neurons at the same position are
-    alike.
+def name_kind(sharing: "PairEvidence") -> str:
+    """In words, what kind of upcycling leaves such matches.
 
-    Slices of one layer share neurons with some experts and none with others, copies with all of them alike; where
-    there are too few matches for a pair of experts to tell, both are named.
+    Copies share neurons with all experts alike. Slices that were cut alike, or copies of several layers, fall into
+    groups that share nothing with each other; slices that were shuffled before they were cut overlap with some more
+    than with others.
     """
-    if in_place and evidence.close < FEW:
-        return "copies, trained far apart"
-    shares = evidence.pairs[~np.eye(len(evidence.pairs), dtype=bool)]
-    expected = shares.mean() * evidence.queries / len(evidence.pairs)  # matches of a pair of experts
-    sliced = float((shares < 0.25 * shares.mean()).mean()) > 0.05
-    what = "copies or slices" if expected < 8 else "slices" if sliced else "copies"
-    order = "" if evidence.in_place > 0.5 else "shuffled "
-    whole = evidence.kept > 0.9 or (evidence.spread < 0.8 * evidence.kept and evidence.kept > 0.6)
-    return f"{order}{what}{'' if whole else ', partly re-initialised'}"
+    count = len(sharing.experts)
+    if count < 2:
+        return "identical copies"
+    copied = count + sum(len(group) - 1 for group in sharing.twins)
+    if sum(map(len, sharing.twins)) >= 0.9 * copied:
+        return f"identical copies in {len(sharing.twins)} groups (slices of a layer, or copies of several)"
+    if sharing.shared < FEW:
+        return "copies, mostly re-initialised"
+    order = "" if sharing.in_place > 0.5 else "shuffled "
+    groups = group_partners(sharing.pairs)
+    others = sharing.pairs[~np.eye(count, dtype=bool)]
+    if len(groups) > 1 and max(map(len, groups)) > 1:
+        sizes = {len(group) for group in groups}
+        size = str(sizes.pop()) if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+        what = f"copies in {len(groups)} groups of {size} (slices of a layer, or copies of several)"
+    elif float((others < 0.25 * others.mean()).mean()) > 0.05 and others.mean() * sharing.queries / count >= 8:
+        return f"{order}slices that overlap"
+    else:
+        what = "copies"
+    return f"{order}{what}{'' if sharing.shared > 0.6 else ', partly re-initialised'}"
+
+
+def group_partners(pairs: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
+    """Experts that share at least a third as many neurons with each other as each does with its best partner."""
+    from scipy.sparse.csgraph import connected_components  # here, because it takes long to load
+
+    both = np.minimum(pairs, pairs.T)
+    best = both.max(axis=1)
+    alike = both > np.maximum(np.minimum(best[:, None], best[None, :]) / 3, 0.02)
+    count, labels = connected_components(alike, directed=False)
+    return tuple(tuple(int(place) for place in np.flatnonzero(labels == label)) for label in range(count))
 
 
 def find_groups(evidence: Evidence, experts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -131,6 +158,102 @@ def find_groups(evidence: Evidence, experts: Sequence[int]) -> tuple[tuple[int, 
     count, labels = connected_components(alike, directed=False)
     groups = [tuple(experts[int(i)] for i in np.flatnonzero(labels == label)) for label in range(count)]
     return tuple(group for group in groups if len(group) > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PairEvidence:
+    """Which experts of a layer share neurons, over all experts that are not identical.
+
+    `shared` is the share of an expert's neurons that are found in its best partner, and there in turn as the same,
+    mean over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG. The partner
+    is chosen by one half of the queries, and the shares are taken from the other, so that their meaning does not depend
+    on how many experts there are. `pairs` [experts, experts] is the share of one expert's queries that are found in
+    another, `partners` the best partner of each expert, `in_place` the share of all that is found at its own position.
+    `twins` are groups of experts with the same weights: only the first of each is among `experts`, the others are left
+    out. Of the neurons, `queries` were looked for: none where their vectors are too short to tell them apart, and none
+    that has a role of zeros. `roles` were compared, of equal ones only the first.
+    """
+
+    experts: tuple[int, ...]
+    twins: tuple[tuple[int, ...], ...]
+    queries: int
+    shared: float
+    strong: float
+    pairs: NDArray[np.float64]
+    partners: tuple[int, ...]
+    in_place: float
+    roles: int
+
+
+def pair_evidence(
+    vectors: Mapping[str, Array],
+    wanted: int | None,
+    run: Callable[[Callable[[int], PairMatches], Iterable[int]], Iterable[PairMatches]] = map,
+    seed: int = 0,
+) -> PairEvidence:
+    """The evidence of vectors [experts, neurons, d] by role, from a sample of the neurons, or from all for None as
+    `wanted`; `run` maps a function over the experts."""
+    twins = find_twins(vectors)
+    repeated = {expert for group in twins for expert in group[1:]}
+    experts = tuple(e for e in range(len(next(iter(vectors.values())))) if e not in repeated)
+    count, neurons = len(experts), next(iter(vectors.values())).shape[1]
+    if count < 2 or min(matrix.shape[2] for matrix in vectors.values()) < LEAST_INPUTS:
+        return PairEvidence(experts, twins, 0, 0.0, 0.0, np.zeros((count, count)), experts, 0.0, len(vectors))
+    roles = prepare_neurons({role: matrix[list(experts)] if repeated else matrix for role, matrix in vectors.items()})
+    rng = np.random.default_rng(seed)
+    sampled = neurons if wanted is None else min(neurons, max(LEAST_QUERIES, PAIR_QUERIES // count))
+    positions = np.stack([rng.permutation(neurons)[:sampled] for _ in range(count)])
+    matches = match_neurons(roles, positions, run)
+    is_found = ((matches.neuron >= 0) & (matches.lead >= LEAD)).reshape(count, sampled, count)
+    is_found[np.arange(count), :, np.arange(count)] = False
+    neuron, cosine = (array.reshape(count, sampled, count) for array in (matches.neuron, matches.cosine))
+    shared, strong = [], []
+    halves = (np.s_[0::2], np.s_[1::2]) if sampled > 1 else (np.s_[:], np.s_[:])
+    for chosen, asked in (halves, halves[::-1]):
+        partners = best_partners(is_found[:, chosen].mean(axis=1))
+        of_partner = partners[:, None, None]
+        in_partner = np.take_along_axis(is_found[:, asked], of_partner, axis=2)[..., 0]
+        there = np.where(in_partner, np.take_along_axis(neuron[:, asked], of_partner, axis=2)[..., 0], -1)
+        is_mutual = are_mutual(roles, positions[:, asked], partners, there)
+        shared.append(is_mutual.mean(axis=1))
+        is_strong = np.take_along_axis(cosine[:, asked], of_partner, axis=2)[..., 0] >= STRONG
+        strong.append((is_mutual & is_strong).mean(axis=1))
+    pairs = is_found.mean(axis=1)
+    return PairEvidence(
+        experts,
+        twins,
+        int(np.all([_take_any(matrix, positions) for matrix in roles.values()], axis=0).sum()),
+        float(np.mean(shared)),
+        float(np.mean(strong)),
+        pairs,
+        tuple(experts[int(partner)] for partner in best_partners(pairs)),
+        float((is_found & (neuron == positions[:, :, None])).sum() / is_found.sum()) if is_found.any() else 0.0,
+        len(roles),
+    )
+
+
+def _take_any(vectors: Array, positions: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which of the neurons at `positions` [experts, n] are not all zeros."""
+    return np.take_along_axis(vectors.any(axis=2), positions, axis=1)
+
+
+def best_partners(pairs: NDArray[np.float64]) -> NDArray[np.intp]:
+    """For each expert the other one that has most of its neurons; the next expert where none has any."""
+    others = np.where(np.eye(len(pairs), dtype=bool), -1.0, pairs)
+    following = (np.arange(len(pairs)) + 1) % len(pairs)
+    return np.where(others.max(axis=1) > 0, others.argmax(axis=1), following)
+
+
+def find_twins(vectors: Mapping[str, Array]) -> tuple[tuple[int, ...], ...]:
+    """Groups of experts whose vectors are the same to the last bit, and not all zeros."""
+    groups: dict[bytes, list[int]] = {}
+    for expert in range(len(next(iter(vectors.values())))):
+        digest = hashlib.sha256()
+        for matrix in vectors.values():
+            digest.update(matrix[expert].tobytes())
+        if any(matrix[expert].any() for matrix in vectors.values()):
+            groups.setdefault(digest.digest(), []).append(expert)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 @dataclass(frozen=True, slots=True)

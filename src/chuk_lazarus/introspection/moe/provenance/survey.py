@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import fsum
 from pathlib import Path
+from statistics import fmean
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -244,6 +245,8 @@ def _shorten(analysis: MoETypeAnalysis) -> SurveyAnswer:
     return SurveyAnswer(
         **_shared(analysis),
         **{figure: analysis.mean_over_layers(figure) for figure in ("kept", "close", "chance")},
+        shared=fmean(layer.lineage.sharing.shared for layer in analysis.layers),
+        strong=fmean(layer.lineage.sharing.strong for layer in analysis.layers),
         layers=tuple(layer.layer for layer in analysis.layers),
         parent_kept=sum(parents) / len(parents) if parents else None,
     )

@@ -28,6 +28,7 @@ from .provenance import (
     ParentMatch,
     Projection,
     QuickLayer,
+    Sharing,
     Similarity,
 )
 from .report import Cost, Identity, Report, as_details, as_html, as_rich
@@ -66,6 +67,7 @@ __all__ = [
     "Report",
     "SameBytes",
     "SharedExperts",
+    "Sharing",
     "Similarity",
     "SurveyAnswer",
     "SurveyError",

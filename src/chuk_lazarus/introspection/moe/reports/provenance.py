@@ -27,7 +27,9 @@ class Projection(Report):
     `rank` is the effective rank at each share of energy, mean over `experts`, and `expert_ranks` are those of each;
     `rank_ratio` is that at 0.95 over `max_rank`, and `noise_rank_ratio` the same rank over that of an iid Gaussian
     matrix of the same shape. `delta_energy` is the delta's share of an expert's energy. `decay` has the singular values
-    at evenly spaced ranks from the first to the last, over their root mean square, mean over `experts`.
+    at evenly spaced ranks from the first to the last, over their root mean square, mean over `experts`. `breadth` has
+    the rank that holds 80 % of the energy of the `base`, the mean of all experts, and the one that holds 99 % of the
+    `deltas`, mean over `experts`, each over that of noise.
     """
 
     shape: tuple[int, int]
@@ -39,6 +41,7 @@ class Projection(Report):
     experts: tuple[int, ...]
     expert_ranks: dict[str, tuple[int, ...]]
     decay: tuple[float, ...]
+    breadth: dict[str, float]
 
 
 class Similarity(Report):
@@ -75,6 +78,27 @@ class ParentMatch(Report):
     ranges: dict[int, tuple[int, int]]
 
 
+class Sharing(Report):
+    """Which experts share neurons, over all experts of a layer; the verdict is from this.
+
+    A neuron is found in another expert where its vectors in all roles have one and the same neuron there for their
+    nearest, clearly nearer than the second nearest; columns, signs and equal roles make no difference. `shared` is the
+    share of an expert's neurons that are found in its best partner, and there in turn as the same, mean over the
+    experts; `strong` that of neurons that are found so with a mean cosine of at least 0.8. `neurons` were looked for.
+    `twins` are groups of experts with the same weights, of which only the first is counted. `partners` names the best
+    partner of each expert, and `pairs` the share of the neurons of one of `experts` (row, up to 64 of them) that are
+    found in another (column).
+    """
+
+    neurons: int
+    shared: float
+    strong: float
+    twins: tuple[tuple[int, ...], ...]
+    partners: dict[int, int]
+    experts: tuple[int, ...]
+    pairs: tuple[tuple[float, ...], ...]
+
+
 class Lineage(Report):
     """Whether neurons of one expert are found again in others.
 
@@ -87,7 +111,7 @@ class Lineage(Report):
     another (column). `cosine` is the mean of neurons at the same position, `permuted_cosine` what to expect of it if
     each expert's neurons were shuffled, and `cosine_p_value` the probability of so much or more if they were. `above`
     says, by role, for what share of neurons the nearest in another expert is nearer than `unrelated`, the nearest that
-    any has in an expert of another layer; both null where no other layer is analysed.
+    any has in an expert of another layer; both null where no other layer is analysed. `sharing` says it of all experts.
     """
 
     neurons: int
@@ -107,6 +131,7 @@ class Lineage(Report):
     above: dict[str, float] | None
     unrelated: dict[str, float] | None
     parent: ParentMatch | None
+    sharing: Sharing
 
 
 class DocumentedRule(Report):
@@ -177,8 +202,10 @@ class MoETypeAnalysis(Identity):
 class QuickLayer(Report):
     """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
 
-    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, by gate and up alone (up and
-    down of ungated experts); `reach` is the share that would be found again if the experts were shuffled copies.
+    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, and `shared`, `strong` and
+    `twins` as in Sharing, by gate and up alone (up and down of ungated experts), of which `roles` differ. `reach` is
+    the share that would be found in the best partner if the experts were shuffled copies. `delta_energy` and `breadth`
+    are of the differences of neighbouring experts, `breadth` as that of deltas in Projection.
     """
 
     layer: int
@@ -191,14 +218,20 @@ class QuickLayer(Report):
     close: float
     chance: float
     in_place: float
+    shared: float = 0.0
+    strong: float = 0.0
+    twins: tuple[tuple[int, ...], ...] = ()
+    roles: int = 2
+    breadth: float = 1.0
+    delta_energy: float = 1.0
     kind: str | None
 
 
 class MoEQuickAnalysis(Identity):
     """How one model's experts were trained, by a part of some experts in a few layers.
 
-    `type` and `confidence`, the rate of such verdicts that are right, come from `close` and `reach`, means over
-    `layers`; `full_confidence` is the rate of full analyses that say so (of those that decide, where this one does
+    `type` and `confidence`, the rate of such verdicts that are right, come from `shared`, `strong` and `reach`, means
+    over `layers`; `full_confidence` is the rate of full analyses that say so (of those that decide, where this one does
     not). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of `stored_bytes`,
     those of all experts (taken from the analysed layers); a full analysis of one layer would read `full_bytes`.
     """
@@ -210,6 +243,8 @@ class MoEQuickAnalysis(Identity):
     full_confidence: float
     kind: str | None
     close: float
+    shared: float = 0.0
+    strong: float = 0.0
     reach: float
     budget: int
     weight_bytes: int

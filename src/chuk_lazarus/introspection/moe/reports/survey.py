@@ -25,7 +25,8 @@ class SurveyRequest(Report):
 class SurveyAnswer(Identity):
     """An analysis in short: its verdict, and the evidence over the analysed layers as means.
 
-    `kept`, `close` and `chance` are those of Lineage, `parent_kept` that of ParentMatch, null without a parent; the
+    `kept`, `close` and `chance` are those of Lineage, `shared` and `strong` those of Sharing (null in rows of older
+    versions), `parent_kept` that of ParentMatch, null without a parent; the
     rest is as in MoETypeAnalysis. A quick analysis has no ranks, cosine and overlay: they are null, and `reach`, as in
     MoEQuickAnalysis, is null of all others.
     """
@@ -40,6 +41,8 @@ class SurveyAnswer(Identity):
     kept: float
     close: float
     chance: float
+    shared: float | None = None
+    strong: float | None = None
     reach: float | None = None
     parent_kept: float | None = None
     overlay_ratio: float | None = None

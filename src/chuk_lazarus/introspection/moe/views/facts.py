@@ -48,9 +48,8 @@ def mean_over_layers(model: MoETypeAnalysis, figure: LayerFigure) -> float:
 
 RANK_RATIO: ProjectionFigure = attrgetter("rank_ratio")
 NOISE_RATIO: ProjectionFigure = attrgetter("noise_rank_ratio")
-KEPT: LayerFigure = attrgetter("lineage.kept")
-CLOSE: LayerFigure = attrgetter("lineage.close")
-CHANCE: LayerFigure = attrgetter("lineage.chance")
+SHARED: LayerFigure = attrgetter("lineage.sharing.shared")
+STRONG: LayerFigure = attrgetter("lineage.sharing.strong")
 COSINE: LayerFigure = attrgetter("cosine.mean")
 COSINE_SPREAD: LayerFigure = attrgetter("cosine.std")
 OVERLAY: LayerFigure = attrgetter("overlay_ratio")
@@ -64,9 +63,8 @@ def compare(models: Sequence[MoETypeAnalysis]) -> Table:
         ("Verdict", lambda model: model.type),
         ("Confidence", lambda model: whole_percent(model.confidence)),
         ("Kind", lambda model: model.kind or "–"),
-        ("Neurons found again", _mean_of(KEPT)),
-        ("closely", _mean_of(CLOSE)),
-        ("by chance", _mean_of(CHANCE)),
+        ("Neurons shared", _mean_of(SHARED)),
+        ("strongly", _mean_of(STRONG)),
         *((f"{role.capitalize()} rank", partial(_format_mean_rank, role=role)) for role in ROLES),
         ("of noise", _mean_of(NOISE)),
         ("Delta energy", _mean_of(DELTA_ENERGY)),
@@ -86,9 +84,8 @@ def compare_briefly(models: Sequence[MoETypeAnalysis]) -> Table:
         ("Type", lambda model: model.type),
         ("Confidence", lambda model: f"{model.confidence:.0%}"),
         ("Kind", lambda model: model.kind or ""),
-        ("Neurons found", _mean_of(KEPT)),
-        ("  closely", _mean_of(CLOSE)),
-        ("  by chance", _mean_of(CHANCE)),
+        ("Neurons shared", _mean_of(SHARED)),
+        ("  strongly", _mean_of(STRONG)),
         ("By rank", lambda model: f"{model.documented_rule.type} ({model.documented_rule.confidence:.0%})"),
         ("Layers", lambda model: ", ".join(str(layer.layer) for layer in model.layers)),
         ("Experts", _format_experts),
@@ -106,9 +103,8 @@ def compare_briefly(models: Sequence[MoETypeAnalysis]) -> Table:
 def list_layers(model: MoETypeAnalysis) -> Table:
     """A row for each layer: its verdict and its evidence."""
     columns: list[Column] = [
-        ("Found", KEPT, percent),
-        ("Closely", CLOSE, percent),
-        ("Chance", CHANCE, percent),
+        ("Shared", SHARED, percent),
+        ("Strongly", STRONG, percent),
         *_rank_columns(model, percent),
         ("Of noise", NOISE, percent),
         ("Delta", DELTA_ENERGY, percent),
@@ -116,7 +112,7 @@ def list_layers(model: MoETypeAnalysis) -> Table:
         ("Overlay", OVERLAY, format_ratio),
     ]
     return Table(
-        f"The layers of {model.model}: neurons found again, 95 % ranks over the greatest possible, and what follows",
+        f"The layers of {model.model}: neurons shared, 95 % ranks over the greatest possible, and what follows",
         ["Layer", "Type", *(heading for heading, _, _ in columns)],
         [[str(layer.layer), layer.type, *_cells(layer, columns)] for layer in model.layers],
     )
@@ -129,7 +125,7 @@ def list_layers_briefly(model: MoETypeAnalysis) -> Table:
         ("Noise", NOISE, whole_percent),
         ("Cosine", COSINE, "{:.3f}".format),
         ("Delta", DELTA_ENERGY, whole_percent),
-        ("Found", KEPT, whole_percent),
+        ("Shared", SHARED, whole_percent),
         ("Ratio", OVERLAY, format_ratio),
     ]
     return Table(

@@ -36,15 +36,12 @@ MEANINGS = (
         "How often such a verdict was right on held-out models of known history: the lower end of the 95 % interval.",
     ),
     (
-        "Neurons found again",
-        "The share of the sampled neurons (a gate row, an up row and a down column) for which all these vectors have "
-        "one and the same neuron of another expert for their nearest.",
+        "Neurons shared",
+        "The share of an expert's neurons (a gate row, an up row and a down column) that are found again in the other "
+        "expert that has most of them: all these vectors have one and the same neuron there for their nearest, clearly "
+        "nearer than the second nearest, and the other way round. The mean over all experts.",
     ),
-    ("Closely", "The share of the sampled neurons that are found again with a mean cosine of at least 0.5."),
-    (
-        "By chance",
-        "The share that would be found again in unrelated experts, by how often each neuron is anybody's nearest.",
-    ),
+    ("Strongly", "The share of neurons that are found so with a mean cosine of at least 0.8: nearly the same."),
     (
         "Rank",
         "The least number of singular directions that hold 95 % of the energy of a delta, an expert minus the mean of "
@@ -77,8 +74,9 @@ MEANINGS = (
     ),
     (
         "Limits",
-        "A model whose every weight was drawn anew looks native, and so does a dense layer that was cut into experts "
-        "without a duplicate, unless its parent is given; one that was grown by duplicating experts looks upcycled.",
+        "A model whose every weight was re-initialised looks native, and so does a dense layer that was cut into "
+        "experts without a duplicate, unless its parent is given. Where every expert is there twice, they may have "
+        "been merged or duplicated, and what they were before is not known.",
     ),
 )
 
@@ -159,11 +157,11 @@ def _headline(model: MoETypeAnalysis) -> list[tuple[str, str, str]]:
     """The figures that matter most: name, value, and what to compare it with."""
     role = model.rank_projection
     noise_ratio = facts.of_projection(role, facts.NOISE_RATIO)
-    figures = (facts.KEPT, facts.CLOSE, facts.CHANCE, noise_ratio, facts.COSINE_SPREAD)
-    kept, close, chance, noise, spread = (facts.mean_over_layers(model, figure) for figure in figures)
+    figures = (facts.SHARED, facts.STRONG, noise_ratio, facts.COSINE_SPREAD)
+    shared, strong, noise, spread = (facts.mean_over_layers(model, figure) for figure in figures)
     pays = "compressible" if model.compressible else "not compressible"
     return [
-        ("Neurons found again", percent(kept), f"{percent(chance)} by chance; {percent(close)} closely"),
+        ("Neurons shared", percent(shared), f"with the best partner; {percent(strong)} strongly"),
         ("Cosine (down)", f"{model.cosine:.3f}", f"± {spread:.3f} over the pairs"),
         (
             f"{role.capitalize()} rank",
@@ -211,7 +209,8 @@ def _describe_matches(layer: LayerAnalysis) -> str:
     return (
         f"Cosines of {lineage.neurons} neurons with the nearest neuron of another expert, half of them above "
         f"{_median(matches.nearest):.2f}, and with the second nearest, half above {_median(matches.runner_up):.2f}. "
-        f"{percent(lineage.kept)} are found again, {percent(lineage.chance)} by chance."
+        f"{percent(lineage.sharing.shared)} of an expert's neurons are shared with its best partner, "
+        f"{percent(lineage.sharing.strong)} strongly."
     )
 
 
@@ -223,7 +222,7 @@ def _median(counts: Sequence[int]) -> float:
 
 def _describe_similarity(layer: LayerAnalysis) -> str:
     cosines = [cosine for i, row in enumerate(layer.similarity.cosine) for cosine in row[:i]]
-    pairs = [share for i, row in enumerate(layer.lineage.pairs) for j, share in enumerate(row) if i != j]
+    pairs = [share for i, row in enumerate(layer.lineage.sharing.pairs) for j, share in enumerate(row) if i != j]
     return (
         f"Cosines between the down projections of {len(layer.similarity.experts)} experts, "
         f"{_format_range(cosines, '{:.3f}'.format)}; the share of one expert's neurons that another has, "
@@ -241,19 +240,19 @@ def _describe_decay(layer: LayerAnalysis) -> str:
 
 def _describe_depth(model: MoETypeAnalysis) -> str:
     role = model.rank_projection
-    kept, ranks, cosines = (
+    shared, ranks, cosines = (
         [figure(layer) for layer in model.layers]
-        for figure in (facts.KEPT, facts.of_projection(role, facts.RANK_RATIO), facts.COSINE)
+        for figure in (facts.SHARED, facts.of_projection(role, facts.RANK_RATIO), facts.COSINE)
     )
     return (
-        f"{len(model.layers)} layers: neurons found again, {_format_range(kept, percent)}; "
+        f"{len(model.layers)} layers: neurons shared, {_format_range(shared, percent)}; "
         f"{role} rank, {_format_range(ranks, percent)}; cosine, {_format_range(cosines, '{:.3f}'.format)}."
     )
 
 
 def _describe_comparison(comparison: MoETypeComparison) -> str:
     models = (
-        f"{model.model}: {percent(facts.mean_over_layers(model, facts.KEPT))} of the neurons found again, "
+        f"{model.model}: {percent(facts.mean_over_layers(model, facts.SHARED))} of the neurons shared, "
         f"{model.rank_projection} rank {percent(model.rank_ratio)}, cosine {model.cosine:.3f}"
         for model in comparison.models
     )

@@ -1,10 +1,10 @@
 """Results in words: the names of models and layers, figures with their units, verdicts in a sentence."""
 
+import math
 from collections.abc import Sequence
-from math import ceil
 from statistics import fmean
 
-from ..provenance.classifier import LINEAGE, QUICK, is_alike_in_place
+from ..provenance.classifier import LINEAGE, QUICK, has_adapter, is_alike_in_place, mean_over_projections
 from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, Projection
 from ..text import format_bytes, format_ranges, percent
 
@@ -61,54 +61,78 @@ def format_compressible(analysis: MoETypeAnalysis) -> str:
 
 def explain(analysis: MoETypeAnalysis) -> str:
     """One sentence on why the verdict is what it is."""
-    neurons = sum(layer.lineage.neurons for layer in analysis.layers)
-    kept, close, chance = (analysis.mean_over_layers(figure) for figure in ("kept", "close", "chance"))
+    lineages = [layer.lineage for layer in analysis.layers]
+    sharing = [lineage.sharing for lineage in lineages]
+    shared, strong = fmean(layer.shared for layer in sharing), fmean(layer.strong for layer in sharing)
+    neurons = sum(layer.neurons for layer in sharing)
     evidence = (
-        f"{percent(kept)} of {neurons:,} neurons are found again in another expert ({percent(close)} closely), "
-        f"{percent(chance)} by chance"
+        f"{percent(shared)} of an expert's neurons are found again in its best partner ({percent(strong)} with a "
+        f"cosine of 0.8 or more), of {neurons:,} that were looked for"
     )
+    if is_alike_in_place(lineages) and shared < LINEAGE.upcycled:
+        cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
+        evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
     match analysis.type:
         case "UPCYCLED":
-            cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
-            if close < LINEAGE.close_upcycled and is_alike_in_place([layer.lineage for layer in analysis.layers]):
-                evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
             return f"{evidence}: {analysis.kind}."
         case "NATIVE":
-            return f"{evidence}: each expert has neurons of its own, or all of them were drawn anew."
-    if chance > LINEAGE.chance:
-        return f"{evidence}: the experts have too few neurons to judge by."
+            if is_alike_in_place(lineages) and not any(layer.twins for layer in sharing):
+                return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
+            return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
+    if shared >= LINEAGE.upcycled or strong >= LINEAGE.strong:
+        return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
+    if any(layer.twins for layer in sharing):
+        return f"{evidence}; each expert is there twice: they were merged, or duplicated."
+    if is_alike_in_place(lineages):
+        return f"{evidence}: they have something in common, as copies that were trained far apart have."
+    if neurons < LINEAGE.neurons:
+        return f"{evidence}: the experts have too few neurons to decide by."
     return f"{evidence}: too many for independent experts, and too few for copies."
+
+
+def _describe_common(analysis: MoETypeAnalysis) -> str:
+    """What experts have in common beside neurons."""
+    energy = max(0.0, fmean(layer.cosine.mean for layer in analysis.layers))
+    if has_adapter(mean_over_projections([layer.projections for layer in analysis.layers])[0]):
+        return f"the experts share a component of few directions with {percent(energy)} of their energy"
+    return f"the experts are a base with {percent(energy)} of their energy plus deltas of few directions"
 
 
 def explain_quick(report: MoEQuickAnalysis) -> str:
     """One sentence on why the quick verdict is what it is."""
     neurons = sum(layer.neurons for layer in report.layers)
     evidence = (
-        f"{percent(report.close)} of {neurons:,} neurons are found again, closely, in the parts that were read; of "
-        f"shuffled copies {percent(report.reach)} would be"
+        f"{percent(report.shared)} of an expert's neurons are found again in its best partner "
+        f"({percent(report.strong)} with a cosine of 0.8 or more), of {neurons:,} in the parts that were read; "
+        f"of shuffled copies up to {percent(report.reach)} would be"
     )
     match report.type:
         case "UPCYCLED":
             return f"{evidence}: {report.kind}."
         case "NATIVE":
-            return f"{evidence}: each expert has neurons of its own, or all of them were drawn anew."
-    if report.reach < QUICK.reach and report.close < QUICK.least:
+            return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
+    if any(layer.twins for layer in report.layers):
+        return f"{evidence}; some experts are identical: they were merged, or duplicated."
+    if report.shared >= QUICK.upcycled or report.strong >= QUICK.strong:
+        return f"{evidence}; the experts may be one base plus deltas of few directions, as an overlay makes them."
+    if report.shared < QUICK.native and QUICK.copies * report.reach * neurons < QUICK.expected:
         return f"{evidence}: too few to call that NATIVE; {_suggest_budget(report)}."
     return f"{evidence}: too few to tell."
 
 
 def _suggest_budget(report: MoEQuickAnalysis) -> str:
-    """The budget whose reach a NATIVE verdict needs: n of N neurons of E experts reach 1 - (1 - n / N)^(E - 1)."""
-    others = min(len(layer.experts) for layer in report.layers) - 1
-    part = min(layer.part for layer in report.layers)
-    wanted = report.weight_bytes * (1 - (1 - QUICK.reach) ** (1 / others)) / part
-    return f"--budget {ceil(1.05 * wanted / 1e6)}MB would do"
+    """The budget whose parts are long enough for a NATIVE verdict: reach grows with them."""
+    neurons = sum(layer.neurons for layer in report.layers)
+    growth = QUICK.expected / (QUICK.copies * report.reach * neurons) if neurons else math.inf
+    if growth > 1 / min(layer.part for layer in report.layers):
+        return "the experts are too small for a quick verdict"
+    return f"--budget {math.ceil(1.05 * report.weight_bytes * growth / 1e6)}MB would do"
 
 
 def explain_full_analysis(report: MoEQuickAnalysis) -> str:
     """What a full analysis of one layer would cost, and how much surer it would be."""
     gain = f"{report.full_confidence:.0%} confidence"
-    if report.full_confidence == report.confidence:
+    if report.full_confidence <= report.confidence:
         gain = "no surer by the rates measured, but with ranks and an overlay"
     return f"without --quick, one layer: {format_bytes(report.full_bytes)}, {gain}"
 

@@ -40,18 +40,21 @@ DECAY = (
     "sampled experts; grey: Gaussian noise of the same shape. Marks: effective ranks at shares of the energy."
 )
 SIMILARITY = (
-    "Cosine of the experts' flattened down projections, and the share of an expert's sampled neurons (row) that are "
+    "Cosine of the experts' flattened down projections, and the share of an expert's neurons (row) that are "
     "found again in another (column); alike experts stand together."
 )
 MATCHES = (
     "Cosine of sampled neurons with the nearest neuron of another expert, and with the second nearest, which is what "
     "unrelated neurons look like."
 )
-DEPTH = "Effective rank at 95 % of the delta's energy, mean cosine of two experts, and neurons found in another expert."
+DEPTH = (
+    "Effective rank at 95 % of the delta's energy, mean cosine of two experts, and the share of an expert's neurons "
+    "that its best partner has, too."
+)
 COMPARISON = (
     "Top, the first analysed layer of each: singular values of the deltas (expert minus mean of all experts) over "
     "their root mean square; broad and pale, Gaussian noise of the same shape. Bottom, means over the layers: upright "
-    "ticks are the rank of noise, and the share found by chance; bars the standard deviation over pairs of experts."
+    "ticks are the rank of noise; bars the standard deviation over pairs of experts."
 )
 
 
@@ -68,7 +71,7 @@ def plot_decay(layer: LayerAnalysis, model: Identity | None = None, command: str
 
 @styled()
 def plot_similarity(layer: LayerAnalysis, model: Identity | None = None, command: str | None = None) -> "Figure":
-    """How alike the experts are: the cosines of their down projections, and the share of neurons found again.
+    """How alike the experts are: the cosines of their down projections, and the share of neurons that they share.
 
     The order of the experts is that of a hierarchical clustering with average linkage.
     """
@@ -89,7 +92,7 @@ def plot_matches(layer: LayerAnalysis, model: Identity | None = None, command: s
 
 @styled()
 def plot_depth(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure":
-    """Rank ratio, cosine and the share of neurons found again, by layer."""
+    """Rank ratio, cosine and the share of neurons that are shared, by layer."""
     figure = new_figure(5.2, "From layer to layer")
     axes = figure.subplots(3, 1, sharex=True)
     _paint_depth(axes, analysis.layers)
@@ -122,7 +125,7 @@ def plot_analysis(analysis: MoETypeAnalysis, command: str | None = None) -> "Fig
 
 @styled()
 def plot_comparison(comparison: MoETypeComparison, command: str | None = None) -> "Figure":
-    """Several models in one figure: decay in the first layer of each; ranks, cosines and neurons found again."""
+    """Several models in one figure: decay in the first layer of each; ranks, cosines and neurons shared."""
     models = comparison.models
     names = [wrap(f"{identify(model)}: {_format_verdict(model)}", WIDTH - 0.8) for model in models]
     legend_height = sum(0.21 + 0.13 * name.count("\n") for name in names)
@@ -144,8 +147,7 @@ def plot_comparison(comparison: MoETypeComparison, command: str | None = None) -
     )
     spread = {"down": means(facts.COSINE_SPREAD)}
     _paint_dots(cosines, "Cosine", {role: means(_cosine(role)) for role in roles}, bars=spread)
-    chance = dict.fromkeys(("again", "closely"), means(facts.CHANCE))
-    _paint_dots(neurons, "Neurons found", {"again": means(facts.KEPT), "closely": means(facts.CLOSE)}, ticks=chance)
+    _paint_dots(neurons, "Neurons shared", {"all": means(facts.SHARED), "strongly": means(facts.STRONG)})
     cosines.set_xlim(*_from_zero(*cosines.dataLim.intervalx))
     for ax in (ranks, neurons):
         ax.set_xlim(-0.03, 1.03)
@@ -165,8 +167,8 @@ def _format_verdict(analysis: MoETypeAnalysis) -> str:
 
 def _describe_matches(lineage: Lineage) -> str:
     return (
-        f"{percent(lineage.kept)} of {lineage.neurons:,} neurons are found again, {percent(lineage.close)} closely, "
-        f"{percent(lineage.chance)} by chance."
+        f"{percent(lineage.sharing.shared)} of an expert's neurons are shared with its best partner, "
+        f"{percent(lineage.sharing.strong)} strongly."
     )
 
 
@@ -224,14 +226,14 @@ def _scale_decays(axes: Sequence["Axes"]) -> None:
 
 def _paint_similarity(axes: Sequence["Axes"], layer: LayerAnalysis) -> None:
     left, right = axes
-    similarity, lineage = layer.similarity, layer.lineage
-    cosines, pairs = np.array(similarity.cosine), np.array(lineage.pairs)
-    if similarity.experts == lineage.experts:
+    similarity, sharing = layer.similarity, layer.lineage.sharing
+    cosines, pairs = np.array(similarity.cosine), np.array(sharing.pairs)
+    if similarity.experts == sharing.experts:
         order = right_order = _order(cosines + pairs + pairs.T)
     else:
         order, right_order = _order(cosines), _order(pairs + pairs.T)
     _paint_heat(left, cosines, similarity.experts, order, "Cosine (down)")
-    _paint_heat(right, pairs, lineage.experts, right_order, "Neurons found again", format_share)
+    _paint_heat(right, pairs, sharing.experts, right_order, "Neurons shared", format_share)
     left.set(xlabel="expert", ylabel="expert")
     right.set(xlabel="in expert", ylabel="neurons of expert")
 
@@ -311,16 +313,15 @@ def _paint_depth(axes: Sequence["Axes"], layers: Sequence[LayerAnalysis]) -> Non
     noise = facts.over_projections(_noise_ratio)
     ranks.plot(numbers, [noise(layer) for layer in layers], color=GREY, linewidth=3, alpha=0.5, zorder=1, label="noise")
     for figure, style, label in (
-        (facts.KEPT, ROLE_STYLES["gate"], "found again"),
-        (facts.CLOSE, ROLE_STYLES["up"], "closely"),
-        (facts.CHANCE, (GREY, ":", "x"), "by chance"),
+        (facts.SHARED, ROLE_STYLES["gate"], "shared"),
+        (facts.STRONG, ROLE_STYLES["up"], "strongly"),
     ):
         draw(neurons, figure, style, label)
     cosines.set_ylim(*_from_zero(*cosines.dataLim.intervaly))
     for ax in (ranks, neurons):
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(format_share)
-    for ax, title in ((ranks, "Rank (95 %)"), (cosines, "Cosine"), (neurons, "Neurons found again")):
+    for ax, title in ((ranks, "Rank (95 %)"), (cosines, "Cosine"), (neurons, "Neurons shared")):
         ax.set(title=title, xlabel="layer")
         ax.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

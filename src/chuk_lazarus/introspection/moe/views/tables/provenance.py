@@ -79,12 +79,13 @@ def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
             f"{layer.neurons:,} of {len(layer.experts)} experts",
             percent(layer.part),
             percent(layer.reach),
-            percent(layer.close),
+            percent(layer.shared),
+            percent(layer.strong),
             percent(layer.in_place),
         ]
         for layer in report.layers
     ]
-    table = draw_table(["Layer", "Neurons", "Part", "Reach", "Found closely", "In place"], rows)
+    table = draw_table(["Layer", "Neurons", "Part", "Reach", "Shared", "Strongly", "In place"], rows)
     read = f"{format_bytes(report.weight_bytes)} of the experts' {format_bytes(report.stored_bytes)}"
     cost = [("Read", f"{read}, {100 * report.share:.2g} %"), ("Surer", explain_full_analysis(report))]
     return stack("MOE TYPE, QUICKLY", draw_facts(verdict), table, draw_facts(cost, report.notes))

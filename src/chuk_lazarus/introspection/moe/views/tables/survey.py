@@ -32,7 +32,7 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
     is_wide = width >= ONE_LINE
     answers = [row.answer for row in survey.rows if row.answer]
     is_full = any(answer.rank_ratio is not None for answer in answers)
-    columns = ["Model", "Type", *(["Rank", "Cosine"] if is_full else []), "Found"]
+    columns = ["Model", "Type", *(["Rank", "Cosine"] if is_full else []), "Shared"]
     columns += ["Parent"] if any(answer.parent_kept is not None for answer in answers) else []
     if is_wide:
         stated = ["Stated"] if any(row.stated for row in survey.rows) else []
@@ -47,8 +47,7 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
                 cells["Type"].append(f"\n{cells['Conf.']}", style="default")
             rows.append([cells[heading] for heading in columns])
     legend = "Rank: of the gate deltas (up without a gate), over the greatest possible. " if is_full else ""
-    legend += "Found: neurons in another expert"
-    legend += ", closely if the analysis was quick" if any(answer.reach is not None for answer in answers) else ""
+    legend += "Shared: an expert's neurons that its best partner has, too"
     legend += ", Parent: in the dense model." if "Parent" in columns else "."
     blocks: list[RenderableType] = [paint(_count_types(survey))]
     if answers:
@@ -77,7 +76,7 @@ def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, "Text"]:
         "Kind": answer.kind or "",
         "Rank": "" if answer.rank_ratio is None else whole_percent(answer.rank_ratio),
         "Cosine": "" if answer.cosine is None else f"{answer.cosine:.3f}",
-        "Found": whole_percent(_share_found(answer)),
+        "Shared": "" if answer.shared is None else whole_percent(answer.shared),
         "Parent": "" if answer.parent_kept is None else whole_percent(answer.parent_kept),
         "Overlay": "" if answer.overlay_ratio is None else format_ratio(answer.overlay_ratio),
         "Pays": {None: "", True: "yes", False: "no"}[answer.compressible],
@@ -85,11 +84,6 @@ def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, "Text"]:
         "Time": f"{answer.cost.seconds:.1f} s",
     }
     return {key: paint(text, ORIGIN_STYLES[answer.type] if key == "Type" else "") for key, text in cells.items()}
-
-
-def _share_found(answer: SurveyAnswer) -> float:
-    """The share of the neurons that are found again, or found closely if the analysis was quick."""
-    return answer.kept if answer.reach is None else answer.close
 
 
 def _describe_answer(row: SurveyRow, answer: SurveyAnswer) -> str:
@@ -122,11 +116,11 @@ def render_survey_summary(survey: MoETypeSurvey) -> "RenderableType":
                     str(len(answers)),
                     _format_range([answer.rank_ratio for answer in answers], "{:.0f}", " %", 100),
                     _format_range([answer.cosine for answer in answers], "{:.2f}"),
-                    _format_range([_share_found(answer) for answer in answers], "{:.0f}", " %", 100),
+                    _format_range([answer.shared for answer in answers], "{:.0f}", " %", 100),
                     _format_range([answer.overlay_ratio for answer in answers], "{:.1f}", "x"),
                 ]
             )
-    headings = ["Type", "Models", "Rank", "Cosine", "Found", "Overlay"]
+    headings = ["Type", "Models", "Rank", "Cosine", "Shared", "Overlay"]
     used = [place for place in range(len(headings)) if any(row[place] for row in rows)]
     table = draw_table([headings[place] for place in used], [[row[place] for place in used] for row in rows])
     return stack("\nBy type", table)

@@ -1,0 +1,150 @@
+"""Which neurons of one expert are found in which other expert, for all pairs of experts. Pure arrays.
+
+A neuron is found in another expert where its vectors in all roles (gate row, up row, down column) have one and the same
+neuron there for their nearest, clearly nearer than the second nearest. The comparison is blind to what changes nothing
+in the function of a layer, or only its scale:
+
+- the order of neurons, and the length of each vector;
+- the scale of a column: columns are brought to equal weight over all neurons;
+- a sign that up and down have in common;
+- a direction that all neurons share: the mean neuron is subtracted.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .neurons import Array, unit_rows
+
+BLOCK = 2**22  # cosines that one thread holds for each role
+LEAD = 0.1  # by which the nearest neuron must be nearer than the second nearest, in the mean over roles
+EQUAL = 0.999  # the cosine from which on two roles of a neuron are the same vector
+SIGNED = ("up", "down")  # roles whose signs may change together, where there is a gate
+
+
+@dataclass(frozen=True, slots=True)
+class PairMatches:
+    """Where queries are found, each array [queries, experts].
+
+    `neuron` is the expert's neuron that is nearest in all roles, -1 where the roles disagree; `cosine` the mean over
+    roles of the cosine with it, `lead` by how much that is more than the same of the second nearest.
+    """
+
+    neuron: NDArray[np.int32]
+    cosine: Array
+    lead: Array
+
+
+def prepare_neurons(roles: Mapping[str, Array]) -> dict[str, Array]:
+    """Each role's vectors [experts, neurons, inputs] as directions that can be compared; of equal roles only the first.
+
+    Vectors of zeros stay zeros.
+    """
+    prepared: dict[str, Array] = {}
+    for role, vectors in roles.items():
+        flat = unit_rows(vectors.reshape(-1, vectors.shape[-1]))
+        column_lengths = np.sqrt(np.square(flat).sum(axis=0, dtype=np.float64)).astype(np.float32)
+        flat = unit_rows(np.asarray(flat / np.where(column_lengths > 0, column_lengths, np.float32(1)), np.float32))
+        is_zero = ~flat.any(axis=1)
+        flat -= flat.sum(axis=0) / np.float32(max(1, len(flat) - int(is_zero.sum())))
+        flat[is_zero] = 0
+        vectors = unit_rows(flat).reshape(vectors.shape)
+        if not any(_are_equal(vectors, earlier) for earlier in prepared.values()):
+            prepared[role] = vectors
+    return prepared
+
+
+def _are_equal(vectors: Array, others: Array) -> bool:
+    if vectors.shape != others.shape:
+        return False
+    cosines = np.abs(np.einsum("eni,eni->en", vectors, others))
+    return bool(np.median(cosines) > EQUAL)
+
+
+def match_neurons(
+    roles: Mapping[str, Array],
+    positions: NDArray[np.intp],
+    run: Callable[[Callable[[int], PairMatches], Iterable[int]], Iterable[PairMatches]] = map,
+) -> PairMatches:
+    """Where the neurons at `positions` [experts, n] of all experts are found; queries are in the order of experts.
+
+    `roles` are from `prepare_neurons`. `run` maps a function over the experts, on several threads if it likes.
+    """
+    is_gated = "gate" in roles and len(roles) > 1
+    queries = {role: _take(vectors, positions) for role, vectors in roles.items()}
+
+    count = len(next(iter(queries.values())))
+    block = max(1, BLOCK // next(iter(roles.values())).shape[1])
+
+    def match(expert: int) -> PairMatches:
+        blocks = [
+            nearest_of_all_roles(
+                {role: queries[role][start : start + block] @ vectors[expert].T for role, vectors in roles.items()},
+                is_gated,
+            )
+            for start in range(0, count, block)
+        ]
+        return _join(blocks, np.concatenate)
+
+    return _join(list(run(match, range(len(positions)))), partial(np.stack, axis=1))
+
+
+def _join(matches: Sequence[PairMatches], join: Callable[[Sequence[Any]], Any]) -> PairMatches:
+    return PairMatches(*(join([getattr(one, name) for one in matches]) for name in PairMatches.__slots__))
+
+
+def nearest_of_all_roles(cosines: Mapping[str, Array], is_gated: bool) -> PairMatches:
+    """For cosines [queries, neurons] by role, the neuron that is nearest in all roles; arrays are [queries].
+
+    Where `is_gated`, up and down may both have the other sign.
+    """
+    signed = [cosines[role] for role in SIGNED if is_gated and role in cosines]
+    plain = [matrix for role, matrix in cosines.items() if not (is_gated and role in SIGNED)]
+    if len(signed) == 1:  # of a tied pair one role is left: its sign is free, too
+        plain, signed = [*plain, np.abs(signed[0])], []
+    mean = sum(plain, np.float32(0)) + (np.abs(signed[0] + signed[1]) if signed else np.float32(0))
+    mean = np.asarray(mean / len(cosines), np.float32)
+    rows = np.arange(len(mean))
+    best = mean.argmax(axis=1)
+    cosine = mean[rows, best].copy()
+    mean[rows, best] = -np.inf
+    lead = cosine - mean.max(axis=1, initial=-1.0)
+    agrees = np.ones(len(mean), bool)
+    for matrix in plain:
+        agrees &= (matrix.argmax(axis=1) == best) & (matrix[rows, best] > 0)
+    if signed:
+        sign = np.sign(signed[0][rows, best] + signed[1][rows, best])[:, None]
+        for matrix in signed:
+            agrees &= (matrix * sign).argmax(axis=1) == best
+            agrees &= matrix[rows, best] * sign[:, 0] > 0
+    return PairMatches(np.where(agrees, best, -1).astype(np.int32), cosine, lead.astype(np.float32))
+
+
+def are_mutual(
+    roles: Mapping[str, Array], positions: NDArray[np.intp], partners: NDArray[np.intp], neurons: NDArray[np.int32]
+) -> NDArray[np.bool_]:
+    """Whether the neuron that a query is found as in a partner is found as the query in turn, [experts, n].
+
+    `partners` [experts] is the expert that is looked at for each expert's queries, `neurons` [experts, n] which of its
+    neurons they are found as, -1 for none.
+    """
+    is_gated = "gate" in roles and len(roles) > 1
+    mutual = np.zeros(positions.shape, bool)
+    for expert, partner in enumerate(partners):
+        found = neurons[expert] >= 0
+        if found.any():
+            cosines = {
+                role: vectors[partner][neurons[expert][found]] @ vectors[expert].T for role, vectors in roles.items()
+            }
+            mutual[expert, found] = nearest_of_all_roles(cosines, is_gated).neuron == positions[expert][found]
+    return mutual
+
+
+def _take(vectors: Array, positions: NDArray[np.intp]) -> Array:
+    """The vectors at `positions` [experts, n] of each expert, [experts * n, inputs]."""
+    taken = np.take_along_axis(vectors, positions[:, :, None], axis=1)
+    return taken.reshape(-1, vectors.shape[-1])

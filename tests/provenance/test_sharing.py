@@ -1,0 +1,274 @@
+"""The verdict by pairs of experts: what must not change it, and histories that are easily mistaken."""
+
+import json
+from collections.abc import Callable
+from math import floor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from chuk_lazarus.introspection.moe import MoETypeService
+from chuk_lazarus.introspection.moe.provenance.classifier import QUICK_RATES, RATES
+from chuk_lazarus.introspection.moe.provenance.lineage import (
+    PairEvidence,
+    best_partners,
+    find_twins,
+    group_partners,
+    name_kind,
+    pair_evidence,
+)
+from places import ROOT
+
+Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
+Change = Callable[[np.random.Generator, Matrices], Matrices]
+EXPERTS, NEURONS, HIDDEN = 8, 128, 64
+SHORT = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def native(rng: np.random.Generator, experts: int = EXPERTS, neurons: int = NEURONS, hidden: int = HIDDEN) -> Matrices:
+    return {role: rng.standard_normal((experts, neurons, hidden), np.float32) for role in SHORT}
+
+
+def copies(rng: np.random.Generator) -> Matrices:
+    """Of one base, with deltas of 0.35 of its size."""
+    base = native(rng, 1)
+    return {role: m + 0.35 * rng.standard_normal((EXPERTS, *m.shape[1:]), np.float32) for role, m in base.items()}
+
+
+def write(folder: Path, found: Matrices) -> str:
+    tensors = {
+        f"model.layers.0.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight": np.ascontiguousarray(
+            neurons.T if role == "down" else neurons
+        )
+        for role, matrix in found.items()
+        for expert, neurons in enumerate(matrix)
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "mixtral"}')
+    return str(folder)
+
+
+def shuffle(rng: np.random.Generator, found: Matrices) -> Matrices:
+    orders = np.stack([rng.permutation(len(expert)) for expert in found["up"]])[:, :, None]
+    return {role: np.take_along_axis(matrix, orders, axis=1) for role, matrix in found.items()}
+
+
+def rescale(rng: np.random.Generator, found: Matrices) -> Matrices:
+    scale = np.exp(rng.normal(0, 1, (*found["up"].shape[:2], 1))).astype(np.float32)
+    return {**found, "up": found["up"] * scale, "down": found["down"] / scale}
+
+
+def flip(rng: np.random.Generator, found: Matrices) -> Matrices:
+    sign = rng.choice(np.float32([-1, 1]), (*found["up"].shape[:2], 1))
+    return {**found, "up": found["up"] * sign, "down": found["down"] * sign}
+
+
+def scale_one_column(rng: np.random.Generator, found: Matrices) -> Matrices:
+    scale = np.ones(found["up"].shape[2], np.float32)
+    scale[5] = 30
+    return {**found, "gate": found["gate"] * scale, "up": found["up"] * scale}
+
+
+def scale_columns(rng: np.random.Generator, found: Matrices) -> Matrices:
+    scale = np.exp(rng.normal(0, 1, found["up"].shape[2])).astype(np.float32)
+    return {**found, "gate": found["gate"] * scale, "up": found["up"] * scale}
+
+
+def reorder_experts(rng: np.random.Generator, found: Matrices) -> Matrices:
+    order = rng.permutation(len(found["up"]))
+    return {role: matrix[order] for role, matrix in found.items()}
+
+
+def repeat_one(rng: np.random.Generator, found: Matrices) -> Matrices:
+    return {role: np.concatenate([matrix, matrix[2:3]]) for role, matrix in found.items()}
+
+
+def add_unrelated(rng: np.random.Generator, found: Matrices) -> Matrices:
+    return {role: np.concatenate([matrix, native(rng, 1)[role]]) for role, matrix in found.items()}
+
+
+CHANGES: list[Change] = [
+    shuffle,
+    rescale,
+    flip,
+    scale_one_column,
+    scale_columns,
+    reorder_experts,
+    repeat_one,
+    add_unrelated,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(("make", "origin"), [(native, "NATIVE"), (copies, "UPCYCLED")])
+def test_what_must_not_change_the_verdict(
+    make: Callable[[np.random.Generator], Matrices], origin: str, change: Change, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    model = write(tmp_path / "m", change(rng, make(rng)))
+    assert MoETypeService.analyze(model).type == origin
+    assert MoETypeService.quick(model).type == origin
+
+
+@pytest.mark.parametrize("experts", [2, 8, 40])
+def test_shares_mean_the_same_for_any_number_of_experts(experts: int) -> None:
+    """Half of each expert's neurons are its partner's; no other expert has any of them."""
+    rng = np.random.default_rng(1)
+    found = native(rng, experts)
+    for matrix in found.values():
+        matrix[1::2, : NEURONS // 2] = matrix[::2, : NEURONS // 2]
+    evidence = pair_evidence(found, None)
+    assert evidence.shared == pytest.approx(0.5, abs=0.01)
+    assert evidence.strong == pytest.approx(0.5, abs=0.01)
+    assert evidence.partners == tuple(expert ^ 1 for expert in range(experts))
+    sampled = pair_evidence(found, 512)
+    assert sampled.shared == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("experts", "neurons", "hidden", "tied"),
+    [
+        (2, 512, 64, False),
+        (4, 16, 16, False),
+        (8, 16, 64, True),
+        (16, 32, 32, True),
+        (64, 16, 16, False),
+        (128, 16, 32, False),
+        (3, 64, 8, False),
+        (8, 256, 4, False),
+        (5, 40, 24, True),
+    ],
+)
+def test_noise_is_never_upcycled(experts: int, neurons: int, hidden: int, tied: bool, tmp_path: Path) -> None:
+    for seed in range(3):
+        found = native(np.random.default_rng(seed), experts, neurons, hidden)
+        if tied:
+            found["up"] = found["gate"].copy()
+        model = write(tmp_path / str(seed), found)
+        assert MoETypeService.analyze(model).type != "UPCYCLED"
+        assert MoETypeService.quick(model).type != "UPCYCLED"
+
+
+@pytest.mark.parametrize("slices", [2, 4, 16])
+@pytest.mark.parametrize("by_copy", [True, False])
+def test_granular_upcycling_is_seen(slices: int, by_copy: bool, tmp_path: Path) -> None:
+    """Every copy of a dense layer is cut in the same slices; two orders of experts."""
+    rng = np.random.default_rng(2)
+    whole = {role: m.reshape(slices, 32, HIDDEN) for role, m in native(rng, 1, slices * 32).items()}
+    number = np.tile(np.arange(slices), 4) if by_copy else np.repeat(np.arange(slices), 4)
+    found = {
+        role: m[number] + 0.4 * rng.standard_normal((4 * slices, 32, HIDDEN), np.float32) for role, m in whole.items()
+    }
+    model = write(tmp_path / "m", found)
+    report = MoETypeService.analyze(model)
+    assert report.type == "UPCYCLED"
+    assert report.kind == f"copies in {slices} groups of 4 (slices of a layer, or copies of several)"
+    assert MoETypeService.quick(model).type == "UPCYCLED"
+
+
+def test_natives_with_a_base_or_an_adapter_are_not_upcycled(tmp_path: Path) -> None:
+    """Independent experts, rebuilt from their mean and deltas of rank 6; and with a rank-2 update that all have."""
+    rng = np.random.default_rng(3)
+    rebuilt, adapted = native(rng), native(rng)
+    for role, matrix in rebuilt.items():
+        base = matrix.mean(axis=0)
+        left, values, right = np.linalg.svd(matrix - base, full_matrices=False)
+        rebuilt[role] = base + (left[:, :, :6] * values[:, None, :6]) @ right[:, :6]
+        update = rng.standard_normal((NEURONS, 2)) @ rng.standard_normal((2, HIDDEN))
+        adapted[role] = (adapted[role] + 0.6 * update).astype(np.float32)
+    for name, found in (("rebuilt", rebuilt), ("adapted", adapted)):
+        model = write(tmp_path / name, found)
+        assert MoETypeService.analyze(model).type != "UPCYCLED"
+        assert MoETypeService.quick(model).type != "UPCYCLED"
+    text = repr(MoETypeService.analyze(str(tmp_path / "adapted")))
+    assert "NATIVE" in text
+
+
+def test_identical_experts_are_named_and_counted_once(tmp_path: Path) -> None:
+    found = native(np.random.default_rng(4))
+    for matrix in found.values():
+        matrix[5] = matrix[1]
+    report = MoETypeService.analyze(write(tmp_path / "m", found))
+    sharing = report.layers[0].lineage.sharing
+    assert (report.type, sharing.twins) == ("NATIVE", ((1, 5),))
+    assert "layer 0: experts 1, 5 are identical" in report.notes
+    assert set(sharing.partners) == set(range(8)) - {5}
+    pairs = np.array(sharing.pairs)
+    assert pairs[1, 5] == pairs[5, 1] == 1.0
+    np.testing.assert_array_equal(np.delete(pairs[1], [1, 5]), np.delete(pairs[5], [1, 5]))
+
+
+def test_experts_that_were_merged_in_pairs_are_undetermined(tmp_path: Path) -> None:
+    found = {role: np.repeat(matrix, 2, axis=0) for role, matrix in native(np.random.default_rng(5), 4).items()}
+    model = write(tmp_path / "m", found)
+    assert MoETypeService.analyze(model).type == "UNDETERMINED"
+    assert MoETypeService.quick(model).type == "UNDETERMINED"
+
+
+def test_twins_have_the_same_bits_in_all_roles() -> None:
+    found = native(np.random.default_rng(6), 6)
+    for role, matrix in found.items():
+        matrix[3] = matrix[0]
+        matrix[4] = matrix[0]
+        if role == "down":
+            matrix[4, 0, 0] += 1
+        matrix[[1, 5]] = 0
+    assert find_twins(found) == ((0, 3),)  # and not those of zeros
+
+
+def evidence_of(
+    pairs: NDArray[np.float64],
+    shared: float = 1.0,
+    twins: tuple[tuple[int, ...], ...] = (),
+    in_place: float = 1.0,
+) -> PairEvidence:
+    return PairEvidence(tuple(range(len(pairs))), twins, 1024, shared, shared, pairs, (), in_place, 3)
+
+
+GROUPS = np.kron(np.eye(2), np.ones((3, 3)))
+OVERLAP = 0.5 * (np.roll(np.eye(6), 1, axis=1) + np.roll(np.eye(6), -1, axis=1))  # each with two others of five
+
+
+@pytest.mark.parametrize(
+    ("pairs", "shared", "in_place", "kind"),
+    [
+        (np.ones((4, 4)), 1.0, 1.0, "copies"),
+        (np.ones((4, 4)), 1.0, 0.5, "shuffled copies"),
+        (np.full((4, 4), 0.6), 0.6, 1.0, "copies, partly re-initialised"),
+        (np.full((4, 4), 0.61), 0.61, 1.0, "copies"),
+        (np.full((4, 4), 0.02), 0.019, 1.0, "copies, mostly re-initialised"),
+        (GROUPS, 1.0, 1.0, "copies in 2 groups of 3 (slices of a layer, or copies of several)"),
+        (0.5 * GROUPS, 0.5, 0.0, "shuffled copies in 2 groups of 3 (slices of a layer, or copies of several), "
+         "partly re-initialised"),
+        (OVERLAP, 0.5, 0.0, "shuffled slices that overlap"),
+        (np.ones((1, 1)), 0.0, 0.0, "identical copies"),
+    ],
+)  # fmt: skip
+def test_kinds(pairs: NDArray[np.float64], shared: float, in_place: float, kind: str) -> None:
+    assert name_kind(evidence_of(pairs, shared, in_place=in_place)) == kind
+
+
+def test_the_kind_of_identical_copies_in_groups() -> None:
+    twins = ((0, 1, 2, 3), (4, 5, 6, 7))
+    text = name_kind(evidence_of(np.zeros((2, 2)), 0.0, twins))
+    assert text == "identical copies in 2 groups (slices of a layer, or copies of several)"
+
+
+def test_confidence_is_the_measured_rate() -> None:
+    """The lower ends of intervals of how often verdicts on held-out models were right, rounded down."""
+    right = json.loads((ROOT / "experiments/04_unseen_histories/results.json").read_text())["right"]
+    for key, rates in (("type", RATES), ("quick", QUICK_RATES)):
+        assert rates["UNDETERMINED"] == 0.5
+        for origin in ("UPCYCLED", "NATIVE"):
+            assert rates[origin] == floor(100 * right[key][origin]["interval"][0]) / 100
+
+
+def test_partners_and_groups() -> None:
+    pairs = np.array([[0, 0.2, 0.9, 0], [0.2, 0, 0, 0.8], [0.9, 0, 0, 0.1], [0, 0.8, 0.1, 0]])
+    assert best_partners(pairs).tolist() == [2, 3, 0, 1]
+    assert best_partners(np.zeros((3, 3))).tolist() == [1, 2, 0]
+    assert group_partners(pairs) == ((0, 2), (1, 3))
