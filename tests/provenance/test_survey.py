@@ -183,7 +183,7 @@ def test_a_wide_table_has_a_line_a_model(surveyed: tuple[MoETypeSurvey, Path]) -
     (shuffled,) = (line for line in lines if line.strip().startswith("demo:permuted"))
     assert "w1_w3_w2" in native
     assert "shuffled copies" in shuffled
-    assert "97%" in shuffled
+    assert "94%" in shuffled
 
 
 def test_the_summary_counts_types(surveyed: tuple[MoETypeSurvey, Path]) -> None:

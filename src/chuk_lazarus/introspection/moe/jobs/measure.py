@@ -8,6 +8,7 @@ from the first pass where they fit, and read again where they don't.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, NoReturn
 
@@ -25,8 +26,9 @@ from .resources import Resources
 DEFAULT_EXPERTS = 8  # of a layer, whose spectra an analysis takes
 WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
 GROUP = 16  # experts that are summed in float32
-LEAST_INPUTS = 16
-INPUTS = 256  # numbers of each neuron's vectors that pairs of experts are compared by
+ALL_INPUTS = 256  # up to this length pairs of experts are compared by all numbers of their neurons' vectors
+INPUTS, LEAST_INPUTS = 128, 16  # of longer ones by so many, fewer where memory is short
+RUN = 16  # neighbouring numbers that are kept together: to copy them is much faster than to pick single ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,15 @@ def measure_layer(
 
 
 def draw_inputs(layer: ExpertLayer, resources: Resources) -> NDArray[np.intp]:
-    """Which numbers of the neurons' vectors are kept for all experts: INPUTS, fewer where they take a sixth of the
-    memory."""
+    """Which numbers of the neurons' vectors are kept for all experts, in runs; they take a sixth of the memory at
+    most."""
     size, neurons = layer.sizes["H"], layer.count * layer.sizes["I"] * len(layer.roles)
-    count = min(size, INPUTS, max(LEAST_INPUTS, resources.memory // (6 * 4 * neurons)))
-    return np.sort(np.random.default_rng(0).choice(size, count, replace=False))
+    wanted = size if size <= ALL_INPUTS else INPUTS
+    count = min(wanted, max(LEAST_INPUTS, resources.memory // (6 * 4 * neurons)))
+    if count == size:
+        return np.arange(size)
+    starts = np.sort(np.random.default_rng(0).choice(size // RUN, count // RUN, replace=False))
+    return (RUN * starts[:, None] + np.arange(RUN)).reshape(-1)
 
 
 def bytes_to_measure(layer: ExpertLayer, chosen: Sequence[int], resources: Resources) -> int:
@@ -237,14 +243,23 @@ class _FirstPass:
         shape = self.layer.shape(piece.role)
         rows, columns = (range(size)[part] for part, size in zip(piece.index, shape, strict=True))
         neurons, inputs = (columns, rows) if piece.role == "down" else (rows, columns)
-        places = np.flatnonzero((self.inputs >= inputs.start) & (self.inputs < inputs.stop))
-        kept = self.inputs[places] - inputs.start
-        part = piece.values[:, kept].transpose(0, 2, 1) if piece.role == "down" else piece.values[:, :, kept]
-        self.vectors[piece.role][:, neurons.start : neurons.stop, places] = part
+        values = piece.values.transpose(0, 2, 1) if piece.role == "down" else piece.values
+        vectors = self.vectors[piece.role][:, neurons.start : neurons.stop]
+        for start, stop in _runs(self.inputs):
+            low, high = max(self.inputs[start], inputs.start), min(self.inputs[stop - 1] + 1, inputs.stop)
+            if low < high:
+                first = start + low - self.inputs[start]
+                vectors[..., first : first + high - low] = values[..., low - inputs.start : high - inputs.start]
         for place, (expert, wanted) in enumerate(zip(self.chosen, self.positions, strict=True)):
             held = (wanted >= neurons.start) & (wanted < neurons.stop)
             values = as_neurons(piece.role, piece.values[expert])
             self._queries[piece.role][place, held, inputs.start : inputs.stop] = values[wanted[held] - neurons.start]
+
+
+def _runs(numbers: NDArray[np.intp]) -> list[tuple[int, int]]:
+    """Where neighbours in `numbers`, which ascend, follow each other without a gap: first and last place, exclusive."""
+    cuts = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+    return list(pairwise(cuts)) if len(numbers) else []
 
 
 def mean_expert(values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -46,16 +46,24 @@ def prepare_neurons(roles: Mapping[str, Array]) -> dict[str, Array]:
     """
     prepared: dict[str, Array] = {}
     for role, vectors in roles.items():
-        flat = unit_rows(vectors.reshape(-1, vectors.shape[-1]))
-        column_lengths = np.sqrt(np.square(flat).sum(axis=0, dtype=np.float64)).astype(np.float32)
-        flat = unit_rows(np.asarray(flat / np.where(column_lengths > 0, column_lengths, np.float32(1)), np.float32))
+        flat = unit_rows(vectors.reshape(-1, vectors.shape[-1]))  # a copy, which the rest changes in place
         is_zero = ~flat.any(axis=1)
+        flat /= _lengths_or_one(flat, "ni,ni->i")
+        flat /= _lengths_or_one(flat, "ni,ni->n")[:, None]
         flat -= flat.sum(axis=0) / np.float32(max(1, len(flat) - int(is_zero.sum())))
         flat[is_zero] = 0
-        vectors = unit_rows(flat).reshape(vectors.shape)
+        flat /= _lengths_or_one(flat, "ni,ni->n")[:, None]
+        vectors = flat.reshape(vectors.shape)
         if not any(_are_equal(vectors, earlier) for earlier in prepared.values()):
             prepared[role] = vectors
     return prepared
+
+
+def _lengths_or_one(rows: Array, subscripts: str) -> Array:
+    """The lengths of rows or columns, 1 for those of zeros."""
+    lengths = np.sqrt(np.einsum(subscripts, rows, rows))
+    lengths[lengths == 0] = 1
+    return np.asarray(lengths)
 
 
 def _are_equal(vectors: Array, others: Array) -> bool:
