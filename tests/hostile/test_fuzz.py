@@ -347,8 +347,12 @@ def test_a_config_for_each_of_many_layers(judge: Judge) -> None:
         assert outcome.kind == "read", outcome
         return outcome.seconds
 
-    found = [[seconds(80, 80), seconds(800, 800), seconds(800, 100_000)] for _ in range(2)]
-    few, many, much = (min(times) for times in zip(*found, strict=True))
+    rounds: list[list[float]] = []
+    for _ in range(5):  # what else the machine does only adds time
+        rounds.append([seconds(80, 80), seconds(800, 800), seconds(800, 100_000)])
+        few, many, much = (min(times) for times in zip(*rounds, strict=True))
+        if many < 40 * few and much < 3 * many:
+            break
     assert many < 40 * few, "of ten times as many layers; 100 if each costs as many times more"
     assert much < 3 * many, "4 or more if the config is copied for each layer"
 
