@@ -21,6 +21,7 @@ from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, M
 from places import FIXTURES
 from processor_time import HANGS, of_children, of_process
 from sampling import keep
+from terminals import run_on_terminal
 
 ANALYZE = ["introspect", "moe-expert", "moe-type-analyze"]
 COMPARE = ["introspect", "moe-expert", "moe-type-compare"]
@@ -203,28 +204,10 @@ def test_quiet_still_prints_the_report(capsys: Capture) -> None:
 @pytest.mark.parametrize("quiet", keep([False, True], False))
 def test_progress_is_for_terminals_and_never_on_stdout(tmp_path: Path, quiet: bool) -> None:
     model = write_mixtral(tmp_path / "m", 2, 4, 256, 512)
-    shown, terminal = os.openpty()
-    with subprocess.Popen(
-        [*PROGRAM, *ANALYZE, "-m", model, "--json", *(["-q"] if quiet else [])],
-        stdout=subprocess.PIPE,
-        stderr=terminal,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
-    ) as process:
-        os.close(terminal)
-        chunks = []
-        while True:
-            try:
-                chunk = os.read(shown, 65536)
-            except OSError:  # how Linux says that the other end is closed
-                break
-            if not chunk:
-                break
-            chunks.append(chunk)
-        out = process.communicate()[0]
-    os.close(shown)
-    assert process.returncode == 0
+    code, out, shown = run_on_terminal([*PROGRAM, *ANALYZE, "-m", model, "--json", *(["-q"] if quiet else [])], 80)
+    assert code == 0
     check_analysis(json.loads(out))
-    assert (b"layer 0" in b"".join(chunks)) != quiet
+    assert (b"layer 0" in shown) != quiet
 
 
 # -o

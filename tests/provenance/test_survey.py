@@ -32,6 +32,7 @@ from chuk_lazarus.introspection.moe import (
 from hub_server import HubServer
 from places import DEMO, FIXTURES, ROOT
 from processor_time import HANGS
+from terminals import run_on_terminal
 
 SURVEY = ["introspect", "moe-expert", "moe-type-survey"]
 PROGRAM = [sys.executable, "-m", "chuk_lazarus.cli", *SURVEY]
@@ -775,29 +776,11 @@ def test_hostile_names(tmp_path: Path, capsys: Capture) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no terminals to make here")
 def test_progress_is_for_terminals(tmp_path: Path) -> None:
     model = copy_demo(tmp_path / "a[/]b")
-    shown, terminal = os.openpty()
-    with subprocess.Popen(
-        [*PROGRAM, model, "--json"],
-        stdout=subprocess.PIPE,
-        stderr=terminal,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "200"},
-    ) as process:
-        os.close(terminal)
-        chunks = []
-        while True:
-            try:
-                chunk = os.read(shown, 65536)
-            except OSError:  # how Linux says that the other end is closed
-                break
-            if not chunk:
-                break
-            chunks.append(chunk)
-        out = process.communicate()[0]
-    os.close(shown)
-    assert process.returncode == 0
+    code, out, shown = run_on_terminal([*PROGRAM, model, "--json"], 200)
+    assert code == 0
     assert json.loads(out)["rows"][0]["answer"]
-    assert b"1/1 " in b"".join(chunks)
-    assert b"layer 0" in b"".join(chunks)
+    assert b"1/1 " in shown
+    assert b"layer 0" in shown
 
 
 def test_code_in_the_current_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
