@@ -20,6 +20,7 @@ from chuk_lazarus.introspection.moe.provenance.lineage import (
     name_kind,
     pair_evidence,
 )
+from chuk_lazarus.introspection.moe.views.words import explain, explain_quick
 from places import ROOT
 
 Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
@@ -272,3 +273,11 @@ def test_partners_and_groups() -> None:
     assert best_partners(pairs).tolist() == [2, 3, 0, 1]
     assert best_partners(np.zeros((3, 3))).tolist() == [1, 2, 0]
     assert group_partners(pairs) == ((0, 2), (1, 3))
+
+
+def test_a_verdict_without_a_kind_is_still_a_sentence() -> None:
+    """As when the layers together are UPCYCLED, and none of them by itself."""
+    full = MoETypeService.analyze("demo:upcycled").model_copy(update={"kind": None})
+    quick = MoETypeService.quick("demo:upcycled").model_copy(update={"kind": None})
+    assert explain(full).endswith(": copies.")
+    assert explain_quick(quick).endswith(": copies or slices.")

@@ -36,12 +36,11 @@ class RoleMeasure:
     """One role's figures in one layer.
 
     `gram` is [experts, experts], of all experts' flattened matrices; `spectra` are the energy spectra of the deltas
-    (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding, and
-    `base_spectrum` is that of the mean;
+    (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding;
     `delta_energy` is the mean share of a chosen expert's energy that its delta has. Where neurons were matched,
-    `nearest` says where those at `positions` [chosen, n] of the chosen experts are found in the chosen experts,
-    `elsewhere` in the given matrices of other layers or models, and `vectors` [experts, neurons, d] has the same d
-    numbers of every neuron of every expert.
+    `base_spectrum` is the energy spectrum of the mean, `nearest` says where those at `positions` [chosen, n] of the
+    chosen experts are found in the chosen experts, `elsewhere` in the given matrices of other layers or models, and
+    `vectors` [experts, neurons, d] has the same d numbers of every neuron of every expert.
     """
 
     shape: tuple[int, int]
@@ -49,7 +48,7 @@ class RoleMeasure:
     chosen: tuple[int, ...]
     spectra: tuple[NDArray[np.float64], ...]
     delta_energy: float
-    base_spectrum: NDArray[np.float64]
+    base_spectrum: NDArray[np.float64] | None
     positions: NDArray[np.intp]
     nearest: Nearest | None
     elsewhere: tuple[Nearest, ...]
@@ -91,7 +90,7 @@ def measure_layer(
                     tuple(chosen),
                     spectra,
                     float(np.mean(shares)),
-                    energy_spectrum(first.base[role]),
+                    energy_spectrum(first.base[role]) if positions.size else None,
                     positions,
                     join([nearest[role] for nearest in columns]) if positions.size else None,
                     tuple(
@@ -179,6 +178,7 @@ class _FirstPass:
     ) -> None:
         self.tensor = tensor
         self.inputs = inputs
+        self.runs = _runs(inputs)
         self.resources = resources
         self.chosen = chosen
         self.positions = positions
@@ -245,7 +245,7 @@ class _FirstPass:
         neurons, inputs = (columns, rows) if piece.role == "down" else (rows, columns)
         values = piece.values.transpose(0, 2, 1) if piece.role == "down" else piece.values
         vectors = self.vectors[piece.role][:, neurons.start : neurons.stop]
-        for start, stop in _runs(self.inputs):
+        for start, stop in self.runs:
             low, high = max(self.inputs[start], inputs.start), min(self.inputs[stop - 1] + 1, inputs.stop)
             if low < high:
                 first = start + low - self.inputs[start]

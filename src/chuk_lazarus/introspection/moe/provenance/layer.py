@@ -60,10 +60,7 @@ def analyze_layer(
                 _name(fraction): tuple(effective_rank(spectrum, fraction) for spectrum in measure.spectra)
                 for fraction in sample.variance
             },
-            breadth={
-                "base": effective_rank(measure.base_spectrum, 0.80) / noise_rank(measure.shape, 0.80),
-                "deltas": mean_rank(measure.spectra, 0.99) / noise_rank(measure.shape, 0.99),
-            },
+            breadth=_breadth(measure),
             decay=tuple(np.mean([sample_decay(spectrum) for spectrum in measure.spectra], axis=0).round(6).tolist()),
         )
         for role, measure in measures.items()
@@ -89,6 +86,15 @@ def analyze_layer(
         projections=projections,
         lineage=lineage,
     )
+
+
+def _breadth(measure: RoleMeasure) -> dict[str, float]:
+    """Of how many directions the base and the deltas are, over those of noise."""
+    assert measure.base_spectrum is not None  # neurons were matched
+    return {
+        "base": effective_rank(measure.base_spectrum, 0.80) / noise_rank(measure.shape, 0.80),
+        "deltas": mean_rank(measure.spectra, 0.99) / noise_rank(measure.shape, 0.99),
+    }
 
 
 def _lineage(
@@ -149,8 +155,7 @@ def _lineage(
 def _describe_sharing(evidence: PairEvidence) -> Sharing:
     """Twins have the shares of the first of them, and all neurons of each other."""
     first = {expert: group[0] for group in evidence.twins for expert in group}
-    count = len(evidence.experts) + sum(len(group) - 1 for group in evidence.twins)
-    shown = evenly_spaced(count, MOST_SHOWN)
+    shown = evenly_spaced(evidence.count, MOST_SHOWN)
     places = [evidence.experts.index(first.get(expert, expert)) for expert in shown]
     pairs = evidence.pairs[np.ix_(places, places)]
     pairs[np.equal.outer(places, places)] = 1.0

@@ -121,8 +121,7 @@ def name_kind(sharing: "PairEvidence") -> str:
     count = len(sharing.experts)
     if count < 2:
         return "identical copies"
-    copied = count + sum(len(group) - 1 for group in sharing.twins)
-    if sum(map(len, sharing.twins)) >= 0.9 * copied:
+    if sum(map(len, sharing.twins)) >= 0.9 * sharing.count:
         return f"identical copies in {len(sharing.twins)} groups (slices of a layer, or copies of several)"
     if sharing.shared < FEW:
         return "copies, mostly re-initialised"
@@ -142,23 +141,23 @@ def name_kind(sharing: "PairEvidence") -> str:
 
 def group_partners(pairs: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
     """Experts that share at least a third as many neurons with each other as each does with its best partner."""
-    from scipy.sparse.csgraph import connected_components  # here, because it takes long to load
-
     both = np.minimum(pairs, pairs.T)
     best = both.max(axis=1)
-    alike = both > np.maximum(np.minimum(best[:, None], best[None, :]) / 3, 0.02)
-    count, labels = connected_components(alike, directed=False)
-    return tuple(tuple(int(place) for place in np.flatnonzero(labels == label)) for label in range(count))
+    return _components(both > np.maximum(np.minimum(best[:, None], best[None, :]) / 3, 0.02))
 
 
 def find_groups(evidence: Evidence, experts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The experts that share more than half of their neurons with each other, in groups of two or more."""
+    groups = _components((evidence.pairs > 0.5) | (evidence.pairs.T > 0.5))
+    return tuple(tuple(experts[place] for place in group) for group in groups if len(group) > 1)
+
+
+def _components(alike: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
+    """The connected components of a graph, given as [experts, experts]."""
     from scipy.sparse.csgraph import connected_components  # here, because it takes long to load
 
-    alike = (evidence.pairs > 0.5) | (evidence.pairs.T > 0.5)
     count, labels = connected_components(alike, directed=False)
-    groups = [tuple(experts[int(i)] for i in np.flatnonzero(labels == label)) for label in range(count)]
-    return tuple(group for group in groups if len(group) > 1)
+    return tuple(tuple(int(place) for place in np.flatnonzero(labels == label)) for label in range(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +183,11 @@ class PairEvidence:
     partners: tuple[int, ...]
     in_place: float
     roles: int
+
+    @property
+    def count(self) -> int:
+        """How many experts there are, all twins counted."""
+        return len(self.experts) + sum(len(group) - 1 for group in self.twins)
 
 
 def pair_evidence(

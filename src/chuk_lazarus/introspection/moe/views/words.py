@@ -65,29 +65,35 @@ def explain(analysis: MoETypeAnalysis) -> str:
     sharing = [lineage.sharing for lineage in lineages]
     shared, strong = fmean(layer.shared for layer in sharing), fmean(layer.strong for layer in sharing)
     neurons = sum(layer.neurons for layer in sharing)
-    evidence = (
-        f"{percent(shared)} of an expert's neurons are found again in its best partner ({percent(strong)} with a "
-        f"cosine of 0.8 or more), of {neurons:,} that were looked for"
-    )
-    if is_alike_in_place(lineages) and shared < LINEAGE.upcycled:
+    alike_in_place, has_twins = is_alike_in_place(lineages), any(layer.twins for layer in sharing)
+    evidence = f"{_describe_sharing(shared, strong, neurons)} that were looked for"
+    if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
     match analysis.type:
         case "UPCYCLED":
-            return f"{evidence}: {analysis.kind}."
+            return f"{evidence}: {analysis.kind or 'copies'}."
         case "NATIVE":
-            if is_alike_in_place(lineages) and not any(layer.twins for layer in sharing):
+            if alike_in_place and not has_twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
     if shared >= LINEAGE.upcycled or strong >= LINEAGE.strong:
         return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
-    if any(layer.twins for layer in sharing):
+    if has_twins:
         return f"{evidence}; each expert is there twice: they were merged, or duplicated."
-    if is_alike_in_place(lineages):
+    if alike_in_place:
         return f"{evidence}: they have something in common, as copies that were trained far apart have."
     if neurons < LINEAGE.neurons:
         return f"{evidence}: the experts have too few neurons to decide by."
     return f"{evidence}: too many for independent experts, and too few for copies."
+
+
+def _describe_sharing(shared: float, strong: float, neurons: int) -> str:
+    """The figures that a verdict rests on, as the beginning of a sentence."""
+    return (
+        f"{percent(shared)} of an expert's neurons are found again in its best partner ({percent(strong)} with a "
+        f"cosine of 0.8 or more), of {neurons:,}"
+    )
 
 
 def _describe_common(analysis: MoETypeAnalysis) -> str:
@@ -102,13 +108,12 @@ def explain_quick(report: MoEQuickAnalysis) -> str:
     """One sentence on why the quick verdict is what it is."""
     neurons = sum(layer.neurons for layer in report.layers)
     evidence = (
-        f"{percent(report.shared)} of an expert's neurons are found again in its best partner "
-        f"({percent(report.strong)} with a cosine of 0.8 or more), of {neurons:,} in the parts that were read; "
+        f"{_describe_sharing(report.shared, report.strong, neurons)} in the parts that were read; "
         f"of shuffled copies up to {percent(report.reach)} would be"
     )
     match report.type:
         case "UPCYCLED":
-            return f"{evidence}: {report.kind}."
+            return f"{evidence}: {report.kind or 'copies or slices'}."
         case "NATIVE":
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
     if any(layer.twins for layer in report.layers):
