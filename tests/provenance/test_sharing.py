@@ -281,3 +281,12 @@ def test_a_verdict_without_a_kind_is_still_a_sentence() -> None:
     quick = MoETypeService.quick("demo:upcycled").model_copy(update={"kind": None})
     assert explain(full).endswith(": copies.")
     assert explain_quick(quick).endswith(": copies or slices.")
+
+
+def test_a_quick_verdict_on_narrow_experts_says_so(tmp_path: Path) -> None:
+    """Not that they are a base plus deltas, which nothing shows."""
+    base = native(np.random.default_rng(7), 1, NEURONS, 16)
+    found = {role: m + 0.1 * native(np.random.default_rng(8), EXPERTS, NEURONS, 16)[role] for role, m in base.items()}
+    quick = MoETypeService.quick(write(tmp_path / "m", found))
+    assert quick.type == "UNDETERMINED"
+    assert "by 16 numbers of each neuron's vectors, fewer than 64" in explain_quick(quick)

@@ -23,7 +23,7 @@ from ..progress import Progress, no_progress
 from ..reports import MoEQuickAnalysis, QuickLayer
 from ..text import parse_size
 from ..weights.expert_layer import ExpertLayer
-from .classifier import RATES, Verdict, classify_quickly
+from .classifier import QUICK, RATES, Verdict, classify_quickly
 from .lineage import Evidence, match_evidence, pair_evidence
 
 QUERIES = 1024  # neurons of a layer that are looked for
@@ -31,7 +31,6 @@ LEAST_EXPERTS = 4  # below which there is too little to compare
 COPIES = 2  # of what is read, in float32, that matching takes
 MOST_ROWS = 256  # of an expert by which the directions of its deltas are counted
 LEAST = 16  # neurons of an expert below which nothing can be said
-LEAST_WIDTH = 64  # of 100 million unrelated pairs of this width one is close; of half the width, one of 30,000
 NO_VERDICT = Verdict("UNDETERMINED", 0.5)
 
 
@@ -63,9 +62,9 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
 
     close, reach, shared, strong = (mean(figure) for figure in ("close", "reach", "shared", "strong"))
     verdict, notes = classify_quickly(results), list(experts.notes)
-    if (width := min(result.inputs for result in results)) < LEAST_WIDTH:
+    if (width := min(result.inputs for result in results)) < QUICK.width:
         verdict = NO_VERDICT
-        notes.append(f"by {width} inputs unrelated neurons are close, too: a quick verdict needs {LEAST_WIDTH}")
+        notes.append(f"by {width} inputs unrelated neurons are close, too: a quick verdict needs {QUICK.width}")
     elif all(result.chance == 1.0 for result in results):
         verdict = NO_VERDICT
         notes.append("no neuron is near to any other: the weights are zeros, or all orthogonal")
@@ -114,7 +113,7 @@ def _analyze_layer(
         )
         # of columns some inputs are read: of fewer experts, where that makes them enough
         inputs = min([layer.sizes["H"], *(rows * count // layer.sizes["I"] for rows in turned)])
-        if not turned or inputs >= LEAST_WIDTH or len(chosen) <= LEAST_EXPERTS:
+        if not turned or inputs >= QUICK.width or len(chosen) <= LEAST_EXPERTS:
             break
         wanted = len(chosen) // 2
     if count < min(LEAST, layer.sizes["I"]):

@@ -116,6 +116,10 @@ def explain_quick(report: MoEQuickAnalysis) -> str:
             return f"{evidence}: {report.kind or 'copies or slices'}."
         case "NATIVE":
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
+    if (width := min(layer.inputs for layer in report.layers)) < QUICK.width:
+        return (
+            f"{evidence}; but by {width} numbers of each neuron's vectors, fewer than {QUICK.width}, that says little."
+        )
     if any(layer.twins for layer in report.layers):
         return f"{evidence}; some experts are identical: they were merged, or duplicated."
     if report.shared >= QUICK.upcycled or report.strong >= QUICK.strong:
