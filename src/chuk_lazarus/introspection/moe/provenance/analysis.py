@@ -15,13 +15,12 @@ from ..reports import Cost, DocumentedRule, LayerAnalysis, MoETypeAnalysis
 from ..terms import Origin
 from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
-from ..weights.experts import Experts
 from ..weights.fingerprint import fingerprint
 from ..weights.layouts import Kind
 from .classifier import RATES, THRESHOLDS, Verdict, classify, classify_by_neurons, is_from_parent
 from .layer import Sample, analyze_layer
 from .lineage import QUERIES
-from .parent import open_parent
+from .parent import Parent, open_parent
 
 
 def analyze(
@@ -60,8 +59,8 @@ def _analyze(
 ) -> MoETypeAnalysis:
     opened = OpenedModel(model, layer, layers, purpose="compare it with")
     experts = opened.experts
-    dense = open_parent(parent, opened.layers) if parent else None
-    origin = fingerprint(dense.checkpoint) if dense else None
+    ancestor = open_parent(parent, opened.layers) if parent else None
+    origin = fingerprint(ancestor.dense.checkpoint) if ancestor else None
     job = ["analyze", model, sample.experts, sample.variance, sample.queries, origin]
     resumable = ResumableLayers(experts.checkpoint, job, opened.layers, progress)
     neighbours = {
@@ -71,20 +70,19 @@ def _analyze(
     worker_costs: list[Cost] = []
 
     def analyze_here(layer: ExpertLayer, watched: Progress) -> LayerAnalysis:
-        dense_layer = dense.layer(layer.number) if dense else None
-        return analyze_layer(layer, neighbours[layer.number], dense_layer, sample, opened.resources, watched)
+        return analyze_layer(layer, neighbours[layer.number], ancestor, sample, opened.resources, watched)
 
     def analyze_on_cluster(
         due: Sequence[ExpertLayer], watched: Sequence[Progress]
     ) -> Iterator[tuple[int, LayerAnalysis]]:
         assert cluster
         places = [locate(model, experts.checkpoint.repository.revision)]
-        if parent and dense:
-            places.append(locate(parent, dense.checkpoint.repository.revision))
-        names, tasks = [place.name for place in places], []
+        if parent and ancestor:
+            places.append(locate(parent, ancestor.dense.checkpoint.repository.revision))
+        names, tasks, kind = [place.name for place in places], [], ancestor and ancestor.dense.kind
         for layer in due:
             neighbour = neighbours[layer.number]
-            arguments = (names, dense and dense.kind, layer.number, neighbour and neighbour.number, sample)
+            arguments = (names, kind, layer.number, neighbour and neighbour.number, sample)
             tasks.append(Task(f"layer {layer.number}", analyze_layer_on_worker, arguments, tuple(places)))
         for place, result in cluster.run(tasks, lambda place, what, done, total: watched[place](what, done, total)):
             if isinstance(result, MoEError):
@@ -143,9 +141,9 @@ def analyze_layer_on_worker(
     `names` are those of the model and, where `kind` says what is read of it, of the parent.
     """
     opened = OpenedModel(names[0], number, None, purpose="compare it with")
-    dense_layer = Experts.open(names[1], kind).layer(number) if kind else None
+    parent = Parent.open(names[1], kind) if kind else None
     after = None if neighbour is None else opened.experts.layer(neighbour)
-    analysis = analyze_layer(opened.layers[0], after, dense_layer, sample, opened.resources, progress)
+    analysis = analyze_layer(opened.layers[0], after, parent, sample, opened.resources, progress)
     return analysis, opened.cost()
 
 

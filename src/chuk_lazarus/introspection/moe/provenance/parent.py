@@ -1,37 +1,184 @@
-"""The dense model that experts may come from."""
+"""The dense model that experts may come from: which of its layers the neurons of an MoE layer are found in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtrc
 
 from ..errors import InvalidRequest, UnknownFormat, name_model
+from ..jobs.measure import RoleMeasure, refuse_not_finite
+from ..jobs.resources import Resources
+from ..numerics.neurons import Array, as_neurons
+from ..numerics.search import Found, find_neurons, prepare_queries, searching_order
+from ..progress import Counter, Progress
+from ..reports import ParentMatch
 from ..weights.expert_layer import ExpertLayer
 from ..weights.experts import Experts
 from ..weights.layouts import Kind
+from .lineage import STRONG
+
+CONVINCING = 0.9  # the share of the neurons found in one layer of the parent from which on no other is looked into
 
 
-def open_parent(parent: str, layers: Sequence[ExpertLayer]) -> Experts:
-    """The dense model's feed-forwards, or an MoE's shared experts, which may be what the dense layer has become; raises
-    InvalidRequest where they can't be those of the parent."""
-    with name_model(parent):
-        dense = Experts.open(parent, "dense" if _has_dense(parent, layers) else "shared")
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A dense model's feed-forwards, or an MoE's shared experts, which may be what the dense layers have become."""
+
+    dense: Experts
+
+    @classmethod
+    def open(cls, name: str, kind: Kind) -> "Parent":
+        """As `open_parent` has found it, on a worker."""
+        return cls(Experts.open(name, kind))
+
+
+def open_parent(name: str, layers: Sequence[ExpertLayer]) -> Parent:
+    """The parent of these layers; raises InvalidRequest where they can't have come from it."""
+    with name_model(name):
+        dense = _open_feed_forwards(name, [layer.number for layer in layers])
+        first = dense.layer(dense.layers[0])
         for layer in layers:
-            if layer.number not in dense.layers:
-                raise InvalidRequest(f"it has no dense layer {layer.number}", "choose layers that both models have")
-            hidden = dense.layer(layer.number).sizes["H"]
-            if hidden != layer.sizes["H"]:
-                raise InvalidRequest(f"its hidden size is {hidden}, and that of the experts {layer.sizes['H']}")
-            if dense.layer(layer.number).roles != layer.roles:
+            if first.sizes["H"] != layer.sizes["H"]:
+                raise InvalidRequest(
+                    f"its hidden size is {first.sizes['H']}, and that of the experts {layer.sizes['H']}",
+                    "experts keep the hidden size of the model that they come from",
+                )
+            if first.roles != layer.roles:
                 raise InvalidRequest("one of the two models has a gate, and the other none")
-    return dense
+    return Parent(dense)
 
 
-def _has_dense(parent: str, layers: Sequence[ExpertLayer]) -> bool:
-    """Whether the parent has dense feed-forwards where they are wanted, or at least no shared experts there."""
-    wanted = {layer.number for layer in layers}
-    has_layers = {}
+def _open_feed_forwards(name: str, wanted: Sequence[int]) -> Experts:
+    """The kind of feed-forwards, dense or shared, that more of the wanted layers have; else that of more layers."""
+    found: list[Experts] = []
     kinds: tuple[Kind, Kind] = ("dense", "shared")
     for kind in kinds:
         try:
-            has_layers[kind] = wanted <= set(Experts.open(parent, kind).layers)
-        except UnknownFormat:
-            has_layers[kind] = False
-    return has_layers["dense"] or not has_layers["shared"]
+            found.append(Experts.open(name, kind))
+        except UnknownFormat as error:
+            reason = error
+    if not found:
+        raise reason
+    return max(found, key=lambda experts: (len({*wanted} & {*experts.layers}), len(experts.layers)))
+
+
+def match_parent(
+    layer: ExpertLayer, measures: Mapping[str, RoleMeasure], parent: Parent, resources: Resources, progress: Progress
+) -> ParentMatch:
+    """In which of the parent's layers the neurons of an MoE layer are found.
+
+    The layer of the same number comes first, and then its neighbours; where nearly all neurons are found in one, the
+    others are not looked into.
+    """
+    measure = next(iter(measures.values()))
+    experts, positions = measure.chosen, measure.positions.reshape(-1)
+    owner = np.repeat(np.arange(len(experts)), measure.positions.shape[1])
+    vectors = {role: m.queries.reshape(len(owner), -1) for role, m in measures.items() if m.queries is not None}
+    found = search_layers(layer.number, prepare_queries(vectors), parent.dense, resources, progress)
+    evidence = parent_evidence(found, owner, positions)
+    sources = [None if source < 0 else int(source) for source in evidence.sources]
+    return ParentMatch(
+        kept=evidence.kept,
+        strong=evidence.strong,
+        chance=evidence.chance,
+        p_value=evidence.p_value,
+        in_place=evidence.in_place,
+        cosine=evidence.cosine,
+        flipped=evidence.flipped,
+        layer=max(evidence.layers, key=lambda number: evidence.layers[number]) if evidence.kept else None,
+        layers=evidence.layers,
+        of_layers=len(parent.dense.layers),
+        shares={expert: float(share) for expert, share in zip(experts, evidence.shares, strict=True)},
+        sources=dict(zip(experts, sources, strict=True)),
+        ranges={expert: (int(low), int(high)) for expert, (low, high) in zip(experts, evidence.ranges, strict=True)},
+    )
+
+
+def search_layers(
+    number: int, queries: Mapping[str, Array], dense: Experts, resources: Resources, progress: Progress
+) -> dict[int, Found]:
+    """Where the queries of MoE layer `number` are found, by the parent's layer, in the order of the search."""
+    found: dict[int, Found] = {}
+    alive = np.asarray(np.stack([matrix.any(axis=1) for matrix in queries.values()]).all(axis=0))
+    layers = {other: dense.layer(other) for other in searching_order(number, dense.layers)}
+    sizes = {other: layer.stored_bytes for other, layer in layers.items()}
+    counter = Counter(progress, f"layer {number} in its parent", sum(sizes.values()))
+    for other, layer in layers.items():
+        layer.prefetch(progress)
+        matrices = layer.matrices(0)
+        for role, matrix in matrices.items():
+            if not np.isfinite(matrix).all():
+                refuse_not_finite(layer, 0, role)
+        neurons = {role: as_neurons(role, matrices[role]) for role in queries}
+        with resources.worker_threads() as pool:
+            found[other] = find_neurons(queries, neurons, pool.map)
+        counter.add(sizes.pop(other))
+        if alive.any() and np.mean(found[other].neuron[alive] >= 0) >= CONVINCING:
+            counter.add(sum(sizes.values()))
+            break
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ParentEvidence:
+    """What the matches of neurons with all layers of a parent that were searched say.
+
+    `kept` is the share of the queries that are found in some layer, `strong` that of queries found with a mean cosine
+    of at least STRONG; `chance` what to expect of `kept` if the roles' matches had nothing to do with each other, in
+    all the layers together, and `p_value` the probability of as many or more by that chance. A neuron that is found in
+    several layers counts where its cosine is greatest: there, `in_place` is the share of neurons with their own
+    position, `cosine` the mean cosine, and `flipped` the share of up and down with the other sign.
+
+    `layers` is the share found by layer, in ascending order. Of each expert `shares` [experts] is the share that is
+    found, `sources` [experts] the layer where most of it is, -1 without one, and `ranges` [experts, 2] the first and
+    last neuron that was found there, -1 without one.
+    """
+
+    kept: float
+    strong: float
+    chance: float
+    p_value: float
+    in_place: float
+    cosine: float
+    flipped: float
+    layers: dict[int, float]
+    shares: NDArray[np.float64]
+    sources: NDArray[np.int64]
+    ranges: NDArray[np.int64]
+
+
+def parent_evidence(found: Mapping[int, Found], owner: NDArray[np.intp], positions: NDArray[np.intp]) -> ParentEvidence:
+    """The evidence of queries that are from `positions` [queries] of the experts `owner` [queries], by layer."""
+    numbers = sorted(found)
+    neurons = np.stack([found[number].neuron for number in numbers])  # [layers, queries]
+    is_found = neurons >= 0
+    cosines = np.where(is_found, np.stack([found[number].cosine for number in numbers]), -1.0)
+    best, queries = cosines.argmax(axis=0), np.arange(len(owner))
+    kept = np.asarray(is_found.any(axis=0))
+    neuron, cosine = neurons[best, queries], cosines[best, queries]
+    is_flipped = np.stack([found[number].is_flipped for number in numbers])[best, queries]
+    chance = 1.0 - float(np.prod([1.0 - min(1.0, layer.chance) for layer in found.values()]))
+    shares, sources, ranges = [], [], []
+    for expert in range(int(owner.max()) + 1):
+        mine = owner == expert
+        by_layer = is_found[:, mine].sum(axis=1)
+        source = int(by_layer.argmax())
+        places = neurons[source, mine][is_found[source, mine]]
+        shares.append(kept[mine].mean())
+        sources.append(numbers[source] if places.size else -1)
+        ranges.append([places.min(), places.max()] if places.size else [-1, -1])
+    return ParentEvidence(
+        float(kept.mean()),
+        float((kept & (cosine >= STRONG)).mean()),
+        chance,
+        float(bdtrc(kept.sum() - 1, kept.size, chance)),
+        float((neuron == positions)[kept].mean()) if kept.any() else 0.0,
+        float(cosine[kept].mean()) if kept.any() else 0.0,
+        float(is_flipped[kept].mean()) if kept.any() else 0.0,
+        {number: float(share) for number, share in zip(numbers, is_found.mean(axis=1), strict=True)},
+        np.array(shares),
+        np.array(sources),
+        np.array(ranges),
+    )

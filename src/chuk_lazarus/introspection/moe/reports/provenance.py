@@ -63,10 +63,15 @@ class MatchHistogram(Report):
 
 
 class ParentMatch(Report):
-    """Which of the sampled neurons come from a dense parent's feed-forward in the layer of the same number.
+    """Which of the sampled neurons come from a dense parent's feed-forwards, in whatever layer.
 
-    `kept`, `chance`, `p_value` and `in_place` as in Lineage; `cosine` is the mean cosine of the found neurons. By
-    expert: `shares` of its neurons, and the `ranges` of the parent's neurons (first, last) that they were found among.
+    `kept` is the share that is found in some layer, `strong` that of neurons found with a mean cosine of at least 0.8,
+    and `layers` the share by the parent's layer, of all that were searched, out of `of_layers`: the layer of the same
+    number comes first, and no other is searched where it has nearly all. `layer` is the one that has most, null where
+    nothing is found. `chance` and `p_value` as in Lineage, of all searched layers together. Of the found neurons
+    `in_place` is the share at their own position, `cosine` their mean cosine, and `flipped` the share whose up row and
+    down column both have the other sign. By expert: `shares` of its neurons, the parent's layer that has most of them
+    as `sources`, and the `ranges` of neurons (first, last) that they were found among in that layer.
     """
 
     kept: float
@@ -76,6 +81,12 @@ class ParentMatch(Report):
     cosine: float
     shares: dict[int, float]
     ranges: dict[int, tuple[int, int]]
+    strong: float = 0.0
+    flipped: float = 0.0
+    layer: int | None = None
+    layers: dict[int, float] = Field(default_factory=dict)
+    of_layers: int = 0
+    sources: dict[int, int | None] = Field(default_factory=dict)
 
 
 class Sharing(Report):
