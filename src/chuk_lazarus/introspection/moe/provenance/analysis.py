@@ -9,6 +9,7 @@ from ..errors import InvalidRequest, MoEError, name_model, printable
 from ..jobs.cluster import Cluster, Task, connect, locate
 from ..jobs.model import OpenedModel
 from ..jobs.resume import ResumableLayers
+from ..numerics.similarity import Assignment
 from ..numerics.spectra import SHARES
 from ..progress import Progress, no_progress
 from ..reports import Cost, DocumentedRule, LayerAnalysis, MoETypeAnalysis
@@ -17,10 +18,10 @@ from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from ..weights.fingerprint import fingerprint
 from ..weights.layouts import Kind
-from .classifier import RATES, THRESHOLDS, Verdict, classify, classify_by_neurons, is_from_parent
+from .classifier import RATES, THRESHOLDS, Verdict, classify, classify_by_neurons, has_its_attention, is_from_parent
 from .layer import Sample, analyze_layer
 from .lineage import QUERIES
-from .parent import Parent, open_parent
+from .parent import Parent, describe_gaps, name_parentage, open_parent
 
 
 def analyze(
@@ -59,9 +60,9 @@ def _analyze(
 ) -> MoETypeAnalysis:
     opened = OpenedModel(model, layer, layers, purpose="compare it with")
     experts = opened.experts
-    ancestor = open_parent(parent, opened.layers) if parent else None
-    origin = fingerprint(ancestor.dense.checkpoint) if ancestor else None
-    job = ["analyze", model, sample.experts, sample.variance, sample.queries, origin]
+    ancestor = open_parent(parent, experts, opened.layers, progress) if parent else None
+    state = fingerprint(ancestor.dense.checkpoint) if ancestor else None
+    job = ["analyze", model, sample.experts, sample.variance, sample.queries, state]
     resumable = ResumableLayers(experts.checkpoint, job, opened.layers, progress)
     neighbours = {
         layer.number: after if after is not layer and after.roles == layer.roles else None
@@ -79,10 +80,11 @@ def _analyze(
         places = [locate(model, experts.checkpoint.repository.revision)]
         if parent and ancestor:
             places.append(locate(parent, ancestor.dense.checkpoint.repository.revision))
-        names, tasks, kind = [place.name for place in places], [], ancestor and ancestor.dense.kind
+        names, tasks = [place.name for place in places], []
+        origin = (ancestor.dense.kind, ancestor.assignment) if ancestor else None
         for layer in due:
             neighbour = neighbours[layer.number]
-            arguments = (names, kind, layer.number, neighbour and neighbour.number, sample)
+            arguments = (names, origin, layer.number, neighbour and neighbour.number, sample)
             tasks.append(Task(f"layer {layer.number}", analyze_layer_on_worker, arguments, tuple(places)))
         for place, result in cluster.run(tasks, lambda place, what, done, total: watched[place](what, done, total)):
             if isinstance(result, MoEError):
@@ -99,11 +101,10 @@ def _analyze(
     rank_projection, rank_ratio, cosine = _headline(results)
     verdict = classify_by_neurons([layer.lineage for layer in results], [layer.projections for layer in results])
     kinds = [layer.kind for layer in results if layer.kind] if verdict.origin == "UPCYCLED" else []
-    if is_from_parent([layer.lineage.parent for layer in results if layer.lineage.parent]):
+    matches = [layer.lineage.parent for layer in results if layer.lineage.parent]
+    if is_from_parent(matches) or has_its_attention(matches):
         verdict = Verdict("UPCYCLED", RATES["UPCYCLED"])
-        if not kinds:
-            has_twins = any(layer.lineage.sharing.twins for layer in results)
-            kinds = ["from this parent, in identical copies" if has_twins else "from this parent, no neuron twice"]
+        kinds = kinds or [name_parentage(matches, any(layer.lineage.sharing.twins for layer in results))]
     original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
     stored = sum(layer.stored_bytes for layer in opened.layers)
     return MoETypeAnalysis(
@@ -115,6 +116,7 @@ def _analyze(
         kind=max(kinds, key=kinds.count) if kinds else None,
         documented_rule=_documented(rank_ratio, cosine, verdict.origin),
         parent=printable(parent) if parent else None,
+        parent_embeddings=ancestor.embeddings if ancestor else None,
         rank_projection=rank_projection,
         rank_ratio=rank_ratio,
         cosine=cosine,
@@ -124,7 +126,7 @@ def _analyze(
         stored_bytes=stored,
         overlay_bytes=overlay,
         layers=tuple(results),
-        notes=(*experts.notes, *_notes(results)),
+        notes=(*experts.notes, *_notes(results), *(describe_gaps(ancestor, results) if ancestor else ())),
         cost=Cost(
             bytes_read=sum(cost.bytes_read for cost in costs),
             bytes_fetched=sum(cost.bytes_fetched for cost in costs),
@@ -134,14 +136,20 @@ def _analyze(
 
 
 def analyze_layer_on_worker(
-    names: Sequence[str], kind: Kind | None, number: int, neighbour: int | None, sample: Sample, progress: Progress
+    names: Sequence[str],
+    origin: tuple[Kind, Assignment | None] | None,
+    number: int,
+    neighbour: int | None,
+    sample: Sample,
+    progress: Progress,
 ) -> tuple[LayerAnalysis, Cost]:
     """One layer of a model that is opened for it, as on a worker, and what it has cost.
 
-    `names` are those of the model and, where `kind` says what is read of it, of the parent.
+    `names` are those of the model and, where `origin` says what is read of it and how the hidden side is brought to its
+    order, of the parent.
     """
     opened = OpenedModel(names[0], number, None, purpose="compare it with")
-    parent = Parent.open(names[1], kind) if kind else None
+    parent = Parent.open(names[1], origin[0], opened.experts, origin[1]) if origin else None
     after = None if neighbour is None else opened.experts.layer(neighbour)
     analysis = analyze_layer(opened.layers[0], after, parent, sample, opened.resources, progress)
     return analysis, opened.cost()

@@ -86,6 +86,8 @@ class LineageThresholds:
     small: float = 0.05
     parent: float = 0.10
     parent_p_value: float = 1e-9
+    attention_cka: float = 0.5
+    attention_cosine: float = 0.2
     neurons: int = 64
 
 
@@ -174,6 +176,33 @@ class ParentNeurons(Protocol):
     def chance(self) -> float: ...
     @property
     def p_value(self) -> float: ...
+
+
+class ParentAttention(Protocol):
+    """How alike attention is to a dense parent's, as in `reports.AttentionMatch`."""
+
+    @property
+    def cka(self) -> float: ...
+    @property
+    def cosine(self) -> float | None: ...
+
+
+class ParentEvidence(ParentNeurons, Protocol):
+    """All that is compared with a dense parent, as in `reports.ParentMatch`."""
+
+    @property
+    def attention(self) -> ParentAttention | None: ...
+
+
+def has_its_attention(matches: Sequence[ParentEvidence], thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether the attention, the mean over the layers, is so much like the parent's that it comes from it."""
+    attention = [match.attention for match in matches if match.attention]
+    if not attention:
+        return False
+    cosines = [layer.cosine for layer in attention if layer.cosine is not None]
+    return fmean(layer.cka for layer in attention) >= thresholds.attention_cka or (
+        len(cosines) == len(attention) and fmean(cosines) >= thresholds.attention_cosine
+    )
 
 
 def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThresholds = LINEAGE) -> bool:

@@ -1,4 +1,4 @@
-"""The dense model that experts may come from: which of its layers the neurons of an MoE layer are found in."""
+"""The dense model that experts may come from: which of its layers an MoE layer's neurons and attention are from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,14 @@ from ..jobs.measure import RoleMeasure, refuse_not_finite
 from ..jobs.resources import Resources
 from ..numerics.neurons import Array, as_neurons
 from ..numerics.search import Found, find_neurons, prepare_queries, searching_order
+from ..numerics.similarity import Assignment
 from ..progress import Counter, Progress
-from ..reports import ParentMatch
+from ..reports import EmbeddingMatch, LayerAnalysis, ParentMatch
 from ..weights.expert_layer import ExpertLayer
 from ..weights.experts import Experts
 from ..weights.layouts import Kind
+from .attention import AttentionPair, compare_embeddings, is_mixture, match_attention, pair_attention
+from .classifier import is_from_parent
 from .lineage import STRONG
 
 CONVINCING = 0.9  # the share of the neurons found in one layer of the parent from which on no other is looked into
@@ -24,18 +27,27 @@ CONVINCING = 0.9  # the share of the neurons found in one layer of the parent fr
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A dense model's feed-forwards, or an MoE's shared experts, which may be what the dense layers have become."""
+    """A dense model's feed-forwards, or an MoE's shared experts, which may be what the dense layers have become.
+
+    `attention` is None where the parent is itself an MoE: what two mixtures have in common does not tell how the
+    experts of one began. `assignment` brings the hidden side of the experts to the order of the parent, where it was
+    permuted or its signs were changed.
+    """
 
     dense: Experts
+    attention: AttentionPair | None = None
+    embeddings: EmbeddingMatch | None = None
+    assignment: Assignment | None = None
 
     @classmethod
-    def open(cls, name: str, kind: Kind) -> "Parent":
+    def open(cls, name: str, kind: Kind, model: Experts, assignment: Assignment | None) -> "Parent":
         """As `open_parent` has found it, on a worker."""
-        return cls(Experts.open(name, kind))
+        dense = Experts.open(name, kind)
+        return cls(dense, _pair_attention(model, dense), None, assignment)
 
 
-def open_parent(name: str, layers: Sequence[ExpertLayer]) -> Parent:
-    """The parent of these layers; raises InvalidRequest where they can't have come from it."""
+def open_parent(name: str, model: Experts, layers: Sequence[ExpertLayer], progress: Progress) -> Parent:
+    """The parent of these layers of a model; raises InvalidRequest where they can't have come from it."""
     with name_model(name):
         dense = _open_feed_forwards(name, [layer.number for layer in layers])
         first = dense.layer(dense.layers[0])
@@ -47,7 +59,13 @@ def open_parent(name: str, layers: Sequence[ExpertLayer]) -> Parent:
                 )
             if first.roles != layer.roles:
                 raise InvalidRequest("one of the two models has a gate, and the other none")
-    return Parent(dense)
+    pair = _pair_attention(model, dense)
+    embeddings, assignment = (compare_embeddings(model, dense, progress) if pair else None) or (None, None)
+    return Parent(dense, pair, embeddings, assignment)
+
+
+def _pair_attention(model: Experts, dense: Experts) -> AttentionPair | None:
+    return None if is_mixture(dense) else pair_attention(model, dense, dense.layer(dense.layers[0]).sizes["H"])
 
 
 def _open_feed_forwards(name: str, wanted: Sequence[int]) -> Experts:
@@ -76,10 +94,13 @@ def match_parent(
     experts, positions = measure.chosen, measure.positions.reshape(-1)
     owner = np.repeat(np.arange(len(experts)), measure.positions.shape[1])
     vectors = {role: m.queries.reshape(len(owner), -1) for role, m in measures.items() if m.queries is not None}
+    if parent.assignment:
+        vectors = {role: parent.assignment.apply(matrix) for role, matrix in vectors.items()}
     found = search_layers(layer.number, prepare_queries(vectors), parent.dense, resources, progress)
     evidence = parent_evidence(found, owner, positions)
     sources = [None if source < 0 else int(source) for source in evidence.sources]
-    return ParentMatch(
+    best = max(evidence.layers, key=lambda number: evidence.layers[number]) if evidence.kept else None
+    match = ParentMatch(
         kept=evidence.kept,
         strong=evidence.strong,
         chance=evidence.chance,
@@ -87,13 +108,18 @@ def match_parent(
         in_place=evidence.in_place,
         cosine=evidence.cosine,
         flipped=evidence.flipped,
-        layer=max(evidence.layers, key=lambda number: evidence.layers[number]) if evidence.kept else None,
+        layer=best,
         layers=evidence.layers,
         of_layers=len(parent.dense.layers),
         shares={expert: float(share) for expert, share in zip(experts, evidence.shares, strict=True)},
         sources=dict(zip(experts, sources, strict=True)),
         ranges={expert: (int(low), int(high)) for expert, (low, high) in zip(experts, evidence.ranges, strict=True)},
     )
+    if not parent.attention:
+        return match
+    wanted = best if is_from_parent([match]) else None
+    attention = match_attention(layer.number, parent.attention, wanted, parent.assignment, resources, progress)
+    return match.model_copy(update={"attention": attention})
 
 
 def search_layers(
@@ -182,3 +208,19 @@ def parent_evidence(found: Mapping[int, Found], owner: NDArray[np.intp], positio
         np.array(sources),
         np.array(ranges),
     )
+
+
+def name_parentage(matches: Sequence[ParentMatch], has_twins: bool) -> str:
+    """In words, what the experts have of the parent, where nothing but the parent tells."""
+    if not is_from_parent(matches):
+        return "from this parent, experts re-initialised"
+    return "from this parent, in identical copies" if has_twins else "from this parent, no neuron twice"
+
+
+def describe_gaps(parent: Parent, layers: Sequence[LayerAnalysis]) -> list[str]:
+    """Sentences on why the attention was not compared."""
+    if all(layer.lineage.parent and layer.lineage.parent.attention for layer in layers):
+        return []
+    if not parent.attention:
+        return ["the parent is itself a Mixture of Experts: its attention does not tell how the experts began"]
+    return [*parent.attention.notes[:4]] or ["the parent's attention could not be compared"]

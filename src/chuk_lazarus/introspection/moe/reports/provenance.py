@@ -62,6 +62,43 @@ class MatchHistogram(Report):
     runner_up: tuple[int, ...]
 
 
+class ProjectionMatch(Report):
+    """How alike two projections of attention are: the mean `cosine` of rows at equal places (null where the shapes
+    differ), and the unbiased `cka` of W^T W over the hidden side, which is blind to any rotation of the rows."""
+
+    cosine: float | None
+    cka: float
+
+
+class AttentionMatch(Report):
+    """How alike the attention of a layer is to that of a parent's.
+
+    `layer` is the parent's layer that was compared: the one that has the neurons, else the most similar of `layers`,
+    the mean `cka` by layer of all that were compared. `projections` are its roles (q, k, v, o, or those of latent
+    attention that have a hidden side), and `cka` and `cosine` the means over them.
+    """
+
+    layer: int
+    layers: dict[int, float]
+    cka: float
+    cosine: float | None
+    projections: dict[str, ProjectionMatch]
+
+
+class EmbeddingMatch(Report):
+    """How alike the embeddings of `tokens` tokens with equal numbers are, `cosine` and `cka` as in ProjectionMatch.
+
+    `correlation` is the mean correlation of columns, and `assigned` says whether they are the parent's in another order
+    or with other signs, in which case everything else was compared in the parent's order.
+    """
+
+    tokens: int
+    cosine: float
+    cka: float
+    correlation: float
+    assigned: bool
+
+
 class ParentMatch(Report):
     """Which of the sampled neurons come from a dense parent's feed-forwards, in whatever layer.
 
@@ -71,7 +108,8 @@ class ParentMatch(Report):
     nothing is found. `chance` and `p_value` as in Lineage, of all searched layers together. Of the found neurons
     `in_place` is the share at their own position, `cosine` their mean cosine, and `flipped` the share whose up row and
     down column both have the other sign. By expert: `shares` of its neurons, the parent's layer that has most of them
-    as `sources`, and the `ranges` of neurons (first, last) that they were found among in that layer.
+    as `sources`, and the `ranges` of neurons (first, last) that they were found among in that layer. `attention` is
+    that of the layer beside the experts; null where there is none to compare, or the parent is itself an MoE.
     """
 
     kept: float
@@ -87,6 +125,7 @@ class ParentMatch(Report):
     layers: dict[int, float] = Field(default_factory=dict)
     of_layers: int = 0
     sources: dict[int, int | None] = Field(default_factory=dict)
+    attention: AttentionMatch | None = None
 
 
 class Sharing(Report):
@@ -174,7 +213,8 @@ class MoETypeAnalysis(Identity):
     """How one model's experts were trained, as far as their neurons tell, and whether an overlay would pay.
 
     `type` and `confidence`, a measured rate, come from the layers' `lineage`, `kind` says what kind of upcycling it
-    looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with.
+    looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with,
+    and `parent_embeddings` how alike the two models' token embeddings are, null where they were not compared.
     `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
     `original_bytes` counts two bytes a weight, `stored_bytes` what the files really spend, `overlay_bytes` a base and
     rank-r factors at two bytes a number, r being each projection's mean 95 %-energy rank; all three are of the analysed
@@ -189,6 +229,7 @@ class MoETypeAnalysis(Identity):
     kind: str | None
     documented_rule: DocumentedRule
     parent: str | None
+    parent_embeddings: EmbeddingMatch | None = None
     rank_projection: Literal["gate", "up"]
     rank_ratio: float
     cosine: float

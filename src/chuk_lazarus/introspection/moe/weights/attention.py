@@ -362,7 +362,7 @@ class Embeddings:
         shape = self._stored.shape
         if len(find_slices(checkpoint, parts)) > 1:
             raise UnknownFormat(f"{self.name} is cut into slices in a way that we don't know")
-        if len(shape) != 2 or self._stored.transposed or not 0 < min(shape) or shape[1] > MAX_SIDE:
+        if len(shape) != 2 or self._stored.transposed or not min(shape) > 0 or shape[1] > MAX_SIDE:
             raise UnknownFormat(f"{self.name} is {list(shape)} as {self._stored.codec}, which are no token embeddings")
         self.shape: tuple[int, int] = (shape[0], shape[1])
 

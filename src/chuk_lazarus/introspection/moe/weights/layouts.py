@@ -480,7 +480,9 @@ def match_embeddings(names: Iterable[str], root: str) -> Parts:
             above = ".".join(pieces[:-length])
             if place is not None and not _LAYER.fullmatch(f"{above}._"):
                 found.setdefault((above, place), {})[part] = name
-    found = {key: parts for key, parts in found.items() if any(part.startswith(("weight", "qweight")) for part in parts)}
+    found = {
+        key: parts for key, parts in found.items() if any(part.startswith(("weight", "qweight")) for part in parts)
+    }
     above = root
     while found:
         if own := [place for place_root, place in found if place_root == above]:
