@@ -15,9 +15,11 @@ from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable
 from chuk_lazarus.introspection.moe.numerics.search import Found, searching_order
 from chuk_lazarus.introspection.moe.provenance.parent import parent_evidence
-from chuk_lazarus.introspection.moe.reports import ParentMatch
+from chuk_lazarus.introspection.moe.reports import AttentionMatch, ParentMatch
+from chuk_lazarus.introspection.moe.views.words import explain_parent
 
 Layer = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
+Tensors = dict[str, NDArray[np.float32]]  # by their names
 EXPERTS, NEURONS, HIDDEN, LAYERS = 8, 128, 48, 3
 SHORT = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -40,26 +42,26 @@ def copy(layer: Layer, noise: float = 0.3, seed: int = 1) -> Layer:
     }
 
 
-def write_moe(folder: Path, layers: Sequence[Layer]) -> str:
+def write_moe(folder: Path, layers: Sequence[Layer], others: Tensors | None = None) -> str:
     tensors = {
         f"model.layers.{number}.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight": as_stored(role, neurons)
         for number, layer in enumerate(layers)
         for role, matrix in layer.items()
         for expert, neurons in enumerate(matrix)
     }
-    return write(folder, tensors, '{"model_type": "mixtral"}')
+    return write(folder, tensors | (others or {}), '{"model_type": "mixtral"}')
 
 
-def write_dense(folder: Path, layers: Sequence[Layer]) -> str:
+def write_dense(folder: Path, layers: Sequence[Layer], others: Tensors | None = None) -> str:
     tensors = {
         f"model.layers.{number}.mlp.{role}_proj.weight": as_stored(role, matrix[0])
         for number, layer in enumerate(layers)
         for role, matrix in layer.items()
     }
-    return write(folder, tensors, '{"model_type": "llama"}')
+    return write(folder, tensors | (others or {}), '{"model_type": "llama"}')
 
 
-def write(folder: Path, tensors: dict[str, NDArray[np.float32]], config: str) -> str:
+def write(folder: Path, tensors: Tensors, config: str) -> str:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(config)
@@ -220,6 +222,170 @@ def test_progress_is_in_bytes_of_the_parent(dense: list[Layer], tmp_path: Path) 
     size = 4 * 3 * NEURONS * HIDDEN
     assert of_parent[:2] == [(size, 3 * size), (2 * size, 3 * size)]
     assert of_parent[-1] == (3 * size, 3 * size)
+
+
+# Attention and embeddings
+
+
+def draw_attention(seed: int, layers: int = LAYERS) -> Tensors:
+    """Embeddings, and attention with four heads, of which two share their keys and values."""
+    rng = np.random.default_rng(seed)
+    tensors = {"model.embed_tokens.weight": rng.standard_normal((600, HIDDEN), np.float32)}
+    for layer in range(layers):
+        for role, rows in (("q", HIDDEN), ("k", HIDDEN // 2), ("v", HIDDEN // 2), ("o", HIDDEN)):
+            name = f"model.layers.{layer}.self_attn.{role}_proj.weight"
+            tensors[name] = rng.standard_normal((rows, HIDDEN), np.float32)
+    return tensors
+
+
+def train_on(tensors: Tensors, noise: float = 0.3, seed: int = 7) -> Tensors:
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.float32(matrix + noise * rng.standard_normal(matrix.shape, np.float32))
+        for name, matrix in tensors.items()
+    }
+
+
+def disguise(rng: np.random.Generator, layers: Sequence[Layer], others: Tensors) -> tuple[list[Layer], Tensors]:
+    """The same function, the hidden side in another order and with other signs."""
+    order, signs = rng.permutation(HIDDEN), rng.choice(np.array([-1, 1], np.float32), HIDDEN)
+
+    def turn(columns: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.ascontiguousarray((columns * signs)[..., order])
+
+    turned = {name: turn(m.T).T if "o_proj" in name else turn(m) for name, m in others.items()}
+    return [{role: turn(m) for role, m in layer.items()} for layer in layers], {
+        name: np.ascontiguousarray(m) for name, m in turned.items()
+    }
+
+
+def compare(
+    folder: Path, moe: Sequence[Layer], ours: Tensors, dense: Sequence[Layer], theirs: Tensors
+) -> MoETypeAnalysis:
+    model, parent = write_moe(folder / "moe", moe, ours), write_dense(folder / "dense", dense, theirs)
+    return MoETypeService.analyze(model, layers="all", parent=parent)
+
+
+def redrawn(seed: int = 5, layers: int = LAYERS) -> list[Layer]:
+    rng = np.random.default_rng(seed)
+    return [draw(rng, EXPERTS) for _ in range(layers)]
+
+
+def attention_of(report: MoETypeAnalysis) -> list[AttentionMatch]:
+    found = [match.attention for match in matches(report)]
+    return [attention for attention in found if attention]
+
+
+@pytest.mark.parametrize("hidden", ["as it was", "permuted"])
+def test_redrawn_experts_are_told_by_their_attention(hidden: str, dense: list[Layer], tmp_path: Path) -> None:
+    theirs = draw_attention(0)
+    experts, ours = redrawn(), train_on(theirs)
+    if hidden == "permuted":
+        experts, ours = disguise(np.random.default_rng(6), experts, ours)
+    report = compare(tmp_path, experts, ours, dense, theirs)
+    assert (report.type, report.kind) == ("UPCYCLED", "from this parent, experts re-initialised")
+    assert report.parent_embeddings
+    assert report.parent_embeddings.assigned == (hidden == "permuted")
+    assert report.parent_embeddings.tokens == 600
+    assert report.parent_embeddings.cosine > 0.9
+    for number, attention in enumerate(attention_of(report)):
+        assert attention.layer == number
+        assert attention.cka > 0.8
+        assert attention.cosine
+        assert attention.cosine > 0.9
+        assert set(attention.projections) == {"q", "k", "v", "o"}
+    assert matches(report)[0].kept < 0.02
+    text = explain_parent(report)
+    assert "the attention is from it" in text
+    assert "experts were re-initialised" in text
+    assert ("hidden side" in text) == (hidden == "permuted")
+
+
+def test_neurons_are_found_on_a_permuted_hidden_side(dense: list[Layer], tmp_path: Path) -> None:
+    theirs = draw_attention(0)
+    experts, ours = disguise(np.random.default_rng(8), [copy(layer) for layer in dense], train_on(theirs))
+    report = compare(tmp_path, experts, ours, dense, theirs)
+    for number, match in enumerate(matches(report)):
+        assert (match.layer, match.attention and match.attention.layer) == (number, number)
+        assert match.kept > 0.99
+
+
+def test_heads_in_another_order(dense: list[Layer], tmp_path: Path) -> None:
+    """Rows at equal places have nothing in common, and CKA does not see it."""
+    theirs = draw_attention(0)
+    order = np.random.default_rng(9).permutation(HIDDEN)
+    ours = {name: matrix[order] if "q_proj" in name else matrix for name, matrix in theirs.items()}
+    attention = attention_of(compare(tmp_path, redrawn(), ours, dense, theirs))[0]
+    assert attention.projections["q"].cka == pytest.approx(1.0, abs=1e-4)
+    assert attention.projections["q"].cosine == pytest.approx(0.0, abs=0.1)
+
+
+def test_keys_that_were_copied_to_more_heads(dense: list[Layer], tmp_path: Path) -> None:
+    theirs = draw_attention(0)
+    ours = {n: np.concatenate([m, m]) if "k_proj" in n or "v_proj" in n else m for n, m in theirs.items()}
+    report = compare(tmp_path, redrawn(), ours, dense, theirs)
+    keys = attention_of(report)[0].projections["k"]
+    assert (keys.cosine, keys.cka) == (None, pytest.approx(1.0, abs=1e-4))
+    assert report.type == "UPCYCLED"
+
+
+def test_exchanged_layers_are_told_by_attention(dense: list[Layer], tmp_path: Path) -> None:
+    theirs = draw_attention(0)
+    ours = {name.replace(".2.", ".x.").replace(".0.", ".2.").replace(".x.", ".0."): m for name, m in theirs.items()}
+    report = compare(tmp_path, redrawn(), ours, dense, theirs)
+    assert [attention.layer for attention in attention_of(report)] == [2, 1, 0]
+    assert set(attention_of(report)[1].layers) == {1}  # the others were not looked into
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_of_an_unrelated_parent(seed: int, dense: list[Layer], tmp_path: Path) -> None:
+    report = compare(tmp_path, redrawn(20 + seed), draw_attention(30 + seed), dense, draw_attention(40 + seed))
+    assert report.type == "NATIVE"
+    assert max(abs(attention.cka) for attention in attention_of(report)) < 0.2
+    assert report.parent_embeddings
+    assert not report.parent_embeddings.assigned
+    assert "its attention is not alike" in explain_parent(report)
+
+
+def test_vocabularies_of_two_sizes_are_compared_as_far_as_both_go(dense: list[Layer], tmp_path: Path) -> None:
+    theirs = draw_attention(0)
+    ours = {name: matrix[:300] if "embed" in name else matrix for name, matrix in theirs.items()}
+    report = compare(tmp_path, redrawn(), ours, dense, theirs)
+    assert report.parent_embeddings
+    assert (report.parent_embeddings.tokens, report.parent_embeddings.cosine) == (300, pytest.approx(1.0))
+
+
+def test_without_attention_a_note_says_so(dense: list[Layer], tmp_path: Path) -> None:
+    report = analyze(tmp_path, redrawn(), dense)
+    assert report.type == "NATIVE"
+    assert (report.parent_embeddings, attention_of(report)) == (None, [])
+    assert any("attention" in note for note in report.notes)
+
+
+def test_attention_of_another_mixture_does_not_count(tmp_path: Path) -> None:
+    """A model with shared experts may be its own parent, and has its own attention."""
+    rng = np.random.default_rng(11)
+    tensors = draw_attention(0, 1)
+    for role, matrix in draw(rng).items():
+        named = {"shared_expert": matrix[0]} | {f"experts.{e}": m for e, m in enumerate(draw(rng, EXPERTS)[role])}
+        tensors |= {f"model.layers.0.mlp.{n}.{role}_proj.weight": as_stored(role, m) for n, m in named.items()}
+    model = write(tmp_path / "moe", tensors, '{"model_type": "qwen2_moe", "num_experts": 8}')
+    report = MoETypeService.analyze(model, parent=model)
+    assert report.type == "NATIVE"
+    assert attention_of(report) == []
+    assert any("itself a Mixture of Experts" in note for note in report.notes)
+
+
+def test_a_parent_whose_attention_is_broken(dense: list[Layer], tmp_path: Path) -> None:
+    """What is not finite is left out, and what else there is counts."""
+    theirs = draw_attention(0)
+    theirs["model.layers.0.self_attn.q_proj.weight"][3, 4] = np.inf
+    theirs["model.embed_tokens.weight"][0, 0] = np.nan
+    report = compare(tmp_path, redrawn(layers=1), train_on(draw_attention(0)), dense, theirs)
+    (attention,) = attention_of(report)
+    assert set(attention.projections) == {"k", "v", "o"}
+    assert report.parent_embeddings is None
+    assert report.type == "UPCYCLED"
 
 
 def test_the_same_number_first() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from .attention import AttentionPair, compare_embeddings, is_mixture, match_atte
 from .classifier import is_from_parent
 from .lineage import STRONG
 
+TWICE = 1.5  # how often a parent's neuron is found from which on experts have neurons in common
 CONVINCING = 0.9  # the share of the neurons found in one layer of the parent from which on no other is looked into
 
 
@@ -98,6 +100,8 @@ def match_parent(
         vectors = {role: parent.assignment.apply(matrix) for role, matrix in vectors.items()}
     found = search_layers(layer.number, prepare_queries(vectors), parent.dense, resources, progress)
     evidence = parent_evidence(found, owner, positions)
+    widths = {number: parent.dense.layer(number).sizes["I"] for number in evidence.layers}
+    times = sum(share / widths[number] for number, share in evidence.layers.items())
     sources = [None if source < 0 else int(source) for source in evidence.sources]
     best = max(evidence.layers, key=lambda number: evidence.layers[number]) if evidence.kept else None
     match = ParentMatch(
@@ -111,6 +115,7 @@ def match_parent(
         layer=best,
         layers=evidence.layers,
         of_layers=len(parent.dense.layers),
+        copies=times * layer.count * layer.sizes["I"],
         shares={expert: float(share) for expert, share in zip(experts, evidence.shares, strict=True)},
         sources=dict(zip(experts, sources, strict=True)),
         ranges={expert: (int(low), int(high)) for expert, (low, high) in zip(experts, evidence.ranges, strict=True)},
@@ -214,7 +219,13 @@ def name_parentage(matches: Sequence[ParentMatch], has_twins: bool) -> str:
     """In words, what the experts have of the parent, where nothing but the parent tells."""
     if not is_from_parent(matches):
         return "from this parent, experts re-initialised"
-    return "from this parent, in identical copies" if has_twins else "from this parent, no neuron twice"
+    if has_twins:
+        return "from this parent, in identical copies"
+    if fmean(match.copies for match in matches) >= TWICE:
+        return "from this parent, copies trained far apart"
+    if fmean(match.kept for match in matches) < 0.5:
+        return "from this parent, mostly re-initialised"
+    return "from this parent, no neuron twice"
 
 
 def describe_gaps(parent: Parent, layers: Sequence[LayerAnalysis]) -> list[str]:

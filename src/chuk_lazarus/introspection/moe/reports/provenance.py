@@ -107,7 +107,8 @@ class ParentMatch(Report):
     number comes first, and no other is searched where it has nearly all. `layer` is the one that has most, null where
     nothing is found. `chance` and `p_value` as in Lineage, of all searched layers together. Of the found neurons
     `in_place` is the share at their own position, `cosine` their mean cosine, and `flipped` the share whose up row and
-    down column both have the other sign. By expert: `shares` of its neurons, the parent's layer that has most of them
+    down column both have the other sign. `copies` is how often each of the parent's neurons is there, over all experts:
+    1 where a layer was cut once. By expert: `shares` of its neurons, the parent's layer that has most of them
     as `sources`, and the `ranges` of neurons (first, last) that they were found among in that layer. `attention` is
     that of the layer beside the experts; null where there is none to compare, or the parent is itself an MoE.
     """
@@ -124,6 +125,7 @@ class ParentMatch(Report):
     layer: int | None = None
     layers: dict[int, float] = Field(default_factory=dict)
     of_layers: int = 0
+    copies: float = 0.0
     sources: dict[int, int | None] = Field(default_factory=dict)
     attention: AttentionMatch | None = None
 

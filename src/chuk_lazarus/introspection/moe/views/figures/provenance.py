@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import InvalidRequest
 from ...numerics.spectra import noise_decay, noise_rank
 from ...reports import Identity, LayerAnalysis, Lineage, MoETypeAnalysis, MoETypeComparison, Projection
-from ...text import percent
+from ...text import percent, whole_percent
 from .. import facts
 from ..words import format_confidence, identify, name_layers
 from .style import (
     COLORS,
+    DARK,
     GREY,
     ROLE_STYLES,
     STYLES,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 MARKS = "osD^vP*X"  # one for each share of energy
 FLOOR = 0.01  # singular values below this share of their root mean square are off the scale
+MOST_WRITTEN = 12  # layers of a parent up to which shares are written into their squares
 LEAST_SCALE = 0.1  # the least top of a heat map's scale, so that noise does not look like structure
 DECAY = (
     "Singular values of the deltas (expert minus mean of all experts) over their root mean square, mean over the "
@@ -50,6 +53,10 @@ MATCHES = (
 DEPTH = (
     "Effective rank at 95 % of the delta's energy, mean cosine of two experts, and the share of an expert's neurons "
     "that its best partner has, too."
+)
+PARENTS = (
+    "The share of the sampled neurons of each layer (row) that are found in each layer of the parent (column); grey: "
+    "not searched, because another layer has nearly all of them."
 )
 COMPARISON = (
     "Top, the first analysed layer of each: singular values of the deltas (expert minus mean of all experts) over "
@@ -100,6 +107,18 @@ def plot_depth(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
         ax.label_outer()
     return finish(figure, DEPTH, _source(analysis, analysis.layers), command)
+
+
+@styled()
+def plot_parents(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure":
+    """Which layers of the parent the neurons of which layer come from; an InvalidRequest where none was compared."""
+    layers, parents, shares = facts.share_by_layer(analysis)
+    if not layers:
+        raise InvalidRequest("the analysis has no parent", "name one as parent")
+    figure = new_figure(min(5.0, 1.3 + 0.22 * len(layers)), "Where in the parent the neurons come from")
+    ax = figure.subplots()
+    _paint_shares(ax, np.array(shares), layers, parents)
+    return finish(figure, PARENTS, _source(analysis, analysis.layers), command)
 
 
 @styled()
@@ -277,6 +296,29 @@ def _paint_heat(
         panel.grid(False)
         panel.spines[:].set_visible(False)
     ax.set_title(title)
+
+
+def _paint_shares(ax: "Axes", shares: NDArray[np.float64], layers: Sequence[int], parents: Sequence[int]) -> None:
+    """A square for each layer and each of the parent's; the share is written where there is room."""
+    import matplotlib
+
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad="#E4E4E4")
+    figure: Any = ax.figure
+    image = ax.imshow(shares, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    bar = figure.colorbar(image, ax=ax, format=format_share, fraction=0.05, pad=0.02)
+    bar.solids.set_rasterized(True)  # vector strips would show seams
+    bar.outline.set_visible(False)
+    if len(parents) <= MOST_WRITTEN:
+        for row, column in np.argwhere(~np.isnan(shares)):
+            share = shares[row, column]
+            ax.text(column, row, whole_percent(share), ha="center", va="center", color="white" if share < 0.5 else DARK)
+    for set_ticks, numbers in ((ax.set_xticks, parents), (ax.set_yticks, layers)):
+        places = range(0, len(numbers), ceil(len(numbers) / 16))
+        set_ticks(places, [str(numbers[place]) for place in places])
+    ax.set(xlabel="layer of the parent", ylabel="layer")
+    for panel in (ax, bar.ax):
+        panel.grid(False)
+        panel.spines[:].set_visible(False)
 
 
 def _paint_matches(ax: "Axes", lineage: Lineage) -> None:
