@@ -129,10 +129,11 @@ class Attention:
         self._matches = match_attention(checkpoint.names, stack)
         self._plans: dict[int, _Plan] = {}
         self._notes: dict[str, list[int]] = {}
-        self.layers = tuple(sorted(number for number, match in self._matches.items() if self._has_attention(match)))
+        self.layers = tuple(sorted(number for number, match in self._matches.items() if _has_attention(match)))
         for number in sorted(self._matches.keys() - set(self.layers)):
             other = self._matches[number].other
-            self._note(number, f"no attention that we know{f', but {_below_layer(other)}' if other else ''}")
+            what = f", but {_below_layer(other)}" if other else ""
+            self._note(number, f"no attention projections under names that we know{what}")
         if not self._matches:
             self._notes[f"there is no stack of layers named {stack or '(no name)'}"] = []
 
@@ -184,11 +185,6 @@ class Attention:
         if layer not in layers:
             layers.append(layer)
 
-    def _has_attention(self, match: AttentionMatch) -> bool:
-        """Whether a layer has more than outputs: a recurrent layer has an out_proj, too."""
-        table = load_attention_table()
-        return any(table[row].tensors[place].role != "o" for row, places in match.rows.items() for place in places)
-
     def _plan(self, layer: int) -> _Plan:
         if layer not in self.layers:
             listing = format_ranges(self.layers) or "none"
@@ -198,29 +194,39 @@ class Attention:
         return self._plans[layer]
 
     def _make_plan(self, layer: int) -> _Plan:
-        """What is read of a layer: of the rows that hold for the model, the first that fits, with the most tensors."""
+        """What is read of a layer: of the rows that hold for the model, the one with the most tensors that fits."""
         rows, table = self._matches[layer].rows, load_attention_table()
         model_type = self._config.model_type
-
-        def rank(row: int) -> tuple[int, bool, int]:
-            return -len(rows[row]), not table[row].model_types, row
-
-        holding = sorted((row for row in rows if table[row].holds_for(model_type)), key=rank)
-        others = sorted(rows.keys() - set(holding), key=rank)
-        if others and (not holding or rank(others[0])[0] < rank(holding[0])[0]):
+        ranked = sorted(
+            (row for row, places in rows.items() if _is_more_than_outputs(table[row], places)),
+            key=lambda row: (-len(rows[row]), not table[row].model_types, row),
+        )
+        holding = [row for row in ranked if table[row].holds_for(model_type)]
+        others = [row for row in ranked if row not in holding]
+        if others and (not holding or len(rows[others[0]]) > len(rows[holding[0]])):
             place = next(place for place in rows[others[0]] if table[others[0]].tensors[place].role != "o")
             name = _below_layer(next(iter(rows[others[0]][place].values())))
             self._note(
                 layer, f"how q, k and v lie in {name} is not known for model_type {model_type or '(none)'}: left out"
             )
+        # a row that names the model type says how the tensors lie: where none of these fits, no other row may read them
         reasons = []
-        for row in holding:
+        for row in [row for row in holding if table[row].model_types] or holding[:1]:
             try:
                 return self._open_row(layer, table[row], rows[row], [table[other] for other in others])
-            except _DoesNotFit as reason:
-                reasons.append(str(reason))
+            except _DoesNotFit as error:
+                reasons.append(str(error))
         for reason in reasons[:1]:
             self._note(layer, f"{reason}: left out")
+        return self._open_outputs(layer)
+
+    def _open_outputs(self, layer: int) -> _Plan:
+        """Of a layer whose other tensors can't be read, o, where its name leaves nothing open."""
+        for row, places in self._matches[layer].rows.items():
+            layout = load_attention_table()[row]
+            outputs = {place: parts for place, parts in places.items() if layout.tensors[place].role == "o"}
+            if outputs and not layout.model_types:
+                return self._open_row(layer, layout, outputs, ())
         return _Plan()
 
     def _open_row(
@@ -251,6 +257,12 @@ class Attention:
                 arrangements[role] = _arrange(
                     _below_layer(projection.name), outputs, rows, sizes.get("O"), heads, config.head_size
                 )
+        if (
+            "q" in opened
+            and "kv_a" not in opened
+            and (missing := [role for role in "kv" if role not in _roles(opened)])
+        ):
+            self._note(layer, f"no {' and '.join(missing)} of its own")
         # a gate beside each query is twice the rows: for a model type that is not listed with one, this is no guess
         if sizes.get("Q", 0) == 2 * sizes.get("O", 0) > 0 and "q" in opened and _may_be_gated(others):
             self._note(layer, f"{_below_layer(opened.pop('q').name)} may hold a gate beside q: left out")
@@ -288,8 +300,22 @@ class Attention:
         return _Projection(spec, slices, stored)
 
 
+def _has_attention(match: AttentionMatch) -> bool:
+    return any(_is_more_than_outputs(load_attention_table()[row], places) for row, places in match.rows.items())
+
+
+def _is_more_than_outputs(row: AttentionLayout, places: Iterable[int]) -> bool:
+    """Whether there is more than o: a recurrent layer has an out_proj, too."""
+    return any(row.tensors[place].role != "o" for place in places)
+
+
 def _may_be_gated(rows: Iterable[AttentionLayout]) -> bool:
     return any("Z" in tensor.outputs for row in rows for tensor in row.tensors)
+
+
+def _roles(projections: Mapping[str, _Projection]) -> set[str]:
+    """The roles that some tensors hold; a fused one holds several."""
+    return {letter.lower() for role in projections.values() for letter in role.spec.outputs} | set(projections)
 
 
 def _below_layer(text: str) -> str:
@@ -362,7 +388,7 @@ class Embeddings:
         shape = self._stored.shape
         if len(find_slices(checkpoint, parts)) > 1:
             raise UnknownFormat(f"{self.name} is cut into slices in a way that we don't know")
-        if len(shape) != 2 or self._stored.transposed or not min(shape) > 0 or shape[1] > MAX_SIDE:
+        if len(shape) != 2 or self._stored.transposed or min(shape) < 1 or shape[1] > MAX_SIDE:
             raise UnknownFormat(f"{self.name} is {list(shape)} as {self._stored.codec}, which are no token embeddings")
         self.shape: tuple[int, int] = (shape[0], shape[1])
 

@@ -322,11 +322,11 @@ def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[Layou
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and embeddings
 
-_INPUTS = {"o": "O", "q_b": "R", "kv_b": "C"}
+_INPUTS = {"o": "O", "q_b": "P", "kv_b": "C"}
 """The axis of a role's inputs, where it is not hidden."""
 
 _LOOKS_ATTENTION = re.compile(
-    r"(?:^|[._])(?:attn|attention|self_?attn|self_?attention|linear_attn|mamba|mixer|ssm|temporal_block)(?=[._]|$)",
+    r"(?:^|[._])(?:attn|attention|mamba|ssm|recurrent|conv)[._](?!.*(?:norm|sink|bias|alpha|beta|base|scale|fn)$)|A_log$",
     re.IGNORECASE,
 )
 
@@ -455,7 +455,7 @@ def match_attention(names: Iterable[str], root: str) -> dict[int, AttentionMatch
                 one.rows[row][place] = {}
             if number <= first:
                 one.rows.setdefault(row, {}).setdefault(place, {})[part] = name
-        if not places and not one.other and _LOOKS_ATTENTION.search(rest) and "norm" not in rest:
+        if not places and not one.other and "norm" not in rest and _LOOKS_ATTENTION.search(rest):
             one.other = name
     return found
 
@@ -463,26 +463,24 @@ def match_attention(names: Iterable[str], root: str) -> dict[int, AttentionMatch
 def match_embeddings(names: Iterable[str], root: str) -> Parts:
     """The parts of the token embeddings of the stack below the root; {} where no name of the table is there.
 
-    Embeddings with the root's own name go first, then those nearest above, and then the only ones there are.
+    Embeddings with the root's own name go first, then those nearest above.
     """
     places = {name: place for place, name in enumerate(load_embedding_names())}
     leaves = {name.rpartition(".")[2] for name in places}
     found: dict[tuple[str, int], Parts] = {}
     for name in names:
-        module, _, part = name.rpartition(".")
-        if name in leaves or name.rpartition(".")[2] in leaves:  # a bare parameter
-            module, part = name, "weight"
-        pieces = module.split(".")
-        if pieces[-1] not in leaves:
-            continue
-        for length in (1, 2):
-            place = places.get(".".join(pieces[-length:]))
-            above = ".".join(pieces[:-length])
-            if place is not None and not _LAYER.fullmatch(f"{above}._"):
-                found.setdefault((above, place), {})[part] = name
-    found = {
-        key: parts for key, parts in found.items() if any(part.startswith(("weight", "qweight")) for part in parts)
-    }
+        pieces = name.split(".")
+        for end, piece in enumerate(pieces, 1):
+            if piece not in leaves:
+                continue
+            for start in (end - 1, end - 2):
+                place, above = places.get(".".join(pieces[max(start, 0) : end])), ".".join(pieces[: max(start, 0)])
+                if place is not None and not _LAYER.fullmatch(f"{above}._"):
+                    part = ".".join(pieces[end:]) or "weight"
+                    if "." not in part or part.startswith("weight."):  # a part, and not a module within
+                        found.setdefault((above, place), {})[part] = name
+    kinds = ("weight", "qweight", "blocks")
+    found = {key: parts for key, parts in found.items() if any(part.startswith(kinds) for part in parts)}
     above = root
     while found:
         if own := [place for place_root, place in found if place_root == above]:
@@ -490,4 +488,4 @@ def match_embeddings(names: Iterable[str], root: str) -> Parts:
         if not above:
             break
         above = above.rpartition(".")[0]
-    return next(iter(found.values())) if len(found) == 1 else {}
+    return {}
