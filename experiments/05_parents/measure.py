@@ -38,7 +38,13 @@ def compare(task: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
     """One model and a dense model: what was found, and what it decides."""
     model, parent, row = task
     try:
-        analysis = MoETypeService.analyze(model, layers="all", parent=parent)
+        with tempfile.TemporaryDirectory() as made:
+            if row["kind"].endswith("+permuted"):
+                permute_hidden(Path(model), Path(made) / "permuted")
+                model = f"{made}/permuted"
+            elif row["kind"] == "noise":
+                model, parent = write_noise(Path(made), *row["shape"])
+            analysis = MoETypeService.analyze(model, layers="all", parent=parent)
     except MoEError as error:
         return {**row, "error": error.message}
     matches = [layer.lineage.parent for layer in analysis.layers if layer.lineage.parent]
@@ -60,7 +66,7 @@ def compare(task: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def list_pairs(zoo: Path, made: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def list_pairs(zoo: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Every checkpoint with its parent, and with dense models that are none of its ancestors."""
     truths = {path.parent: json.loads(path.read_text()) for path in sorted(zoo.glob("*/*/truth.json"))}
     dense = [folder for folder, truth in truths.items() if folder.name in ("parent", "parent-b")]
@@ -81,19 +87,8 @@ def list_pairs(zoo: Path, made: Path) -> Iterator[tuple[str, str, dict[str, Any]
             relation = "parent" if shares_parent else "unrelated"
             yield str(folder), str(other), {**row, "parent": f"{other.parent.name}/{other.name}", "relation": relation}
             if shares_parent and is_plain:
-                disguised = made / truth["family"] / folder.name
-                permute_hidden(folder, disguised)
-                yield (
-                    str(disguised),
-                    str(other),
-                    {
-                        **row,
-                        "name": f"{name}+permuted",
-                        "kind": f"{kind}+permuted",
-                        "parent": f"{other.parent.name}/{other.name}",
-                        "relation": relation,
-                    },
-                )
+                permuted = {"name": f"{name}+permuted", "kind": f"{kind}+permuted", "relation": relation}
+                yield str(folder), str(other), {**row, **permuted, "parent": f"{other.parent.name}/{other.name}"}
 
 
 def permute_hidden(source: Path, folder: Path) -> None:
@@ -118,37 +113,37 @@ def permute_hidden(source: Path, folder: Path) -> None:
     (folder / "config.json").write_text((source / "config.json").read_text())
 
 
-def list_noise(made: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Random models of two layers, and random dense ones of four."""
+def list_noise() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Random models and random parents, of several sizes."""
     for hidden, experts, neurons in NOISE:
         for seed in range(REPEATS):
-            rng = np.random.default_rng([hidden, experts, seed])
-            name = f"noise-{hidden}-{experts}-{seed}"
-            for kind, layers in (("moe", 2), ("dense", 4)):
-                tensors = {"model.embed_tokens.weight": rng.standard_normal((512, hidden), np.float32)}
-                for layer in range(layers):
-                    stem = f"model.layers.{layer}"
-                    shapes = {f"self_attn.{role}_proj": (hidden, hidden) for role in "qkvo"}
-                    if kind == "moe":
-                        for expert in range(experts):
-                            shapes |= {
-                                f"block_sparse_moe.experts.{expert}.{role}": (
-                                    (hidden, neurons) if role == "w2" else (neurons, hidden)
-                                )
-                                for role in ("w1", "w2", "w3")
-                            }
-                    else:
-                        shapes |= {f"mlp.{role}_proj": (4 * neurons, hidden) for role in ("gate", "up")}
-                        shapes["mlp.down_proj"] = (hidden, 4 * neurons)
-                    for key, shape in shapes.items():
-                        tensors[f"{stem}.{key}.weight"] = rng.standard_normal(shape, np.float32)
-                (made / name / kind).mkdir(parents=True)
-                save_file(tensors, made / name / kind / "model.safetensors")
-                config = {"model_type": "mixtral" if kind == "moe" else "llama", "hidden_size": hidden}
-                (made / name / kind / "config.json").write_text(json.dumps(config))
-            row = {"name": name, "family": "noise", "origin": "NATIVE", "kind": "noise", "hidden": hidden}
-            parts = (str(made / name / "moe"), str(made / name / "dense"))
-            yield *parts, {**row, "parent": f"{name}/dense", "relation": "unrelated"}
+            row = {"name": f"noise-{hidden}-{experts}-{seed}", "family": "noise", "origin": "NATIVE", "kind": "noise"}
+            row |= {"hidden": hidden, "parent": "noise", "relation": "unrelated"}
+            yield "", "", {**row, "shape": (hidden, experts, neurons, seed)}
+
+
+def write_noise(folder: Path, hidden: int, experts: int, neurons: int, seed: int) -> tuple[str, str]:
+    """A random mixture of two layers, and a random dense model of four."""
+    rng = np.random.default_rng([hidden, experts, seed])
+    for kind, layers in (("mixtral", 2), ("llama", 4)):
+        tensors = {"model.embed_tokens.weight": rng.standard_normal((512, hidden), np.float32)}
+        for layer in range(layers):
+            shapes = {f"self_attn.{role}_proj": (hidden, hidden) for role in "qkvo"}
+            if kind == "mixtral":
+                for expert in range(experts):
+                    stem = f"block_sparse_moe.experts.{expert}"
+                    shapes |= {f"{stem}.{role}": (neurons, hidden) for role in ("w1", "w3")}
+                    shapes[f"{stem}.w2"] = (hidden, neurons)
+            else:
+                shapes |= {f"mlp.{role}_proj": (4 * neurons, hidden) for role in ("gate", "up")}
+                shapes["mlp.down_proj"] = (hidden, 4 * neurons)
+            for key, shape in shapes.items():
+                tensors[f"model.layers.{layer}.{key}.weight"] = rng.standard_normal(shape, np.float32)
+        (folder / kind).mkdir()
+        save_file(tensors, folder / kind / "model.safetensors")
+        config = {"model_type": kind, "hidden_size": hidden}
+        (folder / kind / "config.json").write_text(json.dumps(config))
+    return str(folder / "mixtral"), str(folder / "llama")
 
 
 def compare_layers(real: str) -> dict[str, Any]:
@@ -241,10 +236,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     zoo, real = Path(sys.argv[1]), sys.argv[2]
-    with tempfile.TemporaryDirectory() as made:
-        tasks = [*list_pairs(zoo, Path(made)), *list_noise(Path(made))]
-        with ProcessPoolExecutor(2) as pool:
-            measured = list(pool.map(compare, tasks, chunksize=4))
+    tasks = [*list_pairs(zoo), *list_noise()]
+    with ProcessPoolExecutor(2) as pool:
+        measured = list(pool.map(compare, tasks, chunksize=4))
     errors, rows = [row for row in measured if "error" in row], [row for row in measured if "error" not in row]
     noise = [row for row in rows if row["family"] == "noise"]
     looked_at = [row for row in rows if row["family"] in LOOKED_AT]

@@ -23,6 +23,7 @@ from ..progress import Counter, Progress
 from ..reports import AttentionMatch, EmbeddingMatch, ProjectionMatch
 from ..weights.attention import Attention, Embeddings
 from ..weights.experts import Experts
+from .classifier import LINEAGE
 
 TOKENS, RUN = 4096, 256  # tokens whose embeddings are compared, and neighbours among them
 CONVINCING = 0.9  # the mean CKA from which on no other layer of the parent is looked into
@@ -113,15 +114,16 @@ def match_attention(
     resources: Resources,
     progress: Progress,
 ) -> AttentionMatch | None:
-    """How alike the attention of layer `number` is to that of the parent's layer `wanted`, or else of the most similar
-    one; None where there is none to compare.
+    """How alike the attention of layer `number` is to that of the parent's most similar layer; None where there is none
+    to compare.
 
-    The parent's layers are looked into in the order of a search for neurons, up to one that is nearly the same.
+    The parent's layers are looked into in the order of a search for neurons, up to one that is nearly the same; first
+    of all `wanted`, which has the neurons, and no other where it is alike at all.
     """
+    enough = LINEAGE.attention_cka
     if number not in pair.model.layers or not pair.parent.layers:
         return None
-    is_given = wanted is not None and wanted in pair.parent.layers
-    candidates = [wanted] if is_given and wanted is not None else searching_order(number, pair.parent.layers)
+    candidates = sorted(searching_order(number, pair.parent.layers), key=lambda candidate: candidate != wanted)
     pair.model.prefetch([number], progress)
     ours = read_projections(pair.model, number, pair.hidden, assignment)
     if not ours:
@@ -143,7 +145,7 @@ def match_attention(
             if roles:
                 compared[candidate] = dict(zip(roles, matches, strict=True))
             counter.add(sizes.pop(candidate))
-            if roles and mean_cka(compared[candidate]) >= CONVINCING:
+            if roles and mean_cka(compared[candidate]) >= (enough if candidate == wanted else CONVINCING):
                 counter.add(sum(sizes.values()))
                 break
     if not compared:

@@ -3,14 +3,14 @@
 Both show the same figures; the terminal has room for fewer of them, and for fewer digits.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import isnan, nan
 from operator import attrgetter
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
-from ..reports import LayerAnalysis, MoETypeAnalysis, Projection
+from ..reports import LayerAnalysis, MoETypeAnalysis, ParentMatch, Projection
 from ..terms import ROLES
 from ..text import format_bytes, percent, whole_percent
 from .words import (
@@ -227,12 +227,31 @@ def list_parents(model: MoETypeAnalysis) -> Table:
     return Table(caption, headings, rows)
 
 
-def share_by_layer(model: MoETypeAnalysis) -> tuple[list[int], list[int], list[list[float]]]:
-    """The analysed layers, the parent's that were searched, and the share of neurons found, NaN where not searched."""
+class ByLayer(NamedTuple):
+    """A figure for each analysed layer and each of a parent's: rows of `values`, NaN where not looked into."""
+
+    layers: Sequence[int]
+    parents: Sequence[int]
+    values: Sequence[Sequence[float]]
+
+
+def share_by_layer(model: MoETypeAnalysis) -> ByLayer:
+    """The share of neurons found."""
+    return _by_layer(model, lambda match: match.layers)
+
+
+def attention_by_layer(model: MoETypeAnalysis) -> ByLayer:
+    """How alike the attention is."""
+    return _by_layer(model, lambda match: match.attention.layers if match.attention else {})
+
+
+def _by_layer(model: MoETypeAnalysis, figure: Callable[[ParentMatch], Mapping[int, float]]) -> ByLayer:
     matches = [(layer.layer, layer.lineage.parent) for layer in model.layers if layer.lineage.parent]
-    parents = sorted({number for _, match in matches for number in match.layers})
-    shares = [[match.layers.get(number, nan) for number in parents] for _, match in matches]
-    return [number for number, _ in matches], parents, shares
+    searched = {number for _, match in matches for number in match.layers}
+    searched |= {number for _, match in matches if match.attention for number in match.attention.layers}
+    parents = sorted(searched)
+    values = [[figure(match).get(number, nan) for number in parents] for _, match in matches]
+    return ByLayer([number for number, _ in matches], parents, values)
 
 
 def _tabulate(caption: str, heading: str, measures: Iterable[Measure], models: Sequence[MoETypeAnalysis]) -> Table:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chuk_lazarus import __version__
 
 from ..errors import printable
+from ..provenance.classifier import LINEAGE
 from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
 from ..text import format_bytes, format_ranges, percent
 from . import facts
@@ -269,10 +270,13 @@ def _describe_depth(model: MoETypeAnalysis) -> str:
 def _describe_parents(model: MoETypeAnalysis) -> str:
     """Which layers of the parent have the neurons, for those who do not see the picture."""
     matches = [(layer.layer, layer.lineage.parent) for layer in model.layers if layer.lineage.parent]
-    listing = "; ".join(
-        f"layer {number}: {percent(match.kept)} found, in the parent's layers {name_sources(match)}"
-        for number, match in matches[:MOST_DESCRIBED]
-    )
+    parts = []
+    for number, match in matches[:MOST_DESCRIBED]:
+        where = f", in layers {name_sources(match)}" if match.kept >= LINEAGE.native else ""
+        attention = f", attention {match.attention.cka:.2f} alike" if match.attention else ""
+        searched = f"{len(match.layers)} of {match.of_layers} layers of the parent searched"
+        parts.append(f"layer {number}: {percent(match.kept)} of the neurons found{where} ({searched}){attention}")
+    listing = "; ".join(parts)
     return f"{listing}{'; and so on' if len(matches) > MOST_DESCRIBED else ''}."
 
 

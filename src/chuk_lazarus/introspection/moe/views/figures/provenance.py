@@ -14,10 +14,9 @@ from ...numerics.spectra import noise_decay, noise_rank
 from ...reports import Identity, LayerAnalysis, Lineage, MoETypeAnalysis, MoETypeComparison, Projection
 from ...text import percent, whole_percent
 from .. import facts
-from ..words import format_confidence, identify, name_layers
+from ..words import format_confidence, format_likeness, identify, name_layers
 from .style import (
     COLORS,
-    DARK,
     GREY,
     ROLE_STYLES,
     STYLES,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 MARKS = "osD^vP*X"  # one for each share of energy
 FLOOR = 0.01  # singular values below this share of their root mean square are off the scale
-MOST_WRITTEN = 12  # layers of a parent up to which shares are written into their squares
+MOST_WRITTEN = 6  # layers of a parent up to which figures are written into their squares
 LEAST_SCALE = 0.1  # the least top of a heat map's scale, so that noise does not look like structure
 DECAY = (
     "Singular values of the deltas (expert minus mean of all experts) over their root mean square, mean over the "
@@ -55,8 +54,8 @@ DEPTH = (
     "that its best partner has, too."
 )
 PARENTS = (
-    "The share of the sampled neurons of each layer (row) that are found in each layer of the parent (column); grey: "
-    "not searched, because another layer has nearly all of them."
+    "For each layer (row) and each layer of the parent (column): the share of the sampled neurons that are found "
+    "there, and how alike the attention is (CKA). Grey: not looked into, because another layer has nearly all."
 )
 COMPARISON = (
     "Top, the first analysed layer of each: singular values of the deltas (expert minus mean of all experts) over "
@@ -112,12 +111,15 @@ def plot_depth(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure
 @styled()
 def plot_parents(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure":
     """Which layers of the parent the neurons of which layer come from; an InvalidRequest where none was compared."""
-    layers, parents, shares = facts.share_by_layer(analysis)
-    if not layers:
+    panels = {"Neurons found": facts.share_by_layer(analysis), "Attention (CKA)": facts.attention_by_layer(analysis)}
+    drawn = {title: figures for title, figures in panels.items() if not np.isnan(figures.values).all()}
+    if not drawn:
         raise InvalidRequest("the analysis has no parent", "name one as parent")
-    figure = new_figure(min(5.0, 1.3 + 0.22 * len(layers)), "Where in the parent the neurons come from")
-    ax = figure.subplots()
-    _paint_shares(ax, np.array(shares), layers, parents)
+    figure = new_figure(min(5.0, 1.4 + 0.22 * len(analysis.layers)), "Where in the parent the layers come from")
+    axes = add_panels(figure, figure.add_gridspec()[0], len(drawn))
+    for ax, (title, figures) in zip(axes, drawn.items(), strict=True):
+        _paint_by_layer(ax, figures, format_share if title == "Neurons found" else None)
+        ax.set_title(title)
     return finish(figure, PARENTS, _source(analysis, analysis.layers), command)
 
 
@@ -298,22 +300,24 @@ def _paint_heat(
     ax.set_title(title)
 
 
-def _paint_shares(ax: "Axes", shares: NDArray[np.float64], layers: Sequence[int], parents: Sequence[int]) -> None:
-    """A square for each layer and each of the parent's; the share is written where there is room."""
+def _paint_by_layer(ax: "Axes", figures: facts.ByLayer, scale: Callable[[float, object], str] | None) -> None:
+    """A square for each layer and each of the parent's, with its figure where there is room."""
     import matplotlib
 
+    values = np.array(figures.values)
     colors = matplotlib.colormaps["cividis"].with_extremes(bad="#E4E4E4")
     figure: Any = ax.figure
-    image = ax.imshow(shares, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    bar = figure.colorbar(image, ax=ax, format=format_share, fraction=0.05, pad=0.02)
+    image = ax.imshow(values, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    bar = figure.colorbar(image, ax=ax, format=scale, fraction=0.08, pad=0.03)
     bar.solids.set_rasterized(True)  # vector strips would show seams
     bar.outline.set_visible(False)
-    if len(parents) <= MOST_WRITTEN:
-        for row, column in np.argwhere(~np.isnan(shares)):
-            share = shares[row, column]
-            ax.text(column, row, whole_percent(share), ha="center", va="center", color="white" if share < 0.5 else DARK)
-    for set_ticks, numbers in ((ax.set_xticks, parents), (ax.set_yticks, layers)):
-        places = range(0, len(numbers), ceil(len(numbers) / 16))
+    if values.shape[1] <= MOST_WRITTEN:
+        for row, column in np.argwhere(~np.isnan(values)):
+            value = float(values[row, column])
+            text = whole_percent(value) if scale else format_likeness(value)
+            ax.text(column, row, text, ha="center", va="center", color="white" if value < 0.5 else "black")
+    for set_ticks, numbers in ((ax.set_xticks, figures.parents), (ax.set_yticks, figures.layers)):
+        places = range(0, len(numbers), ceil(len(numbers) / 12))
         set_ticks(places, [str(numbers[place]) for place in places])
     ax.set(xlabel="layer of the parent", ylabel="layer")
     for panel in (ax, bar.ax):
