@@ -94,22 +94,22 @@ def unbiased_cka(left: NDArray[np.float64], right: NDArray[np.float64]) -> float
 
 
 def find_assignment(left: Array, right: Array) -> Assignment:
-    """The signed permutation of the columns of `left` that fits `right` best; both are embeddings [tokens, hidden] of
-    the same tokens."""
-    from scipy.optimize import linear_sum_assignment  # here, because it takes long to load
-
+    """The signed permutation of the columns of `left` that fits `right` best, or the order as it is, where no other
+    fits well and better; both are embeddings [tokens, hidden] of the same tokens."""
     correlations = _unit_columns(right).T @ _unit_columns(left)  # [right's columns, left's]
-    diagonal = np.diagonal(correlations)
-    order, sizes = np.arange(len(correlations)), np.abs(correlations)
-    # where each is the other's best, nothing is left to assign
+    sizes, places = np.abs(correlations), np.arange(len(correlations))
+    identity = Assignment(places, np.ones(len(places), np.float32), float(np.diagonal(correlations).mean()))
+    least = max(ASSIGNED, GAIN * identity.correlation)
     best = sizes.argmax(axis=1)
-    order = best if len(set(best.tolist())) == len(best) else linear_sum_assignment(sizes, maximize=True)[1]
-    assigned = correlations[np.arange(len(order)), order]
-    signs = np.where(assigned < 0, np.float32(-1), np.float32(1))
-    found = Assignment(np.asarray(order, np.intp), signs, float(np.abs(assigned).mean()))
-    if found.correlation < GAIN * float(diagonal.mean()):
-        return Assignment(np.arange(len(order)), np.ones(len(order), np.float32), float(diagonal.mean()))
-    return found
+    if sizes[places, best].mean() < least:  # no assignment fits better than each column's best
+        return identity
+    if len(set(best.tolist())) < len(best):
+        from scipy.optimize import linear_sum_assignment  # here, because it takes long to load
+
+        best = linear_sum_assignment(sizes, maximize=True)[1]
+    assigned = correlations[places, best]
+    found = Assignment(best, np.where(assigned < 0, np.float32(-1), np.float32(1)), float(np.abs(assigned).mean()))
+    return found if found.correlation >= least else identity
 
 
 def _unit_columns(rows: Array) -> Array:

@@ -11,7 +11,6 @@ from ..jobs.resources import Resources
 from ..numerics.neurons import Array
 from ..numerics.search import searching_order
 from ..numerics.similarity import (
-    ASSIGNED,
     Assignment,
     even_columns,
     find_assignment,
@@ -85,7 +84,7 @@ def compare_embeddings(
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         return None
     assignment = find_assignment(left, right)
-    is_assigned = assignment.correlation >= ASSIGNED and not assignment.is_identity
+    is_assigned = not assignment.is_identity
     left = even_columns(assignment.apply(left) if is_assigned else left)
     right = even_columns(right)
     match = EmbeddingMatch(
