@@ -24,6 +24,7 @@ from chuk_lazarus.introspection.moe.numerics.search import find_neurons, prepare
 from chuk_lazarus.introspection.moe.numerics.similarity import kernel, row_cosine, unbiased_cka
 from chuk_lazarus.introspection.moe.provenance.attention import read_projections
 from chuk_lazarus.introspection.moe.provenance.classifier import LINEAGE, has_its_attention, is_from_parent
+from chuk_lazarus.introspection.moe.provenance.lineage import STRONG
 from chuk_lazarus.introspection.moe.weights.attention import Attention
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 
@@ -159,22 +160,23 @@ def compare_layers(real: str) -> dict[str, Any]:
         queries[number] = prepare_queries({role: matrix[places] for role, matrix in vectors.items()})
         projections[number] = read_projections(attention, number, hidden, None)
     kernels = {number: {role: kernel(m) for role, m in roles.items()} for number, roles in projections.items()}
+    together = {role: np.concatenate([queries[n][role] for n in dense.layers]) for role in queries[dense.layers[0]]}
     rows = []
     for other in dense.layers:
         neurons = {role: as_neurons(role, matrix) for role, matrix in dense.layer(other).matrices(0).items()}
-        for number in dense.layers:
-            found = find_neurons(queries[number], neurons)
-            kept = float((found.neuron >= 0).mean())
-            ckas = {role: unbiased_cka(kernels[number][role], kernels[other][role]) for role in kernels[number]}
+        found = find_neurons(together, neurons)
+        is_found = (found.neuron >= 0).reshape(len(dense.layers), -1)
+        is_strong = is_found & (found.cosine >= STRONG).reshape(is_found.shape)
+        for place, number in enumerate(dense.layers):
+            ckas = [unbiased_cka(kernels[number][role], kernels[other][role]) for role in kernels[number]]
             cosines = [row_cosine(projections[number][role], projections[other][role]) for role in kernels[number]]
             rows.append(
                 {
                     "layer": number,
                     "other": other,
-                    "kept": round(kept, 4),
-                    "strong": round(float(((found.neuron >= 0) & (found.cosine >= 0.8)).mean()), 4),
-                    "chance": round(found.chance, 6),
-                    "cka": round(fmean(ckas.values()), 4),
+                    "kept": round(float(is_found[place].mean()), 4),
+                    "strong": round(float(is_strong[place].mean()), 4),
+                    "cka": round(fmean(ckas), 4),
                     "cosine": round(fmean(cosine or 0.0 for cosine in cosines), 4),
                 }
             )
@@ -245,7 +247,8 @@ def main() -> None:
     held_out = [row for row in rows if row["family"] not in LOOKED_AT and row["family"] != "noise"]
     result = {
         "limits": {
-            what: getattr(LINEAGE, what) for what in ("parent", "parent_p_value", "attention_cka", "attention_cosine")
+            what: getattr(LINEAGE, what)
+            for what in ("parent", "parent_strong", "parent_p_value", "attention_cka", "attention_cosine")
         },
         "families": {
             "looked_at": sorted({row["family"] for row in looked_at}),
