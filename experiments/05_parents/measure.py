@@ -20,7 +20,7 @@ from scipy.stats import beta
 
 from chuk_lazarus.introspection.moe import MoEError, MoETypeService
 from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons
-from chuk_lazarus.introspection.moe.numerics.search import find_neurons, prepare_queries
+from chuk_lazarus.introspection.moe.numerics.search import find_neurons, prepare_queries, prepare_role
 from chuk_lazarus.introspection.moe.numerics.similarity import kernel, row_cosine, unbiased_cka
 from chuk_lazarus.introspection.moe.provenance.attention import read_projections
 from chuk_lazarus.introspection.moe.provenance.classifier import LINEAGE, has_its_attention, is_from_parent
@@ -163,7 +163,8 @@ def compare_layers(real: str) -> dict[str, Any]:
     together = {role: np.concatenate([queries[n][role] for n in dense.layers]) for role in queries[dense.layers[0]]}
     rows = []
     for other in dense.layers:
-        neurons = {role: as_neurons(role, matrix) for role, matrix in dense.layer(other).matrices(0).items()}
+        matrices = dense.layer(other).matrices(0)
+        neurons = {role: prepare_role(as_neurons(role, matrix)) for role, matrix in matrices.items()}
         found = find_neurons(together, neurons)
         is_found = (found.neuron >= 0).reshape(len(dense.layers), -1)
         is_strong = is_found & (found.cosine >= STRONG).reshape(is_found.shape)

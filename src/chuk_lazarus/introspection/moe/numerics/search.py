@@ -35,45 +35,54 @@ def find_neurons(
     neurons: Mapping[str, Array],
     run: Callable[[Callable[[int], "_Block"], Iterable[int]], Iterable["_Block"]] = map,
 ) -> Found:
-    """Where `queries` [n, inputs] by role, as `prepare` gives them, are found among `neurons` [m, inputs], as they are
-    stored; `run` maps a function over blocks of queries."""
+    """Where `queries` [n, inputs] by role are found among `neurons` [m, inputs] by role.
+
+    The former are from `prepare_queries`, the latter from `prepare_role`. `run` maps a function over blocks of queries.
+    """
     roles = list(queries)
-    prepared = {role: next(iter(prepare_neurons({role: neurons[role][None]}).values()))[0] for role in roles}
     is_gated = "gate" in roles and len(roles) > 1
     signed = [role for role in SIGNED if is_gated and role in roles]
-    count, pool = len(queries[roles[0]]), len(prepared[roles[0]])
+    signs = (1, -1) if len(signed) > 1 else (0,)
+    count, pool = len(queries[roles[0]]), len(neurons[roles[0]])
     step = max(1, min(BLOCK // pool, -(-count // 8)))
 
     def find(start: int) -> _Block:
-        cosines = {role: queries[role][start : start + step] @ prepared[role].T for role in roles}
+        cosines = {role: queries[role][start : start + step] @ neurons[role].T for role in roles}
         match = nearest_of_all_roles(cosines, is_gated)
         rows, near = np.arange(len(match.neuron)), np.maximum(match.neuron, 0)
         total = sum((cosines[role][rows, near] for role in signed), np.float32(0))
         is_found = (match.neuron >= 0) & (match.lead >= LEAD)
-        nearest, is_near = [], np.ones(len(rows), bool)
-        for role, matrix in cosines.items():
-            sizes = np.abs(matrix) if role in signed else matrix
-            best = sizes.argmax(axis=1)
-            nearest.append(best)
-            is_near &= sizes[rows, best] > 0
+        nearest = np.array(
+            [[_nearest(cosines[role], sign if role in signed else 1) for role in roles] for sign in signs]
+        )
+        is_near = np.all([matrix.any(axis=1) for matrix in cosines.values()], axis=0)
         found = np.where(is_found, match.neuron, -1).astype(np.int32)
-        return _Block(found, match.cosine, is_found & (np.asarray(total) < 0), np.array(nearest), is_near)
+        return _Block(found, match.cosine, is_found & (np.asarray(total) < 0), nearest, np.asarray(is_near))
 
     blocks = list(run(find, range(0, count, step)))
-    nearest = np.concatenate([block.nearest for block in blocks], axis=1)
+    nearest = np.concatenate([block.nearest for block in blocks], axis=2)
     is_near = np.concatenate([block.is_near for block in blocks])
     return Found(
         np.concatenate([block.neuron for block in blocks]),
         np.concatenate([block.cosine for block in blocks]),
         np.concatenate([block.is_flipped for block in blocks]),
         # where nothing is near to anything, nothing is proved
-        agreement_chance(nearest, is_near, pool) if is_near.any() else 1.0,
+        min(1.0, sum(agreement_chance(of_sign, is_near, pool) for of_sign in nearest)) if is_near.any() else 1.0,
     )
+
+
+def _nearest(cosines: Array, sign: int) -> NDArray[np.intp]:
+    """The neuron that each query finds by one role with this sign, or with either sign for 0."""
+    return np.asarray((np.abs(cosines) if sign == 0 else sign * cosines).argmax(axis=1))
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """As `Found`, of some queries; `nearest` [roles, queries] are the neurons that each role by itself finds."""
+    """As `Found`, of some queries.
+
+    `nearest` [signs, roles, queries] are the neurons that each role finds by itself, for each sign that up and down may
+    have, and `is_near` says whether there are any.
+    """
 
     neuron: NDArray[np.int32]
     cosine: Array
@@ -85,6 +94,11 @@ class _Block:
 def prepare_queries(vectors: Mapping[str, Array]) -> dict[str, Array]:
     """Vectors [n, inputs] by role as directions that can be compared; of equal roles only the first."""
     return {role: matrix[0] for role, matrix in prepare_neurons({r: m[None] for r, m in vectors.items()}).items()}
+
+
+def prepare_role(vectors: Array) -> Array:
+    """The vectors [n, inputs] of one role as directions that can be compared."""
+    return np.asarray(prepare_neurons({"": vectors[None]})[""][0])
 
 
 def searching_order(number: int, layers: Sequence[int]) -> list[int]:

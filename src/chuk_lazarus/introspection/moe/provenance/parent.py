@@ -1,6 +1,6 @@
 """The dense model that experts may come from: which of its layers an MoE layer's neurons and attention are from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -12,7 +12,7 @@ from ..errors import InvalidRequest, UnknownFormat, name_model
 from ..jobs.measure import RoleMeasure, refuse_not_finite
 from ..jobs.resources import Resources
 from ..numerics.neurons import Array, as_neurons
-from ..numerics.search import Found, find_neurons, prepare_queries, searching_order
+from ..numerics.search import Found, find_neurons, prepare_queries, prepare_role, searching_order
 from ..numerics.similarity import Assignment
 from ..progress import Counter, Progress
 from ..reports import EmbeddingMatch, LayerAnalysis, ParentMatch
@@ -138,11 +138,7 @@ def search_layers(
     counter = Counter(progress, f"layer {number} in its parent", sum(sizes.values()))
     for other, layer in layers.items():
         layer.prefetch(progress)
-        matrices = layer.matrices(0)
-        for role, matrix in matrices.items():
-            if not np.isfinite(matrix).all():
-                refuse_not_finite(layer, 0, role)
-        neurons = {role: as_neurons(role, matrices[role]) for role in queries}
+        neurons = _prepare_layer(layer, queries)
         with resources.worker_threads() as pool:
             found[other] = find_neurons(queries, neurons, pool.map)
         counter.add(sizes.pop(other))
@@ -150,6 +146,18 @@ def search_layers(
             counter.add(sum(sizes.values()))
             break
     return found
+
+
+def _prepare_layer(layer: ExpertLayer, roles: Container[str]) -> dict[str, Array]:
+    """A dense layer's neurons by role, ready to be searched; one stored tensor at a time is held beside them."""
+    prepared = {}
+    for tensor in layer.tensors:
+        for role, matrix in tensor.matrices(0).items():
+            if not np.isfinite(matrix).all():
+                refuse_not_finite(layer, 0, role)
+            if role in roles:
+                prepared[role] = prepare_role(as_neurons(role, matrix))
+    return prepared
 
 
 @dataclass(frozen=True, slots=True)
