@@ -339,6 +339,20 @@ def test_exchanged_layers_are_told_by_attention(dense: list[Layer], tmp_path: Pa
     assert set(attention_of(report)[1].layers) == {1}  # the others were not looked into
 
 
+def test_attention_tells_where_to_look_for_neurons(dense: list[Layer], tmp_path: Path) -> None:
+    theirs = draw_attention(0)
+    ours = {name.replace(".2.", ".x.").replace(".0.", ".2.").replace(".x.", ".0."): m for name, m in theirs.items()}
+    report = compare(tmp_path, [copy(layer) for layer in dense[::-1]], ours, dense, theirs)
+    assert [set(match.layers) for match in matches(report)] == [{2}, {1}, {0}]
+
+
+def test_neurons_of_a_layer_whose_attention_is_anothers(dense: list[Layer], tmp_path: Path) -> None:
+    theirs = draw_attention(0)
+    report = compare(tmp_path, [copy(layer) for layer in dense[::-1]], theirs, dense, theirs)
+    assert [match.layer for match in matches(report)] == [2, 1, 0]
+    assert [attention.layer for attention in attention_of(report)] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_attention_of_an_unrelated_parent(seed: int, dense: list[Layer], tmp_path: Path) -> None:
     report = compare(tmp_path, redrawn(20 + seed), draw_attention(30 + seed), dense, draw_attention(40 + seed))

@@ -102,6 +102,5 @@ def prepare_role(vectors: Array) -> Array:
 
 
 def searching_order(number: int, layers: Sequence[int]) -> list[int]:
-    """The numbers of `layers` in the order in which to look for neurons of layer `number`: the same, then its
-    neighbours outwards."""
+    """The numbers of `layers` in the order in which to look into them: `number`, then its neighbours outwards."""
     return sorted(layers, key=lambda layer: (abs(layer - number), layer))

@@ -22,10 +22,9 @@ from ..progress import Counter, Progress
 from ..reports import AttentionMatch, EmbeddingMatch, ProjectionMatch
 from ..weights.attention import Attention, Embeddings
 from ..weights.experts import Experts
-from .classifier import LINEAGE
 
 TOKENS, RUN = 4096, 256  # tokens whose embeddings are compared, and neighbours among them
-CONVINCING = 0.9  # the mean CKA from which on no other layer of the parent is looked into
+CONVINCING = 0.75  # the mean CKA from which on no other layer of the parent is looked into
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +105,16 @@ def draw_runs(count: int) -> list[tuple[int, int]]:
 
 
 def match_attention(
-    number: int,
-    pair: AttentionPair,
-    wanted: int | None,
-    assignment: Assignment | None,
-    resources: Resources,
-    progress: Progress,
+    number: int, pair: AttentionPair, assignment: Assignment | None, resources: Resources, progress: Progress
 ) -> AttentionMatch | None:
     """How alike the attention of layer `number` is to that of the parent's most similar layer; None where there is none
     to compare.
 
-    The parent's layers are looked into in the order of a search for neurons, up to one that is nearly the same; first
-    of all `wanted`, which has the neurons, and no other where it is alike at all.
+    The parent's layer of the same number is looked into first, then its neighbours, up to one that is nearly the same.
     """
-    enough = LINEAGE.attention_cka
     if number not in pair.model.layers or not pair.parent.layers:
         return None
-    candidates = sorted(searching_order(number, pair.parent.layers), key=lambda candidate: candidate != wanted)
+    candidates = searching_order(number, pair.parent.layers)
     pair.model.prefetch([number], progress)
     ours = read_projections(pair.model, number, pair.hidden, assignment)
     if not ours:
@@ -144,7 +136,7 @@ def match_attention(
             if roles:
                 compared[candidate] = dict(zip(roles, matches, strict=True))
             counter.add(sizes.pop(candidate))
-            if roles and mean_cka(compared[candidate]) >= (enough if candidate == wanted else CONVINCING):
+            if roles and mean_cka(compared[candidate]) >= CONVINCING:
                 counter.add(sum(sizes.values()))
                 break
     if not compared:

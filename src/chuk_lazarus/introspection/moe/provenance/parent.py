@@ -20,7 +20,7 @@ from ..weights.expert_layer import ExpertLayer
 from ..weights.experts import Experts
 from ..weights.layouts import Kind
 from .attention import AttentionPair, compare_embeddings, is_mixture, match_attention, pair_attention
-from .classifier import is_from_parent
+from .classifier import LINEAGE, is_from_parent
 from .lineage import STRONG
 
 TWICE = 1.5  # how often a parent's neuron is found from which on experts have neurons in common
@@ -87,10 +87,10 @@ def _open_feed_forwards(name: str, wanted: Sequence[int]) -> Experts:
 def match_parent(
     layer: ExpertLayer, measures: Mapping[str, RoleMeasure], parent: Parent, resources: Resources, progress: Progress
 ) -> ParentMatch:
-    """In which of the parent's layers the neurons of an MoE layer are found.
+    """In which of the parent's layers the neurons of an MoE layer are found, and which has the same attention.
 
-    The layer of the same number comes first, and then its neighbours; where nearly all neurons are found in one, the
-    others are not looked into.
+    Attention is small, and comes first. Neurons are looked for in the layer that has it, or else in that of the same
+    number, and then in its neighbours; where nearly all are found in one, the others are not looked into.
     """
     measure = next(iter(measures.values()))
     experts, positions = measure.chosen, measure.positions.reshape(-1)
@@ -98,13 +98,18 @@ def match_parent(
     vectors = {role: m.queries.reshape(len(owner), -1) for role, m in measures.items() if m.queries is not None}
     if parent.assignment:
         vectors = {role: parent.assignment.apply(matrix) for role, matrix in vectors.items()}
-    found = search_layers(layer.number, prepare_queries(vectors), parent.dense, resources, progress)
+    attention = None
+    if parent.attention:
+        attention = match_attention(layer.number, parent.attention, parent.assignment, resources, progress)
+    is_alike = attention is not None and attention.cka >= LINEAGE.attention_cka
+    start = attention.layer if attention and is_alike else layer.number
+    found = search_layers(layer.number, start, prepare_queries(vectors), parent.dense, resources, progress)
     evidence = parent_evidence(found, owner, positions)
     widths = {number: parent.dense.layer(number).sizes["I"] for number in evidence.layers}
     times = sum(share / widths[number] for number, share in evidence.layers.items())
     sources = [None if source < 0 else int(source) for source in evidence.sources]
     best = max(evidence.layers, key=lambda number: evidence.layers[number]) if evidence.kept else None
-    match = ParentMatch(
+    return ParentMatch(
         kept=evidence.kept,
         strong=evidence.strong,
         chance=evidence.chance,
@@ -119,21 +124,17 @@ def match_parent(
         shares={expert: float(share) for expert, share in zip(experts, evidence.shares, strict=True)},
         sources=dict(zip(experts, sources, strict=True)),
         ranges={expert: (int(low), int(high)) for expert, (low, high) in zip(experts, evidence.ranges, strict=True)},
+        attention=attention,
     )
-    if not parent.attention:
-        return match
-    wanted = best if is_from_parent([match]) else None
-    attention = match_attention(layer.number, parent.attention, wanted, parent.assignment, resources, progress)
-    return match.model_copy(update={"attention": attention})
 
 
 def search_layers(
-    number: int, queries: Mapping[str, Array], dense: Experts, resources: Resources, progress: Progress
+    number: int, start: int, queries: Mapping[str, Array], dense: Experts, resources: Resources, progress: Progress
 ) -> dict[int, Found]:
-    """Where the queries of MoE layer `number` are found, by the parent's layer, in the order of the search."""
+    """Where the queries of MoE layer `number` are found, by the parent's layer, searched from layer `start` on."""
     found: dict[int, Found] = {}
     alive = np.asarray(np.stack([matrix.any(axis=1) for matrix in queries.values()]).all(axis=0))
-    layers = {other: dense.layer(other) for other in searching_order(number, dense.layers)}
+    layers = {other: dense.layer(other) for other in searching_order(start, dense.layers)}
     sizes = {other: layer.stored_bytes for other, layer in layers.items()}
     counter = Counter(progress, f"layer {number} in its parent", sum(sizes.values()))
     for other, layer in layers.items():

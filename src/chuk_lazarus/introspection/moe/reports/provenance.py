@@ -73,9 +73,9 @@ class ProjectionMatch(Report):
 class AttentionMatch(Report):
     """How alike the attention of a layer is to that of a parent's.
 
-    `layer` is the parent's layer that was compared: the one that has the neurons, else the most similar of `layers`,
-    the mean `cka` by layer of all that were compared. `projections` are its roles (q, k, v, o, or those of latent
-    attention that have a hidden side), and `cka` and `cosine` the means over them.
+    `layer` is the most similar of the parent's `layers`, the mean `cka` by layer of all that were compared: no more
+    where one is nearly the same. `projections` are its roles (q, k, v, o, or those of latent attention that have a
+    hidden side), and `cka` and `cosine` the means over them.
     """
 
     layer: int
@@ -103,14 +103,15 @@ class ParentMatch(Report):
     """Which of the sampled neurons come from a dense parent's feed-forwards, in whatever layer.
 
     `kept` is the share that is found in some layer, `strong` that of neurons found with a mean cosine of at least 0.8,
-    and `layers` the share by the parent's layer, of all that were searched, out of `of_layers`: the layer of the same
-    number comes first, and no other is searched where it has nearly all. `layer` is the one that has most, null where
-    nothing is found. `chance` and `p_value` as in Lineage, of all searched layers together. Of the found neurons
-    `in_place` is the share at their own position, `cosine` their mean cosine, and `flipped` the share whose up row and
-    down column both have the other sign. `copies` is how often each of the parent's neurons is there, over all experts:
-    1 where a layer was cut once. By expert: `shares` of its neurons, the parent's layer that has most of them
-    as `sources`, and the `ranges` of neurons (first, last) that they were found among in that layer. `attention` is
-    that of the layer beside the experts; null where there is none to compare, or the parent is itself an MoE.
+    and `layers` the share by the parent's layer, of all that were searched, out of `of_layers`: the layer with the same
+    attention, or the same number, comes first, and no other is searched where it has nearly all. `layer` is the one
+    that has most, null where nothing is found. `chance` and `p_value` as in Lineage, of all searched layers together.
+    Of the found neurons `in_place` is the share at their own position, `cosine` their mean cosine, and `flipped` the
+    share whose up row and down column both have the other sign. `copies` is how often each of the parent's neurons is
+    there, over all experts: 1 where a layer was cut once. By expert: `shares` of its neurons, the parent's layer that
+    has most of them as `sources`, and the `ranges` of neurons (first, last) that they were found among in that layer.
+    `attention` is that of the layer beside the experts; null where there is none to compare, or the parent is itself an
+    MoE.
     """
 
     kept: float
