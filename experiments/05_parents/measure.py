@@ -83,9 +83,11 @@ def list_pairs(zoo: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for other in dense:
             shares_parent = truth.get("parent") == f"{other.parent.name}/{other.name}"
             of_family = other.parent == folder.parent
-            if truths[other]["hidden"] != truth["hidden"] or not (shares_parent or is_plain or of_family):
+            # checkpoints that came from one parent are no independent pairs with another
+            is_new = is_plain and (truth["origin"] == "NATIVE" or kind in ("copy", "redrawn"))
+            if truths[other]["hidden"] != truth["hidden"] or not (shares_parent or of_family or is_new):
                 continue
-            if of_family and not shares_parent and (kind.startswith("groups") or (not is_plain and "-b" in other.name)):
+            if other.name == "parent-b" and (kind == "groups" or not is_new):
                 continue  # `groups` has both parents
             relation = "parent" if shares_parent else "unrelated"
             yield str(folder), str(other), {**row, "parent": f"{other.parent.name}/{other.name}", "relation": relation}
@@ -248,8 +250,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     zoo, real = Path(sys.argv[1]), sys.argv[2]
     tasks = [*list_pairs(zoo), *list_noise()]
+    measured = []
     with ProcessPoolExecutor(2) as pool:
-        measured = list(pool.map(compare, tasks, chunksize=4))
+        for row in pool.map(compare, tasks, chunksize=4):
+            measured.append(row)
+            if len(measured) % 100 == 0:
+                print(f"{len(measured)} of {len(tasks)}", file=sys.stderr)
     errors, rows = [row for row in measured if "error" in row], [row for row in measured if "error" not in row]
     noise = [row for row in rows if row["family"] == "noise"]
     looked_at = [row for row in rows if row["family"] in LOOKED_AT]
