@@ -22,8 +22,9 @@ CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken fo
 FEW = 0.02  # the share of close neurons from which on they tell the kind of upcycling
 STRONG = 0.8  # the mean cosine that independent experts do not reach, however alike training makes them
 LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
-LEAST_QUERIES, PAIR_QUERIES = 8, 1024  # neurons of an expert, and of all experts together, that are looked for in all
-MANY = 32_768  # neurons in a layer from which on half as many are looked for
+PAIR_QUERIES = 1024  # neurons of all experts together that are looked for in all
+COMPARISONS = 2**25  # of neurons, beyond which fewer are looked for
+LEAST_QUERIES, FEWEST_QUERIES = 8, 4  # neurons of an expert: where there are no more comparisons, and where there are
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
 
 
@@ -206,8 +207,9 @@ def pair_evidence(
         return PairEvidence(experts, twins, 0, 0.0, 0.0, np.zeros((count, count)), experts, 0.0, len(vectors))
     roles = prepare_neurons({role: matrix[list(experts)] if repeated else matrix for role, matrix in vectors.items()})
     rng = np.random.default_rng(seed)
-    total = PAIR_QUERIES if count * neurons <= MANY else PAIR_QUERIES // 2
-    sampled = neurons if wanted is None else min(neurons, max(LEAST_QUERIES, total // count))
+    total = min(PAIR_QUERIES, COMPARISONS // (count * neurons))
+    least = LEAST_QUERIES if total == PAIR_QUERIES else FEWEST_QUERIES
+    sampled = neurons if wanted is None else min(neurons, max(least, total // count))
     positions = np.stack([rng.permutation(neurons)[:sampled] for _ in range(count)])
     matches = match_neurons(roles, positions, run)
     is_found = ((matches.neuron >= 0) & (matches.lead >= LEAD)).reshape(count, sampled, count)
