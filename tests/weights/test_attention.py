@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import encoders_float
 import encoders_packed
+import families
 from checkpoints_in_memory import Memory, make
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.weights.attention import Attention, Embeddings
@@ -30,6 +31,7 @@ from chuk_lazarus.introspection.moe.weights.layouts import (
     ProjectionTensor,
     load_attention_table,
     load_embedding_names,
+    load_rotary_pairs,
     match_attention,
     match_embeddings,
 )
@@ -159,6 +161,18 @@ BAILING = {
 IN_MLX_LM: dict[str, dict[str, Any]] = {
     "baichuan_m1": BASE
     | {"conv_window": 2, "sliding_window": 8, "sliding_window_layers": [], "num_swa_attention_heads": 4},
+    "bailing_hybrid": BASE
+    | BAILING
+    | {
+        "kv_lora_rank": 8,
+        "layer_group_size": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
     "bailing_moe": BASE | BAILING,
     "bailing_moe_linear": BASE | BAILING | {"layer_group_size": 1},
     "dbrx": {
@@ -387,6 +401,14 @@ def in_pairs(matrix: Matrix, size: int) -> Matrix:
     return matrix[order]
 
 
+def test_a_gate_may_be_switched_off() -> None:
+    rng = np.random.default_rng(0)
+    q, o = random(rng, 8, 6), random(rng, 6, 8)
+    tensors = {"model.layers.0.self_attn.q_proj.weight": q, "model.layers.0.self_attn.o_proj.weight": o}
+    attention = open_made(tensors, {"model_type": "qwen3_5_moe_text", "num_attention_heads": 2})
+    assert_same(attention.matrices(0), {"q": q, "o": o})
+
+
 def test_the_order_of_pairs_is_that_of_mlx_lm() -> None:
     gguf_of_mlx = pytest.importorskip("mlx_lm.gguf")
     matrix = random(np.random.default_rng(0), 24, 5)
@@ -501,12 +523,12 @@ def test_projections_and_embeddings_in_every_format(name: str) -> None:
     """A fused tensor, k of its own in another layer, and embeddings, whose rows are read by ranges."""
     rng = np.random.default_rng(0)
     encoder = ENCODERS[name][0]
-    hidden, heads = 256, 4
+    hidden, heads = 128, 4
     matrices = {
         "model.layers.0.self_attn.qkv_proj": random(rng, 2 * hidden, hidden),
         "model.layers.0.self_attn.o_proj": random(rng, hidden, hidden),
-        "model.layers.1.self_attn.k_proj": random(rng, 128, hidden),
-        "model.embed_tokens": random(rng, 384, hidden),
+        "model.layers.1.self_attn.k_proj": random(rng, 64, hidden),
+        "model.embed_tokens": random(rng, 256, hidden),
     }
     tensors: dict[str, tuple[str, Any]] = {}
     values: dict[str, Matrix] = {}
@@ -534,8 +556,8 @@ def test_projections_and_embeddings_in_every_format(name: str) -> None:
     except UnknownFormat:
         assert any(part in name for part in ("gptq", "awq"))  # these have their rows as inputs
         return
-    assert embeddings.shape == (384, hidden)
-    for start, stop in ((0, 384), (0, 1), (130, 131), (127, 300), (383, 384), (5, 5)):
+    assert embeddings.shape == (256, hidden)
+    for start, stop in ((0, 256), (0, 1), (130, 131), (127, 200), (255, 256), (5, 5)):
         np.testing.assert_allclose(embeddings.rows(start, stop), table[start:stop], **close)
 
 
@@ -777,20 +799,12 @@ def test_every_fused_row_holds_for_named_types_or_is_of_gguf() -> None:
         assert not is_fused or row.model_types or row.name == "gguf_attention"
 
 
-FROM_PUBLISHED_CODE = {"baichuan", "bailing_hybrid", "chatglm", "hunyuan_image_3_moe", "llada2_moe", "nomic_bert"} | {
-    "phi-msft",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_5_text",
-    "qwen4_exp_text",
-    "qwen35",
-    "qwen35moe",
-    "qwen3next",
-}
-"""Types that neither library here has under this very name."""
-
-
 def test_every_type_with_a_fused_tensor_has_an_oracle() -> None:
-    types = {json.loads((FIXTURES / name / "config.json").read_text())["model_type"] for name in ORACLES}
+    configs = [json.loads((FIXTURES / name / "config.json").read_text()) for name in ORACLES]
+    types = {config.get("text_config", config)["model_type"] for config in configs}
     listed = set().union(*(row.model_types for row in ROWS.values()))
-    assert listed - types - set(IN_MLX_LM) - {"hunyuan"} == FROM_PUBLISHED_CODE
+    assert listed - types - set(IN_MLX_LM) - {"hunyuan"} == set(families.FROM_PUBLISHED_CODE)
+
+
+def test_architectures_in_pairs_are_those_of_llama_cpp() -> None:
+    assert set(gguf.MODEL_ARCH_NAMES.values()) >= set(load_rotary_pairs())

@@ -349,9 +349,9 @@ def _arrange(
     if rest or not head or (size is not None and size != head):
         raise _DoesNotFit(f"{name}: o of {queries} columns does not fit {heads} heads of {size or 'equal size'}")
     if repeated == "A":
-        if rows != 2 * queries:
+        if rows not in (queries, 2 * queries):  # a config may switch the gate off
             raise _DoesNotFit(f"{name} of {rows} rows does not fit {heads} heads of a query and a gate of {head}")
-        return _Arrangement(roles, heads, (head, head))
+        return _Arrangement(roles, heads, (head, rows // heads - head))
     groups, rest = divmod(rows - queries, 2 * head)
     if rest or groups < 1 or heads % groups:
         raise _DoesNotFit(f"{name} of {rows} rows does not fit {heads} heads of {head}")
