@@ -28,6 +28,7 @@ from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import (
     AttentionLayout,
+    Kind,
     ProjectionTensor,
     load_attention_table,
     load_embedding_names,
@@ -98,10 +99,17 @@ def test_projections_of_meta_are_brought_into_the_order_of_transformers() -> Non
     assert list(latent.matrices(1)) == ["q", "kv_a", "kv_b", "o"]
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in FIXTURES.glob("*/oracle.npz")))
-def test_every_model_has_its_projections(name: str) -> None:
+MODELS = [
+    (path.parent.name, kind)
+    for kind, file in (("routed", "oracle.npz"), ("dense", "dense.npz"))
+    for path in sorted(FIXTURES.glob(f"*/{file}"))
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), MODELS)
+def test_every_model_has_its_projections(name: str, kind: Kind) -> None:
     """A layer that has q_proj and o_proj, and so on, has them as its files do."""
-    experts = Experts.open(str(FIXTURES / name))
+    experts = Experts.open(str(FIXTURES / name), kind)
     checkpoint = experts.checkpoint
     attention = Attention(checkpoint, experts.stack)
     assert set(attention.layers) <= {*experts.layers, *experts.mtp_layers, *range(max(experts.layers) + 3)}
@@ -741,6 +749,33 @@ def test_what_can_not_be_read_is_left_out_with_a_note(
     assert len(notes) == 1
     assert notes[0].startswith("layer 0: ")
     assert len(set(attention.notes)) == len(attention.notes)
+
+
+ANY_NAME = sorted({name for row in ROWS.values() for tensor in row.tensors for name in tensor.names})
+ANY_TYPE = sorted({model_type for row in ROWS.values() for model_type in row.model_types} | {"llama", "unheard"})
+
+
+@given(
+    shapes=st.dictionaries(
+        st.tuples(st.sampled_from(ANY_NAME), st.sampled_from(["weight", "scales", "bias", "weight.absmax", "x"])),
+        st.tuples(st.lists(st.integers(0, 9), max_size=3), st.sampled_from(["<f4", "|u1"])),
+        max_size=8,
+    ),
+    model_type=st.sampled_from(ANY_TYPE),
+    heads=st.one_of(st.integers(-1, 5), st.lists(st.integers(-1, 5), max_size=2), st.just("4"), st.none()),
+    size=st.one_of(st.integers(-1, 5), st.just([])),
+)
+@settings(deadline=None, max_examples=300)
+def test_whatever_a_header_says_the_errors_are_ours(shapes: Any, model_type: str, heads: Any, size: Any) -> None:
+    tensors = {
+        f"model.layers.0.{name}.{part}": np.zeros(shape, dtype) for (name, part), (shape, dtype) in shapes.items()
+    } | {"model.embed_tokens.weight": np.zeros((3, 4), np.float32)}
+    attention = open_made(tensors, {"model_type": model_type, "num_attention_heads": heads, "head_dim": size})
+    for layer in attention.layers:
+        found = attention.matrices(layer)
+        assert all(matrix.ndim == 2 and matrix.dtype == np.float32 for matrix in found.values())
+        assert attention.nbytes(layer) >= 0
+        assert found or attention.notes
 
 
 def test_notes_are_one_for_each_reason() -> None:
