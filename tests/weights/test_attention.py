@@ -377,7 +377,7 @@ def test_cutting_is_the_inverse_of_fusing(
     rng, heads = np.random.default_rng(seed), groups * share
     q, o = random(rng, heads * size, hidden), random(rng, hidden, heads * size)
     k, v = random(rng, groups * size, hidden), random(rng, groups * size, hidden)
-    output = next(other for other in row.tensors if other.role == "o" and other.names[0].split(".")[-1] != "x")
+    output = next(other for other in row.tensors if other.role == "o")
     stored = o.T if output.is_transposed else o
     prefix = "model.layers.3."
     tensors = {f"{prefix}{output.names[0]}.weight": np.ascontiguousarray(stored)}
@@ -698,6 +698,13 @@ OUTPUT = {"model.layers.0.self_attn.o_proj.weight": np.ones((8, 8), np.float32)}
     [
         (fused() | OUTPUT, {"model_type": "unheard"}, ["o"], "is not known for model_type unheard"),
         (fused() | OUTPUT, None, ["o"], "is not known for model_type (none)"),
+        (
+            fused(name="attention.query_key_value")
+            | {"model.layers.0.attention.dense.weight": np.ones((8, 8), np.float32)},
+            {"model_type": "chatglm", "num_attention_heads": 2},
+            ["o"],
+            "is not known for model_type chatglm",
+        ),
         (fused(), {"model_type": "phi3"}, [], "without o"),
         (fused(23) | OUTPUT, {"model_type": "phi3"}, ["o"], "does not fit o of 8 columns"),
         (fused(8) | OUTPUT, {"model_type": "phi3"}, ["o"], "does not fit o of 8 columns"),
@@ -808,6 +815,20 @@ def test_requests_that_can_not_be_met() -> None:
 def test_embeddings_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(MoEError):
         Embeddings(Checkpoint(make({"model.embed_tokens.weight": np.ones(shape, np.float32)}, None)), "model")
+
+
+def test_a_header_that_can_not_be_read_is_an_error_and_no_note() -> None:
+    tensors = {f"model.layers.{layer}.self_attn.k_proj.weight": np.ones((4, 4), np.float32) for layer in range(2)}
+    files = {name: f"model-{number}.safetensors" for number, name in enumerate(tensors)}
+    contents = {file: make({name: tensors[name]}, None).contents["model.safetensors"] for name, file in files.items()}
+    contents["model-1.safetensors"] = b"x" * 9
+    contents["model.safetensors.index.json"] = json.dumps({"weight_map": files}).encode()
+    attention = Attention(Checkpoint(Memory(contents)), "model")
+    assert attention.layers == (0, 1)
+    assert attention.matrices(0).keys() == {"k"}
+    for _ in range(2):
+        with pytest.raises(ModelUnreadable):
+            attention.matrices(1)
 
 
 def test_missing_bytes_are_an_error() -> None:
