@@ -487,6 +487,7 @@ def test_groups_share_more_than_half_in_one_direction() -> None:
 class Shares:
     shared: float = 0.0
     strong: float = 0.0
+    without_down: float | None = None
     neurons: int = 1024
     twins: tuple[tuple[int, ...], ...] = ()
     partners: dict[int, int] = field(default_factory=lambda: {expert: (expert + 1) % 8 for expert in range(8)})
@@ -515,11 +516,10 @@ def judge(*facts: Facts, deltas: float = 1.0, base: float = 1.0, delta_energy: f
     return classify_by_neurons(facts, projections).origin
 
 
-@given(*[st.floats(0, 1)] * 4)
-def test_more_shared_is_never_more_native(shared: float, more: float, strong: float, stronger: float) -> None:
+@given(*[st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted)] * 3)
+def test_more_shared_is_never_more_native(shared: list[float], strong: list[float], without_down: list[float]) -> None:
     order = {"NATIVE": 0, "UNDETERMINED": 1, "UPCYCLED": 2}
-    less = Facts(Shares(min(shared, more), min(strong, stronger)))
-    greater = Facts(Shares(max(shared, more), max(strong, stronger)))
+    less, greater = (Facts(Shares(*figures)) for figures in zip(shared, strong, without_down, strict=True))
     assert order[judge(less)] <= order[judge(greater)]
 
 
@@ -538,6 +538,10 @@ FOURS = Shares(twins=((0, 1, 2, 3), (4, 5, 6, 7)), partners={0: 4, 4: 0})
         (Facts(Shares(LINEAGE.native - 1e-9)), "NATIVE"),
         (Facts(Shares(LINEAGE.native)), "UNDETERMINED"),
         (Facts(Shares(0.0, LINEAGE.strong_native)), "UNDETERMINED"),
+        (Facts(Shares(without_down=LINEAGE.without_down)), "UPCYCLED"),  # down projections were mixed
+        (Facts(Shares(without_down=LINEAGE.without_down - 1e-9)), "UNDETERMINED"),
+        (Facts(Shares(without_down=LINEAGE.native_without_down)), "UNDETERMINED"),
+        (Facts(Shares(without_down=LINEAGE.native_without_down - 1e-9)), "NATIVE"),
         (Facts(Shares(neurons=LINEAGE.neurons - 1)), "UNDETERMINED"),  # too few to call that NATIVE
         (Facts(Shares(neurons=LINEAGE.neurons)), "NATIVE"),
         (Facts(Shares(), **ALIKE), "UNDETERMINED"),  # copies that were trained far apart, or natives with a base
@@ -560,6 +564,8 @@ def test_one_base_and_deltas_of_few_directions_are_not_copies() -> None:
     assert judge(copies, deltas=0.2, delta_energy=0.04) == "UPCYCLED"  # small deltas: copies, hardly changed
     assert judge(copies, deltas=0.7) == "UPCYCLED"
     assert judge(Facts(Shares(0.9)), deltas=0.7) == "UNDETERMINED"  # not even strong matches speak for copies
+    assert judge(Facts(Shares(without_down=0.9)), deltas=0.7) == "UNDETERMINED"
+    assert judge(Facts(Shares(without_down=0.9)), deltas=0.9) == "UPCYCLED"
     assert judge(alike, deltas=0.2) == "NATIVE"
     assert judge(alike, base=0.2) == "NATIVE"  # an adapter that was added to all
 

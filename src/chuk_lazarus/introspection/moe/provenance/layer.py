@@ -164,6 +164,7 @@ def _describe_sharing(evidence: PairEvidence) -> Sharing:
         neurons=evidence.queries,
         shared=evidence.shared,
         strong=evidence.strong,
+        without_down=evidence.without_down,
         twins=evidence.twins,
         partners=dict(zip(evidence.experts, evidence.partners, strict=True)),
         experts=shown,

@@ -123,7 +123,8 @@ def name_kind(sharing: "PairEvidence") -> str:
         return "identical copies"
     if sum(map(len, sharing.twins)) >= 0.9 * sharing.count:
         return f"identical copies in {len(sharing.twins)} groups (slices of a layer, or copies of several)"
-    if sharing.shared < FEW:
+    shared = max(sharing.shared, sharing.without_down or 0.0)
+    if shared < FEW:
         return "copies, mostly re-initialised"
     order = "" if sharing.in_place > 0.5 else "shuffled "
     groups = group_partners(sharing.pairs)
@@ -136,7 +137,8 @@ def name_kind(sharing: "PairEvidence") -> str:
         return f"{order}slices that overlap"
     else:
         what = "copies"
-    return f"{order}{what}{'' if sharing.shared > 0.6 else ', partly re-initialised'}"
+    anew = "" if shared > 0.6 else ", partly re-initialised"
+    return f"{order}{what}{anew}{'' if sharing.shared > 0.5 * shared else '; the down projections do not agree'}"
 
 
 def group_partners(pairs: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
@@ -165,13 +167,15 @@ class PairEvidence:
     """Which experts of a layer share neurons, over all experts that are not identical.
 
     `shared` is the share of an expert's neurons that are found in its best partner, and there in turn as the same,
-    mean over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG. The partner
-    is chosen by one half of the queries, and the shares are taken from the other, so that their meaning does not depend
-    on how many experts there are. `pairs` [experts, experts] is the share of one expert's queries that are found in
-    another, `partners` the best partner of each expert, `in_place` the share of all that is found at its own position.
-    `twins` are groups of experts with the same weights: only the first of each is among `experts`, the others are left
-    out. Of the neurons, `queries` were looked for: none where their vectors are too short to tell them apart, and none
-    that has a role of zeros. `roles` were compared, of equal ones only the first.
+    mean over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG.
+    `without_down` is the share that are found so by all roles, or by gate and up alone and near (None where these are
+    not two roles, or are all). The partner is chosen by one half of the queries, and the shares are taken from the
+    other, so that their meaning does not depend on how many experts there are. `pairs` [experts, experts] is the share
+    of one expert's queries that are found in another, with or without down, `partners` the best partner of each expert,
+    `in_place` the share of all that is found at its own position. `twins` are groups of experts with the same weights:
+    only the first of each is among `experts`, the others are left out. Of the neurons, `queries` were looked for: none
+    where their vectors are too short to tell them apart, and none that has a role of zeros. `roles` were compared, of
+    equal ones only the first.
     """
 
     experts: tuple[int, ...]
@@ -179,6 +183,7 @@ class PairEvidence:
     queries: int
     shared: float
     strong: float
+    without_down: float | None
     pairs: NDArray[np.float64]
     partners: tuple[int, ...]
     in_place: float
@@ -203,39 +208,57 @@ def pair_evidence(
     experts = tuple(e for e in range(len(next(iter(vectors.values())))) if e not in repeated)
     count, neurons = len(experts), next(iter(vectors.values())).shape[1]
     if count < 2 or min(matrix.shape[2] for matrix in vectors.values()) < LEAST_INPUTS:
-        return PairEvidence(experts, twins, 0, 0.0, 0.0, np.zeros((count, count)), experts, 0.0, len(vectors))
+        return PairEvidence(experts, twins, 0, 0.0, 0.0, None, np.zeros((count, count)), experts, 0.0, len(vectors))
     roles = prepare_neurons({role: matrix[list(experts)] if repeated else matrix for role, matrix in vectors.items()})
     rng = np.random.default_rng(seed)
     total = PAIR_QUERIES if count * neurons <= MANY else PAIR_QUERIES // 2
     sampled = neurons if wanted is None else min(neurons, max(LEAST_QUERIES, total // count))
     positions = np.stack([rng.permutation(neurons)[:sampled] for _ in range(count)])
     matches = match_neurons(roles, positions, run)
-    is_found = ((matches.neuron >= 0) & (matches.lead >= LEAD)).reshape(count, sampled, count)
-    is_found[np.arange(count), :, np.arange(count)] = False
-    neuron, cosine = (array.reshape(count, sampled, count) for array in (matches.neuron, matches.cosine))
-    shared, strong = [], []
-    halves = (np.s_[0::2], np.s_[1::2]) if sampled > 1 else (np.s_[:], np.s_[:])
-    for chosen, asked in (halves, halves[::-1]):
-        partners = best_partners(is_found[:, chosen].mean(axis=1))
-        of_partner = partners[:, None, None]
-        in_partner = np.take_along_axis(is_found[:, asked], of_partner, axis=2)[..., 0]
-        there = np.where(in_partner, np.take_along_axis(neuron[:, asked], of_partner, axis=2)[..., 0], -1)
-        is_mutual = are_mutual(roles, positions[:, asked], partners, there)
-        shared.append(is_mutual.mean(axis=1))
-        is_strong = np.take_along_axis(cosine[:, asked], of_partner, axis=2)[..., 0] >= STRONG
-        strong.append((is_mutual & is_strong).mean(axis=1))
+    others = ~np.eye(count, dtype=bool)[:, None, :]
+    shape = (count, sampled, count)
+    cosine = matches.cosine.reshape(shape)
+    neuron = np.where((matches.lead >= LEAD).reshape(shape) & others, matches.neuron.reshape(shape), -1)
+    mutual, partner_cosine = _find_mutual(roles, positions, neuron, cosine)
+    either = np.where(others & (neuron < 0), matches.without_down.reshape(shape), neuron)
+    without_down = None
+    if len(roles) == 3:
+        of_two = {role: roles[role] for role in ("gate", "up")}
+        without_down = float(_find_mutual(of_two, positions, either, cosine)[0].mean())
+    is_found = either >= 0
     pairs = is_found.mean(axis=1)
     return PairEvidence(
         experts,
         twins,
         int(np.all([_take_any(matrix, positions) for matrix in roles.values()], axis=0).sum()),
-        float(np.mean(shared)),
-        float(np.mean(strong)),
+        float(mutual.mean()),
+        float((mutual & (partner_cosine >= STRONG)).mean()),
+        without_down,
         pairs,
         tuple(experts[int(partner)] for partner in best_partners(pairs)),
-        float((is_found & (neuron == positions[:, :, None])).sum() / is_found.sum()) if is_found.any() else 0.0,
+        float((either == positions[:, :, None])[is_found].mean()) if is_found.any() else 0.0,
         len(roles),
     )
+
+
+def _find_mutual(
+    roles: Mapping[str, Array], positions: NDArray[np.intp], neuron: NDArray[np.int32], cosine: Array
+) -> tuple[NDArray[np.bool_], Array]:
+    """Which queries are found in their expert's best partner, and there in turn as the same, and with what cosine;
+    both [experts, queries].
+
+    `neuron` and `cosine` are [experts, queries, experts]. Each half of the queries chooses the partners of the other.
+    """
+    sampled = positions.shape[1]
+    mutual, partner_cosine = np.zeros(positions.shape, bool), np.zeros(positions.shape, np.float32)
+    halves = (np.s_[0::2], np.s_[1::2]) if sampled > 1 else (np.s_[:], np.s_[:])
+    for chosen, asked in (halves, halves[::-1]):
+        partners = best_partners((neuron[:, chosen] >= 0).mean(axis=1))
+        in_partner = partners[:, None, None]
+        there = np.take_along_axis(neuron[:, asked], in_partner, axis=2)[..., 0]
+        mutual[:, asked] = are_mutual(roles, positions[:, asked], partners, there)
+        partner_cosine[:, asked] = np.take_along_axis(cosine[:, asked], in_partner, axis=2)[..., 0]
+    return mutual, partner_cosine
 
 
 def _take_any(vectors: Array, positions: NDArray[np.intp]) -> NDArray[np.bool_]:

@@ -66,7 +66,10 @@ def explain(analysis: MoETypeAnalysis) -> str:
     shared, strong = fmean(layer.shared for layer in sharing), fmean(layer.strong for layer in sharing)
     neurons = sum(layer.neurons for layer in sharing)
     alike_in_place, has_twins = is_alike_in_place(lineages), any(layer.twins for layer in sharing)
+    without_down = fmean(layer.without_down or 0.0 for layer in sharing)
     evidence = f"{_describe_sharing(shared, strong, neurons)} that were looked for"
+    if shared < LINEAGE.upcycled <= without_down:
+        evidence += f"; by gate and up alone {percent(without_down)}"
     if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
@@ -77,7 +80,7 @@ def explain(analysis: MoETypeAnalysis) -> str:
             if alike_in_place and not has_twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
-    if shared >= LINEAGE.upcycled or strong >= LINEAGE.strong:
+    if max(shared, without_down) >= LINEAGE.upcycled or strong >= LINEAGE.strong:
         return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
     if has_twins:
         return f"{evidence}; each expert is there twice: they were merged, or duplicated."
