@@ -60,3 +60,16 @@ def test_gate_and_up_alone_count_where_they_are_near(half: str, least: float, mo
     assert evidence.shared < 0.05
     assert evidence.without_down is not None
     assert least <= evidence.without_down <= most
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_which_an_eighth_is_left_are_upcycled(seed: int, tmp_path: Path) -> None:
+    """Each expert keeps an eighth of its own choice; any two have a sixty-fourth in common."""
+    rng = np.random.default_rng(seed)
+    base, found = native(rng, 1, 256), native(rng, 8, 256)
+    for expert in range(8):
+        kept = rng.permutation(256)[:32]
+        for role, matrix in found.items():
+            matrix[expert, kept] = base[role][0, kept] + 0.1 * matrix[expert, kept]
+    report = MoETypeService.analyze(write(tmp_path / "m", shuffle(rng, found)))
+    assert (report.type, report.kind) == ("UPCYCLED", "copies, mostly re-initialised")

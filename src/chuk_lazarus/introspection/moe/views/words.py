@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from ..provenance.classifier import LINEAGE, QUICK, has_adapter, is_alike_in_place, mean_over_projections
+from ..provenance.classifier import LINEAGE, QUICK, has_adapter, has_strong, is_alike_in_place, mean_over_projections
 from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, Projection
 from ..text import format_bytes, format_ranges, percent
 
@@ -80,7 +80,7 @@ def explain(analysis: MoETypeAnalysis) -> str:
             if alike_in_place and not has_twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
-    if max(shared, without_down) >= LINEAGE.upcycled or strong >= LINEAGE.strong:
+    if max(shared, without_down) >= LINEAGE.upcycled or has_strong(strong, neurons):
         return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
     if has_twins:
         return f"{evidence}; each expert is there twice: they were merged, or duplicated."
