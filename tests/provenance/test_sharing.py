@@ -169,13 +169,39 @@ def test_twins_have_the_same_bits_in_all_roles() -> None:
     assert find_twins(found) == ((0, 3),)  # and not those of zeros
 
 
+def test_twins_differ_nowhere_else() -> None:
+    """Only a part of the numbers was kept; the scalar products are of all."""
+    rng = np.random.default_rng(6)
+    found = native(rng, 4)
+    for matrix in found.values():
+        matrix[1:] = matrix[0]
+    whole = {role: np.tile(rng.standard_normal(500).astype(np.float32), (4, 1)) for role in found}
+    whole["up"][2, 7] += 1
+    grams = [matrix @ matrix.T for matrix in whole.values()]
+    assert find_twins(found) == ((0, 1, 2, 3),)
+    assert find_twins(found, grams) == ((0, 1, 3),)
+    assert pair_evidence(found, 512, grams=grams).experts == (0, 2)
+
+
+def test_the_histogram_is_of_the_best_partner(tmp_path: Path) -> None:
+    """Of slices, eight evenly spaced experts are eight different ones; the pairs are all copies."""
+    rng = np.random.default_rng(9)
+    whole = native(rng, 8, 32)
+    found = {role: m.repeat(4, axis=0) + 0.4 * native(rng, 32, 32)[role] for role, m in whole.items()}
+    matches = MoETypeService.analyze(write(tmp_path / "m", found)).layers[0].lineage.matches
+    edges = np.linspace(-1, 1, 51)[:-1]
+    assert edges[np.flatnonzero(matches.nearest)].min() > 0.6
+    assert edges[np.flatnonzero(matches.runner_up)].max() < 0.5
+
+
 def evidence_of(
     pairs: NDArray[np.float64],
     shared: float = 1.0,
     twins: tuple[tuple[int, ...], ...] = (),
     in_place: float = 1.0,
 ) -> PairEvidence:
-    return PairEvidence(tuple(range(len(pairs))), twins, 1024, shared, shared, None, pairs, (), in_place, 3)
+    none = np.empty(0, np.float32)
+    return PairEvidence(tuple(range(len(pairs))), twins, 1024, shared, shared, None, pairs, (), in_place, none, none, 3)
 
 
 GROUPS = np.kron(np.eye(2), np.ones((3, 3)))

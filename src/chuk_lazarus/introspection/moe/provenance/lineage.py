@@ -8,7 +8,7 @@ whether gate and up agree about the match, is the test of Zhu et al., Independen
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..numerics.pairs import LEAD, PairMatches, are_mutual, match_neurons, prepa
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
 FEW = 0.02  # the share of close neurons from which on they tell the kind of upcycling
 STRONG = 0.8  # the mean cosine that independent experts do not reach, however alike training makes them
+SAME = 1e-5  # the share of its energy by which an expert differs from its twin, by rounding in float32
 LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
 LEAST_QUERIES, PAIR_QUERIES = 8, 1024  # neurons of an expert, and of all experts together, that are looked for in all
 MANY = 32_768  # neurons in a layer from which on half as many are looked for
@@ -172,7 +173,8 @@ class PairEvidence:
     not two roles, or are all). The partner is chosen by one half of the queries, and the shares are taken from the
     other, so that their meaning does not depend on how many experts there are. `pairs` [experts, experts] is the share
     of one expert's queries that are found in another, with or without down, `partners` the best partner of each expert,
-    `in_place` the share of all that is found at its own position. `twins` are groups of experts with the same weights:
+    `in_place` the share of all that is found at its own position. `nearest` and `runner_up` [queries] are each query's
+    cosine, mean over roles, with the nearest neuron of its expert's partner, and with the second nearest. `twins` are groups of experts with the same weights:
     only the first of each is among `experts`, the others are left out. Of the neurons, `queries` were looked for: none
     where their vectors are too short to tell them apart, and none that has a role of zeros. `roles` were compared, of
     equal ones only the first.
@@ -187,6 +189,8 @@ class PairEvidence:
     pairs: NDArray[np.float64]
     partners: tuple[int, ...]
     in_place: float
+    nearest: Array
+    runner_up: Array
     roles: int
 
     @property
@@ -200,15 +204,17 @@ def pair_evidence(
     wanted: int | None,
     run: Callable[[Callable[[int], PairMatches], Iterable[int]], Iterable[PairMatches]] = map,
     seed: int = 0,
+    grams: Collection[NDArray[np.float64]] = (),
 ) -> PairEvidence:
     """The evidence of vectors [experts, neurons, d] by role, from a sample of the neurons, or from all for None as
-    `wanted`; `run` maps a function over the experts."""
-    twins = find_twins(vectors)
+    `wanted`; `run` maps a function over the experts. `grams` are of the whole matrices, as in `find_twins`."""
+    twins = find_twins(vectors, grams)
     repeated = {expert for group in twins for expert in group[1:]}
     experts = tuple(e for e in range(len(next(iter(vectors.values())))) if e not in repeated)
     count, neurons = len(experts), next(iter(vectors.values())).shape[1]
     if count < 2 or min(matrix.shape[2] for matrix in vectors.values()) < LEAST_INPUTS:
-        return PairEvidence(experts, twins, 0, 0.0, 0.0, None, np.zeros((count, count)), experts, 0.0, len(vectors))
+        nothing, none = np.zeros((count, count)), np.empty(0, np.float32)
+        return PairEvidence(experts, twins, 0, 0.0, 0.0, None, nothing, experts, 0.0, none, none, len(vectors))
     roles = prepare_neurons({role: matrix[list(experts)] if repeated else matrix for role, matrix in vectors.items()})
     rng = np.random.default_rng(seed)
     total = PAIR_QUERIES if count * neurons <= MANY else PAIR_QUERIES // 2
@@ -227,16 +233,24 @@ def pair_evidence(
         without_down = float(_find_mutual(of_two, positions, either, cosine)[0].mean())
     is_found = either >= 0
     pairs = is_found.mean(axis=1)
+    partners = best_partners(pairs)
+    has_all_roles = np.all([_take_any(matrix, positions) for matrix in roles.values()], axis=0)
+    nearest, lead = (
+        np.take_along_axis(array.reshape(shape), partners[:, None, None], axis=2)[..., 0][has_all_roles]
+        for array in (matches.cosine, matches.lead)
+    )
     return PairEvidence(
         experts,
         twins,
-        int(np.all([_take_any(matrix, positions) for matrix in roles.values()], axis=0).sum()),
+        len(nearest),
         float(mutual.mean()),
         float((mutual & (partner_cosine >= STRONG)).mean()),
         without_down,
         pairs,
-        tuple(experts[int(partner)] for partner in best_partners(pairs)),
+        tuple(experts[int(partner)] for partner in partners),
         float((either == positions[:, :, None])[is_found].mean()) if is_found.any() else 0.0,
+        nearest,
+        nearest - lead,
         len(roles),
     )
 
@@ -273,16 +287,34 @@ def best_partners(pairs: NDArray[np.float64]) -> NDArray[np.intp]:
     return np.where(others.max(axis=1) > 0, others.argmax(axis=1), following)
 
 
-def find_twins(vectors: Mapping[str, Array]) -> tuple[tuple[int, ...], ...]:
-    """Groups of experts whose vectors are the same to the last bit, and not all zeros."""
-    groups: dict[bytes, list[int]] = {}
+def find_twins(
+    vectors: Mapping[str, Array], grams: Collection[NDArray[np.float64]] = ()
+) -> tuple[tuple[int, ...], ...]:
+    """Groups of experts whose vectors are the same to the last bit, and not all zeros.
+
+    The vectors may be a part of the matrices: by `grams` [experts, experts], the scalar products of the whole ones,
+    they must not differ by more than rounding.
+    """
+    groups: dict[bytes, list[list[int]]] = {}
     for expert in range(len(next(iter(vectors.values())))):
         digest = hashlib.sha256()
         for matrix in vectors.values():
             digest.update(matrix[expert].tobytes())
         if any(matrix[expert].any() for matrix in vectors.values()):
-            groups.setdefault(digest.digest(), []).append(expert)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+            alike = groups.setdefault(digest.digest(), [])
+            for group in alike:
+                if all(_is_same(gram, group[0], expert) for gram in grams):
+                    group.append(expert)
+                    break
+            else:
+                alike.append([expert])
+    return tuple(tuple(group) for alike in groups.values() for group in alike if len(group) > 1)
+
+
+def _is_same(gram: NDArray[np.float64], one: int, other: int) -> bool:
+    """Whether the difference of two experts has next to none of their energy."""
+    difference = gram[one, one] + gram[other, other] - 2 * gram[one, other]
+    return bool(abs(difference) <= SAME * gram[one, one])
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,10 +52,11 @@ class Similarity(Report):
 
 
 class MatchHistogram(Report):
-    """How many of the sampled neurons have such a mean cosine over the roles, in equal bins from -1 to 1.
+    """How many of the looked-for neurons have such a mean cosine over the roles, in equal bins from -1 to 1.
 
-    `nearest` counts the cosines with the nearest neurons of another expert, `runner_up` those with the second nearest:
-    what the nearest of unrelated neurons looks like.
+    `nearest` counts the cosines with the nearest neuron of the expert's best partner, `runner_up` those with the second
+    nearest there: what the nearest of unrelated neurons looks like. Where no pairs of experts could be compared, both
+    are of the neurons sampled in `Lineage.experts`, and of any other of these.
     """
 
     nearest: tuple[int, ...]
