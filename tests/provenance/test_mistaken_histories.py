@@ -72,4 +72,6 @@ def test_copies_of_which_an_eighth_is_left_are_upcycled(seed: int, tmp_path: Pat
         for role, matrix in found.items():
             matrix[expert, kept] = base[role][0, kept] + 0.1 * matrix[expert, kept]
     report = MoETypeService.analyze(write(tmp_path / "m", shuffle(rng, found)))
-    assert (report.type, report.kind) == ("UPCYCLED", "copies, mostly re-initialised")
+    assert report.type == "UPCYCLED"
+    assert report.kind
+    assert report.kind.removeprefix("shuffled copies, about ")[:4] in ("85 %", "90 %")

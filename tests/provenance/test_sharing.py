@@ -7,16 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe import MoETypeService
 from chuk_lazarus.introspection.moe.provenance.classifier import QUICK_RATES, RATES
 from chuk_lazarus.introspection.moe.provenance.lineage import (
-    PairEvidence,
     best_partners,
     find_twins,
     group_partners,
-    name_kind,
     pair_evidence,
 )
 from chuk_lazarus.introspection.moe.views.words import explain, explain_quick
@@ -115,7 +112,18 @@ def test_granular_upcycling_is_seen(slices: int, by_copy: bool, tmp_path: Path) 
     model = write(tmp_path / "m", found)
     report = MoETypeService.analyze(model)
     assert report.type == "UPCYCLED"
-    assert report.kind == f"copies in {slices} groups of 4 (slices of a layer, or copies of several)"
+    members = (
+        f"that are {slices} apart"
+        if by_copy
+        else {2: "0-3; 4-7", 4: "0-3; 4-7; 8-11; 12-15"}.get(slices, "0-3; 4-7; 8-11; ...")
+    )
+    assert report.kind == (
+        f"copies in {slices} groups of 4, experts {members}: "
+        f"4 copies of a layer in {slices} slices, or of {slices} layers"
+    )
+    assert report.layers[0].lineage.sharing.groups == tuple(
+        tuple(np.flatnonzero(number == piece).tolist()) for piece in range(slices)
+    )
     assert MoETypeService.quick(model).type == "UPCYCLED"
 
 
@@ -192,45 +200,6 @@ def test_the_histogram_is_of_the_best_partner(tmp_path: Path) -> None:
     edges = np.linspace(-1, 1, 51)[:-1]
     assert edges[np.flatnonzero(matches.nearest)].min() > 0.6
     assert edges[np.flatnonzero(matches.runner_up)].max() < 0.5
-
-
-def evidence_of(
-    pairs: NDArray[np.float64],
-    shared: float = 1.0,
-    twins: tuple[tuple[int, ...], ...] = (),
-    in_place: float = 1.0,
-) -> PairEvidence:
-    none = np.empty(0, np.float32)
-    return PairEvidence(tuple(range(len(pairs))), twins, 1024, shared, shared, None, pairs, (), in_place, none, none, 3)
-
-
-GROUPS = np.kron(np.eye(2), np.ones((3, 3)))
-OVERLAP = 0.5 * (np.roll(np.eye(6), 1, axis=1) + np.roll(np.eye(6), -1, axis=1))  # each with two others of five
-
-
-@pytest.mark.parametrize(
-    ("pairs", "shared", "in_place", "kind"),
-    [
-        (np.ones((4, 4)), 1.0, 1.0, "copies"),
-        (np.ones((4, 4)), 1.0, 0.5, "shuffled copies"),
-        (np.full((4, 4), 0.6), 0.6, 1.0, "copies, partly re-initialised"),
-        (np.full((4, 4), 0.61), 0.61, 1.0, "copies"),
-        (np.full((4, 4), 0.02), 0.019, 1.0, "copies, mostly re-initialised"),
-        (GROUPS, 1.0, 1.0, "copies in 2 groups of 3 (slices of a layer, or copies of several)"),
-        (0.5 * GROUPS, 0.5, 0.0, "shuffled copies in 2 groups of 3 (slices of a layer, or copies of several), "
-         "partly re-initialised"),
-        (OVERLAP, 0.5, 0.0, "shuffled slices that overlap"),
-        (np.ones((1, 1)), 0.0, 0.0, "identical copies"),
-    ],
-)  # fmt: skip
-def test_kinds(pairs: NDArray[np.float64], shared: float, in_place: float, kind: str) -> None:
-    assert name_kind(evidence_of(pairs, shared, in_place=in_place)) == kind
-
-
-def test_the_kind_of_identical_copies_in_groups() -> None:
-    twins = ((0, 1, 2, 3), (4, 5, 6, 7))
-    text = name_kind(evidence_of(np.zeros((2, 2)), 0.0, twins))
-    assert text == "identical copies in 2 groups (slices of a layer, or copies of several)"
 
 
 def test_confidence_is_the_measured_rate() -> None:

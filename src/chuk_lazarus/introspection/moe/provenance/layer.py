@@ -16,7 +16,8 @@ from ..progress import Progress
 from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatch, Projection, Sharing, Similarity
 from ..weights.expert_layer import ExpertLayer
 from .classifier import classify_by_neurons
-from .lineage import Evidence, PairEvidence, find_groups, match_evidence, name_kind, pair_evidence, parent_evidence
+from .kinds import group_experts, name_kind
+from .lineage import Evidence, PairEvidence, find_groups, match_evidence, pair_evidence, parent_evidence
 
 MATCH_BINS = 50
 MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
@@ -167,6 +168,7 @@ def _describe_sharing(evidence: PairEvidence) -> Sharing:
         strong=evidence.strong,
         without_down=evidence.without_down,
         twins=evidence.twins,
+        groups=group_experts(evidence),
         partners=dict(zip(evidence.experts, evidence.partners, strict=True)),
         experts=shown,
         pairs=_rounded(pairs),

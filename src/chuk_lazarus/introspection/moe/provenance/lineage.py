@@ -112,36 +112,6 @@ def match_evidence(
     )
 
 
-def name_kind(sharing: "PairEvidence") -> str:
-    """In words, what kind of upcycling leaves such matches.
-
-    Copies share neurons with all experts alike. Slices that were cut alike, or copies of several layers, fall into
-    groups that share nothing with each other; slices that were shuffled before they were cut overlap with some more
-    than with others.
-    """
-    count = len(sharing.experts)
-    if count < 2:
-        return "identical copies"
-    if sum(map(len, sharing.twins)) >= 0.9 * sharing.count:
-        return f"identical copies in {len(sharing.twins)} groups (slices of a layer, or copies of several)"
-    shared = max(sharing.shared, sharing.without_down or 0.0)
-    if shared < FEW:
-        return "copies, mostly re-initialised"
-    order = "" if sharing.in_place > 0.5 else "shuffled "
-    groups = group_partners(sharing.pairs)
-    others = sharing.pairs[~np.eye(count, dtype=bool)]
-    if len(groups) > 1 and max(map(len, groups)) > 1:
-        sizes = {len(group) for group in groups}
-        size = str(sizes.pop()) if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
-        what = f"copies in {len(groups)} groups of {size} (slices of a layer, or copies of several)"
-    elif float((others < 0.25 * others.mean()).mean()) > 0.05 and others.mean() * sharing.queries / count >= 8:
-        return f"{order}slices that overlap"
-    else:
-        what = "copies"
-    anew = "" if shared > 0.6 else ", partly re-initialised"
-    return f"{order}{what}{anew}{'' if sharing.shared > 0.5 * shared else '; the down projections do not agree'}"
-
-
 def group_partners(pairs: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
     """Experts that share at least a third as many neurons with each other as each does with its best partner."""
     both = np.minimum(pairs, pairs.T)
@@ -167,17 +137,18 @@ def _components(alike: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
 class PairEvidence:
     """Which experts of a layer share neurons, over all experts that are not identical.
 
-    `shared` is the share of an expert's neurons that are found in its best partner, and there in turn as the same,
-    mean over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG.
-    `without_down` is the share that are found so by all roles, or by gate and up alone and near (None where these are
-    not two roles, or are all). The partner is chosen by one half of the queries, and the shares are taken from the
-    other, so that their meaning does not depend on how many experts there are. `pairs` [experts, experts] is the share
-    of one expert's queries that are found in another, with or without down, `partners` the best partner of each expert,
-    `in_place` the share of all that is found at its own position. `nearest` and `runner_up` [queries] are each query's
-    cosine, mean over roles, with the nearest neuron of its expert's partner, and with the second nearest. `twins` are groups of experts with the same weights:
-    only the first of each is among `experts`, the others are left out. Of the neurons, `queries` were looked for: none
-    where their vectors are too short to tell them apart, and none that has a role of zeros. `roles` were compared, of
-    equal ones only the first.
+    `shared` is the share of an expert's neurons that are found in its best partner, and there in turn as the same, mean
+    over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG. `without_down`
+    is the share that are found so by all roles, or by gate and up alone and near (None where these are not two roles,
+    or are all). The partner is chosen by one half of the queries, and the shares are taken from the other, so that
+    their meaning does not depend on how many experts there are. `pairs` [experts, experts] is the share of one expert's
+    queries that are found in another, with or without down, `partners` the best partner of each expert, `in_place` the
+    share of all that is found at its own position, and `anywhere` that of queries that are found in any expert at all.
+    `nearest` and `runner_up` [queries] are each query's cosine, mean over roles, with the nearest neuron of its
+    expert's partner, and with the second nearest. `twins` are groups of experts with the same weights: only the first
+    of each is among `experts`, the others are left out. Of the neurons, `queries` were looked for: none where their
+    vectors are too short to tell them apart, and none that has a role of zeros. `roles` were compared, of equal ones
+    only the first.
     """
 
     experts: tuple[int, ...]
@@ -189,6 +160,7 @@ class PairEvidence:
     pairs: NDArray[np.float64]
     partners: tuple[int, ...]
     in_place: float
+    anywhere: float
     nearest: Array
     runner_up: Array
     roles: int
@@ -214,7 +186,7 @@ def pair_evidence(
     count, neurons = len(experts), next(iter(vectors.values())).shape[1]
     if count < 2 or min(matrix.shape[2] for matrix in vectors.values()) < LEAST_INPUTS:
         nothing, none = np.zeros((count, count)), np.empty(0, np.float32)
-        return PairEvidence(experts, twins, 0, 0.0, 0.0, None, nothing, experts, 0.0, none, none, len(vectors))
+        return PairEvidence(experts, twins, 0, 0.0, 0.0, None, nothing, experts, 0.0, 0.0, none, none, len(vectors))
     roles = prepare_neurons({role: matrix[list(experts)] if repeated else matrix for role, matrix in vectors.items()})
     rng = np.random.default_rng(seed)
     total = PAIR_QUERIES if count * neurons <= MANY else PAIR_QUERIES // 2
@@ -249,6 +221,7 @@ def pair_evidence(
         pairs,
         tuple(experts[int(partner)] for partner in partners),
         float((either == positions[:, :, None])[is_found].mean()) if is_found.any() else 0.0,
+        float(is_found.any(axis=2).mean()),
         nearest,
         nearest - lead,
         len(roles),

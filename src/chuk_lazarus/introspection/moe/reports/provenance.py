@@ -88,9 +88,9 @@ class Sharing(Report):
     experts; `strong` that of neurons that are found so with a mean cosine of at least 0.8. `without_down` is the share
     that are found so by all roles, or by gate and up alone with a mean cosine of at least 0.6, as where the down
     projections were mixed; null where gate and up are not two roles beside down. `neurons` were looked for. `twins` are
-    groups of experts with the same weights, of which only the first is counted. `partners` names the best partner of
-    each expert, and `pairs` the share of the neurons of one of `experts` (row, up to 64 of them) that are found in
-    another (column), by all roles or by gate and up alone.
+    groups of experts with the same weights, of which only the first is counted, and `groups` those that share neurons
+    only among themselves. `partners` names the best partner of each expert, and `pairs` the share of the neurons of one
+    of `experts` (row, up to 64 of them) that are found in another (column), by all roles or by gate and up alone.
     """
 
     neurons: int
@@ -98,6 +98,7 @@ class Sharing(Report):
     strong: float
     without_down: float | None = None
     twins: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...] = ()
     partners: dict[int, int]
     experts: tuple[int, ...]
     pairs: tuple[tuple[float, ...], ...]
