@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
+from scipy.special import bdtrc
+
 from ..terms import Origin
 
 
@@ -64,8 +66,11 @@ class LineageThresholds:
     """How much of its neurons an expert must share with its best partner, as in `reports.Sharing`.
 
     Independent experts that are trained on the same data share some neurons, but few, and none that are as near as
-    `strong` ones; parts of copies that were mostly re-initialised are few, too, and near. `twins` is the share of
-    experts with a twin from which on they were made by copying.
+    `strong` ones; parts of copies that were mostly re-initialised are few, too, and near. From `strong_native` on it
+    is enough that there are more than natives have: of those neurons at most the share `strong_chance`, which
+    `strong_p_value` is the probability of as many by. Gate and up alone prove less:
+    `without_down` and `native_without_down` are the limits of what they say. `twins` is the share of experts with a
+    twin from which on they were made by copying.
 
     Experts that are alike in place by more than `cosine`, without sharing neurons, have something in common: a
     component that was added to all of them, where it or the deltas have few directions, less than `broad` of what noise
@@ -77,6 +82,10 @@ class LineageThresholds:
     native: float = 0.05
     strong: float = 0.01
     strong_native: float = 0.005
+    strong_chance: float = 0.0005
+    strong_p_value: float = 1e-6
+    without_down: float = 0.20
+    native_without_down: float = 0.10
     twins: float = 0.9
     copies: float = 2.5
     cosine: float = 0.02
@@ -115,6 +124,8 @@ class Sharing(Protocol):
     def shared(self) -> float: ...
     @property
     def strong(self) -> float: ...
+    @property
+    def without_down(self) -> float | None: ...
 
 
 class Neurons(Protocol):
@@ -148,6 +159,7 @@ def classify_by_neurons(
     """
     t = thresholds
     shared, strong = (fmean(getattr(layer.sharing, figure) for layer in evidence) for figure in ("shared", "strong"))
+    without_down = fmean(layer.sharing.without_down or 0.0 for layer in evidence)
     neurons = sum(layer.sharing.neurons for layer in evidence)
     twins = [group for layer in evidence for group in layer.sharing.twins]
     in_place = not twins and is_alike_in_place(evidence, t)
@@ -155,11 +167,15 @@ def classify_by_neurons(
     origin: Origin = "UNDETERMINED"
     if all(len(layer.sharing.partners) == 1 for layer in evidence):
         origin = "UPCYCLED"  # all experts are identical
-    elif shared >= t.upcycled or strong >= t.strong:
+    elif shared >= t.upcycled or has_strong(strong, neurons, t):
         origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, strong, t) else "UPCYCLED"
+    elif without_down >= t.without_down:
+        origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, 0.0, t) else "UPCYCLED"
     elif fmean(map(share_of_twins, evidence)) >= t.twins:
         origin = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED"
-    elif shared < t.native and strong < t.strong_native and neurons >= t.neurons:
+    elif (
+        shared < t.native and strong < t.strong_native and without_down < t.native_without_down and neurons >= t.neurons
+    ):
         is_explained = not in_place or is_rebuilt(breadth, delta_energy, thresholds=t) or has_adapter(base_breadth, t)
         origin = "NATIVE" if is_explained else "UNDETERMINED"
     return Verdict(origin, RATES[origin])
@@ -193,6 +209,13 @@ def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThreshol
         return False
     excess = fmean(match.kept - match.chance for match in matches)
     return excess >= thresholds.parent and min(match.p_value for match in matches) < thresholds.parent_p_value
+
+
+def has_strong(strong: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether so large a share `strong` of the `neurons` is shared strongly as natives don't have."""
+    t = thresholds
+    p_value = bdtrc(round(strong * neurons) - 1, neurons, t.strong_chance)
+    return strong >= t.strong or (strong >= t.strong_native and bool(p_value < t.strong_p_value))
 
 
 def share_of_twins(layer: Neurons) -> float:

@@ -52,10 +52,11 @@ class Similarity(Report):
 
 
 class MatchHistogram(Report):
-    """How many of the sampled neurons have such a mean cosine over the roles, in equal bins from -1 to 1.
+    """How many of the looked-for neurons have such a mean cosine over the roles, in equal bins from -1 to 1.
 
-    `nearest` counts the cosines with the nearest neurons of another expert, `runner_up` those with the second nearest:
-    what the nearest of unrelated neurons looks like.
+    `nearest` counts the cosines with the nearest neuron of the expert's best partner, `runner_up` those with the second
+    nearest there: what the nearest of unrelated neurons looks like. Where no pairs of experts could be compared, both
+    are of the neurons sampled in `Lineage.experts`, and of any other of these.
     """
 
     nearest: tuple[int, ...]
@@ -84,16 +85,20 @@ class Sharing(Report):
     A neuron is found in another expert where its vectors in all roles have one and the same neuron there for their
     nearest, clearly nearer than the second nearest; columns, signs and equal roles make no difference. `shared` is the
     share of an expert's neurons that are found in its best partner, and there in turn as the same, mean over the
-    experts; `strong` that of neurons that are found so with a mean cosine of at least 0.8. `neurons` were looked for.
-    `twins` are groups of experts with the same weights, of which only the first is counted. `partners` names the best
-    partner of each expert, and `pairs` the share of the neurons of one of `experts` (row, up to 64 of them) that are
-    found in another (column).
+    experts; `strong` that of neurons that are found so with a mean cosine of at least 0.8. `without_down` is the share
+    that are found so by all roles, or by gate and up alone with a mean cosine of at least 0.6, as where the down
+    projections were mixed; null where gate and up are not two roles beside down. `neurons` were looked for. `twins` are
+    groups of experts with the same weights, of which only the first is counted, and `groups` those that share neurons
+    only among themselves. `partners` names the best partner of each expert, and `pairs` the share of the neurons of one
+    of `experts` (row, up to 64 of them) that are found in another (column), by all roles or by gate and up alone.
     """
 
     neurons: int
     shared: float
     strong: float
+    without_down: float | None = None
     twins: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...] = ()
     partners: dict[int, int]
     experts: tuple[int, ...]
     pairs: tuple[tuple[float, ...], ...]

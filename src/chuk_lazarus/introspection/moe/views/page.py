@@ -208,7 +208,7 @@ def _format_range(values: Sequence[float], write: Callable[[float], str]) -> str
 def _describe_matches(layer: LayerAnalysis) -> str:
     lineage, matches = layer.lineage, layer.lineage.matches
     return (
-        f"Cosines of {lineage.neurons} neurons with the nearest neuron of another expert, half of them above "
+        f"Cosines of {sum(matches.nearest)} neurons with the nearest one of their expert's best partner, half above "
         f"{_median(matches.nearest):.2f}, and with the second nearest, half above {_median(matches.runner_up):.2f}. "
         f"{percent(lineage.sharing.shared)} of an expert's neurons are shared with its best partner, "
         f"{percent(lineage.sharing.strong)} strongly."

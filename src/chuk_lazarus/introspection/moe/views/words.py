@@ -9,11 +9,12 @@ from ..provenance.classifier import (
     QUICK,
     classify_by_neurons,
     has_adapter,
+    has_strong,
     is_alike_in_place,
     mean_over_projections,
 )
 from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, Projection
-from ..text import format_bytes, format_ranges, percent
+from ..text import format_bytes, format_groups, format_ranges, percent
 
 
 def identify(report: Identity) -> str:
@@ -72,8 +73,11 @@ def explain(analysis: MoETypeAnalysis) -> str:
     sharing = [lineage.sharing for lineage in lineages]
     shared, strong = fmean(layer.shared for layer in sharing), fmean(layer.strong for layer in sharing)
     neurons = sum(layer.neurons for layer in sharing)
-    alike_in_place, has_twins = is_alike_in_place(lineages), any(layer.twins for layer in sharing)
+    alike_in_place, twins = is_alike_in_place(lineages), [layer.twins for layer in sharing if layer.twins]
+    without_down = fmean(layer.without_down or 0.0 for layer in sharing)
     evidence = f"{_describe_sharing(shared, strong, neurons)} that were looked for"
+    if shared < LINEAGE.upcycled <= without_down:
+        evidence += f"; by gate and up alone {percent(without_down)}"
     if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
@@ -85,13 +89,13 @@ def explain(analysis: MoETypeAnalysis) -> str:
         case "UPCYCLED":
             return f"{evidence}: {analysis.kind or 'copies'}."
         case "NATIVE":
-            if alike_in_place and not has_twins:
+            if alike_in_place and not twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
-    if shared >= LINEAGE.upcycled or strong >= LINEAGE.strong:
+    if max(shared, without_down) >= LINEAGE.upcycled or has_strong(strong, neurons):
         return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
-    if has_twins:
-        return f"{evidence}; each expert is there twice: they were merged, or duplicated."
+    if twins:
+        return f"{evidence}; experts {format_groups(twins[0])} are identical: they were merged, or duplicated."
     if alike_in_place:
         return f"{evidence}: they have something in common, as copies that were trained far apart have."
     if neurons < LINEAGE.neurons:
