@@ -21,9 +21,9 @@ from ..weights.experts import Experts
 from ..weights.fingerprint import fingerprint
 from ..weights.layouts import Kind
 from .classifier import (
-    RATES,
+    CALIBRATION,
+    PLENTY,
     THRESHOLDS,
-    Verdict,
     classify,
     classify_by_neurons,
     classify_quickly,
@@ -120,7 +120,7 @@ def _analyze(
     if verdict.origin == "UPCYCLED" and not kinds:  # parts can't tell copies from slices
         kinds = [part.kind for part in further if part.kind and part.type == "UPCYCLED"]
     if is_from_parent([layer.lineage.parent for layer in results if layer.lineage.parent]):
-        verdict = Verdict("UPCYCLED", RATES["UPCYCLED"])
+        verdict = CALIBRATION.decide("UPCYCLED", PLENTY)
         if not kinds:
             has_twins = any(layer.lineage.sharing.twins for layer in results)
             kinds = ["from this parent, in identical copies" if has_twins else "from this parent, no neuron twice"]

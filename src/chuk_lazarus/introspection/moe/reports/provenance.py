@@ -198,8 +198,8 @@ class QuickLayer(Report):
 class MoETypeAnalysis(Identity):
     """How one model's experts were trained, as far as their neurons tell, and whether an overlay would pay.
 
-    `type` and `confidence`, a measured rate, come from the layers' `lineage` and, where no layers were asked for, from
-    the neurons of two `further_layers`, of which parts were read. `kind` says what kind of upcycling it
+    `type` and `confidence`, the probability by such evidence, come from the layers' `lineage` and, where no layers were
+    asked for, from the neurons of two `further_layers`, of which parts were read. `kind` says what kind of upcycling it
     looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with.
     `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
     `original_bytes` counts two bytes a weight, `stored_bytes` what the files really spend, `overlay_bytes` a base and
@@ -240,10 +240,11 @@ class MoETypeAnalysis(Identity):
 class MoEQuickAnalysis(Identity):
     """How one model's experts were trained, by a part of some experts in a few layers.
 
-    `type` and `confidence`, the rate of such verdicts that are right, come from `shared`, `strong` and `reach`, means
-    over `layers`; `full_confidence` is the rate of full analyses that say so (of those that decide, where this one does
-    not). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of `stored_bytes`,
-    those of all experts (taken from the analysed layers); a full analysis of one layer would read `full_bytes`.
+    `type` and `confidence`, the probability by such evidence, come from `shared`, `strong` and `reach`, means over
+    `layers`; `full_confidence` is what a full analysis would have by the same evidence (by clear evidence, where this
+    one does not decide). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of
+    `stored_bytes`, those of all experts (taken from the analysed layers); a full analysis of one layer would read
+    `full_bytes`.
     """
 
     schema_: Literal["moe-type-quick/1"] = Field(default="moe-type-quick/1", alias="schema")

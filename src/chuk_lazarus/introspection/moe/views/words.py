@@ -174,7 +174,7 @@ def explain_full_analysis(report: MoEQuickAnalysis) -> str:
     """What a full analysis of one layer would cost, and how much surer it would be."""
     gain = f"{report.full_confidence:.0%} confidence"
     if report.full_confidence <= report.confidence:
-        gain = "no surer by the rates measured, but with ranks and an overlay"
+        gain = "no surer by the same evidence, but with ranks and an overlay"
     return f"without --quick, one layer: {format_bytes(report.full_bytes)}, {gain}"
 
 
