@@ -166,6 +166,8 @@ def _describe_deltas(matrices: NDArray[np.float32]) -> tuple[float, float]:
     those of noise, and the share of an expert's energy that their deltas from a common base would have."""
     breadths, energies = [], []
     rows = matrices[:, :MOST_ROWS] / (np.abs(matrices[:, :MOST_ROWS]).max() or np.float32(1))
+    columns = np.sqrt(np.einsum("eni,eni->i", rows, rows))  # a few large ones would look like few directions
+    rows /= np.where(columns > 0, columns, np.float32(1))
     for expert, next_expert in zip(rows[::2], rows[1::2], strict=False):
         difference = next_expert - expert
         energy = float(np.square(expert).sum() + np.square(next_expert).sum())
