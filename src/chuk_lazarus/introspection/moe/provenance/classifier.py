@@ -181,6 +181,17 @@ def classify_by_neurons(
     return Verdict(origin, RATES[origin])
 
 
+def combine(whole: Verdict, parts: Verdict | None) -> Verdict:
+    """One verdict of layers that were read whole and of further ones that were read in parts.
+
+    What layers have in common where they were copied stays in some of them longer than in others: the experts are
+    UPCYCLED where either says so. Otherwise the layers that were read whole decide, if they can.
+    """
+    if parts and (whole.origin == "UNDETERMINED" or (parts.origin == "UPCYCLED" != whole.origin)):
+        return parts
+    return whole
+
+
 class ParentNeurons(Protocol):
     """What is found in a dense parent, as in `reports.ParentMatch`."""
 
@@ -288,7 +299,11 @@ class Part(Protocol):
     @property
     def neurons(self) -> int: ...
     @property
+    def inputs(self) -> int: ...
+    @property
     def roles(self) -> int: ...
+    @property
+    def chance(self) -> float: ...
     @property
     def reach(self) -> float: ...
     @property
@@ -307,7 +322,8 @@ def classify_quickly(layers: Sequence[Part], thresholds: QuickThresholds = QUICK
     if all(len(group) == len(layer.experts) for layer in layers for group in layer.twins or [()]):
         return Verdict("UPCYCLED", QUICK_RATES["UPCYCLED"])  # all experts are identical
     neurons = sum(layer.neurons for layer in layers)
-    if not neurons:
+    is_narrow = min(layer.inputs for layer in layers) < t.width
+    if not neurons or is_narrow or all(layer.chance == 1.0 for layer in layers):
         return Verdict("UNDETERMINED", QUICK_RATES["UNDETERMINED"])
     reach, shared, strong, breadth, delta_energy = (
         sum(getattr(layer, figure) * layer.neurons for layer in layers) / neurons

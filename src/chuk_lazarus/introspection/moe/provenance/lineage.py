@@ -26,8 +26,9 @@ STRONG = 0.8  # the mean cosine that independent experts do not reach, however a
 SAME = 1e-5  # the share of its energy by which an expert differs from its twin, by rounding in float32
 ALL, EQUAL = 0.95, 0.99  # the share of neurons, and their cosine, by which an expert is another one in disguise
 LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
-LEAST_QUERIES, PAIR_QUERIES = 8, 1024  # neurons of an expert, and of all experts together, that are looked for in all
-MANY = 32_768  # neurons in a layer from which on half as many are looked for
+PAIR_QUERIES = 1024  # neurons of all experts together that are looked for in all
+COMPARISONS = 2**25  # of neurons, beyond which fewer are looked for
+LEAST_QUERIES, FEWEST_QUERIES = 8, 4  # neurons of an expert: where there are no more comparisons, and where there are
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
 
 
@@ -215,8 +216,9 @@ def _compare_pairs(
         return PairEvidence(experts, twins, 0, 0.0, 0.0, None, nothing, experts, 0.0, 0.0, none, none, len(vectors)), ()
     roles = prepare_neurons({role: matrix[list(experts)] if repeated else matrix for role, matrix in vectors.items()})
     rng = np.random.default_rng(seed)
-    total = PAIR_QUERIES if count * neurons <= MANY else PAIR_QUERIES // 2
-    sampled = neurons if wanted is None else min(neurons, max(LEAST_QUERIES, total // count))
+    total = min(PAIR_QUERIES, COMPARISONS // (count * neurons))
+    least = LEAST_QUERIES if total == PAIR_QUERIES else FEWEST_QUERIES
+    sampled = neurons if wanted is None else min(neurons, max(least, total // count))
     positions = np.stack([rng.permutation(neurons)[:sampled] for _ in range(count)])
     matches = match_neurons(roles, positions, run)
     others = ~np.eye(count, dtype=bool)[:, None, :]

@@ -164,10 +164,42 @@ class LayerAnalysis(Report):
     lineage: Lineage
 
 
+class QuickLayer(Report):
+    """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
+
+    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, and `shared`, `strong` and
+    `twins` as in Sharing, by gate and up alone (up and down of ungated experts), of which `roles` differ. `reach` is
+    the share that would be found in the best partner if the experts were shuffled copies. `delta_energy` and `breadth`
+    are of the differences of neighbouring experts, `breadth` as that of deltas in Projection. `type` and `confidence`
+    are what this part would say alone.
+    """
+
+    layer: int
+    type: Origin = "UNDETERMINED"
+    confidence: float = 0.5
+    experts: tuple[int, ...]
+    neurons: int
+    part: float
+    inputs: int
+    reach: float
+    kept: float
+    close: float
+    chance: float
+    in_place: float
+    shared: float = 0.0
+    strong: float = 0.0
+    twins: tuple[tuple[int, ...], ...] = ()
+    roles: int = 2
+    breadth: float = 1.0
+    delta_energy: float = 1.0
+    kind: str | None
+
+
 class MoETypeAnalysis(Identity):
     """How one model's experts were trained, as far as their neurons tell, and whether an overlay would pay.
 
-    `type` and `confidence`, a measured rate, come from the layers' `lineage`, `kind` says what kind of upcycling it
+    `type` and `confidence`, a measured rate, come from the layers' `lineage` and, where no layers were asked for, from
+    the neurons of two `further_layers`, of which parts were read. `kind` says what kind of upcycling it
     looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with.
     `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
     `original_bytes` counts two bytes a weight, `stored_bytes` what the files really spend, `overlay_bytes` a base and
@@ -192,6 +224,7 @@ class MoETypeAnalysis(Identity):
     stored_bytes: int
     overlay_bytes: int
     layers: tuple[LayerAnalysis, ...]
+    further_layers: tuple[QuickLayer, ...] = ()
     notes: tuple[str, ...]
     cost: Cost
 
@@ -202,34 +235,6 @@ class MoETypeAnalysis(Identity):
     def details(self) -> "RenderableType":
         """The ranks of the single experts, as a table for `rich.print`."""
         return as_details(self)
-
-
-class QuickLayer(Report):
-    """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
-
-    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, and `shared`, `strong` and
-    `twins` as in Sharing, by gate and up alone (up and down of ungated experts), of which `roles` differ. `reach` is
-    the share that would be found in the best partner if the experts were shuffled copies. `delta_energy` and `breadth`
-    are of the differences of neighbouring experts, `breadth` as that of deltas in Projection.
-    """
-
-    layer: int
-    experts: tuple[int, ...]
-    neurons: int
-    part: float
-    inputs: int
-    reach: float
-    kept: float
-    close: float
-    chance: float
-    in_place: float
-    shared: float = 0.0
-    strong: float = 0.0
-    twins: tuple[tuple[int, ...], ...] = ()
-    roles: int = 2
-    breadth: float = 1.0
-    delta_energy: float = 1.0
-    kind: str | None
 
 
 class MoEQuickAnalysis(Identity):

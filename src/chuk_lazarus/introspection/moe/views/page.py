@@ -15,7 +15,7 @@ from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
 from ..text import format_bytes, format_ranges, percent
 from . import facts
 from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_similarity, to_svg
-from .words import describe_family, explain, explain_parent, explain_rule, format_ratio
+from .words import describe_family, explain, explain_further, explain_parent, explain_rule, format_ratio
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -147,6 +147,7 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
         ("Family", describe_family(model)),
         ("Layers", f"{layers}, of {len(model.moe_layers)} with experts"),
         ("Sampled", f"{lineage.neurons:,} neurons of {len(lineage.experts)} experts in each layer"),
+        *([("Further", explain_further(model))] if model.further_layers else []),
         *([("Parent", explain_parent(model))] if model.parent else []),
         ("By rank", explain_rule(model)),
         *(("Note", note) for note in model.notes),

@@ -4,7 +4,15 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from ..provenance.classifier import LINEAGE, QUICK, has_adapter, has_strong, is_alike_in_place, mean_over_projections
+from ..provenance.classifier import (
+    LINEAGE,
+    QUICK,
+    classify_by_neurons,
+    has_adapter,
+    has_strong,
+    is_alike_in_place,
+    mean_over_projections,
+)
 from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, Projection
 from ..text import format_bytes, format_groups, format_ranges, percent
 
@@ -73,6 +81,10 @@ def explain(analysis: MoETypeAnalysis) -> str:
     if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
+    alone = classify_by_neurons(lineages, [layer.projections for layer in analysis.layers])
+    if analysis.further_layers and not analysis.parent and analysis.type != alone.origin:
+        where = name_layers([layer.layer for layer in analysis.layers])
+        return f"{evidence} in {where}, which would be {alone.origin} alone; further layers decide, by parts of them."
     match analysis.type:
         case "UPCYCLED":
             return f"{evidence}: {analysis.kind or 'copies'}."
@@ -105,6 +117,23 @@ def _describe_common(analysis: MoETypeAnalysis) -> str:
     if has_adapter(mean_over_projections([layer.projections for layer in analysis.layers])[0]):
         return f"the experts share a component of few directions with {percent(energy)} of their energy"
     return f"the experts are a base with {percent(energy)} of their energy plus deltas of few directions"
+
+
+def explain_further(analysis: MoETypeAnalysis) -> str:
+    """What parts of further layers say, and, where layers differ, why that may be."""
+    said = ", ".join(
+        f"layer {part.layer} {part.type} ({percent(part.shared)} shared)" for part in analysis.further_layers
+    )
+    types = {layer.type for layer in analysis.layers} | {part.type for part in analysis.further_layers}
+    if len(types) == 1:
+        return f"{said}, by parts of them"
+    if {"UPCYCLED", "NATIVE"} <= types:
+        why = "training moves the copies of some layers further apart, or only some layers were copied"
+    elif "UPCYCLED" in types:
+        why = "in some layers copies are too far apart to tell, or the part is too small"
+    else:
+        why = "experts of some layers have more in common, or the part is too small"
+    return f"{said}, by parts of them; they differ: {why}"
 
 
 def explain_quick(report: MoEQuickAnalysis) -> str:

@@ -34,6 +34,7 @@ CONFIG_KEYS = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_shared_count": "n_shared_experts",
+    "attention.head_count": "num_attention_heads",
 }
 """Keys of the metadata, which follow the architecture's name there, and the keys of a config.json."""
 
@@ -94,6 +95,9 @@ def make_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
     config["model_type"] = architecture
     config |= {word: number(key) for key, word in CONFIG_KEYS.items() if number(key)}
+    heads = metadata.get(f"{architecture}.attention.head_count")
+    if isinstance(heads, list):  # of each layer
+        config["num_attention_heads"] = heads
     if number("nextn_predict_layers") < number("block_count"):  # the last blocks are for multi-token prediction
         config["num_hidden_layers"] = number("block_count") - number("nextn_predict_layers")
     if scoring := SCORING.get(number("expert_gating_func")):

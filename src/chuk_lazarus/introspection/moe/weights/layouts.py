@@ -15,6 +15,9 @@ from typing import Any, Literal
 Kind = Literal["routed", "shared", "dense"]
 """Routed experts, shared experts, or the feed-forward of a dense layer."""
 
+Feature = Literal["one_plus_norm", "swiglu_oai", "sigmoid", "gguf_rotary_pairs"]
+"""A fact by model type that the config does not give."""
+
 _LAYER = re.compile(
     r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
 )
@@ -185,7 +188,7 @@ def is_listed(model_type: str | None) -> bool:
     return any(model_type in row.model_types for row in load_table() if row.kind == "routed")
 
 
-def has_feature(model_type: str | None, feature: Literal["one_plus_norm", "swiglu_oai", "sigmoid"]) -> bool:
+def has_feature(model_type: str | None, feature: Feature) -> bool:
     """Whether the table lists this model type under the feature."""
     return model_type in _load_toml()[feature]
 
@@ -314,3 +317,180 @@ def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[Layou
     partial = [candidate for candidate in matches.values() if not candidate.is_complete]
     matched = set().union(*(candidate.names for candidate in complete))
     return complete, partial, [name for name in suspects if name not in matched]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention and embeddings
+
+_INPUTS = {"o": "O", "q_b": "P", "kv_b": "C"}
+"""The axis of a role's inputs, where it is not hidden."""
+
+_LOOKS_ATTENTION = re.compile(
+    r"(?:^|[._])(?:attn|attention|mamba|ssm|recurrent|conv)[._](?!.*(?:norm|sink|bias|alpha|beta|base|scale|fn)$)|A_log$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionTensor:
+    """One tensor of an attention layout: its role, its names, and its axes from a string such as "(G Q K V) H".
+
+    `groups` are its two stored axes, each of one letter or of several.
+    """
+
+    role: str
+    names: tuple[str, ...]
+    axes: str
+    groups: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @classmethod
+    def parse(cls, role: str, names: tuple[str, ...], axes: str) -> "ProjectionTensor":
+        """Raises ValueError where `axes` does not describe a projection of this role."""
+        groups = [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", axes)]
+        if len(groups) != 2 or (_INPUTS.get(role, "H"),) not in groups or not all(groups):
+            raise ValueError(f"not the axes of {role}: {axes}")
+        return cls(role, names, axes, (groups[0], groups[1]))
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the stored rows are inputs."""
+        return self.groups[0] == (_INPUTS.get(self.role, "H"),)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The letters of the axis of outputs; several where it has more than one part."""
+        return self.groups[self.is_transposed]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """One row of the table of attention projections; without `model_types` it holds for all."""
+
+    name: str
+    model_types: frozenset[str]
+    rotary_pairs: bool
+    tensors: tuple[ProjectionTensor, ...]
+
+    def holds_for(self, model_type: str | None) -> bool:
+        return not self.model_types or model_type in self.model_types
+
+
+@cache
+def load_attention_table() -> tuple[AttentionLayout, ...]:
+    """The rows for attention of layouts.toml; raises ValueError or KeyError where the table itself is wrong."""
+    return tuple(
+        AttentionLayout(
+            row["name"],
+            frozenset(row["model_types"]),
+            row.get("rotary_pairs", False),
+            tuple(
+                ProjectionTensor.parse(
+                    entry["role"],
+                    tuple(entry["name"].replace("{block}", block) for block in row.get("blocks", [""])),
+                    entry["axes"],
+                )
+                for entry in row["tensors"]
+            ),
+        )
+        for row in _load_toml()["attention"]
+    )
+
+
+@cache
+def load_embedding_names() -> tuple[str, ...]:
+    """The names of token embeddings below the root of a stack of layers, the ones to prefer first."""
+    return tuple(name for row in _load_toml()["embedding"] for name in row["names"])
+
+
+def load_rotary_pairs() -> tuple[str, ...]:
+    """The architectures of llama.cpp whose q and k have the rows of each head in rotary pairs."""
+    return tuple(_load_toml()["gguf_rotary_pairs"])
+
+
+@dataclass(slots=True)
+class AttentionMatch:
+    """The names of one layer that match rows of the attention table.
+
+    `rows[row]` are the entries of `AttentionLayout.tensors` that the layer has, by their place in the row, each with
+    the parts of its stored tensor. `other` is a tensor that looks like attention and is in no row, "" where there is
+    none.
+    """
+
+    rows: dict[int, dict[int, Parts]] = field(default_factory=dict)
+    other: str = ""
+
+
+@cache
+def _projections(rest: str) -> tuple[tuple[int, int, int, str], ...]:
+    """The (row, tensor, name, part) quadruples, by their places in the attention table, that fit a name in a layer."""
+    found: list[tuple[int, int, int, str]] = []
+    for row, layout in enumerate(load_attention_table()):
+        fitting = []
+        for place, tensor in enumerate(layout.tensors):
+            for number, name in enumerate(tensor.names):
+                part = rest.removeprefix(name)
+                if part == "":
+                    fitting.append((len(name), (row, place, number, "weight")))
+                elif part != rest and (match := _PART.fullmatch(part)) and "lora_" not in part:
+                    fitting.append((len(name), (row, place, number, match["part"] or match["suffix"])))
+        # "q_proj.linear" goes before "q_proj", of which "linear.weight" would be a part
+        found += [place for length, place in fitting if length == max(fitting)[0]]
+    return tuple(found)
+
+
+def match_attention(names: Iterable[str], root: str) -> dict[int, AttentionMatch]:
+    """For each layer below the root, the names that match rows of the attention table.
+
+    A tensor's first name in the table goes before its others.
+    """
+    found: dict[int, AttentionMatch] = {}
+    numbers: dict[tuple[int, int, int], int] = {}
+    for name in names:
+        if not (match := _LAYER.fullmatch(name)) or (match["root"] or "") != root:
+            continue
+        layer, rest = int(match["layer"]), match["rest"]
+        one = found.setdefault(layer, AttentionMatch())
+        if "expert" in rest:
+            continue
+        places = _projections(rest)
+        for row, place, number, part in places:
+            first = numbers.setdefault((layer, row, place), number)
+            if number < first:
+                numbers[layer, row, place] = number
+                one.rows[row][place] = {}
+            if number <= first:
+                one.rows.setdefault(row, {}).setdefault(place, {})[part] = name
+        if not places and not one.other and "norm" not in rest and _LOOKS_ATTENTION.search(rest):
+            one.other = name
+    return found
+
+
+def match_embeddings(names: Iterable[str], root: str) -> Parts:
+    """The parts of the token embeddings of the stack below the root; {} where no name of the table is there.
+
+    Embeddings with the root's own name go first, then those nearest above.
+    """
+    places = {name: place for place, name in enumerate(load_embedding_names())}
+    leaves = {name.rpartition(".")[2] for name in places}
+    found: dict[tuple[str, int], Parts] = {}
+    for name in names:
+        pieces = name.split(".")
+        for end, piece in enumerate(pieces, 1):
+            if piece not in leaves:
+                continue
+            for start in (end - 1, end - 2):
+                place, above = places.get(".".join(pieces[max(start, 0) : end])), ".".join(pieces[: max(start, 0)])
+                if place is not None and not _LAYER.fullmatch(f"{above}._"):
+                    part = ".".join(pieces[end:]) or "weight"
+                    if "." not in part or part.startswith("weight."):  # a part, and not a module within
+                        found.setdefault((above, place), {})[part] = name
+    kinds = ("weight", "qweight", "blocks")
+    found = {key: parts for key, parts in found.items() if any(part.startswith(kinds) for part in parts)}
+    above = root
+    while found:
+        if own := [place for place_root, place in found if place_root == above]:
+            return found[above, min(own)]
+        if not above:
+            break
+        above = above.rpartition(".")[0]
+    return {}

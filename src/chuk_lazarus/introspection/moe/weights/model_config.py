@@ -28,6 +28,7 @@ EXPERT_COUNT_KEYS = (
     "moe_num_experts",
     "moe_num_primary_experts",
 )
+HEAD_COUNT_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 QUANTIZATION_KEYS = ("quantization_config", "quantization")
 
 
@@ -106,6 +107,22 @@ class ModelConfig:
                 if type(count := part.get(key)) is int:
                     return count
         return None
+
+    def head_count(self, layer: int) -> int | None:
+        """The number of attention heads, those of queries, in a layer; None where the config does not give it."""
+        for key in HEAD_COUNT_KEYS:
+            count = self.values.get(key)
+            if isinstance(count, list) and 0 <= layer < len(count):  # some configs list the number for each layer
+                count = count[layer]
+            if type(count) is int and count > 0:
+                return count
+        return None
+
+    @property
+    def head_size(self) -> int | None:
+        """The number of rows of q and k for each head; None where the config does not give it."""
+        size = self.values.get("head_dim")
+        return size if type(size) is int and size > 0 else None
 
     @property
     def activations(self) -> list[str]:
