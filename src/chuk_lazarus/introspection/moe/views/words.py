@@ -9,6 +9,7 @@ from ..provenance.classifier import (
     QUICK,
     classify_by_neurons,
     has_adapter,
+    has_shared,
     has_strong,
     is_alike_in_place,
     mean_over_projections,
@@ -92,7 +93,7 @@ def explain(analysis: MoETypeAnalysis) -> str:
             if alike_in_place and not twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
-    if max(shared, without_down) >= LINEAGE.upcycled or has_strong(strong, neurons):
+    if has_shared(max(shared, without_down), neurons) or has_strong(strong, neurons):
         return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
     if twins:
         return f"{evidence}; experts {format_groups(twins[0])} are identical: they were merged, or duplicated."
