@@ -79,6 +79,8 @@ def explain(analysis: MoETypeAnalysis) -> str:
     evidence = f"{_describe_sharing(shared, strong, neurons)} that were looked for"
     if shared < LINEAGE.upcycled <= without_down:
         evidence += f"; by gate and up alone {percent(without_down)}"
+    if analysis.kind and analysis.kind.startswith("identical copies"):
+        return f"experts have the same weights: {analysis.kind}."
     if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
