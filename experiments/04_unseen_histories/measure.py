@@ -33,6 +33,7 @@ def measure(folder: str) -> dict[str, Any] | None:
         sharing = [layer.lineage.sharing for layer in analysis.layers]
         row |= {"type": analysis.type, "confidence": analysis.confidence, "kind_found": analysis.kind}
         row |= {what: [round(getattr(x, what), 4) for x in sharing] for what in ("shared", "strong")}
+        row["without_down"] = [x.without_down and round(x.without_down, 4) for x in sharing]
         row["first_layer"] = analysis.layers[0].type
         row["breadth"] = {
             what: round(min(p.breadth[what] for x in analysis.layers for p in x.projections.values()), 3)
