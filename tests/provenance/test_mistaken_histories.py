@@ -1,5 +1,6 @@
 """Histories that are easily mistaken, each made small: what was done to experts must not hide how they came about."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from chuk_lazarus.introspection.moe import MoETypeService
 from chuk_lazarus.introspection.moe.provenance.lineage import pair_evidence
-from made_layers import EXPERTS, NEURONS, Matrices, copies, flip, native, rescale, shuffle, write
+from made_layers import EXPERTS, HIDDEN, NEURONS, Matrices, copies, flip, native, rescale, shuffle, write
 
 
 def mix_down(rng: np.random.Generator, found: Matrices) -> Matrices:
@@ -75,3 +76,116 @@ def test_copies_of_which_an_eighth_is_left_are_upcycled(seed: int, tmp_path: Pat
     assert report.type == "UPCYCLED"
     assert report.kind
     assert report.kind.removeprefix("shuffled copies, about ")[:4] in ("85 %", "90 %")
+
+
+def verdicts(path: Path, found: Matrices) -> tuple[str, str]:
+    """Full and quick."""
+    model = write(path, found)
+    return MoETypeService.analyze(model).type, MoETypeService.quick(model).type
+
+
+def converged(rng: np.random.Generator) -> Matrices:
+    """Natives that saw the same text: one neuron in 30 is like one of another expert, with a cosine of 0.65."""
+    found = native(rng)
+    for number in range(4):
+        common = {role: matrix[0, 0] for role, matrix in native(rng, 1, 1).items()}
+        for expert in rng.permutation(EXPERTS)[:4]:
+            for role, matrix in found.items():
+                matrix[expert, 9 * number] = 0.8 * common[role] + 0.6 * matrix[expert, 9 * number]
+    return found
+
+
+def decayed(rng: np.random.Generator) -> Matrices:
+    """Natives of few directions, as strong weight decay leaves them: the same ones in all experts, and a little
+    noise."""
+    found = native(rng)
+    for matrix in found.values():
+        spread = np.exp(-np.arange(HIDDEN) / 6)
+        matrix *= spread
+        matrix += 0.02 * rng.standard_normal(matrix.shape)
+        matrix @= np.linalg.qr(rng.standard_normal((HIDDEN, HIDDEN)))[0]
+    return found
+
+
+def tied(rng: np.random.Generator) -> Matrices:
+    """Natives of a squared ReLU that is stored as if it were gated."""
+    found = native(rng, 16, 32, 32)
+    return {**found, "up": found["gate"].copy()}
+
+
+def merged(rng: np.random.Generator) -> Matrices:
+    """Natives of which every two were averaged: half of the experts are left, none of them twice."""
+    return {role: (matrix[::2] + matrix[1::2]) / 2 for role, matrix in native(rng, 16).items()}
+
+
+@pytest.mark.parametrize("make", [converged, decayed, tied, merged], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("seed", range(2))
+def test_natives_with_something_in_common_are_not_upcycled(
+    make: Callable[[np.random.Generator], Matrices], seed: int, tmp_path: Path
+) -> None:
+    assert "UPCYCLED" not in verdicts(tmp_path / "m", make(np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize("rank", [2, 8, 16, 32])
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_natives_rebuilt_from_a_base_and_deltas_are_not_upcycled(rank: int, is_trained: bool, tmp_path: Path) -> None:
+    """The mean of the experts plus a delta of low rank for each, as an overlay exports them."""
+    found = (decayed if is_trained else native)(np.random.default_rng(4))
+    for role, matrix in found.items():
+        base = matrix.mean(axis=0)
+        left, values, right = np.linalg.svd(matrix - base, full_matrices=False)
+        found[role] = base + (left[:, :, :rank] * values[:, None, :rank]) @ right[:, :rank]
+    assert "UPCYCLED" not in verdicts(tmp_path / "m", found)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32, 64])
+def test_one_base_with_deltas_of_few_directions_is_not_sure(rank: int, tmp_path: Path) -> None:
+    """Copies with adapters, or natives through an overlay: of one size, base and deltas don't tell."""
+    rng = np.random.default_rng(5)
+    found = native(rng, 1)
+    for role, matrix in found.items():
+        delta = rng.standard_normal((EXPERTS, NEURONS, rank)) @ rng.standard_normal((EXPERTS, rank, HIDDEN))
+        found[role] = (matrix + delta / np.sqrt(rank)).astype(np.float32)
+    full, quick = verdicts(tmp_path / "m", found)
+    assert full == ("UNDETERMINED" if rank < 32 else "UPCYCLED")
+    assert quick in ("UNDETERMINED", full)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8])
+def test_natives_with_an_adapter_that_all_have_are_not_upcycled(rank: int, tmp_path: Path) -> None:
+    """Of a fifth of their norm."""
+    rng = np.random.default_rng(6)
+    found = native(rng)
+    for matrix in found.values():
+        update = rng.standard_normal((NEURONS, rank)) @ rng.standard_normal((rank, HIDDEN))
+        matrix += (0.2 * np.linalg.norm(matrix[0]) / np.linalg.norm(update) * update).astype(np.float32)
+    assert "UPCYCLED" not in verdicts(tmp_path / "m", found)
+
+
+@pytest.mark.parametrize(("experts", "slices"), [(16, 8), (32, 8), (64, 8), (64, 16), (128, 16)])
+@pytest.mark.parametrize("by_copy", [True, False])
+@pytest.mark.parametrize("is_disguised", [True, False])
+def test_copies_that_were_cut_alike_are_upcycled(
+    experts: int, slices: int, by_copy: bool, is_disguised: bool, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(7)
+    place = np.arange(experts)
+    number = place % slices if by_copy else place // (experts // slices)
+    whole = native(rng, slices, 16)
+    found = {role: m[number] + 0.4 * native(rng, experts, 16)[role] for role, m in whole.items()}
+    if is_disguised:
+        found = rescale(rng, flip(rng, shuffle(rng, found)))
+    model = write(tmp_path / "m", found)
+    report = MoETypeService.analyze(model)
+    assert report.type == "UPCYCLED"
+    groups = report.layers[0].lineage.sharing.groups
+    assert groups == tuple(tuple(np.flatnonzero(number == piece).tolist()) for piece in range(slices))
+    assert MoETypeService.quick(model).type != "NATIVE"
+
+
+def test_one_expert_with_all_signs_changed_is_still_a_copy(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    found = {role: matrix[:2] for role, matrix in copies(rng).items()}
+    for role in ("up", "down"):
+        found[role][1] *= -1
+    assert verdicts(tmp_path / "m", found) == ("UPCYCLED", "UPCYCLED")

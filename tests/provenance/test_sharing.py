@@ -187,6 +187,17 @@ def test_twins_differ_nowhere_else() -> None:
     assert pair_evidence(found, 512, grams=grams).experts == (0, 2)
 
 
+@pytest.mark.parametrize("change", [shuffle, flip, rescale])
+def test_one_expert_in_two_disguises_does_not_make_copies_of_all(change: Change) -> None:
+    rng = np.random.default_rng(10)
+    evidence = pair_evidence(change(rng, repeat_one(rng, native(rng))), 512)
+    assert evidence.twins == ((2, EXPERTS),)
+    assert evidence.shared < 0.05
+    assert pair_evidence(change(rng, repeat_one(rng, copies(rng))), 512).shared > 0.95
+    doubled = {role: np.repeat(matrix, 2, axis=0) for role, matrix in native(rng, 4).items()}
+    assert pair_evidence(change(rng, doubled), 512).twins == ()  # of most experts: copies
+
+
 def test_the_histogram_is_of_the_best_partner(tmp_path: Path) -> None:
     """Of slices, eight evenly spaced experts are eight different ones; the pairs are all copies."""
     rng = np.random.default_rng(9)

@@ -69,6 +69,9 @@ def classify(rank_ratio: float, cosine: float, thresholds: Thresholds = THRESHOL
 class LineageThresholds:
     """How much of its neurons an expert must share with its best partner, as in `reports.Sharing`.
 
+    Of few neurons the share must be so large that natives, with theirs at the limit, would have it with `p_value` at
+    most, and strong ones must be `matches` at least.
+
     Independent experts that are trained on the same data share some neurons, but few, and none that are as near as
     `strong` ones; parts of copies that were mostly re-initialised are few, too, and near. From `strong_native` on it
     is enough that there are more than natives have: of those neurons at most the share `strong_chance`, which
@@ -84,7 +87,9 @@ class LineageThresholds:
 
     upcycled: float = 0.10
     native: float = 0.05
+    p_value: float = 1e-3
     strong: float = 0.01
+    matches: int = 4
     strong_native: float = 0.005
     strong_chance: float = 0.0005
     strong_p_value: float = 1e-6
@@ -216,9 +221,9 @@ def classify_by_neurons(
     weight = weigh_neurons(evidence, t)
     if all(len(layer.sharing.partners) == 1 for layer in evidence):
         origin, weight = "UPCYCLED", PLENTY  # all experts are identical
-    elif shared >= t.upcycled or has_strong(strong, neurons, t):
+    elif has_shared(shared, neurons, t) or has_strong(strong, neurons, t):
         origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, strong, t) else "UPCYCLED"
-    elif without_down >= t.without_down:
+    elif without_down >= t.without_down and _is_more(without_down, neurons, t.native_without_down, t.p_value):
         origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, 0.0, t) else "UPCYCLED"
     elif fmean(map(share_of_twins, evidence)) >= t.twins:
         origin, weight = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED", PLENTY
@@ -263,8 +268,20 @@ def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThreshol
 def has_strong(strong: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
     """Whether so large a share `strong` of the `neurons` is shared strongly as natives don't have."""
     t = thresholds
-    p_value = bdtrc(round(strong * neurons) - 1, neurons, t.strong_chance)
-    return strong >= t.strong or (strong >= t.strong_native and bool(p_value < t.strong_p_value))
+    if strong >= t.strong:
+        return strong * neurons >= t.matches
+    return strong >= t.strong_native and _is_more(strong, neurons, t.strong_chance, t.strong_p_value)
+
+
+def has_shared(shared: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether so large a share of the `neurons` is shared as natives don't have; of a few neurons it must be more."""
+    t = thresholds
+    return shared >= t.upcycled and _is_more(shared, neurons, t.native, t.p_value)
+
+
+def _is_more(share: float, neurons: int, chance: float, p_value: float) -> bool:
+    """Whether such a share or more has a probability below `p_value`, if each neuron has the probability `chance`."""
+    return bool(bdtrc(round(share * neurons) - 1, neurons, chance) < p_value)
 
 
 def share_of_twins(layer: Neurons) -> float:

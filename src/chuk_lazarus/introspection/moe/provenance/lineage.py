@@ -18,10 +18,13 @@ from scipy.special import bdtrc, ndtr
 from ..numerics.neurons import Array, Nearest
 from ..numerics.pairs import LEAD, PairMatches, are_mutual, match_neurons, prepare_neurons
 
+Group = tuple[int, ...]  # experts, in ascending order
+
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
 FEW = 0.02  # the share of close neurons from which on they tell the kind of upcycling
 STRONG = 0.8  # the mean cosine that independent experts do not reach, however alike training makes them
 SAME = 1e-5  # the share of its energy by which an expert differs from its twin, by rounding in float32
+ALL, EQUAL = 0.95, 0.99  # the share of neurons, and their cosine, by which an expert is another one in disguise
 LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
 PAIR_QUERIES = 1024  # neurons of all experts together that are looked for in all
 COMPARISONS = 2**25  # of neurons, beyond which fewer are looked for
@@ -146,10 +149,10 @@ class PairEvidence:
     queries that are found in another, with or without down, `partners` the best partner of each expert, `in_place` the
     share of all that is found at its own position, and `anywhere` that of queries that are found in any expert at all.
     `nearest` and `runner_up` [queries] are each query's cosine, mean over roles, with the nearest neuron of its
-    expert's partner, and with the second nearest. `twins` are groups of experts with the same weights: only the first
-    of each is among `experts`, the others are left out. Of the neurons, `queries` were looked for: none where their
-    vectors are too short to tell them apart, and none that has a role of zeros. `roles` were compared, of equal ones
-    only the first.
+    expert's partner, and with the second nearest. `twins` are groups of experts with the same weights, few of them in
+    another order of neurons: only the first of each is among `experts`, the others are left out. Of the neurons,
+    `queries` were looked for: none where their vectors are too short to tell them apart, and none that has a role of
+    zeros. `roles` were compared, of equal ones only the first.
     """
 
     experts: tuple[int, ...]
@@ -182,12 +185,35 @@ def pair_evidence(
     """The evidence of vectors [experts, neurons, d] by role, from a sample of the neurons, or from all for None as
     `wanted`; `run` maps a function over the experts. `grams` are of the whole matrices, as in `find_twins`."""
     twins = find_twins(vectors, grams)
+    evidence, repeats = _compare_pairs(vectors, twins, wanted, run, seed)
+    if not repeats:
+        return evidence
+    return _compare_pairs(vectors, _join_groups(twins, repeats), wanted, run, seed)[0]
+
+
+def _join_groups(twins: Sequence[Group], repeats: Sequence[Group]) -> tuple[Group, ...]:
+    """One set of groups, where `repeats` has only the first of each of the `twins`."""
+    of_first = {group[0]: group for group in twins}
+    joined = [tuple(sorted(e for first in group for e in of_first.get(first, (first,)))) for group in repeats]
+    seen = {expert for group in joined for expert in group}
+    return tuple(sorted([*joined, *(group for group in twins if group[0] not in seen)]))
+
+
+def _compare_pairs(
+    vectors: Mapping[str, Array],
+    twins: tuple[Group, ...],
+    wanted: int | None,
+    run: Callable[[Callable[[int], PairMatches], Iterable[int]], Iterable[PairMatches]],
+    seed: int,
+) -> tuple[PairEvidence, tuple[Group, ...]]:
+    """The evidence of the first of each group of twins and all others, and which few of them are the same after all,
+    but for the order of their neurons, signs and lengths."""
     repeated = {expert for group in twins for expert in group[1:]}
     experts = tuple(e for e in range(len(next(iter(vectors.values())))) if e not in repeated)
     count, neurons = len(experts), next(iter(vectors.values())).shape[1]
     if count < 2 or min(matrix.shape[2] for matrix in vectors.values()) < LEAST_INPUTS:
         nothing, none = np.zeros((count, count)), np.empty(0, np.float32)
-        return PairEvidence(experts, twins, 0, 0.0, 0.0, None, nothing, experts, 0.0, 0.0, none, none, len(vectors))
+        return PairEvidence(experts, twins, 0, 0.0, 0.0, None, nothing, experts, 0.0, 0.0, none, none, len(vectors)), ()
     roles = prepare_neurons({role: matrix[list(experts)] if repeated else matrix for role, matrix in vectors.items()})
     rng = np.random.default_rng(seed)
     total = min(PAIR_QUERIES, COMPARISONS // (count * neurons))
@@ -213,7 +239,10 @@ def pair_evidence(
         np.take_along_axis(array.reshape(shape), partners[:, None, None], axis=2)[..., 0][has_all_roles]
         for array in (matches.cosine, matches.lead)
     )
-    return PairEvidence(
+    is_same = ((neuron >= 0) & (cosine >= EQUAL)).mean(axis=1) >= ALL
+    groups = [group for group in _components(is_same & is_same.T) if len(group) > 1]
+    few = groups if sum(map(len, groups)) < count / 2 else []  # where they are many they are copies
+    evidence = PairEvidence(
         experts,
         twins,
         len(nearest),
@@ -228,6 +257,7 @@ def pair_evidence(
         nearest - lead,
         len(roles),
     )
+    return evidence, tuple(tuple(experts[place] for place in group) for group in few)
 
 
 def _find_mutual(

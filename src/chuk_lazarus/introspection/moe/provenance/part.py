@@ -105,6 +105,8 @@ def _describe_deltas(matrices: NDArray[np.float32]) -> tuple[float, float]:
     those of noise, and the share of an expert's energy that their deltas from a common base would have."""
     breadths, energies = [], []
     rows = matrices[:, :MOST_ROWS] / (np.abs(matrices[:, :MOST_ROWS]).max() or np.float32(1))
+    columns = np.sqrt(np.einsum("eni,eni->i", rows, rows))  # a few large ones would look like few directions
+    rows /= np.where(columns > 0, columns, np.float32(1))
     for expert, next_expert in zip(rows[::2], rows[1::2], strict=False):
         difference = next_expert - expert
         energy = float(np.square(expert).sum() + np.square(next_expert).sum())
@@ -120,7 +122,7 @@ def spaced_pairs(count: int, wanted: int) -> tuple[int, ...]:
     dense layer are neighbours, or as far from each other as there are slices."""
     if wanted >= count or wanted < 4:
         return evenly_spaced(count, wanted)
-    firsts = np.linspace(0, count - 2, wanted // 2).round().astype(int)
+    firsts = count * np.arange(wanted // 2) // (wanted // 2)  # a multiple of the slices apart, where these take turns
     return tuple(sorted({int(expert) for first in firsts for expert in (first, first + 1)}))
 
 

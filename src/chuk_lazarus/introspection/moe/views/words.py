@@ -9,6 +9,7 @@ from ..provenance.classifier import (
     QUICK,
     classify_by_neurons,
     has_adapter,
+    has_shared,
     has_strong,
     is_alike_in_place,
     mean_over_projections,
@@ -78,6 +79,8 @@ def explain(analysis: MoETypeAnalysis) -> str:
     evidence = f"{_describe_sharing(shared, strong, neurons)} that were looked for"
     if shared < LINEAGE.upcycled <= without_down:
         evidence += f"; by gate and up alone {percent(without_down)}"
+    if analysis.kind and analysis.kind.startswith("identical copies"):
+        return f"experts have the same weights: {analysis.kind}."
     if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
@@ -92,7 +95,7 @@ def explain(analysis: MoETypeAnalysis) -> str:
             if alike_in_place and not twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
-    if max(shared, without_down) >= LINEAGE.upcycled or has_strong(strong, neurons):
+    if has_shared(max(shared, without_down), neurons) or has_strong(strong, neurons):
         return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
     if twins:
         return f"{evidence}; experts {format_groups(twins[0])} are identical: they were merged, or duplicated."
