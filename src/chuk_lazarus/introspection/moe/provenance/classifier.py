@@ -83,6 +83,10 @@ class LineageThresholds:
     component that was added to all of them, where it or the deltas have few directions, less than `broad` of what noise
     has (`full` where not even strong matches speak for copies); else they may be copies that were trained far apart.
     Where nearly all experts have twins, `copies` of each are too many to come from merging pairs.
+
+    Layers of one real model find up to 4 % of their neurons in each other, none of them strongly, and their attention
+    has a CKA of up to 0.4 (experiments/05_parents): `parent`, `parent_strong` and `attention_cka` lie above that. Rows
+    at equal places have nothing in common unless one is from the other: `attention_cosine`.
     """
 
     upcycled: float = 0.10
@@ -103,7 +107,10 @@ class LineageThresholds:
     full: float = 0.80
     small: float = 0.05
     parent: float = 0.10
+    parent_strong: float = 0.01
     parent_p_value: float = 1e-9
+    attention_cka: float = 0.5
+    attention_cosine: float = 0.2
     neurons: int = 64
 
 
@@ -252,17 +259,47 @@ class ParentNeurons(Protocol):
     @property
     def kept(self) -> float: ...
     @property
+    def strong(self) -> float: ...
+    @property
     def chance(self) -> float: ...
     @property
     def p_value(self) -> float: ...
 
 
+class ParentAttention(Protocol):
+    """How alike attention is to a dense parent's, as in `reports.AttentionMatch`."""
+
+    @property
+    def cka(self) -> float: ...
+    @property
+    def cosine(self) -> float | None: ...
+
+
+class ParentEvidence(ParentNeurons, Protocol):
+    """All that is compared with a dense parent, as in `reports.ParentMatch`."""
+
+    @property
+    def attention(self) -> ParentAttention | None: ...
+
+
+def has_its_attention(matches: Sequence[ParentEvidence], thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether the attention, the mean over the layers, is so much like the parent's that it comes from it."""
+    attention = [match.attention for match in matches if match.attention]
+    if not attention:
+        return False
+    cosines = [layer.cosine for layer in attention if layer.cosine is not None]
+    return fmean(layer.cka for layer in attention) >= thresholds.attention_cka or (
+        len(cosines) == len(attention) and fmean(cosines) >= thresholds.attention_cosine
+    )
+
+
 def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether so large a share of the neurons is found in the parent that they come from it."""
-    if not matches:
+    """Whether so large a share of the neurons is found in the parent, or of nearly the same ones, that they come from
+    it."""
+    if not matches or min(match.p_value for match in matches) >= thresholds.parent_p_value:
         return False
     excess = fmean(match.kept - match.chance for match in matches)
-    return excess >= thresholds.parent and min(match.p_value for match in matches) < thresholds.parent_p_value
+    return excess >= thresholds.parent or fmean(match.strong for match in matches) >= thresholds.parent_strong
 
 
 def has_strong(strong: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
