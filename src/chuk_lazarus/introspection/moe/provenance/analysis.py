@@ -120,6 +120,7 @@ def _analyze(
     kinds = [found.kind for found in results if found.kind and verdict.origin == "UPCYCLED"]
     if verdict.origin == "UPCYCLED" and not kinds:  # parts can't tell copies from slices
         kinds = [part.kind for part in further if part.kind and part.type == "UPCYCLED"]
+    alone = verdict  # without the parent
     matches = [layer.lineage.parent for layer in results if layer.lineage.parent]
     if is_from_parent(matches) or has_its_attention(matches):
         verdict = CALIBRATION.decide("UPCYCLED", PLENTY)
@@ -133,7 +134,7 @@ def _analyze(
         type=verdict.origin,
         confidence=verdict.confidence,
         kind=max(kinds, key=kinds.count) if kinds else None,
-        documented_rule=_documented(rank_ratio, cosine, verdict.origin),
+        documented_rule=_documented(rank_ratio, cosine, verdict.origin, alone.origin),
         parent=printable(parent) if parent else None,
         parent_embeddings=ancestor.embeddings if ancestor else None,
         rank_projection=rank_projection,
@@ -194,10 +195,13 @@ def analyze_layer_on_worker(
     return analysis, opened.cost()
 
 
-def _documented(rank_ratio: float, cosine: float, origin: Origin) -> DocumentedRule:
-    """The documented rule's outcome, and in a few words why it is another."""
+def _documented(rank_ratio: float, cosine: float, origin: Origin, alone: Origin) -> DocumentedRule:
+    """The documented rule's outcome, and in a few words why it is another than `origin`, or than `alone`, the origin
+    that the experts tell without their parent."""
     rule, why = classify(rank_ratio, cosine), None
-    if origin == "UPCYCLED" != rule.origin:
+    if origin == "UPCYCLED" != alone and rule.origin != origin:
+        why = "it knows nothing of the parent"
+    elif origin == "UPCYCLED" != rule.origin:
         copied = cosine > THRESHOLDS.native_cosine
         why = "training makes the deltas of copies broad" if copied else "it compares neurons by their position only"
     elif origin == "NATIVE" != rule.origin:

@@ -16,7 +16,7 @@ from ..provenance.classifier import (
     is_from_parent,
     mean_over_projections,
 )
-from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, ParentMatch, Projection
+from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, ParentMatch, Projection, QuickLayer
 from ..text import format_bytes, format_groups, format_ranges, percent
 
 MOST_MOVED = 8  # layers that a sentence names
@@ -134,9 +134,12 @@ def _describe_common(analysis: MoETypeAnalysis) -> str:
 
 def explain_further(analysis: MoETypeAnalysis) -> str:
     """What parts of further layers say, and, where layers differ, why that may be."""
-    said = ", ".join(
-        f"layer {part.layer} {part.type} ({percent(part.shared)} shared)" for part in analysis.further_layers
-    )
+
+    def describe(part: QuickLayer) -> str:
+        is_one = part.twins == (part.experts,)
+        return f"layer {part.layer} {part.type} ({'identical experts' if is_one else f'{percent(part.shared)} shared'})"
+
+    said = ", ".join(map(describe, analysis.further_layers))
     types = {layer.type for layer in analysis.layers} | {part.type for part in analysis.further_layers}
     if len(types) == 1:
         return f"{said}, by parts of them"
