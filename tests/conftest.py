@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from hub_server import HubServer
+from trained_models import GEMMA3, SMOLLM2
 
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # several tests run at once, and BLAS is loaded later
     os.environ.setdefault(_variable, "1")
@@ -51,6 +52,20 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 def pytest_unconfigure() -> None:
     _server.__exit__(None, None, None)
     _home.cleanup()
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """The GGUF file of a trained dense model of 30 layers."""
+    assert request.config.cache
+    return SMOLLM2.fetch(request.config.cache.mkdir("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def gemma3(request: pytest.FixtureRequest) -> Path:
+    """The GGUF file of another, of 18 layers."""
+    assert request.config.cache
+    return GEMMA3.fetch(request.config.cache.mkdir("gemma3"))
 
 
 @pytest.fixture

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.experts import Experts
-from chuk_lazarus.introspection.moe.weights.layouts import Kind, Layout, load_table
+from chuk_lazarus.introspection.moe.weights.layouts import (
+    AttentionLayout,
+    Kind,
+    Layout,
+    load_attention_table,
+    load_embedding_names,
+    load_rotary_pairs,
+    load_table,
+)
 from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from chuk_lazarus.introspection.moe.weights.stored import open_stored
 
@@ -36,6 +44,12 @@ LIBRARIES = {
 GGML_TYPES = [
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS",
     "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+]  # fmt: skip
+
+# types with a fused tensor that neither transformers nor mlx-lm has under this very name
+FROM_PUBLISHED_CODE = [
+    "baichuan", "chatglm", "hunyuan_image_3_moe", "llada2_moe", "nomic_bert", "phi-msft", "qwen3_5", "qwen3_5_moe",
+    "qwen3_5_text", "qwen4_exp", "qwen35", "qwen35moe", "qwen3next",
 ]  # fmt: skip
 
 INTRODUCTION = """# Families and storage formats
@@ -71,6 +85,29 @@ of one expert after those of the other.
 
 | layout | tensors |
 |---|---|
+"""
+
+ATTENTION = """
+## Attention and embeddings
+
+What tells that a model comes from a dense one even where every expert is new: the projections q, k, v and o of a layer,
+or, with latent attention, q or q_a and q_b, kv_a, kv_b and o. Axes as above, and Q, K, V for the rows of q, k and v:
+`(Q K V)` has all rows of q before those of k, `(G Q K V)` has them group by group (the heads that share one key),
+`(A Q Z)` head by head, each with a gate on its output, which is not read. A row without model types holds for all.
+
+How a fused tensor lies no shape tells. It is cut for the model types that are named here, as the library's own code
+cuts it, for these as published code does: {published}. Of another type only o is read, and a note says so. The order of
+rows is that of transformers: where Meta's names or llama.cpp have the rows of each head of q and k in rotary pairs
+(GGUF of {pairs}), they are brought back.
+
+Not read, with a note: linear attention and state space layers, the compressed attention of DeepSeek-V4, the double
+attention of LongCat-Flash, JetMoE's mixture of attention, tensors that MLX fuses for Kimi-K3 and Muse Spark, and in
+MLX's form of latent attention kv_b.
+
+Token embeddings, {embeddings}, are read below the root of the stack of layers or above it, in every storage format.
+
+| layout | model_type | tensors |
+|---|---|---|
 """
 
 FORMATS = """
@@ -143,6 +180,18 @@ def layouts() -> list[str]:
     return [f"| `{row.name}`{kinds[row.kind]} | {describe(row)} |" for row in load_table()]
 
 
+def attention() -> list[str]:
+    """One line per row of the table for attention."""
+
+    def describe(row: AttentionLayout) -> str:
+        lines: dict[tuple[str, str], list[str]] = {}
+        for tensor in row.tensors:
+            lines.setdefault((tensor.role, tensor.axes), []).extend(tensor.names)
+        return "<br>".join(f"{role} `{axes}`: {code(names)}" for (role, axes), names in lines.items())
+
+    return [f"| `{row.name}` | {code(sorted(row.model_types))} | {describe(row)} |" for row in load_attention_table()]
+
+
 def formats() -> list[str]:
     """One line per storage format."""
     found: dict[str, dict[str, None]] = {}
@@ -165,6 +214,12 @@ def page() -> str:
     sections = [
         INTRODUCTION + "\n".join(families()),
         LAYOUTS + "\n".join(layouts()),
+        ATTENTION.format(
+            published=code(FROM_PUBLISHED_CODE),
+            pairs=code(load_rotary_pairs()),
+            embeddings=code(load_embedding_names()),
+        )
+        + "\n".join(attention()),
         FORMATS + "\n".join(formats()),
         REFUSED.rstrip(),
     ]

@@ -18,7 +18,7 @@ from chuk_lazarus.introspection.moe.jobs.parts import read_part, roles_to_read
 from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.numerics.neurons import as_neurons
 from chuk_lazarus.introspection.moe.provenance.classifier import classify_quickly
-from chuk_lazarus.introspection.moe.provenance.quick import spaced_pairs
+from chuk_lazarus.introspection.moe.provenance.part import spaced_pairs
 from chuk_lazarus.introspection.moe.views.words import explain_quick
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.repositories.local import LocalFile
@@ -150,6 +150,8 @@ class Part:
     breadth: float = 1.0
     delta_energy: float = 0.5
     experts: tuple[int, ...] = tuple(range(16))
+    inputs: int = 64
+    chance: float = 0.01
 
 
 PAIRS = tuple((expert, expert + 1) for expert in range(0, 16, 2))
@@ -184,6 +186,8 @@ PAIRS = tuple((expert, expert + 1) for expert in range(0, 16, 2))
         (Part(0.9, 0.9, breadth=0.49), "UNDETERMINED"),  # one base and deltas of few directions
         (Part(0.9, 0.9, breadth=0.49, delta_energy=0.04), "UPCYCLED"),
         (Part(0.9, breadth=0.79), "UNDETERMINED"),
+        (Part(0.9, 0.9, inputs=63), "UNDETERMINED"),
+        (Part(chance=1.0), "UNDETERMINED"),  # zeros, or all orthogonal
     ],
 )
 def test_the_quick_rule(part: Part, origin: str) -> None:
@@ -201,8 +205,9 @@ def test_layers_count_by_their_neurons_in_the_quick_rule() -> None:
 def test_experts_are_chosen_as_neighbours(count: int, wanted: int) -> None:
     chosen = spaced_pairs(count, wanted)
     assert len(set(chosen)) == len(chosen) == min(count, wanted)
-    assert (min(chosen), max(chosen)) == (0, count - 1)
+    assert (min(chosen), max(chosen) < count) == (0, True)
     if count >= 2 * wanted:
+        assert max(chosen) > count * (1 - 3 / wanted)
         assert all(second == first + 1 for first, second in zip(chosen[::2], chosen[1::2], strict=True))
 
 
@@ -241,7 +246,7 @@ def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], opt
 def test_the_layout_tells_what_each_mode_reads(large: str) -> None:
     layout = MoELayoutService.describe(large)
     assert layout.quick_bytes == MoETypeService.quick(large).weight_bytes == 3 * 16 * EXPERT_BYTES * 2 // 3
-    assert layout.analysis_bytes == EXPERTS * EXPERT_BYTES
+    assert layout.analysis_bytes - layout.further_bytes == EXPERTS * EXPERT_BYTES
     assert layout.stored_bytes == LAYERS * EXPERTS * EXPERT_BYTES
 
 

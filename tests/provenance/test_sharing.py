@@ -1,96 +1,37 @@
 """The verdict by pairs of experts: what must not change it, and histories that are easily mistaken."""
 
-import json
 from collections.abc import Callable
-from math import floor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from chuk_lazarus.introspection.moe import MoETypeService
-from chuk_lazarus.introspection.moe.provenance.classifier import QUICK_RATES, RATES
 from chuk_lazarus.introspection.moe.provenance.lineage import (
-    PairEvidence,
     best_partners,
     find_twins,
     group_partners,
-    name_kind,
     pair_evidence,
 )
 from chuk_lazarus.introspection.moe.views.words import explain, explain_quick
-from places import ROOT
-
-Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
-Change = Callable[[np.random.Generator, Matrices], Matrices]
-EXPERTS, NEURONS, HIDDEN = 8, 128, 64
-SHORT = {"gate": "w1", "up": "w3", "down": "w2"}
-
-
-def native(rng: np.random.Generator, experts: int = EXPERTS, neurons: int = NEURONS, hidden: int = HIDDEN) -> Matrices:
-    return {role: rng.standard_normal((experts, neurons, hidden), np.float32) for role in SHORT}
-
-
-def copies(rng: np.random.Generator) -> Matrices:
-    """Of one base, with deltas of 0.35 of its size."""
-    base = native(rng, 1)
-    return {role: m + 0.35 * rng.standard_normal((EXPERTS, *m.shape[1:]), np.float32) for role, m in base.items()}
-
-
-def write(folder: Path, found: Matrices) -> str:
-    tensors = {
-        f"model.layers.0.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight": np.ascontiguousarray(
-            neurons.T if role == "down" else neurons
-        )
-        for role, matrix in found.items()
-        for expert, neurons in enumerate(matrix)
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "mixtral"}')
-    return str(folder)
-
-
-def shuffle(rng: np.random.Generator, found: Matrices) -> Matrices:
-    orders = np.stack([rng.permutation(len(expert)) for expert in found["up"]])[:, :, None]
-    return {role: np.take_along_axis(matrix, orders, axis=1) for role, matrix in found.items()}
-
-
-def rescale(rng: np.random.Generator, found: Matrices) -> Matrices:
-    scale = np.exp(rng.normal(0, 1, (*found["up"].shape[:2], 1))).astype(np.float32)
-    return {**found, "up": found["up"] * scale, "down": found["down"] / scale}
-
-
-def flip(rng: np.random.Generator, found: Matrices) -> Matrices:
-    sign = rng.choice(np.float32([-1, 1]), (*found["up"].shape[:2], 1))
-    return {**found, "up": found["up"] * sign, "down": found["down"] * sign}
-
-
-def scale_one_column(rng: np.random.Generator, found: Matrices) -> Matrices:
-    scale = np.ones(found["up"].shape[2], np.float32)
-    scale[5] = 30
-    return {**found, "gate": found["gate"] * scale, "up": found["up"] * scale}
-
-
-def scale_columns(rng: np.random.Generator, found: Matrices) -> Matrices:
-    scale = np.exp(rng.normal(0, 1, found["up"].shape[2])).astype(np.float32)
-    return {**found, "gate": found["gate"] * scale, "up": found["up"] * scale}
-
-
-def reorder_experts(rng: np.random.Generator, found: Matrices) -> Matrices:
-    order = rng.permutation(len(found["up"]))
-    return {role: matrix[order] for role, matrix in found.items()}
-
-
-def repeat_one(rng: np.random.Generator, found: Matrices) -> Matrices:
-    return {role: np.concatenate([matrix, matrix[2:3]]) for role, matrix in found.items()}
-
-
-def add_unrelated(rng: np.random.Generator, found: Matrices) -> Matrices:
-    return {role: np.concatenate([matrix, native(rng, 1)[role]]) for role, matrix in found.items()}
-
+from made_layers import (
+    EXPERTS,
+    HIDDEN,
+    NEURONS,
+    Change,
+    Matrices,
+    add_unrelated,
+    copies,
+    flip,
+    native,
+    reorder_experts,
+    repeat_one,
+    rescale,
+    scale_columns,
+    scale_one_column,
+    shuffle,
+    write,
+)
 
 CHANGES: list[Change] = [
     shuffle,
@@ -167,7 +108,18 @@ def test_granular_upcycling_is_seen(slices: int, by_copy: bool, tmp_path: Path) 
     model = write(tmp_path / "m", found)
     report = MoETypeService.analyze(model)
     assert report.type == "UPCYCLED"
-    assert report.kind == f"copies in {slices} groups of 4 (slices of a layer, or copies of several)"
+    members = (
+        f"that are {slices} apart"
+        if by_copy
+        else {2: "0-3; 4-7", 4: "0-3; 4-7; 8-11; 12-15"}.get(slices, "0-3; 4-7; 8-11; ...")
+    )
+    assert report.kind == (
+        f"copies in {slices} groups of 4, experts {members}: "
+        f"4 copies of a layer in {slices} slices, or of {slices} layers"
+    )
+    assert report.layers[0].lineage.sharing.groups == tuple(
+        tuple(np.flatnonzero(number == piece).tolist()) for piece in range(slices)
+    )
     assert MoETypeService.quick(model).type == "UPCYCLED"
 
 
@@ -221,51 +173,40 @@ def test_twins_have_the_same_bits_in_all_roles() -> None:
     assert find_twins(found) == ((0, 3),)  # and not those of zeros
 
 
-def evidence_of(
-    pairs: NDArray[np.float64],
-    shared: float = 1.0,
-    twins: tuple[tuple[int, ...], ...] = (),
-    in_place: float = 1.0,
-) -> PairEvidence:
-    return PairEvidence(tuple(range(len(pairs))), twins, 1024, shared, shared, pairs, (), in_place, 3)
+def test_twins_differ_nowhere_else() -> None:
+    """Only a part of the numbers was kept; the scalar products are of all."""
+    rng = np.random.default_rng(6)
+    found = native(rng, 4)
+    for matrix in found.values():
+        matrix[1:] = matrix[0]
+    whole = {role: np.tile(rng.standard_normal(500).astype(np.float32), (4, 1)) for role in found}
+    whole["up"][2, 7] += 1
+    grams = [matrix @ matrix.T for matrix in whole.values()]
+    assert find_twins(found) == ((0, 1, 2, 3),)
+    assert find_twins(found, grams) == ((0, 1, 3),)
+    assert pair_evidence(found, 512, grams=grams).experts == (0, 2)
 
 
-GROUPS = np.kron(np.eye(2), np.ones((3, 3)))
-OVERLAP = 0.5 * (np.roll(np.eye(6), 1, axis=1) + np.roll(np.eye(6), -1, axis=1))  # each with two others of five
+@pytest.mark.parametrize("change", [shuffle, flip, rescale])
+def test_one_expert_in_two_disguises_does_not_make_copies_of_all(change: Change) -> None:
+    rng = np.random.default_rng(10)
+    evidence = pair_evidence(change(rng, repeat_one(rng, native(rng))), 512)
+    assert evidence.twins == ((2, EXPERTS),)
+    assert evidence.shared < 0.05
+    assert pair_evidence(change(rng, repeat_one(rng, copies(rng))), 512).shared > 0.95
+    doubled = {role: np.repeat(matrix, 2, axis=0) for role, matrix in native(rng, 4).items()}
+    assert pair_evidence(change(rng, doubled), 512).twins == ()  # of most experts: copies
 
 
-@pytest.mark.parametrize(
-    ("pairs", "shared", "in_place", "kind"),
-    [
-        (np.ones((4, 4)), 1.0, 1.0, "copies"),
-        (np.ones((4, 4)), 1.0, 0.5, "shuffled copies"),
-        (np.full((4, 4), 0.6), 0.6, 1.0, "copies, partly re-initialised"),
-        (np.full((4, 4), 0.61), 0.61, 1.0, "copies"),
-        (np.full((4, 4), 0.02), 0.019, 1.0, "copies, mostly re-initialised"),
-        (GROUPS, 1.0, 1.0, "copies in 2 groups of 3 (slices of a layer, or copies of several)"),
-        (0.5 * GROUPS, 0.5, 0.0, "shuffled copies in 2 groups of 3 (slices of a layer, or copies of several), "
-         "partly re-initialised"),
-        (OVERLAP, 0.5, 0.0, "shuffled slices that overlap"),
-        (np.ones((1, 1)), 0.0, 0.0, "identical copies"),
-    ],
-)  # fmt: skip
-def test_kinds(pairs: NDArray[np.float64], shared: float, in_place: float, kind: str) -> None:
-    assert name_kind(evidence_of(pairs, shared, in_place=in_place)) == kind
-
-
-def test_the_kind_of_identical_copies_in_groups() -> None:
-    twins = ((0, 1, 2, 3), (4, 5, 6, 7))
-    text = name_kind(evidence_of(np.zeros((2, 2)), 0.0, twins))
-    assert text == "identical copies in 2 groups (slices of a layer, or copies of several)"
-
-
-def test_confidence_is_the_measured_rate() -> None:
-    """The lower ends of intervals of how often verdicts on held-out models were right, rounded down."""
-    right = json.loads((ROOT / "experiments/04_unseen_histories/results.json").read_text())["right"]
-    for key, rates in (("type", RATES), ("quick", QUICK_RATES)):
-        assert rates["UNDETERMINED"] == 0.5
-        for origin in ("UPCYCLED", "NATIVE"):
-            assert rates[origin] == floor(100 * right[key][origin]["interval"][0]) / 100
+def test_the_histogram_is_of_the_best_partner(tmp_path: Path) -> None:
+    """Of slices, eight evenly spaced experts are eight different ones; the pairs are all copies."""
+    rng = np.random.default_rng(9)
+    whole = native(rng, 8, 32)
+    found = {role: m.repeat(4, axis=0) + 0.4 * native(rng, 32, 32)[role] for role, m in whole.items()}
+    matches = MoETypeService.analyze(write(tmp_path / "m", found)).layers[0].lineage.matches
+    edges = np.linspace(-1, 1, 51)[:-1]
+    assert edges[np.flatnonzero(matches.nearest)].min() > 0.6
+    assert edges[np.flatnonzero(matches.runner_up)].max() < 0.5
 
 
 def test_partners_and_groups() -> None:

@@ -296,7 +296,7 @@ def test_matches_are_shares_of_neurons() -> None:
     ax = plot_matches(native()).axes[0]
     second, _, nearest = (patch.get_data() for patch in ax.patches)  # type: ignore[attr-defined]
     for drawn, counts in ((nearest, lineage.matches.nearest), (second, lineage.matches.runner_up)):
-        np.testing.assert_allclose(drawn.values, np.array(counts) / lineage.neurons)
+        np.testing.assert_allclose(drawn.values, np.array(counts) / lineage.sharing.neurons)
         np.testing.assert_allclose(drawn.edges, np.linspace(-1, 1, 51))
         shown = drawn.edges[:-1][drawn.values > 0]
         assert ax.get_xlim()[0] < shown.min()

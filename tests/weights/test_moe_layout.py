@@ -146,7 +146,8 @@ def test_every_field_is_what_oracle_and_headers_say(name: str) -> None:
         assert sum("expert" in each and "{" in each for each in names) == 0
     assert layout.parameters == sum(layer.parameters for layer in layout.layers)
     assert layout.stored_bytes == sum(layer.stored_bytes for layer in layout.layers)
-    assert layout.analysis_bytes == first.stored_bytes  # no expert of a fixture is too large to be kept
+    assert layout.analysis_bytes - layout.further_bytes == first.stored_bytes  # no expert is too large to be kept
+    assert layout.further_bytes <= first.stored_bytes // 2
     assert {role for roles in layout.tensors for role in roles.split("_")} == set(first.shapes)
     assert all(
         name.startswith(f"{layout.stack}." if layout.stack else "") for n in layout.tensors.values() for name in n
@@ -753,7 +754,7 @@ def test_gguf_whose_types_differ_by_layer(capsys: Capture, tmp_path: Path, reads
     assert (layout.stored_bytes, layout.parameters) == (sum(sizes), 4 * 3 * 4 * 256 * 512)
     for layer, types in zip(layout.layers, kinds, strict=True):
         assert [name.upper() for name in layer.formats.values()] == list(types)
-    assert layout.analysis_bytes == sizes[0]
+    assert layout.analysis_bytes - layout.further_bytes == sizes[0]
     assert sum(stop - start for _, start, stop in reads) <= 2**18  # a header is read in pieces of this size
     text = table(capsys, path)
     assert re.search(r"^ 1, 3 +4 +\S+ +\S+ kB$", text, re.MULTILINE), text
@@ -805,7 +806,7 @@ def test_sums_where_not_all_headers_were_read(capsys: Capture, tmp_path: Path) -
     assert (layout.exact, layout.stored_bytes) == (True, sum(sizes))
     layout = describe(shards, [2])
     assert (layout.exact, layout.stored_bytes, layout.storage) == (False, 4 * sizes[2], "mlx-4bit")
-    assert layout.analysis_bytes == sizes[0]  # of the layer that an analysis takes by default
+    assert layout.analysis_bytes - layout.further_bytes == sizes[0]  # of the layer that an analysis takes by default
     assert "(by the headers of layer 2)" in row(table(capsys, shards, "--layers", "2"), "All layers")
 
 
@@ -853,10 +854,15 @@ def test_an_analysis_reads_what_was_said(
     layout = describe(f"{FIXTURES}/{name}")
     assert data_read(reads) == 0
     times = 1 if kept else 2  # no fixture has more experts than an analysis takes the spectra of
-    assert layout.analysis_bytes == times * layout.layers[0].stored_bytes
+    first, further = layout.layers[0], layout.further_bytes
+    assert layout.analysis_bytes == times * first.stored_bytes + further
+    reads.clear()
+    MoETypeService.analyze(f"{FIXTURES}/{name}", layer=first.layer)
+    assert data_read(reads) == pytest.approx(layout.analysis_bytes - further, rel=0.01)
     reads.clear()
     analysis = MoETypeService.analyze(f"{FIXTURES}/{name}")
-    assert data_read(reads) == pytest.approx(layout.analysis_bytes, rel=0.01)
+    assert layout.analysis_bytes - further <= 1.01 * data_read(reads) <= 1.02 * layout.analysis_bytes
+    assert {part.layer for part in analysis.further_layers} <= set(layout.further_layers)
     assert analysis.cost.bytes_read == sum(stop - start for _, start, stop in reads)
 
 

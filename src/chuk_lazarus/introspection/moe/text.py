@@ -17,6 +17,24 @@ def format_ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{low}-{high}" if high > low else f"{low}" for low, high in runs)
 
 
+def format_numbers(numbers: Sequence[int]) -> str:
+    """As `format_ranges`, shortened where there are many: "0, 2, 4, ...\"."""
+    return _shorten(format_ranges(numbers).split(", "), ", ")
+
+
+def format_groups(groups: Sequence[Sequence[int]]) -> str:
+    """For instance "0-3; 4-7; 8-11; ...", or "that are 8 apart" where eight groups take turns."""
+    step, total = len(groups), sum(map(len, groups))
+    if step < total and all([*group] == [*range(i, total, step)] for i, group in enumerate(groups)):
+        return f"that are {step} apart"
+    return _shorten([format_numbers(group) for group in groups], "; ")
+
+
+def _shorten(names: Sequence[str], separator: str) -> str:
+    """Up to four names, or three and dots."""
+    return separator.join(names if len(names) <= 4 else [*names[:3], "..."])
+
+
 def percent(share: float) -> str:
     """For instance "48.9 %"."""
     return f"{100 * share:.1f} %"

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..numerics.neurons import as_neurons
+from ..text import parse_size
 from ..weights.expert_layer import ExpertLayer, ExpertTensor
 from .model import evenly_spaced
 
@@ -17,6 +18,18 @@ def quick_bytes(layer: ExpertLayer, layers: int, budget: int) -> int:
     """What a quick analysis reads at most of the experts of a model with `layers` layers like this one."""
     whole = bytes_per_neuron(layer) * layer.sizes["I"] * len(evenly_spaced(layer.count, EXPERTS))
     return min(budget, round(whole * len(evenly_spaced(layers, LAYERS))))
+
+
+def further_layers(layers: Sequence[int], first: int) -> tuple[int, ...]:
+    """Of a model's layers the ones that an analysis of the first looks into beside it: of `LAYERS` evenly spaced ones
+    the others."""
+    return tuple(layers[place] for place in evenly_spaced(len(layers), LAYERS) if layers[place] != first)
+
+
+def further_budget(measured: int) -> int:
+    """The bytes that may be read of further layers together, beside `measured` ones of the first: half as many, at most
+    what a quick analysis reads."""
+    return min(measured // 2, parse_size(BUDGET, "the budget"))
 
 
 def roles_to_read(layer: ExpertLayer) -> tuple[list[str], list[ExpertTensor]]:

@@ -8,6 +8,9 @@ in the function of a layer, or only its scale:
 - the scale of a column: columns are brought to equal weight over all neurons;
 - a sign that up and down have in common;
 - a direction that all neurons share: the mean neuron is subtracted.
+
+Where the down projections were mixed, by a rotation of the neurons that a runtime undoes, gate and up still agree. Two
+roles prove less than three, so what they say alone counts only where the neurons are near.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +25,7 @@ from .neurons import Array, unit_rows
 
 BLOCK = 2**22  # cosines that one thread holds for each role
 LEAD = 0.1  # by which the nearest neuron must be nearer than the second nearest, in the mean over roles
+NEAR = 0.6  # the mean cosine of gate and up from which on they are believed where down disagrees
 EQUAL = 0.999  # the cosine from which on two roles of a neuron are the same vector
 SIGNED = ("up", "down")  # roles whose signs may change together, where there is a gate
 
@@ -30,13 +34,16 @@ SIGNED = ("up", "down")  # roles whose signs may change together, where there is
 class PairMatches:
     """Where queries are found, each array [queries, experts].
 
-    `neuron` is the expert's neuron that is nearest in all roles, -1 where the roles disagree; `cosine` the mean over
-    roles of the cosine with it, `lead` by how much that is more than the same of the second nearest.
+    `neuron` is the expert's neuron that is nearest in all roles, -1 where the roles disagree; `cosine` is the mean over
+    roles of the cosine with the nearest by that mean, `lead` by how much it is more than the same of the second
+    nearest. `without_down` is, where the roles disagree, the neuron that gate and up alone find, near and clearly
+    nearest; -1 elsewhere.
     """
 
     neuron: NDArray[np.int32]
     cosine: Array
     lead: Array
+    without_down: NDArray[np.int32]
 
 
 def prepare_neurons(roles: Mapping[str, Array]) -> dict[str, Array]:
@@ -123,13 +130,26 @@ def nearest_of_all_roles(cosines: Mapping[str, Array], is_gated: bool) -> PairMa
     lead = cosine - mean.max(axis=1, initial=-1.0)
     agrees = np.ones(len(mean), bool)
     for matrix in plain:
-        agrees &= (matrix.argmax(axis=1) == best) & (matrix[rows, best] > 0)
+        nearest = matrix.argmax(axis=1)
+        agrees &= (nearest == best) & (matrix[rows, best] > 0)
+    without_down = np.full(len(mean), -1, np.int32)
     if signed:
-        sign = np.sign(signed[0][rows, best] + signed[1][rows, best])[:, None]
+        left = np.flatnonzero(agrees)  # of unrelated neurons a few
+        place = best[left]
+        sign = np.sign(signed[0][left, place] + signed[1][left, place])
         for matrix in signed:
-            agrees &= (matrix * sign).argmax(axis=1) == best
-            agrees &= matrix[rows, best] * sign[:, 0] > 0
-    return PairMatches(np.where(agrees, best, -1).astype(np.int32), cosine, lead.astype(np.float32))
+            agrees[left] &= (matrix[left] * sign[:, None]).argmax(axis=1) == place
+            agrees[left] &= matrix[left, place] * sign > 0
+        gate, up = cosines["gate"], cosines["up"]
+        is_likely = ~agrees & (gate[rows, nearest] + np.abs(up[rows, nearest]) >= 2 * NEAR)  # `nearest` by gate
+        without_down[is_likely] = _match_without_down(gate[is_likely], up[is_likely])
+    return PairMatches(np.where(agrees, best, -1).astype(np.int32), cosine, lead.astype(np.float32), without_down)
+
+
+def _match_without_down(gate: Array, up: Array) -> NDArray[np.int32]:
+    """The neurons that gate and up alone find, near and clearly nearest; -1 for none."""
+    found = nearest_of_all_roles({"gate": gate, "up": up}, is_gated=True)
+    return np.where((found.cosine >= NEAR) & (found.lead >= LEAD), found.neuron, np.int32(-1))
 
 
 def are_mutual(

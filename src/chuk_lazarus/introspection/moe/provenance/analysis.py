@@ -5,23 +5,36 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from ..errors import InvalidRequest, MoEError, name_model, printable
+from ..errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat, name_model, printable
 from ..jobs.cluster import Cluster, Task, connect, locate
-from ..jobs.model import OpenedModel
+from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure
+from ..jobs.model import OpenedModel, evenly_spaced
+from ..jobs.parts import further_budget, further_layers
 from ..jobs.resume import ResumableLayers
 from ..numerics.similarity import Assignment
 from ..numerics.spectra import SHARES
 from ..progress import Progress, no_progress
-from ..reports import Cost, DocumentedRule, LayerAnalysis, MoETypeAnalysis
+from ..reports import Cost, DocumentedRule, LayerAnalysis, MoETypeAnalysis, QuickLayer
 from ..terms import Origin
 from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from ..weights.fingerprint import fingerprint
 from ..weights.layouts import Kind
-from .classifier import RATES, THRESHOLDS, Verdict, classify, classify_by_neurons, has_its_attention, is_from_parent
+from .classifier import (
+    CALIBRATION,
+    PLENTY,
+    THRESHOLDS,
+    classify,
+    classify_by_neurons,
+    classify_quickly,
+    combine,
+    has_its_attention,
+    is_from_parent,
+)
 from .layer import Sample, analyze_layer
 from .lineage import QUERIES
 from .parent import Parent, describe_gaps, name_parentage, open_parent
+from .part import analyze_part
 
 
 def analyze(
@@ -94,16 +107,23 @@ def _analyze(
             yield place, analysis
 
     kind = TypeAdapter(LayerAnalysis)
+    further, gaps = _look_further(opened, progress) if layer is None and layers is None else ([], [])
     opening = opened.cost()
     results = resumable.all(kind, analyze_on_cluster) if cluster else resumable.each(kind, analyze_here)
     costs = [opening, *worker_costs] if cluster else [opened.cost()]
     resumable.end()
     rank_projection, rank_ratio, cosine = _headline(results)
-    verdict = classify_by_neurons([layer.lineage for layer in results], [layer.projections for layer in results])
-    kinds = [layer.kind for layer in results if layer.kind] if verdict.origin == "UPCYCLED" else []
+    verdict = combine(
+        classify_by_neurons([layer.lineage for layer in results], [layer.projections for layer in results]),
+        classify_quickly(further) if further else None,
+    )
+    kinds = [found.kind for found in results if found.kind and verdict.origin == "UPCYCLED"]
+    if verdict.origin == "UPCYCLED" and not kinds:  # parts can't tell copies from slices
+        kinds = [part.kind for part in further if part.kind and part.type == "UPCYCLED"]
+    alone = verdict  # without the parent
     matches = [layer.lineage.parent for layer in results if layer.lineage.parent]
     if is_from_parent(matches) or has_its_attention(matches):
-        verdict = Verdict("UPCYCLED", RATES["UPCYCLED"])
+        verdict = CALIBRATION.decide("UPCYCLED", PLENTY)
         kinds = kinds or [name_parentage(matches, any(layer.lineage.sharing.twins for layer in results))]
     original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
     stored = sum(layer.stored_bytes for layer in opened.layers)
@@ -114,7 +134,7 @@ def _analyze(
         type=verdict.origin,
         confidence=verdict.confidence,
         kind=max(kinds, key=kinds.count) if kinds else None,
-        documented_rule=_documented(rank_ratio, cosine, verdict.origin),
+        documented_rule=_documented(rank_ratio, cosine, verdict.origin, alone.origin),
         parent=printable(parent) if parent else None,
         parent_embeddings=ancestor.embeddings if ancestor else None,
         rank_projection=rank_projection,
@@ -126,13 +146,33 @@ def _analyze(
         stored_bytes=stored,
         overlay_bytes=overlay,
         layers=tuple(results),
-        notes=(*experts.notes, *_notes(results), *(describe_gaps(ancestor, results) if ancestor else ())),
+        further_layers=tuple(further),
+        notes=(*experts.notes, *_notes(results), *gaps, *(describe_gaps(ancestor, results) if ancestor else ())),
         cost=Cost(
             bytes_read=sum(cost.bytes_read for cost in costs),
             bytes_fetched=sum(cost.bytes_fetched for cost in costs),
             seconds=sum(cost.seconds for cost in costs),
         ),
     )
+
+
+def _look_further(opened: OpenedModel, progress: Progress) -> tuple[list[QuickLayer], list[str]]:
+    """What parts of a middle and a late layer say, and notes on those that could not be looked into."""
+    (first,) = opened.layers
+    numbers = further_layers(opened.experts.layers, first.number)
+    measured = bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS), opened.resources)
+    found, gaps = [], []
+    for number in numbers:
+        try:
+            layer = opened.experts.layer(number)
+            if layer.count > 1:
+                budget = further_budget(measured)
+                found.append(analyze_part(layer, budget, len(numbers), opened.resources, progress))
+        except (ModelUnreadable, UnknownFormat) as error:
+            gaps.append(f"layer {number} was not looked into: {error.message}")
+        except InvalidRequest:
+            gaps.append(f"layer {number} was not looked into: half of the bytes of layer {first.number} are too few")
+    return found, gaps
 
 
 def analyze_layer_on_worker(
@@ -155,10 +195,13 @@ def analyze_layer_on_worker(
     return analysis, opened.cost()
 
 
-def _documented(rank_ratio: float, cosine: float, origin: Origin) -> DocumentedRule:
-    """The documented rule's outcome, and in a few words why it is another."""
+def _documented(rank_ratio: float, cosine: float, origin: Origin, alone: Origin) -> DocumentedRule:
+    """The documented rule's outcome, and in a few words why it is another than `origin`, or than `alone`, the origin
+    that the experts tell without their parent."""
     rule, why = classify(rank_ratio, cosine), None
-    if origin == "UPCYCLED" != rule.origin:
+    if origin == "UPCYCLED" != alone and rule.origin != origin:
+        why = "it knows nothing of the parent"
+    elif origin == "UPCYCLED" != rule.origin:
         copied = cosine > THRESHOLDS.native_cosine
         why = "training makes the deltas of copies broad" if copied else "it compares neurons by their position only"
     elif origin == "NATIVE" != rule.origin:

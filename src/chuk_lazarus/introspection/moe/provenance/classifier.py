@@ -1,9 +1,12 @@
 """From evidence to verdict: by matched neurons, and the documented rule beside it."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
+
+from scipy.special import bdtrc
 
 from ..terms import Origin
 
@@ -32,6 +35,9 @@ class Verdict:
 
     origin: Origin
     confidence: float
+
+
+UNDECIDED = Verdict("UNDETERMINED", 0.5)
 
 
 def clip(value: float) -> float:
@@ -63,9 +69,15 @@ def classify(rank_ratio: float, cosine: float, thresholds: Thresholds = THRESHOL
 class LineageThresholds:
     """How much of its neurons an expert must share with its best partner, as in `reports.Sharing`.
 
+    Of few neurons the share must be so large that natives, with theirs at the limit, would have it with `p_value` at
+    most, and strong ones must be `matches` at least.
+
     Independent experts that are trained on the same data share some neurons, but few, and none that are as near as
-    `strong` ones; parts of copies that were mostly re-initialised are few, too, and near. `twins` is the share of
-    experts with a twin from which on they were made by copying.
+    `strong` ones; parts of copies that were mostly re-initialised are few, too, and near. From `strong_native` on it
+    is enough that there are more than natives have: of those neurons at most the share `strong_chance`, which
+    `strong_p_value` is the probability of as many by. Gate and up alone prove less:
+    `without_down` and `native_without_down` are the limits of what they say. `twins` is the share of experts with a
+    twin from which on they were made by copying.
 
     Experts that are alike in place by more than `cosine`, without sharing neurons, have something in common: a
     component that was added to all of them, where it or the deltas have few directions, less than `broad` of what noise
@@ -79,8 +91,14 @@ class LineageThresholds:
 
     upcycled: float = 0.10
     native: float = 0.05
+    p_value: float = 1e-3
     strong: float = 0.01
+    matches: int = 4
     strong_native: float = 0.005
+    strong_chance: float = 0.0005
+    strong_p_value: float = 1e-6
+    without_down: float = 0.20
+    native_without_down: float = 0.10
     twins: float = 0.9
     copies: float = 2.5
     cosine: float = 0.02
@@ -122,6 +140,8 @@ class Sharing(Protocol):
     def shared(self) -> float: ...
     @property
     def strong(self) -> float: ...
+    @property
+    def without_down(self) -> float | None: ...
 
 
 class Neurons(Protocol):
@@ -139,9 +159,53 @@ class Neurons(Protocol):
     def sharing(self) -> Sharing: ...
 
 
-# How often such a verdict was right on held-out models of known history: the lower ends of 95 % intervals
-# (experiments/04_unseen_histories/results.json, "right"). Undetermined has no likelier origin.
-RATES: dict[Origin, float] = {"UPCYCLED": 0.94, "NATIVE": 0.84, "UNDETERMINED": 0.5}
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How probable UPCYCLED is by the weight of the evidence, as `weigh` gives it.
+
+    `floor` where there is none, `ceiling` where there is plenty; half-way between at a weight of `middle`, and by
+    `slope` the steeper in the logarithm of the weight. Fitted to models of known history, some of which leave no
+    evidence (experiments/04_unseen_histories/calibrate.py).
+    """
+
+    floor: float
+    ceiling: float
+    middle: float
+    slope: float
+
+    def probability(self, weight: float) -> float:
+        """The probability of UPCYCLED."""
+        rise = 1 / (1 + math.exp(-self.slope * math.log(weight / self.middle)))
+        return self.floor + (self.ceiling - self.floor) * rise
+
+    def decide(self, origin: Origin, weight: float) -> Verdict:
+        """The verdict with the confidence that the evidence gives it, 0.5 where it is open."""
+        upcycled = self.probability(weight)
+        by_origin = {"UPCYCLED": upcycled, "NATIVE": 1 - upcycled, "UNDETERMINED": 0.5}
+        return Verdict(origin, max(0.5, by_origin[origin]))
+
+
+CALIBRATION = Calibration(floor=0.103, ceiling=0.97, middle=0.292, slope=2.736)
+PLENTY = 100.0  # a weight of evidence that nothing adds to
+
+
+def weigh(figures: Iterable[tuple[float, float]], neurons: int) -> float:
+    """The weight of evidence: the greatest figure over its limit, 1 where UPCYCLED begins.
+
+    Figures are shares of `neurons`, each with its limit; half a neuron is added to each, so that where few neurons were
+    looked for, none that is found is less than no evidence.
+    """
+    return max((share * neurons + 0.5) / (neurons + 1) / limit for share, limit in figures)
+
+
+def weigh_neurons(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> float:
+    """The weight of what layers that were read whole say of their neurons."""
+    t, neurons = thresholds, sum(layer.sharing.neurons for layer in evidence)
+    limits = {"shared": t.upcycled, "strong": t.strong, "without_down": t.without_down}
+    return weigh(
+        ((fmean(getattr(layer.sharing, name) or 0.0 for layer in evidence), limit) for name, limit in limits.items()),
+        neurons,
+    )
 
 
 def classify_by_neurons(
@@ -151,25 +215,42 @@ def classify_by_neurons(
 ) -> Verdict:
     """The verdict by what one layer or several say of their neurons; `projections` are those of each layer, by role.
 
-    The confidence is a measured rate: how often such verdicts were right.
+    The confidence is by the weight of that evidence, and what such evidence was right in.
     """
     t = thresholds
     shared, strong = (fmean(getattr(layer.sharing, figure) for layer in evidence) for figure in ("shared", "strong"))
+    without_down = fmean(layer.sharing.without_down or 0.0 for layer in evidence)
     neurons = sum(layer.sharing.neurons for layer in evidence)
     twins = [group for layer in evidence for group in layer.sharing.twins]
     in_place = not twins and is_alike_in_place(evidence, t)
     base_breadth, breadth, delta_energy = mean_over_projections(projections)
     origin: Origin = "UNDETERMINED"
+    weight = weigh_neurons(evidence, t)
     if all(len(layer.sharing.partners) == 1 for layer in evidence):
-        origin = "UPCYCLED"  # all experts are identical
-    elif shared >= t.upcycled or strong >= t.strong:
+        origin, weight = "UPCYCLED", PLENTY  # all experts are identical
+    elif has_shared(shared, neurons, t) or has_strong(strong, neurons, t):
         origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, strong, t) else "UPCYCLED"
+    elif without_down >= t.without_down and _is_more(without_down, neurons, t.native_without_down, t.p_value):
+        origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, 0.0, t) else "UPCYCLED"
     elif fmean(map(share_of_twins, evidence)) >= t.twins:
-        origin = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED"
-    elif shared < t.native and strong < t.strong_native and neurons >= t.neurons:
+        origin, weight = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED", PLENTY
+    elif (
+        shared < t.native and strong < t.strong_native and without_down < t.native_without_down and neurons >= t.neurons
+    ):
         is_explained = not in_place or is_rebuilt(breadth, delta_energy, thresholds=t) or has_adapter(base_breadth, t)
         origin = "NATIVE" if is_explained else "UNDETERMINED"
-    return Verdict(origin, RATES[origin])
+    return CALIBRATION.decide(origin, weight)
+
+
+def combine(whole: Verdict, parts: Verdict | None) -> Verdict:
+    """One verdict of layers that were read whole and of further ones that were read in parts.
+
+    What layers have in common where they were copied stays in some of them longer than in others: the experts are
+    UPCYCLED where either says so. Otherwise the layers that were read whole decide, if they can.
+    """
+    if parts and (whole.origin == "UNDETERMINED" or (parts.origin == "UPCYCLED" != whole.origin)):
+        return parts
+    return whole
 
 
 class ParentNeurons(Protocol):
@@ -219,6 +300,25 @@ def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThreshol
         return False
     excess = fmean(match.kept - match.chance for match in matches)
     return excess >= thresholds.parent or fmean(match.strong for match in matches) >= thresholds.parent_strong
+
+
+def has_strong(strong: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether so large a share `strong` of the `neurons` is shared strongly as natives don't have."""
+    t = thresholds
+    if strong >= t.strong:
+        return strong * neurons >= t.matches
+    return strong >= t.strong_native and _is_more(strong, neurons, t.strong_chance, t.strong_p_value)
+
+
+def has_shared(shared: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether so large a share of the `neurons` is shared as natives don't have; of a few neurons it must be more."""
+    t = thresholds
+    return shared >= t.upcycled and _is_more(shared, neurons, t.native, t.p_value)
+
+
+def _is_more(share: float, neurons: int, chance: float, p_value: float) -> bool:
+    """Whether such a share or more has a probability below `p_value`, if each neuron has the probability `chance`."""
+    return bool(bdtrc(round(share * neurons) - 1, neurons, chance) < p_value)
 
 
 def share_of_twins(layer: Neurons) -> float:
@@ -288,8 +388,7 @@ class QuickThresholds:
 
 QUICK = QuickThresholds()
 
-# As RATES, of verdicts from a part of the gates and ups ("quick" in the same file)
-QUICK_RATES: dict[Origin, float] = {"UPCYCLED": 0.93, "NATIVE": 0.90, "UNDETERMINED": 0.5}
+QUICK_CALIBRATION = Calibration(floor=0.152, ceiling=0.978, middle=0.948, slope=7.389)
 
 
 class Part(Protocol):
@@ -302,7 +401,11 @@ class Part(Protocol):
     @property
     def neurons(self) -> int: ...
     @property
+    def inputs(self) -> int: ...
+    @property
     def roles(self) -> int: ...
+    @property
+    def chance(self) -> float: ...
     @property
     def reach(self) -> float: ...
     @property
@@ -319,13 +422,13 @@ def classify_quickly(layers: Sequence[Part], thresholds: QuickThresholds = QUICK
     """The verdict by the parts of several layers."""
     t = thresholds
     if all(len(group) == len(layer.experts) for layer in layers for group in layer.twins or [()]):
-        return Verdict("UPCYCLED", QUICK_RATES["UPCYCLED"])  # all experts are identical
+        return QUICK_CALIBRATION.decide("UPCYCLED", PLENTY)  # all experts are identical
     neurons = sum(layer.neurons for layer in layers)
-    if not neurons:
-        return Verdict("UNDETERMINED", QUICK_RATES["UNDETERMINED"])
+    is_narrow = min(layer.inputs for layer in layers) < t.width
+    if not neurons or is_narrow or all(layer.chance == 1.0 for layer in layers):
+        return UNDECIDED
     reach, shared, strong, breadth, delta_energy = (
-        sum(getattr(layer, figure) * layer.neurons for layer in layers) / neurons
-        for figure in ("reach", "shared", "strong", "breadth", "delta_energy")
+        _mean_over_parts(layers, figure) for figure in ("reach", "shared", "strong", "breadth", "delta_energy")
     )
     is_weak = shared >= t.upcycled and reach >= t.long and all(layer.roles >= t.roles for layer in layers)
     origin: Origin = "UNDETERMINED"
@@ -336,4 +439,20 @@ def classify_quickly(layers: Sequence[Part], thresholds: QuickThresholds = QUICK
         pass  # merged or duplicated: what they were before can't be seen in a few experts
     elif shared < t.native * reach and strong < t.strong_native and t.copies * reach * neurons >= t.expected:
         origin = "NATIVE"
-    return Verdict(origin, QUICK_RATES[origin])
+    return QUICK_CALIBRATION.decide(origin, weigh_parts(layers, t))
+
+
+def weigh_parts(layers: Sequence[Part], thresholds: QuickThresholds = QUICK) -> float:
+    """The weight of what parts of layers say of their neurons."""
+    t, neurons = thresholds, sum(layer.neurons for layer in layers)
+    limits = {"shared": t.upcycled, "strong": t.strong}
+    return weigh(
+        ((_mean_over_parts(layers, name), limit) for name, limit in limits.items()),
+        neurons,
+    )
+
+
+def _mean_over_parts(layers: Sequence[Part], figure: str) -> float:
+    """The mean of a figure over parts, by their neurons; 0 where there are none."""
+    neurons = sum(layer.neurons for layer in layers)
+    return sum(float(getattr(layer, figure)) * layer.neurons for layer in layers) / neurons if neurons else 0.0

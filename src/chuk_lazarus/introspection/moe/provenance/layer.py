@@ -16,7 +16,8 @@ from ..progress import Progress
 from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatch, Projection, Sharing, Similarity
 from ..weights.expert_layer import ExpertLayer
 from .classifier import classify_by_neurons
-from .lineage import PairEvidence, find_groups, match_evidence, name_kind, pair_evidence
+from .kinds import group_experts, name_kind
+from .lineage import Evidence, PairEvidence, find_groups, match_evidence, pair_evidence
 from .parent import Parent, match_parent
 
 MATCH_BINS = 50
@@ -69,7 +70,8 @@ def analyze_layer(
     means = {role: float(values.mean()) for role, values in cosines.items()}
     vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
     with resources.worker_threads(layer) as pool:
-        sharing = pair_evidence(vectors, sample.queries, pool.map)
+        grams = [measure.gram for measure in measures.values()]
+        sharing = pair_evidence(vectors, sample.queries, pool.map, grams=grams)
     match = match_parent(layer, measures, parent, resources, progress) if parent else None
     lineage = _lineage(layer, measures, unrelated is not None, match, sharing)
     verdict = classify_by_neurons([lineage], [projections])
@@ -131,7 +133,7 @@ def _lineage(
         cosine_p_value=evidence.cosine_p_value,
         groups=find_groups(evidence, chosen),
         pairs=_rounded(evidence.pairs),
-        matches=MatchHistogram(nearest=_histogram(evidence.nearest), runner_up=_histogram(evidence.runner_up)),
+        matches=_describe_matches(sharing if sharing.queries else evidence),
         above=above,
         unrelated=unrelated,
         parent=match,
@@ -151,7 +153,9 @@ def _describe_sharing(evidence: PairEvidence) -> Sharing:
         neurons=evidence.queries,
         shared=evidence.shared,
         strong=evidence.strong,
+        without_down=evidence.without_down,
         twins=evidence.twins,
+        groups=group_experts(evidence),
         partners=dict(zip(evidence.experts, evidence.partners, strict=True)),
         experts=shown,
         pairs=_rounded(pairs),
@@ -161,6 +165,10 @@ def _describe_sharing(evidence: PairEvidence) -> Sharing:
 def _name(share: float) -> str:
     """The key of a share of energy: two digits, more where it has more."""
     return f"{share:.2f}" if round(share, 2) == share else repr(share)
+
+
+def _describe_matches(evidence: PairEvidence | Evidence) -> MatchHistogram:
+    return MatchHistogram(nearest=_histogram(evidence.nearest), runner_up=_histogram(evidence.runner_up))
 
 
 def _histogram(cosines: NDArray[np.float32]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ whether gate and up agree about the match, is the test of Zhu et al., Independen
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,17 @@ from scipy.special import bdtrc, ndtr
 from ..numerics.neurons import Array, Nearest
 from ..numerics.pairs import LEAD, PairMatches, agreement_chance, are_mutual, match_neurons, prepare_neurons
 
+Group = tuple[int, ...]  # experts, in ascending order
+
 CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
 FEW = 0.02  # the share of close neurons from which on they tell the kind of upcycling
 STRONG = 0.8  # the mean cosine that independent experts do not reach, however alike training makes them
+SAME = 1e-5  # the share of its energy by which an expert differs from its twin, by rounding in float32
+ALL, EQUAL = 0.95, 0.99  # the share of neurons, and their cosine, by which an expert is another one in disguise
 LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
-LEAST_QUERIES, PAIR_QUERIES = 8, 1024  # neurons of an expert, and of all experts together, that are looked for in all
-MANY = 32_768  # neurons in a layer from which on half as many are looked for
+PAIR_QUERIES = 1024  # neurons of all experts together that are looked for in all
+COMPARISONS = 2**25  # of neurons, beyond which fewer are looked for
+LEAST_QUERIES, FEWEST_QUERIES = 8, 4  # neurons of an expert: where there are no more comparisons, and where there are
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
 
 
@@ -113,34 +118,6 @@ def match_evidence(
     )
 
 
-def name_kind(sharing: "PairEvidence") -> str:
-    """In words, what kind of upcycling leaves such matches.
-
-    Copies share neurons with all experts alike. Slices that were cut alike, or copies of several layers, fall into
-    groups that share nothing with each other; slices that were shuffled before they were cut overlap with some more
-    than with others.
-    """
-    count = len(sharing.experts)
-    if count < 2:
-        return "identical copies"
-    if sum(map(len, sharing.twins)) >= 0.9 * sharing.count:
-        return f"identical copies in {len(sharing.twins)} groups (slices of a layer, or copies of several)"
-    if sharing.shared < FEW:
-        return "copies, mostly re-initialised"
-    order = "" if sharing.in_place > 0.5 else "shuffled "
-    groups = group_partners(sharing.pairs)
-    others = sharing.pairs[~np.eye(count, dtype=bool)]
-    if len(groups) > 1 and max(map(len, groups)) > 1:
-        sizes = {len(group) for group in groups}
-        size = str(sizes.pop()) if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
-        what = f"copies in {len(groups)} groups of {size} (slices of a layer, or copies of several)"
-    elif float((others < 0.25 * others.mean()).mean()) > 0.05 and others.mean() * sharing.queries / count >= 8:
-        return f"{order}slices that overlap"
-    else:
-        what = "copies"
-    return f"{order}{what}{'' if sharing.shared > 0.6 else ', partly re-initialised'}"
-
-
 def group_partners(pairs: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
     """Experts that share at least a third as many neurons with each other as each does with its best partner."""
     both = np.minimum(pairs, pairs.T)
@@ -166,14 +143,18 @@ def _components(alike: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
 class PairEvidence:
     """Which experts of a layer share neurons, over all experts that are not identical.
 
-    `shared` is the share of an expert's neurons that are found in its best partner, and there in turn as the same,
-    mean over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG. The partner
-    is chosen by one half of the queries, and the shares are taken from the other, so that their meaning does not depend
-    on how many experts there are. `pairs` [experts, experts] is the share of one expert's queries that are found in
-    another, `partners` the best partner of each expert, `in_place` the share of all that is found at its own position.
-    `twins` are groups of experts with the same weights: only the first of each is among `experts`, the others are left
-    out. Of the neurons, `queries` were looked for: none where their vectors are too short to tell them apart, and none
-    that has a role of zeros. `roles` were compared, of equal ones only the first.
+    `shared` is the share of an expert's neurons that are found in its best partner, and there in turn as the same, mean
+    over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG. `without_down`
+    is the share that are found so by all roles, or by gate and up alone and near (None where these are not two roles,
+    or are all). The partner is chosen by one half of the queries, and the shares are taken from the other, so that
+    their meaning does not depend on how many experts there are. `pairs` [experts, experts] is the share of one expert's
+    queries that are found in another, with or without down, `partners` the best partner of each expert, `in_place` the
+    share of all that is found at its own position, and `anywhere` that of queries that are found in any expert at all.
+    `nearest` and `runner_up` [queries] are each query's cosine, mean over roles, with the nearest neuron of its
+    expert's partner, and with the second nearest. `twins` are groups of experts with the same weights, few of them in
+    another order of neurons: only the first of each is among `experts`, the others are left out. Of the neurons,
+    `queries` were looked for: none where their vectors are too short to tell them apart, and none that has a role of
+    zeros. `roles` were compared, of equal ones only the first.
     """
 
     experts: tuple[int, ...]
@@ -181,9 +162,13 @@ class PairEvidence:
     queries: int
     shared: float
     strong: float
+    without_down: float | None
     pairs: NDArray[np.float64]
     partners: tuple[int, ...]
     in_place: float
+    anywhere: float
+    nearest: Array
+    runner_up: Array
     roles: int
 
     @property
@@ -197,47 +182,104 @@ def pair_evidence(
     wanted: int | None,
     run: Callable[[Callable[[int], PairMatches], Iterable[int]], Iterable[PairMatches]] = map,
     seed: int = 0,
+    grams: Collection[NDArray[np.float64]] = (),
 ) -> PairEvidence:
     """The evidence of vectors [experts, neurons, d] by role, from a sample of the neurons, or from all for None as
-    `wanted`; `run` maps a function over the experts."""
-    twins = find_twins(vectors)
+    `wanted`; `run` maps a function over the experts. `grams` are of the whole matrices, as in `find_twins`."""
+    twins = find_twins(vectors, grams)
+    evidence, repeats = _compare_pairs(vectors, twins, wanted, run, seed)
+    if not repeats:
+        return evidence
+    return _compare_pairs(vectors, _join_groups(twins, repeats), wanted, run, seed)[0]
+
+
+def _join_groups(twins: Sequence[Group], repeats: Sequence[Group]) -> tuple[Group, ...]:
+    """One set of groups, where `repeats` has only the first of each of the `twins`."""
+    of_first = {group[0]: group for group in twins}
+    joined = [tuple(sorted(e for first in group for e in of_first.get(first, (first,)))) for group in repeats]
+    seen = {expert for group in joined for expert in group}
+    return tuple(sorted([*joined, *(group for group in twins if group[0] not in seen)]))
+
+
+def _compare_pairs(
+    vectors: Mapping[str, Array],
+    twins: tuple[Group, ...],
+    wanted: int | None,
+    run: Callable[[Callable[[int], PairMatches], Iterable[int]], Iterable[PairMatches]],
+    seed: int,
+) -> tuple[PairEvidence, tuple[Group, ...]]:
+    """The evidence of the first of each group of twins and all others, and which few of them are the same after all,
+    but for the order of their neurons, signs and lengths."""
     repeated = {expert for group in twins for expert in group[1:]}
     experts = tuple(e for e in range(len(next(iter(vectors.values())))) if e not in repeated)
     count, neurons = len(experts), next(iter(vectors.values())).shape[1]
     if count < 2 or min(matrix.shape[2] for matrix in vectors.values()) < LEAST_INPUTS:
-        return PairEvidence(experts, twins, 0, 0.0, 0.0, np.zeros((count, count)), experts, 0.0, len(vectors))
+        nothing, none = np.zeros((count, count)), np.empty(0, np.float32)
+        return PairEvidence(experts, twins, 0, 0.0, 0.0, None, nothing, experts, 0.0, 0.0, none, none, len(vectors)), ()
     roles = prepare_neurons({role: matrix[list(experts)] if repeated else matrix for role, matrix in vectors.items()})
     rng = np.random.default_rng(seed)
-    total = PAIR_QUERIES if count * neurons <= MANY else PAIR_QUERIES // 2
-    sampled = neurons if wanted is None else min(neurons, max(LEAST_QUERIES, total // count))
+    total = min(PAIR_QUERIES, COMPARISONS // (count * neurons))
+    least = LEAST_QUERIES if total == PAIR_QUERIES else FEWEST_QUERIES
+    sampled = neurons if wanted is None else min(neurons, max(least, total // count))
     positions = np.stack([rng.permutation(neurons)[:sampled] for _ in range(count)])
     matches = match_neurons(roles, positions, run)
-    is_found = ((matches.neuron >= 0) & (matches.lead >= LEAD)).reshape(count, sampled, count)
-    is_found[np.arange(count), :, np.arange(count)] = False
-    neuron, cosine = (array.reshape(count, sampled, count) for array in (matches.neuron, matches.cosine))
-    shared, strong = [], []
-    halves = (np.s_[0::2], np.s_[1::2]) if sampled > 1 else (np.s_[:], np.s_[:])
-    for chosen, asked in (halves, halves[::-1]):
-        partners = best_partners(is_found[:, chosen].mean(axis=1))
-        of_partner = partners[:, None, None]
-        in_partner = np.take_along_axis(is_found[:, asked], of_partner, axis=2)[..., 0]
-        there = np.where(in_partner, np.take_along_axis(neuron[:, asked], of_partner, axis=2)[..., 0], -1)
-        is_mutual = are_mutual(roles, positions[:, asked], partners, there)
-        shared.append(is_mutual.mean(axis=1))
-        is_strong = np.take_along_axis(cosine[:, asked], of_partner, axis=2)[..., 0] >= STRONG
-        strong.append((is_mutual & is_strong).mean(axis=1))
+    others = ~np.eye(count, dtype=bool)[:, None, :]
+    shape = (count, sampled, count)
+    cosine = matches.cosine.reshape(shape)
+    neuron = np.where((matches.lead >= LEAD).reshape(shape) & others, matches.neuron.reshape(shape), -1)
+    mutual, partner_cosine = _find_mutual(roles, positions, neuron, cosine)
+    either = np.where(others & (neuron < 0), matches.without_down.reshape(shape), neuron)
+    without_down = None
+    if len(roles) == 3:
+        of_two = {role: roles[role] for role in ("gate", "up")}
+        without_down = float(_find_mutual(of_two, positions, either, cosine)[0].mean())
+    is_found = either >= 0
     pairs = is_found.mean(axis=1)
-    return PairEvidence(
+    partners = best_partners(pairs)
+    has_all_roles = np.all([_take_any(matrix, positions) for matrix in roles.values()], axis=0)
+    nearest, lead = (
+        np.take_along_axis(array.reshape(shape), partners[:, None, None], axis=2)[..., 0][has_all_roles]
+        for array in (matches.cosine, matches.lead)
+    )
+    is_same = ((neuron >= 0) & (cosine >= EQUAL)).mean(axis=1) >= ALL
+    groups = [group for group in _components(is_same & is_same.T) if len(group) > 1]
+    few = groups if sum(map(len, groups)) < count / 2 else []  # where they are many they are copies
+    evidence = PairEvidence(
         experts,
         twins,
-        int(np.all([_take_any(matrix, positions) for matrix in roles.values()], axis=0).sum()),
-        float(np.mean(shared)),
-        float(np.mean(strong)),
+        len(nearest),
+        float(mutual.mean()),
+        float((mutual & (partner_cosine >= STRONG)).mean()),
+        without_down,
         pairs,
-        tuple(experts[int(partner)] for partner in best_partners(pairs)),
-        float((is_found & (neuron == positions[:, :, None])).sum() / is_found.sum()) if is_found.any() else 0.0,
+        tuple(experts[int(partner)] for partner in partners),
+        float((either == positions[:, :, None])[is_found].mean()) if is_found.any() else 0.0,
+        float(is_found.any(axis=2).mean()),
+        nearest,
+        nearest - lead,
         len(roles),
     )
+    return evidence, tuple(tuple(experts[place] for place in group) for group in few)
+
+
+def _find_mutual(
+    roles: Mapping[str, Array], positions: NDArray[np.intp], neuron: NDArray[np.int32], cosine: Array
+) -> tuple[NDArray[np.bool_], Array]:
+    """Which queries are found in their expert's best partner, and there in turn as the same, and with what cosine;
+    both [experts, queries].
+
+    `neuron` and `cosine` are [experts, queries, experts]. Each half of the queries chooses the partners of the other.
+    """
+    sampled = positions.shape[1]
+    mutual, partner_cosine = np.zeros(positions.shape, bool), np.zeros(positions.shape, np.float32)
+    halves = (np.s_[0::2], np.s_[1::2]) if sampled > 1 else (np.s_[:], np.s_[:])
+    for chosen, asked in (halves, halves[::-1]):
+        partners = best_partners((neuron[:, chosen] >= 0).mean(axis=1))
+        in_partner = partners[:, None, None]
+        there = np.take_along_axis(neuron[:, asked], in_partner, axis=2)[..., 0]
+        mutual[:, asked] = are_mutual(roles, positions[:, asked], partners, there)
+        partner_cosine[:, asked] = np.take_along_axis(cosine[:, asked], in_partner, axis=2)[..., 0]
+    return mutual, partner_cosine
 
 
 def _take_any(vectors: Array, positions: NDArray[np.intp]) -> NDArray[np.bool_]:
@@ -252,13 +294,31 @@ def best_partners(pairs: NDArray[np.float64]) -> NDArray[np.intp]:
     return np.where(others.max(axis=1) > 0, others.argmax(axis=1), following)
 
 
-def find_twins(vectors: Mapping[str, Array]) -> tuple[tuple[int, ...], ...]:
-    """Groups of experts whose vectors are the same to the last bit, and not all zeros."""
-    groups: dict[bytes, list[int]] = {}
+def find_twins(
+    vectors: Mapping[str, Array], grams: Collection[NDArray[np.float64]] = ()
+) -> tuple[tuple[int, ...], ...]:
+    """Groups of experts whose vectors are the same to the last bit, and not all zeros.
+
+    The vectors may be a part of the matrices: by `grams` [experts, experts], the scalar products of the whole ones,
+    they must not differ by more than rounding.
+    """
+    groups: dict[bytes, list[list[int]]] = {}
     for expert in range(len(next(iter(vectors.values())))):
         digest = hashlib.sha256()
         for matrix in vectors.values():
             digest.update(matrix[expert].tobytes())
         if any(matrix[expert].any() for matrix in vectors.values()):
-            groups.setdefault(digest.digest(), []).append(expert)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+            alike = groups.setdefault(digest.digest(), [])
+            for group in alike:
+                if all(_is_same(gram, group[0], expert) for gram in grams):
+                    group.append(expert)
+                    break
+            else:
+                alike.append([expert])
+    return tuple(tuple(group) for alike in groups.values() for group in alike if len(group) > 1)
+
+
+def _is_same(gram: NDArray[np.float64], one: int, other: int) -> bool:
+    """Whether the difference of two experts has next to none of their energy."""
+    difference = gram[one, one] + gram[other, other] - 2 * gram[one, other]
+    return bool(abs(difference) <= SAME * gram[one, one])

@@ -1,37 +1,16 @@
-"""A verdict from a few megabytes: contiguous rows of some experts' gates and ups, in a few layers.
-
-Neurons are matched as in a full analysis, by the same comparison. A part of an expert's neurons tells nearly as much as
-all of them, as long as it has enough pairs: of experts whose neurons lie in the same order the same part is read, and
-of n out of N neurons, shuffled, n / N are met in another expert's part.
-"""
+"""A verdict from a few megabytes: parts of some experts in a few layers."""
 
 from collections.abc import Sequence
-from functools import partial
-from math import ceil, prod
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..errors import InvalidRequest, name_model
-from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure, refuse_not_finite
+from ..errors import name_model
+from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure
 from ..jobs.model import OpenedModel, evenly_spaced
-from ..jobs.parts import BUDGET, EXPERTS, LAYERS, bytes_per_neuron, part_ranges, read_part, roles_to_read
-from ..jobs.resources import Resources
-from ..numerics.neurons import draw_neurons, find_nearest, join
-from ..numerics.spectra import effective_rank, energy_spectrum, noise_rank
+from ..jobs.parts import BUDGET, LAYERS
 from ..progress import Progress, no_progress
-from ..reports import MoEQuickAnalysis, QuickLayer
+from ..reports import MoEQuickAnalysis
 from ..text import parse_size
-from ..weights.expert_layer import ExpertLayer
-from .classifier import QUICK, RATES, Verdict, classify_quickly
-from .lineage import Evidence, match_evidence, pair_evidence
-
-QUERIES = 1024  # neurons of a layer that are looked for
-LEAST_EXPERTS = 4  # below which there is too little to compare
-COPIES = 2  # of what is read, in float32, that matching takes
-MOST_ROWS = 256  # of an expert by which the directions of its deltas are counted
-LEAST = 16  # neurons of an expert below which nothing can be said
-NO_VERDICT = Verdict("UNDETERMINED", 0.5)
+from .classifier import CALIBRATION, QUICK, classify_quickly, weigh_parts
+from .part import analyze_part
 
 
 def analyze_quickly(
@@ -54,7 +33,7 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
     opened = OpenedModel(model, None, layers or None, samples=LAYERS, purpose="compare it with")
     experts = opened.experts
     headers = experts.checkpoint.bytes_read
-    results = [_analyze_layer(layer, budget, len(opened.layers), opened.resources, progress) for layer in opened.layers]
+    results = [analyze_part(layer, budget, len(opened.layers), opened.resources, progress) for layer in opened.layers]
     neurons = sum(result.neurons for result in results)
 
     def mean(figure: str) -> float:
@@ -63,10 +42,8 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
     close, reach, shared, strong = (mean(figure) for figure in ("close", "reach", "shared", "strong"))
     verdict, notes = classify_quickly(results), list(experts.notes)
     if (width := min(result.inputs for result in results)) < QUICK.width:
-        verdict = NO_VERDICT
         notes.append(f"by {width} inputs unrelated neurons are close, too: a quick verdict needs {QUICK.width}")
     elif all(result.chance == 1.0 for result in results):
-        verdict = NO_VERDICT
         notes.append("no neuron is near to any other: the weights are zeros, or all orthogonal")
     kinds = [result.kind for result in results if result.kind]
     stored = round(sum(layer.stored_bytes for layer in opened.layers) / len(opened.layers) * len(experts.layers))
@@ -76,9 +53,9 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
         moe_layers=experts.layers,
         type=verdict.origin,
         confidence=verdict.confidence,
-        full_confidence=RATES[verdict.origin]
+        full_confidence=CALIBRATION.decide(verdict.origin, weigh_parts(results)).confidence
         if verdict.origin != "UNDETERMINED"
-        else min(RATES["UPCYCLED"], RATES["NATIVE"]),
+        else min(CALIBRATION.ceiling, 1 - CALIBRATION.floor),
         kind=max(kinds, key=kinds.count) if kinds and verdict.origin == "UPCYCLED" else None,
         close=close,
         shared=shared,
@@ -93,100 +70,3 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
         notes=tuple(notes),
         cost=opened.cost(),
     )
-
-
-def _analyze_layer(
-    layer: ExpertLayer, budget: int, layers: int, resources: Resources, progress: Progress
-) -> QuickLayer:
-    """One of `layers` layers, which share the budget."""
-    roles, tensors = roles_to_read(layer)
-    neuron_bytes = bytes_per_neuron(layer)
-    turned = [tensor.rows for tensor in tensors if not tensor.has_neurons_as_rows]
-    wanted = EXPERTS
-    while True:
-        chosen = spaced_pairs(layer.count, wanted)
-        in_memory = 4 * len(chosen) * len(roles) * layer.sizes["H"]
-        count = min(
-            layer.sizes["I"],
-            int(budget / layers / len(chosen) / neuron_bytes),
-            resources.matrix_memory // (COPIES * in_memory),
-        )
-        # of columns some inputs are read: of fewer experts, where that makes them enough
-        inputs = min([layer.sizes["H"], *(rows * count // layer.sizes["I"] for rows in turned)])
-        if not turned or inputs >= QUICK.width or len(chosen) <= LEAST_EXPERTS:
-            break
-        wanted = len(chosen) // 2
-    if count < min(LEAST, layer.sizes["I"]):
-        least = ceil(LEAST * len(chosen) * neuron_bytes * layers / 1e6)
-        raise InvalidRequest(f"the budget is too small for {len(chosen)} experts", f"allow {least} MB, or more")
-    layer.prefetch(progress, [byte_range for tensor in tensors for byte_range in part_ranges(tensor, chosen, count)])
-    with resources.worker_threads() as pool:
-        parts = list(pool.map(lambda expert: read_part(tensors, roles, expert, count), chosen))
-        for expert, part in zip(chosen, parts, strict=True):
-            for role, values in part.items():
-                if not np.isfinite(values).all():
-                    refuse_not_finite(layer, expert, role)
-        inputs = min(matrix.shape[1] for matrix in parts[0].values())
-        numbers = sum(matrix.size for matrix in parts[0].values())
-        count = min(len(matrix) for matrix in parts[0].values())
-        vectors = {role: np.stack([part[role][:count] for part in parts]) for role in roles}
-        del parts
-        positions = draw_neurons(len(chosen), count, QUERIES)
-        owner, all_places = np.repeat(np.arange(len(chosen)), positions.shape[1]), positions.reshape(-1)
-        nearest = {}
-        for role, neurons in vectors.items():
-            queries = np.concatenate([part[places] for part, places in zip(neurons, positions, strict=True)])
-            nearest[role] = join(list(pool.map(partial(find_nearest, queries, all_places), neurons)))
-        sharing = pair_evidence(vectors, QUERIES, pool.map)
-        deltas = [_describe_deltas(matrices) for matrices in vectors.values()]
-    evidence = match_evidence(nearest, owner, all_places, count)
-    return QuickLayer(
-        layer=layer.number,
-        experts=chosen,
-        neurons=evidence.queries,
-        part=numbers / sum(prod(layer.shape(role)) for role in roles),
-        inputs=inputs,
-        reach=count / layer.sizes["I"],
-        shared=sharing.shared,
-        strong=sharing.strong,
-        roles=sharing.roles,
-        twins=tuple(tuple(chosen[place] for place in group) for group in sharing.twins),
-        breadth=float(np.mean([breadth for breadth, _ in deltas])),
-        delta_energy=float(np.mean([energy for _, energy in deltas])),
-        kept=evidence.kept,
-        close=evidence.close,
-        chance=evidence.chance,
-        in_place=evidence.in_place,
-        kind=_name_kind(evidence),
-    )
-
-
-def _describe_deltas(matrices: NDArray[np.float32]) -> tuple[float, float]:
-    """Of how many directions the experts [experts, neurons, inputs] differ, neighbours from each other, as a share of
-    those of noise, and the share of an expert's energy that their deltas from a common base would have."""
-    breadths, energies = [], []
-    rows = matrices[:, :MOST_ROWS] / (np.abs(matrices[:, :MOST_ROWS]).max() or np.float32(1))
-    for expert, next_expert in zip(rows[::2], rows[1::2], strict=False):
-        difference = next_expert - expert
-        energy = float(np.square(expert).sum() + np.square(next_expert).sum())
-        if difference.any():
-            rank = effective_rank(energy_spectrum(difference), 0.99)
-            breadths.append(rank / noise_rank(difference.shape, 0.99))
-        energies.append(float(np.square(difference).sum()) / energy if energy else 0.0)
-    return float(np.mean(breadths)) if breadths else 0.0, float(np.mean(energies)) if energies else 0.0
-
-
-def spaced_pairs(count: int, wanted: int) -> tuple[int, ...]:
-    """`wanted` numbers out of range(count), as evenly spaced pairs of neighbours: experts that share the slice of a
-    dense layer are neighbours, or as far from each other as there are slices."""
-    if wanted >= count or wanted < 4:
-        return evenly_spaced(count, wanted)
-    firsts = np.linspace(0, count - 2, wanted // 2).round().astype(int)
-    return tuple(sorted({int(expert) for first in firsts for expert in (first, first + 1)}))
-
-
-def _name_kind(evidence: Evidence) -> str | None:
-    """The kind of upcycling in words; a part can't tell copies from slices."""
-    if not evidence.close:
-        return None
-    return "copies or slices" if evidence.in_place > 0.5 else "shuffled copies or slices"

@@ -41,7 +41,7 @@ class MoELayout(Identity):
     layers whose headers were read; `exact` says whether these are all, else `parameters` and `stored_bytes`, those of
     all routed experts of `moe_layers`, take the others to be like them. `dense_layers` have a dense feed-forward, in
     the place of experts or beside them. `analysis_bytes` is what an analysis with default options would read of the
-    experts, `quick_bytes` what a quick one would at most.
+    experts, of which `further_bytes` are parts of `further_layers`, and `quick_bytes` what a quick one would at most.
     """
 
     schema_: Literal["moe-layout/1"] = Field(default="moe-layout/1", alias="schema")
@@ -59,6 +59,8 @@ class MoELayout(Identity):
     parameters: int
     stored_bytes: int
     analysis_bytes: int
+    further_layers: tuple[int, ...] = ()
+    further_bytes: int = 0
     quick_bytes: int
     notes: tuple[str, ...]
     cost: Cost

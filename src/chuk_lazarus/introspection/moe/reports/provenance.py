@@ -52,10 +52,11 @@ class Similarity(Report):
 
 
 class MatchHistogram(Report):
-    """How many of the sampled neurons have such a mean cosine over the roles, in equal bins from -1 to 1.
+    """How many of the looked-for neurons have such a mean cosine over the roles, in equal bins from -1 to 1.
 
-    `nearest` counts the cosines with the nearest neurons of another expert, `runner_up` those with the second nearest:
-    what the nearest of unrelated neurons looks like.
+    `nearest` counts the cosines with the nearest neuron of the expert's best partner, `runner_up` those with the second
+    nearest there: what the nearest of unrelated neurons looks like. Where no pairs of experts could be compared, both
+    are of the neurons sampled in `Lineage.experts`, and of any other of these.
     """
 
     nearest: tuple[int, ...]
@@ -137,16 +138,20 @@ class Sharing(Report):
     A neuron is found in another expert where its vectors in all roles have one and the same neuron there for their
     nearest, clearly nearer than the second nearest; columns, signs and equal roles make no difference. `shared` is the
     share of an expert's neurons that are found in its best partner, and there in turn as the same, mean over the
-    experts; `strong` that of neurons that are found so with a mean cosine of at least 0.8. `neurons` were looked for.
-    `twins` are groups of experts with the same weights, of which only the first is counted. `partners` names the best
-    partner of each expert, and `pairs` the share of the neurons of one of `experts` (row, up to 64 of them) that are
-    found in another (column).
+    experts; `strong` that of neurons that are found so with a mean cosine of at least 0.8. `without_down` is the share
+    that are found so by all roles, or by gate and up alone with a mean cosine of at least 0.6, as where the down
+    projections were mixed; null where gate and up are not two roles beside down. `neurons` were looked for. `twins` are
+    groups of experts with the same weights, of which only the first is counted, and `groups` those that share neurons
+    only among themselves. `partners` names the best partner of each expert, and `pairs` the share of the neurons of one
+    of `experts` (row, up to 64 of them) that are found in another (column), by all roles or by gate and up alone.
     """
 
     neurons: int
     shared: float
     strong: float
+    without_down: float | None = None
     twins: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...] = ()
     partners: dict[int, int]
     experts: tuple[int, ...]
     pairs: tuple[tuple[float, ...], ...]
@@ -212,10 +217,42 @@ class LayerAnalysis(Report):
     lineage: Lineage
 
 
+class QuickLayer(Report):
+    """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
+
+    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, and `shared`, `strong` and
+    `twins` as in Sharing, by gate and up alone (up and down of ungated experts), of which `roles` differ. `reach` is
+    the share that would be found in the best partner if the experts were shuffled copies. `delta_energy` and `breadth`
+    are of the differences of neighbouring experts, `breadth` as that of deltas in Projection. `type` and `confidence`
+    are what this part would say alone.
+    """
+
+    layer: int
+    type: Origin = "UNDETERMINED"
+    confidence: float = 0.5
+    experts: tuple[int, ...]
+    neurons: int
+    part: float
+    inputs: int
+    reach: float
+    kept: float
+    close: float
+    chance: float
+    in_place: float
+    shared: float = 0.0
+    strong: float = 0.0
+    twins: tuple[tuple[int, ...], ...] = ()
+    roles: int = 2
+    breadth: float = 1.0
+    delta_energy: float = 1.0
+    kind: str | None
+
+
 class MoETypeAnalysis(Identity):
     """How one model's experts were trained, as far as their neurons tell, and whether an overlay would pay.
 
-    `type` and `confidence`, a measured rate, come from the layers' `lineage`, `kind` says what kind of upcycling it
+    `type` and `confidence`, the probability by such evidence, come from the layers' `lineage` and, where no layers were
+    asked for, from the neurons of two `further_layers`, of which parts were read. `kind` says what kind of upcycling it
     looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with,
     and `parent_embeddings` how alike the two models' token embeddings are, null where they were not compared.
     `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
@@ -242,6 +279,7 @@ class MoETypeAnalysis(Identity):
     stored_bytes: int
     overlay_bytes: int
     layers: tuple[LayerAnalysis, ...]
+    further_layers: tuple[QuickLayer, ...] = ()
     notes: tuple[str, ...]
     cost: Cost
 
@@ -254,41 +292,14 @@ class MoETypeAnalysis(Identity):
         return as_details(self)
 
 
-class QuickLayer(Report):
-    """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
-
-    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, and `shared`, `strong` and
-    `twins` as in Sharing, by gate and up alone (up and down of ungated experts), of which `roles` differ. `reach` is
-    the share that would be found in the best partner if the experts were shuffled copies. `delta_energy` and `breadth`
-    are of the differences of neighbouring experts, `breadth` as that of deltas in Projection.
-    """
-
-    layer: int
-    experts: tuple[int, ...]
-    neurons: int
-    part: float
-    inputs: int
-    reach: float
-    kept: float
-    close: float
-    chance: float
-    in_place: float
-    shared: float = 0.0
-    strong: float = 0.0
-    twins: tuple[tuple[int, ...], ...] = ()
-    roles: int = 2
-    breadth: float = 1.0
-    delta_energy: float = 1.0
-    kind: str | None
-
-
 class MoEQuickAnalysis(Identity):
     """How one model's experts were trained, by a part of some experts in a few layers.
 
-    `type` and `confidence`, the rate of such verdicts that are right, come from `shared`, `strong` and `reach`, means
-    over `layers`; `full_confidence` is the rate of full analyses that say so (of those that decide, where this one does
-    not). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of `stored_bytes`,
-    those of all experts (taken from the analysed layers); a full analysis of one layer would read `full_bytes`.
+    `type` and `confidence`, the probability by such evidence, come from `shared`, `strong` and `reach`, means over
+    `layers`; `full_confidence` is what a full analysis would have by the same evidence (by clear evidence, where this
+    one does not decide). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of
+    `stored_bytes`, those of all experts (taken from the analysed layers); a full analysis of one layer would read
+    `full_bytes`.
     """
 
     schema_: Literal["moe-type-quick/1"] = Field(default="moe-type-quick/1", alias="schema")

@@ -16,7 +16,15 @@ from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
 from ..text import format_bytes, format_ranges, percent
 from . import facts
 from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_parents, plot_similarity, to_svg
-from .words import describe_family, explain, explain_parent, explain_rule, format_ratio, name_sources
+from .words import (
+    describe_family,
+    explain,
+    explain_further,
+    explain_parent,
+    explain_rule,
+    format_ratio,
+    name_sources,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -162,6 +170,7 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
         ("Family", describe_family(model)),
         ("Layers", f"{layers}, of {len(model.moe_layers)} with experts"),
         ("Sampled", f"{lineage.neurons:,} neurons of {len(lineage.experts)} experts in each layer"),
+        *([("Further", explain_further(model))] if model.further_layers else []),
         *([("Parent", explain_parent(model))] if model.parent else []),
         ("By rank", explain_rule(model)),
         *(("Note", note) for note in model.notes),
@@ -224,7 +233,7 @@ def _format_range(values: Sequence[float], write: Callable[[float], str]) -> str
 def _describe_matches(layer: LayerAnalysis) -> str:
     lineage, matches = layer.lineage, layer.lineage.matches
     return (
-        f"Cosines of {lineage.neurons} neurons with the nearest neuron of another expert, half of them above "
+        f"Cosines of {sum(matches.nearest)} neurons with the nearest one of their expert's best partner, half above "
         f"{_median(matches.nearest):.2f}, and with the second nearest, half above {_median(matches.runner_up):.2f}. "
         f"{percent(lineage.sharing.shared)} of an expert's neurons are shared with its best partner, "
         f"{percent(lineage.sharing.strong)} strongly."

@@ -7,14 +7,17 @@ from statistics import fmean
 from ..provenance.classifier import (
     LINEAGE,
     QUICK,
+    classify_by_neurons,
     has_adapter,
     has_its_attention,
+    has_shared,
+    has_strong,
     is_alike_in_place,
     is_from_parent,
     mean_over_projections,
 )
-from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, ParentMatch, Projection
-from ..text import format_bytes, format_ranges, percent
+from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, ParentMatch, Projection, QuickLayer
+from ..text import format_bytes, format_groups, format_ranges, percent
 
 MOST_MOVED = 8  # layers that a sentence names
 
@@ -80,22 +83,32 @@ def explain(analysis: MoETypeAnalysis) -> str:
     sharing = [lineage.sharing for lineage in lineages]
     shared, strong = fmean(layer.shared for layer in sharing), fmean(layer.strong for layer in sharing)
     neurons = sum(layer.neurons for layer in sharing)
-    alike_in_place, has_twins = is_alike_in_place(lineages), any(layer.twins for layer in sharing)
+    alike_in_place, twins = is_alike_in_place(lineages), [layer.twins for layer in sharing if layer.twins]
+    without_down = fmean(layer.without_down or 0.0 for layer in sharing)
     evidence = f"{_describe_sharing(shared, strong, neurons)} that were looked for"
+    if shared < LINEAGE.upcycled <= without_down:
+        evidence += f"; by gate and up alone {percent(without_down)}"
+    if analysis.kind and analysis.kind.startswith("identical copies"):
+        return f"experts have the same weights: {analysis.kind}."
     if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
+    alone = classify_by_neurons(lineages, [layer.projections for layer in analysis.layers])
+    by_parent = (analysis.kind or "").startswith("from this parent")
+    if analysis.further_layers and not by_parent and analysis.type != alone.origin:
+        where = name_layers([layer.layer for layer in analysis.layers])
+        return f"{evidence} in {where}, which would be {alone.origin} alone; further layers decide, by parts of them."
     match analysis.type:
         case "UPCYCLED":
             return f"{evidence}: {analysis.kind or 'copies'}."
         case "NATIVE":
-            if alike_in_place and not has_twins:
+            if alike_in_place and not twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
-    if shared >= LINEAGE.upcycled or strong >= LINEAGE.strong:
+    if has_shared(max(shared, without_down), neurons) or has_strong(strong, neurons):
         return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
-    if has_twins:
-        return f"{evidence}; each expert is there twice: they were merged, or duplicated."
+    if twins:
+        return f"{evidence}; experts {format_groups(twins[0])} are identical: they were merged, or duplicated."
     if alike_in_place:
         return f"{evidence}: they have something in common, as copies that were trained far apart have."
     if neurons < LINEAGE.neurons:
@@ -117,6 +130,26 @@ def _describe_common(analysis: MoETypeAnalysis) -> str:
     if has_adapter(mean_over_projections([layer.projections for layer in analysis.layers])[0]):
         return f"the experts share a component of few directions with {percent(energy)} of their energy"
     return f"the experts are a base with {percent(energy)} of their energy plus deltas of few directions"
+
+
+def explain_further(analysis: MoETypeAnalysis) -> str:
+    """What parts of further layers say, and, where layers differ, why that may be."""
+
+    def describe(part: QuickLayer) -> str:
+        is_one = part.twins == (part.experts,)
+        return f"layer {part.layer} {part.type} ({'identical experts' if is_one else f'{percent(part.shared)} shared'})"
+
+    said = ", ".join(map(describe, analysis.further_layers))
+    types = {layer.type for layer in analysis.layers} | {part.type for part in analysis.further_layers}
+    if len(types) == 1:
+        return f"{said}, by parts of them"
+    if {"UPCYCLED", "NATIVE"} <= types:
+        why = "training moves the copies of some layers further apart, or only some layers were copied"
+    elif "UPCYCLED" in types:
+        why = "in some layers copies are too far apart to tell, or the part is too small"
+    else:
+        why = "experts of some layers have more in common, or the part is too small"
+    return f"{said}, by parts of them; they differ: {why}"
 
 
 def explain_quick(report: MoEQuickAnalysis) -> str:
@@ -157,7 +190,7 @@ def explain_full_analysis(report: MoEQuickAnalysis) -> str:
     """What a full analysis of one layer would cost, and how much surer it would be."""
     gain = f"{report.full_confidence:.0%} confidence"
     if report.full_confidence <= report.confidence:
-        gain = "no surer by the rates measured, but with ranks and an overlay"
+        gain = "no surer by the same evidence, but with ranks and an overlay"
     return f"without --quick, one layer: {format_bytes(report.full_bytes)}, {gain}"
 
 

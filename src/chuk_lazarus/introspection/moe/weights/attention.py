@@ -4,7 +4,7 @@ In canonical form `y = W x`, float32, as for experts. Biases are not part of a m
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,7 @@ class _Projection:
                 matrix[start:stop] = read_rows(checkpoint, infos, self.stored, rows, start, stop)
             parts.append(matrix.T if self.stored.transposed else matrix)
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._cut_axis)
-        return np.ascontiguousarray(whole.T) if self.spec.is_transposed else whole
+        return np.ascontiguousarray(whole.T if self.spec.is_transposed else whole)
 
     def ranges(self) -> Iterator[tuple[str, Range]]:
         return ((info.file, (info.start, info.stop)) for infos in self.slices for info in infos.values())
@@ -108,7 +108,7 @@ class _Plan:
     """What is read of a layer: its tensors, how fused ones are cut, and the heads of q and k in rotary pairs."""
 
     projections: tuple[_Projection, ...] = ()
-    arrangements: Mapping[str, _Arrangement] | None = None
+    arrangements: Mapping[str, _Arrangement] = field(default_factory=dict)
     rotary_head: int | None = None
 
 
@@ -156,11 +156,11 @@ class Attention:
         found: dict[str, NDArray[np.float32]] = {}
         for projection in plan.projections:
             matrix = projection.read(self.checkpoint)
-            arrangement = (plan.arrangements or {}).get(projection.spec.role)
+            arrangement = plan.arrangements.get(projection.spec.role)
             found |= {projection.spec.role: matrix} if arrangement is None else arrangement.cut(matrix)
-        for role in ("q", "k") if plan.rotary_head else ():
-            if role in found:
-                found[role] = _to_halves(found[role], plan.rotary_head or 1)
+        if plan.rotary_head is not None:
+            for role in found.keys() & {"q", "k"}:
+                found[role] = _to_halves(found[role], plan.rotary_head)
         order = ("q", "q_a", "q_b", "k", "v", "kv_a", "kv_b", "o")
         return {role: found[role] for role in order if role in found}
 
@@ -238,6 +238,8 @@ class Attention:
         for place in sorted(places):
             spec = row.tensors[place]
             if spec.role not in opened:
+                for name in places[place].values():
+                    self.checkpoint.slices(name)  # a header that can't be read is no fault of this layer
                 try:
                     opened[spec.role] = self._open(spec, places[place])
                 except MoEError as error:
@@ -349,9 +351,9 @@ def _arrange(
     if rest or not head or (size is not None and size != head):
         raise _DoesNotFit(f"{name}: o of {queries} columns does not fit {heads} heads of {size or 'equal size'}")
     if repeated == "A":
-        if rows != 2 * queries:
+        if rows not in (queries, 2 * queries):  # a config may switch the gate off
             raise _DoesNotFit(f"{name} of {rows} rows does not fit {heads} heads of a query and a gate of {head}")
-        return _Arrangement(roles, heads, (head, head))
+        return _Arrangement(roles, heads, (head, rows // heads - head))
     groups, rest = divmod(rows - queries, 2 * head)
     if rest or groups < 1 or heads % groups:
         raise _DoesNotFit(f"{name} of {rows} rows does not fit {heads} heads of {head}")

@@ -402,6 +402,11 @@ def load_embedding_names() -> tuple[str, ...]:
     return tuple(name for row in _load_toml()["embedding"] for name in row["names"])
 
 
+def load_rotary_pairs() -> tuple[str, ...]:
+    """The architectures of llama.cpp whose q and k have the rows of each head in rotary pairs."""
+    return tuple(_load_toml()["gguf_rotary_pairs"])
+
+
 @dataclass(slots=True)
 class AttentionMatch:
     """The names of one layer that match rows of the attention table.

@@ -46,8 +46,8 @@ SIMILARITY = (
     "found again in another (column); alike experts stand together."
 )
 MATCHES = (
-    "Cosine of sampled neurons with the nearest neuron of another expert, and with the second nearest, which is what "
-    "unrelated neurons look like."
+    "Cosine of neurons with the nearest neuron of the best partner of their expert, and with the second nearest there, "
+    "which is what unrelated neurons look like."
 )
 DEPTH = (
     "Effective rank at 95 % of the delta's energy, mean cosine of two experts, and the share of an expert's neurons "
@@ -327,7 +327,7 @@ def _paint_by_layer(ax: "Axes", figures: facts.ByLayer, scale: Callable[[float, 
 
 def _paint_matches(ax: "Axes", lineage: Lineage) -> None:
     matches = lineage.matches
-    nearest, second = (np.array(counts) / lineage.neurons for counts in (matches.nearest, matches.runner_up))
+    nearest, second = (np.array(counts) / sum(counts) for counts in (matches.nearest, matches.runner_up))
     edges = np.linspace(-1, 1, len(nearest) + 1)
     ax.stairs(second, edges, color=GREY, linestyle="--", linewidth=1.4, label="second nearest")
     ax.stairs(nearest, edges, color=COLORS[0], fill=True, alpha=0.35)

@@ -50,6 +50,11 @@ def render_layout(layout: MoELayout) -> "RenderableType":
     if shared := layout.shared:
         where = f"in {count_noun(len(shared.layers), 'layer')} of {format_bytes(shared.stored_bytes)}"
         facts.append(("Shared", f"{_format_shapes(shared.shapes)}, {shared.storage}, {where}"))
+    measured = layout.analysis_bytes - layout.further_bytes
+    whole = measured * layout.stored_bytes / first.stored_bytes
+    beside = f"layer {layout.moe_layers[0]}"
+    if layout.further_layers:
+        beside += f", and {format_bytes(layout.further_bytes)} of {name_layers(layout.further_layers)}"
     facts += [
         (
             f"Layer {first.layer}" if len(kinds) > 1 else "A layer",
@@ -62,9 +67,8 @@ def render_layout(layout: MoELayout) -> "RenderableType":
         ),
         (
             "An analysis",
-            f"reads {format_bytes(layout.analysis_bytes)} (moe-type-analyze), {format_bytes(layout.quick_bytes)} "
-            f"(--quick), or {format_bytes(layout.analysis_bytes * layout.stored_bytes / first.stored_bytes)} "
-            "(--layers all)",
+            f"reads {format_bytes(layout.analysis_bytes)} (moe-type-analyze: {beside}), "
+            f"{format_bytes(layout.quick_bytes)} (--quick), or {format_bytes(whole)} (--layers all)",
         ),
     ]
     return stack("MOE LAYOUT", draw_facts(facts, layout.notes), *([_draw_kinds(kinds)] if len(kinds) > 1 else []))

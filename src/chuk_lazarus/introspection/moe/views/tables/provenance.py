@@ -8,6 +8,7 @@ from .. import facts
 from ..words import (
     explain,
     explain_full_analysis,
+    explain_further,
     explain_parent,
     explain_quick,
     explain_rule,
@@ -40,6 +41,7 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
         ("Layers" if many else "Layer", ", ".join(str(layer.layer) for layer in analysis.layers)),
         ("Type", paint_verdict(analysis)),
         ("Why", explain(analysis)),
+        *([("Further", explain_further(analysis))] if analysis.further_layers else []),
         *([("Parent", explain_parent(analysis))] if analysis.parent else []),
         ("By rank", explain_rule(analysis)),
     ]
