@@ -1,6 +1,7 @@
-"""What the verdict says of the held-out checkpoints of the zoo, against the truth: `measure.py ZOO` -> results.json.
+"""What the verdict says of the checkpoints of the zoo, against the truth: `measure.py ZOO` -> results.json.
 
-Families 0 to 3 and 12 to 14 were looked at while the rule was made; all others that are there are held out.
+Families that were looked at while the rule was made are only there for its confidence to be fitted to
+(`calibrate.py`); rates are of the others, which are held out.
 """
 
 import json
@@ -13,8 +14,9 @@ from typing import Any
 from scipy.stats import beta
 
 from chuk_lazarus.introspection.moe import MoEError, MoETypeService
+from chuk_lazarus.introspection.moe.provenance.classifier import weigh_neurons, weigh_parts
 
-LOOKED_AT = {"00", "01", "02", "03", "12", "13", "14"}
+LOOKED_AT = {"00", "01", "02", "03", "04", "05", "06", "12", "13", "14", "15", "16", "17"}
 # Kinds whose experts share nothing by construction, and natives whose experts began as copies of one noise
 APART = ("redrawn", "split", "native-one-seed")
 HERE = Path(__file__).parent
@@ -29,11 +31,15 @@ def measure(folder: str) -> dict[str, Any] | None:
     keys = ("family", "origin", "kind", "experts", "hidden", "intermediate")
     row = {"name": f"{truth['family']}/{Path(folder).name}", **{key: truth[key] for key in keys}}
     try:
+        usual = MoETypeService.analyze(folder)
+        row |= {"usual": usual.type, "usual_confidence": round(usual.confidence, 4)}
         analysis = MoETypeService.analyze(folder, layers="all")
-        sharing = [layer.lineage.sharing for layer in analysis.layers]
-        row |= {"type": analysis.type, "confidence": analysis.confidence, "kind_found": analysis.kind}
-        row |= {what: [round(getattr(x, what), 4) for x in sharing] for what in ("shared", "strong")}
-        row["without_down"] = [x.without_down and round(x.without_down, 4) for x in sharing]
+        lineages = [layer.lineage for layer in analysis.layers]
+        row |= {"type": analysis.type, "confidence": round(analysis.confidence, 4), "kind_found": analysis.kind}
+        row["weight"] = round(weigh_neurons(lineages), 4)
+        for what in ("shared", "strong", "without_down"):
+            row[what] = [round(getattr(lineage.sharing, what) or 0.0, 4) for lineage in lineages]
+        row["neurons"] = sum(lineage.sharing.neurons for lineage in lineages)
         row["first_layer"] = analysis.layers[0].type
         row["breadth"] = {
             what: round(min(p.breadth[what] for x in analysis.layers for p in x.projections.values()), 3)
@@ -47,7 +53,9 @@ def measure(folder: str) -> dict[str, Any] | None:
     except MoEError as error:
         row["error"] = error.message
     try:
-        row["quick"] = MoETypeService.quick(folder, budget=QUICK_BUDGET).type
+        quick = MoETypeService.quick(folder, budget=QUICK_BUDGET)
+        row |= {"quick": quick.type, "quick_confidence": round(quick.confidence, 4)}
+        row["quick_weight"] = round(weigh_parts(quick.layers), 4)
     except MoEError as error:
         row["quick_error"] = error.message
     return row
@@ -86,20 +94,20 @@ def rate_verdicts(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    paths = sorted(path.parent for path in Path(sys.argv[1]).rglob("truth.json"))
-    folders = [str(path) for path in paths if path.parent.name not in LOOKED_AT]
+    folders = sorted(str(path.parent) for path in Path(sys.argv[1]).rglob("truth.json"))
     with ProcessPoolExecutor(2) as pool:
         rows = [row for row in pool.map(measure, folders, chunksize=4) if row]
-    usual = [row for row in rows if row["kind"].split("+")[0] not in APART]
-    keys = ("type", "first_layer", "quick")
+    held_out = [row for row in rows if row["family"] not in LOOKED_AT]
+    usual = [row for row in held_out if row["kind"].split("+")[0] not in APART]
+    keys = ("usual", "type", "first_layer", "quick")
     by_kind: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for row in rows:
-        by_kind[f"{row['origin']} {row['kind']}"][row.get("type", "error")] += 1
+    for row in held_out:
+        by_kind[f"{row['origin']} {row['kind']}"][row.get("usual", "error")] += 1
     result = {
-        "looked_at": sorted(LOOKED_AT),
-        "families": sorted({row["family"] for row in rows}),
-        "right": {key: rate_verdicts(rows, key) for key in keys},
-        "all": {key: summarise(rows, key) for key in keys},
+        "looked_at": sorted({row["family"] for row in rows} & LOOKED_AT),
+        "families": sorted({row["family"] for row in held_out}),
+        "right": {key: rate_verdicts(held_out, key) for key in keys},
+        "all": {key: summarise(held_out, key) for key in keys},
         "apart": APART,
         "without_apart": {key: summarise(usual, key) for key in keys},
         "by_kind": {kind: dict(counts) for kind, counts in sorted(by_kind.items())},

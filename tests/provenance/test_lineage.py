@@ -24,7 +24,6 @@ from chuk_lazarus.introspection.moe.provenance.lineage import (
     Evidence,
     find_groups,
     match_evidence,
-    parent_evidence,
 )
 from places import FIXTURES
 
@@ -317,8 +316,6 @@ def test_zero_vectors_are_like_nothing() -> None:
     both = {"gate": join([nothing, nothing]), "up": join([nothing, nothing])}
     lost = match_evidence(both, np.repeat([0, 1], 4), np.arange(8), 8)
     assert (lost.kept, lost.close, lost.chance) == (0, 0, 1)  # nothing to judge by
-    parent = parent_evidence({"gate": nothing, "up": nothing}, np.repeat([0, 1], 4), np.arange(8), 8)
-    assert (parent.kept, parent.chance) == (0, 1)
 
 
 def test_a_position_beyond_the_last_neuron_is_the_last() -> None:
@@ -440,34 +437,6 @@ def test_nothing_found_again() -> None:
     figures = (evidence.kept, evidence.close, evidence.chance, evidence.spread, evidence.in_place)
     assert figures == (0, 0, 0, 0, 0)
     assert (evidence.p_value, evidence.cosine_p_value) == (1, 1)
-    parent = parent_evidence({role: join([found]) for role, found in roles.items()}, own, nowhere, 3)
-    assert (parent.kept, parent.chance, parent.p_value, parent.in_place, parent.cosine) == (0, 0, 1, 0, 0)
-    assert (parent.shares.tolist(), parent.ranges.tolist()) == ([0, 0], [[-1, -1], [-1, -1]])
-
-
-@pytest.mark.parametrize(("neurons", "each", "seed"), [(7, 5, 0), (300, 40, 1)])
-def test_evidence_of_a_parent_by_its_definitions(neurons: int, each: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    own, positions = np.repeat(np.arange(3), each), rng.integers(0, neurons, 3 * each)
-    roles = drawn(rng, 3 * each, 1, neurons)
-    for nearest in roles.values():
-        nearest.neuron[::3, 0] = positions[::3]
-    found = {role: nearest.neuron[:, 0].tolist() for role, nearest in roles.items()}
-    near = np.min([roles[role].cosine[:, 0] for role in ROLES], axis=0) > 0
-    kept = [q for q in range(3 * each) if len({found[role][q] for role in ROLES}) == 1 and near[q]]
-    shares = {role: [np.mean(np.array(found[role])[near] == n) for n in range(neurons)] for role in ROLES}
-    chance = sum(np.prod([shares[role][n] for role in ROLES]) for n in range(neurons))
-    evidence = parent_evidence(roles, own, positions, neurons)
-    assert evidence.queries == 3 * each
-    assert evidence.kept == pytest.approx(len(kept) / len(own))
-    assert evidence.chance == pytest.approx(chance)
-    assert evidence.p_value == pytest.approx(binomtest(len(kept), len(own), chance, alternative="greater").pvalue)
-    assert evidence.in_place == pytest.approx(np.mean([found["up"][q] == positions[q] for q in kept]))
-    assert evidence.cosine == pytest.approx(np.mean([roles[role].cosine[q, 0] for q in kept for role in ROLES]))
-    for expert in range(3):
-        mine = [found["up"][q] for q in kept if own[q] == expert]
-        assert evidence.shares[expert] == pytest.approx(len(mine) / each)
-        assert evidence.ranges[expert].tolist() == [min(mine), max(mine)]
 
 
 def evidence_of(pairs: NDArray[np.float64]) -> Evidence:

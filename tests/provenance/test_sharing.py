@@ -1,15 +1,12 @@
 """The verdict by pairs of experts: what must not change it, and histories that are easily mistaken."""
 
-import json
 from collections.abc import Callable
-from math import floor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from chuk_lazarus.introspection.moe import MoETypeService
-from chuk_lazarus.introspection.moe.provenance.classifier import QUICK_RATES, RATES
 from chuk_lazarus.introspection.moe.provenance.lineage import (
     best_partners,
     find_twins,
@@ -35,7 +32,6 @@ from made_layers import (
     shuffle,
     write,
 )
-from places import ROOT
 
 CHANGES: list[Change] = [
     shuffle,
@@ -211,15 +207,6 @@ def test_the_histogram_is_of_the_best_partner(tmp_path: Path) -> None:
     edges = np.linspace(-1, 1, 51)[:-1]
     assert edges[np.flatnonzero(matches.nearest)].min() > 0.6
     assert edges[np.flatnonzero(matches.runner_up)].max() < 0.5
-
-
-def test_confidence_is_the_measured_rate() -> None:
-    """The lower ends of intervals of how often verdicts on held-out models were right, rounded down."""
-    right = json.loads((ROOT / "experiments/04_unseen_histories/results.json").read_text())["right"]
-    for key, rates in (("type", RATES), ("quick", QUICK_RATES)):
-        assert rates["UNDETERMINED"] == 0.5
-        for origin in ("UPCYCLED", "NATIVE"):
-            assert rates[origin] == floor(100 * right[key][origin]["interval"][0]) / 100
 
 
 def test_partners_and_groups() -> None:

@@ -65,7 +65,11 @@ def analyze(
     variance: Variance = "0.90,0.95,0.99",
     parent: Annotated[
         str | None,
-        typer.Option("--parent", help="A dense model: are the experts' neurons from it?", show_default=False),
+        typer.Option(
+            "--parent",
+            help="A dense model: does this one come from it, and which layers from which?",
+            show_default=False,
+        ),
     ] = None,
     thorough: Thorough = False,
     quick: Annotated[

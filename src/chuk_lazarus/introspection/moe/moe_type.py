@@ -50,12 +50,12 @@ class MoETypeService:
         `layer` or `layers` (numbers, or a string such as "0,5,10", "0-23/6" or "all") say where to look; the default is
         the first MoE layer, and beside it parts of a middle and of the last one. `experts` says of how many the spectra
         are taken and the neurons matched (two at least), None for all; base and cosines always use all. `variance` are
-        the shares of energy whose ranks are reported, 0.95 always among them. `parent` names a dense model whose
-        neurons are looked for, too. `thorough` matches all neurons of all experts, and so holds one role of the whole
-        layer in memory. `dask` is the address of a dask.distributed scheduler ("tcp://host:8786"), whose workers then
-        take a layer at a time; the cost is the sum of theirs. `progress` is told (what, done, total) as work goes on.
-        An interrupted analysis of several layers goes on, when it is asked for again, with those that were not
-        finished. Raises a child of MoEError.
+        the shares of energy whose ranks are reported, 0.95 always among them. `parent` names a dense model, in whose
+        layers the neurons are looked for, and with whose attention and embeddings the model's are compared. `thorough`
+        matches all neurons of all experts, and so holds one role of the whole layer in memory. `dask` is the address of
+        a dask.distributed scheduler ("tcp://host:8786"), whose workers then take a layer at a time; the cost is the sum
+        of theirs. `progress` is told (what, done, total) as work goes on. An interrupted analysis of several layers
+        goes on, when it is asked for again, with those that were not finished. Raises a child of MoEError.
         """
         sample = choose_sample(experts, variance, thorough)
         return analyze(model, layer, layers, sample, parent, dask, progress)

@@ -39,8 +39,9 @@ class RoleMeasure:
     (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding;
     `delta_energy` is the mean share of a chosen expert's energy that its delta has. Where neurons were matched,
     `base_spectrum` is the energy spectrum of the mean, `nearest` says where those at `positions` [chosen, n] of the
-    chosen experts are found in the chosen experts, `elsewhere` in the given matrices of other layers or models, and
-    `vectors` [experts, neurons, d] has the same d numbers of every neuron of every expert.
+    chosen experts are found in the chosen experts, `elsewhere` in the given matrices of other layers or models,
+    `vectors` [experts, neurons, d] has the same d numbers of every neuron of every expert, and `queries` [chosen, n,
+    inputs] the whole vectors of those at `positions`.
     """
 
     shape: tuple[int, int]
@@ -53,6 +54,7 @@ class RoleMeasure:
     nearest: Nearest | None
     elsewhere: tuple[Nearest, ...]
     vectors: NDArray[np.float32] | None
+    queries: NDArray[np.float32] | None = None
 
 
 def measure_layer(
@@ -97,6 +99,7 @@ def measure_layer(
                         first.find_queries(role, _matrix(other_layer, role, expert)) for other_layer, expert in others
                     ),
                     first.vectors.get(role),
+                    first.queries[role] if positions.size else None,
                 )
     return {role: result[role] for role in layer.roles}
 
@@ -186,7 +189,7 @@ class _FirstPass:
         shapes = {role: self.layer.shape(role) for role in tensor.spec.roles}
         self.base = {role: np.empty(shape, np.float32) for role, shape in shapes.items()}
         self.gram = {role: np.zeros((self.layer.count, self.layer.count)) for role in shapes}
-        self._queries = {
+        self.queries = {
             role: np.empty((*positions.shape, shape[0 if role == "down" else 1]), np.float32)
             for role, shape in shapes.items()
         }
@@ -235,7 +238,7 @@ class _FirstPass:
 
     def find_queries(self, role: str, matrix: NDArray[np.float32]) -> Nearest:
         """Where the queries are found in a matrix of the role."""
-        queries = self._queries[role].reshape(-1, self._queries[role].shape[-1])
+        queries = self.queries[role].reshape(-1, self.queries[role].shape[-1])
         return find_nearest(queries, self.positions.reshape(-1), as_neurons(role, matrix))
 
     def _note_queries(self, piece: Piece) -> None:
@@ -253,7 +256,7 @@ class _FirstPass:
         for place, (expert, wanted) in enumerate(zip(self.chosen, self.positions, strict=True)):
             held = (wanted >= neurons.start) & (wanted < neurons.stop)
             values = as_neurons(piece.role, piece.values[expert])
-            self._queries[piece.role][place, held, inputs.start : inputs.stop] = values[wanted[held] - neurons.start]
+            self.queries[piece.role][place, held, inputs.start : inputs.stop] = values[wanted[held] - neurons.start]
 
 
 def _runs(numbers: NDArray[np.intp]) -> list[tuple[int, int]]:

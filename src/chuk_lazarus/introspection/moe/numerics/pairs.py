@@ -172,6 +172,15 @@ def are_mutual(
     return mutual
 
 
+def agreement_chance(nearest: NDArray[Any], is_near: NDArray[np.bool_], neurons: int) -> float:
+    """The probability that independent roles find the same one of `neurons` neurons, by how often each role finds each;
+    0 where nothing is near. `nearest` is [roles, queries], `is_near` [queries]."""
+    if not is_near.any():
+        return 0.0
+    shares = [np.bincount(role[is_near], minlength=neurons) / is_near.sum() for role in nearest]
+    return float(np.prod(shares, axis=0).sum())
+
+
 def _take(vectors: Array, positions: NDArray[np.intp]) -> Array:
     """The vectors at `positions` [experts, n] of each expert, [experts * n, inputs]."""
     taken = np.take_along_axis(vectors, positions[:, :, None], axis=1)

@@ -11,28 +11,29 @@ from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.parts import further_budget, further_layers
 from ..jobs.resume import ResumableLayers
+from ..numerics.similarity import Assignment
 from ..numerics.spectra import SHARES
 from ..progress import Progress, no_progress
 from ..reports import Cost, DocumentedRule, LayerAnalysis, MoETypeAnalysis, QuickLayer
 from ..terms import Origin
 from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
-from ..weights.experts import Experts
 from ..weights.fingerprint import fingerprint
 from ..weights.layouts import Kind
 from .classifier import (
-    RATES,
+    CALIBRATION,
+    PLENTY,
     THRESHOLDS,
-    Verdict,
     classify,
     classify_by_neurons,
     classify_quickly,
     combine,
+    has_its_attention,
     is_from_parent,
 )
 from .layer import Sample, analyze_layer
 from .lineage import QUERIES
-from .parent import open_parent
+from .parent import Parent, describe_gaps, name_parentage, open_parent
 from .part import analyze_part
 
 
@@ -72,9 +73,9 @@ def _analyze(
 ) -> MoETypeAnalysis:
     opened = OpenedModel(model, layer, layers, purpose="compare it with")
     experts = opened.experts
-    dense = open_parent(parent, opened.layers) if parent else None
-    origin = fingerprint(dense.checkpoint) if dense else None
-    job = ["analyze", model, sample.experts, sample.variance, sample.queries, origin]
+    ancestor = open_parent(parent, experts, opened.layers, progress) if parent else None
+    state = fingerprint(ancestor.dense.checkpoint) if ancestor else None
+    job = ["analyze", model, sample.experts, sample.variance, sample.queries, state]
     resumable = ResumableLayers(experts.checkpoint, job, opened.layers, progress)
     neighbours = {
         layer.number: after if after is not layer and after.roles == layer.roles else None
@@ -83,20 +84,20 @@ def _analyze(
     worker_costs: list[Cost] = []
 
     def analyze_here(layer: ExpertLayer, watched: Progress) -> LayerAnalysis:
-        dense_layer = dense.layer(layer.number) if dense else None
-        return analyze_layer(layer, neighbours[layer.number], dense_layer, sample, opened.resources, watched)
+        return analyze_layer(layer, neighbours[layer.number], ancestor, sample, opened.resources, watched)
 
     def analyze_on_cluster(
         due: Sequence[ExpertLayer], watched: Sequence[Progress]
     ) -> Iterator[tuple[int, LayerAnalysis]]:
         assert cluster
         places = [locate(model, experts.checkpoint.repository.revision)]
-        if parent and dense:
-            places.append(locate(parent, dense.checkpoint.repository.revision))
+        if parent and ancestor:
+            places.append(locate(parent, ancestor.dense.checkpoint.repository.revision))
         names, tasks = [place.name for place in places], []
+        origin = (ancestor.dense.kind, ancestor.assignment) if ancestor else None
         for layer in due:
             neighbour = neighbours[layer.number]
-            arguments = (names, dense and dense.kind, layer.number, neighbour and neighbour.number, sample)
+            arguments = (names, origin, layer.number, neighbour and neighbour.number, sample)
             tasks.append(Task(f"layer {layer.number}", analyze_layer_on_worker, arguments, tuple(places)))
         for place, result in cluster.run(tasks, lambda place, what, done, total: watched[place](what, done, total)):
             if isinstance(result, MoEError):
@@ -119,11 +120,11 @@ def _analyze(
     kinds = [found.kind for found in results if found.kind and verdict.origin == "UPCYCLED"]
     if verdict.origin == "UPCYCLED" and not kinds:  # parts can't tell copies from slices
         kinds = [part.kind for part in further if part.kind and part.type == "UPCYCLED"]
-    if is_from_parent([layer.lineage.parent for layer in results if layer.lineage.parent]):
-        verdict = Verdict("UPCYCLED", RATES["UPCYCLED"])
-        if not kinds:
-            has_twins = any(layer.lineage.sharing.twins for layer in results)
-            kinds = ["from this parent, in identical copies" if has_twins else "from this parent, no neuron twice"]
+    alone = verdict  # without the parent
+    matches = [layer.lineage.parent for layer in results if layer.lineage.parent]
+    if is_from_parent(matches) or has_its_attention(matches):
+        verdict = CALIBRATION.decide("UPCYCLED", PLENTY)
+        kinds = kinds or [name_parentage(matches, any(layer.lineage.sharing.twins for layer in results))]
     original, overlay = (sum(getattr(x, figure) for x in results) for figure in ("original_bytes", "overlay_bytes"))
     stored = sum(layer.stored_bytes for layer in opened.layers)
     return MoETypeAnalysis(
@@ -133,8 +134,9 @@ def _analyze(
         type=verdict.origin,
         confidence=verdict.confidence,
         kind=max(kinds, key=kinds.count) if kinds else None,
-        documented_rule=_documented(rank_ratio, cosine, verdict.origin),
+        documented_rule=_documented(rank_ratio, cosine, verdict.origin, alone.origin),
         parent=printable(parent) if parent else None,
+        parent_embeddings=ancestor.embeddings if ancestor else None,
         rank_projection=rank_projection,
         rank_ratio=rank_ratio,
         cosine=cosine,
@@ -145,7 +147,7 @@ def _analyze(
         overlay_bytes=overlay,
         layers=tuple(results),
         further_layers=tuple(further),
-        notes=(*experts.notes, *_notes(results), *gaps),
+        notes=(*experts.notes, *_notes(results), *gaps, *(describe_gaps(ancestor, results) if ancestor else ())),
         cost=Cost(
             bytes_read=sum(cost.bytes_read for cost in costs),
             bytes_fetched=sum(cost.bytes_fetched for cost in costs),
@@ -174,23 +176,32 @@ def _look_further(opened: OpenedModel, progress: Progress) -> tuple[list[QuickLa
 
 
 def analyze_layer_on_worker(
-    names: Sequence[str], kind: Kind | None, number: int, neighbour: int | None, sample: Sample, progress: Progress
+    names: Sequence[str],
+    origin: tuple[Kind, Assignment | None] | None,
+    number: int,
+    neighbour: int | None,
+    sample: Sample,
+    progress: Progress,
 ) -> tuple[LayerAnalysis, Cost]:
     """One layer of a model that is opened for it, as on a worker, and what it has cost.
 
-    `names` are those of the model and, where `kind` says what is read of it, of the parent.
+    `names` are those of the model and, where `origin` says what is read of it and how the hidden side is brought to its
+    order, of the parent.
     """
     opened = OpenedModel(names[0], number, None, purpose="compare it with")
-    dense_layer = Experts.open(names[1], kind).layer(number) if kind else None
+    parent = Parent.open(names[1], origin[0], opened.experts, origin[1]) if origin else None
     after = None if neighbour is None else opened.experts.layer(neighbour)
-    analysis = analyze_layer(opened.layers[0], after, dense_layer, sample, opened.resources, progress)
+    analysis = analyze_layer(opened.layers[0], after, parent, sample, opened.resources, progress)
     return analysis, opened.cost()
 
 
-def _documented(rank_ratio: float, cosine: float, origin: Origin) -> DocumentedRule:
-    """The documented rule's outcome, and in a few words why it is another."""
+def _documented(rank_ratio: float, cosine: float, origin: Origin, alone: Origin) -> DocumentedRule:
+    """The documented rule's outcome, and in a few words why it is another than `origin`, or than `alone`, the origin
+    that the experts tell without their parent."""
     rule, why = classify(rank_ratio, cosine), None
-    if origin == "UPCYCLED" != rule.origin:
+    if origin == "UPCYCLED" != alone and rule.origin != origin:
+        why = "it knows nothing of the parent"
+    elif origin == "UPCYCLED" != rule.origin:
         copied = cosine > THRESHOLDS.native_cosine
         why = "training makes the deltas of copies broad" if copied else "it compares neurons by their position only"
     elif origin == "NATIVE" != rule.origin:

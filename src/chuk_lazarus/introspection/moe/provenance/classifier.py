@@ -1,6 +1,7 @@
 """From evidence to verdict: by matched neurons, and the documented rule beside it."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
@@ -34,6 +35,9 @@ class Verdict:
 
     origin: Origin
     confidence: float
+
+
+UNDECIDED = Verdict("UNDETERMINED", 0.5)
 
 
 def clip(value: float) -> float:
@@ -79,6 +83,10 @@ class LineageThresholds:
     component that was added to all of them, where it or the deltas have few directions, less than `broad` of what noise
     has (`full` where not even strong matches speak for copies); else they may be copies that were trained far apart.
     Where nearly all experts have twins, `copies` of each are too many to come from merging pairs.
+
+    Layers of one real model find up to 4 % of their neurons in each other, none of them strongly, and their attention
+    has a CKA of up to 0.4 (experiments/05_parents): `parent`, `parent_strong` and `attention_cka` lie above that. Rows
+    at equal places have nothing in common unless one is from the other: `attention_cosine`.
     """
 
     upcycled: float = 0.10
@@ -99,7 +107,10 @@ class LineageThresholds:
     full: float = 0.80
     small: float = 0.05
     parent: float = 0.10
+    parent_strong: float = 0.01
     parent_p_value: float = 1e-9
+    attention_cka: float = 0.5
+    attention_cosine: float = 0.2
     neurons: int = 64
 
 
@@ -148,9 +159,53 @@ class Neurons(Protocol):
     def sharing(self) -> Sharing: ...
 
 
-# How often such a verdict was right on held-out models of known history: the lower ends of 95 % intervals
-# (experiments/04_unseen_histories/results.json, "right"). Undetermined has no likelier origin.
-RATES: dict[Origin, float] = {"UPCYCLED": 0.94, "NATIVE": 0.84, "UNDETERMINED": 0.5}
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How probable UPCYCLED is by the weight of the evidence, as `weigh` gives it.
+
+    `floor` where there is none, `ceiling` where there is plenty; half-way between at a weight of `middle`, and by
+    `slope` the steeper in the logarithm of the weight. Fitted to models of known history, some of which leave no
+    evidence (experiments/04_unseen_histories/calibrate.py).
+    """
+
+    floor: float
+    ceiling: float
+    middle: float
+    slope: float
+
+    def probability(self, weight: float) -> float:
+        """The probability of UPCYCLED."""
+        rise = 1 / (1 + math.exp(-self.slope * math.log(weight / self.middle)))
+        return self.floor + (self.ceiling - self.floor) * rise
+
+    def decide(self, origin: Origin, weight: float) -> Verdict:
+        """The verdict with the confidence that the evidence gives it, 0.5 where it is open."""
+        upcycled = self.probability(weight)
+        by_origin = {"UPCYCLED": upcycled, "NATIVE": 1 - upcycled, "UNDETERMINED": 0.5}
+        return Verdict(origin, max(0.5, by_origin[origin]))
+
+
+CALIBRATION = Calibration(floor=0.103, ceiling=0.97, middle=0.292, slope=2.736)
+PLENTY = 100.0  # a weight of evidence that nothing adds to
+
+
+def weigh(figures: Iterable[tuple[float, float]], neurons: int) -> float:
+    """The weight of evidence: the greatest figure over its limit, 1 where UPCYCLED begins.
+
+    Figures are shares of `neurons`, each with its limit; half a neuron is added to each, so that where few neurons were
+    looked for, none that is found is less than no evidence.
+    """
+    return max((share * neurons + 0.5) / (neurons + 1) / limit for share, limit in figures)
+
+
+def weigh_neurons(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> float:
+    """The weight of what layers that were read whole say of their neurons."""
+    t, neurons = thresholds, sum(layer.sharing.neurons for layer in evidence)
+    limits = {"shared": t.upcycled, "strong": t.strong, "without_down": t.without_down}
+    return weigh(
+        ((fmean(getattr(layer.sharing, name) or 0.0 for layer in evidence), limit) for name, limit in limits.items()),
+        neurons,
+    )
 
 
 def classify_by_neurons(
@@ -160,7 +215,7 @@ def classify_by_neurons(
 ) -> Verdict:
     """The verdict by what one layer or several say of their neurons; `projections` are those of each layer, by role.
 
-    The confidence is a measured rate: how often such verdicts were right.
+    The confidence is by the weight of that evidence, and what such evidence was right in.
     """
     t = thresholds
     shared, strong = (fmean(getattr(layer.sharing, figure) for layer in evidence) for figure in ("shared", "strong"))
@@ -170,20 +225,21 @@ def classify_by_neurons(
     in_place = not twins and is_alike_in_place(evidence, t)
     base_breadth, breadth, delta_energy = mean_over_projections(projections)
     origin: Origin = "UNDETERMINED"
+    weight = weigh_neurons(evidence, t)
     if all(len(layer.sharing.partners) == 1 for layer in evidence):
-        origin = "UPCYCLED"  # all experts are identical
+        origin, weight = "UPCYCLED", PLENTY  # all experts are identical
     elif has_shared(shared, neurons, t) or has_strong(strong, neurons, t):
         origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, strong, t) else "UPCYCLED"
     elif without_down >= t.without_down and _is_more(without_down, neurons, t.native_without_down, t.p_value):
         origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, 0.0, t) else "UPCYCLED"
     elif fmean(map(share_of_twins, evidence)) >= t.twins:
-        origin = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED"
+        origin, weight = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED", PLENTY
     elif (
         shared < t.native and strong < t.strong_native and without_down < t.native_without_down and neurons >= t.neurons
     ):
         is_explained = not in_place or is_rebuilt(breadth, delta_energy, thresholds=t) or has_adapter(base_breadth, t)
         origin = "NATIVE" if is_explained else "UNDETERMINED"
-    return Verdict(origin, RATES[origin])
+    return CALIBRATION.decide(origin, weight)
 
 
 def combine(whole: Verdict, parts: Verdict | None) -> Verdict:
@@ -203,17 +259,47 @@ class ParentNeurons(Protocol):
     @property
     def kept(self) -> float: ...
     @property
+    def strong(self) -> float: ...
+    @property
     def chance(self) -> float: ...
     @property
     def p_value(self) -> float: ...
 
 
+class ParentAttention(Protocol):
+    """How alike attention is to a dense parent's, as in `reports.AttentionMatch`."""
+
+    @property
+    def cka(self) -> float: ...
+    @property
+    def cosine(self) -> float | None: ...
+
+
+class ParentEvidence(ParentNeurons, Protocol):
+    """All that is compared with a dense parent, as in `reports.ParentMatch`."""
+
+    @property
+    def attention(self) -> ParentAttention | None: ...
+
+
+def has_its_attention(matches: Sequence[ParentEvidence], thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether the attention, the mean over the layers, is so much like the parent's that it comes from it."""
+    attention = [match.attention for match in matches if match.attention]
+    if not attention:
+        return False
+    cosines = [layer.cosine for layer in attention if layer.cosine is not None]
+    return fmean(layer.cka for layer in attention) >= thresholds.attention_cka or (
+        len(cosines) == len(attention) and fmean(cosines) >= thresholds.attention_cosine
+    )
+
+
 def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether so large a share of the neurons is found in the parent that they come from it."""
-    if not matches:
+    """Whether so large a share of the neurons is found in the parent, or of nearly the same ones, that they come from
+    it."""
+    if not matches or min(match.p_value for match in matches) >= thresholds.parent_p_value:
         return False
     excess = fmean(match.kept - match.chance for match in matches)
-    return excess >= thresholds.parent and min(match.p_value for match in matches) < thresholds.parent_p_value
+    return excess >= thresholds.parent or fmean(match.strong for match in matches) >= thresholds.parent_strong
 
 
 def has_strong(strong: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
@@ -302,8 +388,7 @@ class QuickThresholds:
 
 QUICK = QuickThresholds()
 
-# As RATES, of verdicts from a part of the gates and ups ("quick" in the same file)
-QUICK_RATES: dict[Origin, float] = {"UPCYCLED": 0.93, "NATIVE": 0.90, "UNDETERMINED": 0.5}
+QUICK_CALIBRATION = Calibration(floor=0.152, ceiling=0.978, middle=0.948, slope=7.389)
 
 
 class Part(Protocol):
@@ -337,14 +422,13 @@ def classify_quickly(layers: Sequence[Part], thresholds: QuickThresholds = QUICK
     """The verdict by the parts of several layers."""
     t = thresholds
     if all(len(group) == len(layer.experts) for layer in layers for group in layer.twins or [()]):
-        return Verdict("UPCYCLED", QUICK_RATES["UPCYCLED"])  # all experts are identical
+        return QUICK_CALIBRATION.decide("UPCYCLED", PLENTY)  # all experts are identical
     neurons = sum(layer.neurons for layer in layers)
     is_narrow = min(layer.inputs for layer in layers) < t.width
     if not neurons or is_narrow or all(layer.chance == 1.0 for layer in layers):
-        return Verdict("UNDETERMINED", QUICK_RATES["UNDETERMINED"])
+        return UNDECIDED
     reach, shared, strong, breadth, delta_energy = (
-        sum(getattr(layer, figure) * layer.neurons for layer in layers) / neurons
-        for figure in ("reach", "shared", "strong", "breadth", "delta_energy")
+        _mean_over_parts(layers, figure) for figure in ("reach", "shared", "strong", "breadth", "delta_energy")
     )
     is_weak = shared >= t.upcycled and reach >= t.long and all(layer.roles >= t.roles for layer in layers)
     origin: Origin = "UNDETERMINED"
@@ -355,4 +439,20 @@ def classify_quickly(layers: Sequence[Part], thresholds: QuickThresholds = QUICK
         pass  # merged or duplicated: what they were before can't be seen in a few experts
     elif shared < t.native * reach and strong < t.strong_native and t.copies * reach * neurons >= t.expected:
         origin = "NATIVE"
-    return Verdict(origin, QUICK_RATES[origin])
+    return QUICK_CALIBRATION.decide(origin, weigh_parts(layers, t))
+
+
+def weigh_parts(layers: Sequence[Part], thresholds: QuickThresholds = QUICK) -> float:
+    """The weight of what parts of layers say of their neurons."""
+    t, neurons = thresholds, sum(layer.neurons for layer in layers)
+    limits = {"shared": t.upcycled, "strong": t.strong}
+    return weigh(
+        ((_mean_over_parts(layers, name), limit) for name, limit in limits.items()),
+        neurons,
+    )
+
+
+def _mean_over_parts(layers: Sequence[Part], figure: str) -> float:
+    """The mean of a figure over parts, by their neurons; 0 where there are none."""
+    neurons = sum(layer.neurons for layer in layers)
+    return sum(float(getattr(layer, figure)) * layer.neurons for layer in layers) / neurons if neurons else 0.0

@@ -17,7 +17,8 @@ from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatc
 from ..weights.expert_layer import ExpertLayer
 from .classifier import classify_by_neurons
 from .kinds import group_experts, name_kind
-from .lineage import Evidence, PairEvidence, find_groups, match_evidence, pair_evidence, parent_evidence
+from .lineage import Evidence, PairEvidence, find_groups, match_evidence, pair_evidence
+from .parent import Parent, match_parent
 
 MATCH_BINS = 50
 MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
@@ -36,13 +37,13 @@ class Sample:
 def analyze_layer(
     layer: ExpertLayer,
     unrelated: ExpertLayer | None,
-    parent: ExpertLayer | None,
+    parent: Parent | None,
     sample: Sample,
     resources: Resources,
     progress: Progress,
 ) -> LayerAnalysis:
     """The evidence of one layer, and what it would say alone; `unrelated` is another layer of the same model."""
-    others = [(other, 0) for other in (unrelated, parent) if other]
+    others = [(unrelated, 0)] if unrelated else []
     chosen = evenly_spaced(layer.count, sample.experts)
     measures = measure_layer(layer, chosen, resources, progress, sample.queries, others)
     shapes = {role: measure.shape for role, measure in measures.items()}
@@ -71,7 +72,8 @@ def analyze_layer(
     with resources.worker_threads(layer) as pool:
         grams = [measure.gram for measure in measures.values()]
         sharing = pair_evidence(vectors, sample.queries, pool.map, grams=grams)
-    lineage = _lineage(layer, measures, unrelated is not None, parent, sharing)
+    match = match_parent(layer, measures, parent, resources, progress) if parent else None
+    lineage = _lineage(layer, measures, unrelated is not None, match, sharing)
     verdict = classify_by_neurons([lineage], [projections])
     original, overlay = original_bytes(shapes, layer.count), overlay_bytes(shapes, ranks, layer.count)
     return LayerAnalysis(
@@ -103,7 +105,7 @@ def _lineage(
     layer: ExpertLayer,
     measures: Mapping[str, RoleMeasure],
     has_neighbour: bool,
-    parent: ExpertLayer | None,
+    match: ParentMatch | None,
     sharing: PairEvidence,
 ) -> Lineage:
     any_measure = next(iter(measures.values()))
@@ -117,21 +119,6 @@ def _lineage(
         unrelated = {role: float(measure.elsewhere[0].cosine.max()) for role, measure in measures.items()}
         best = {role: np.where(others, matches.cosine, -1.0).max(axis=1) for role, matches in nearest.items()}
         above = {role: float((best[role] > unrelated[role]).mean()) for role in nearest}
-    match = None
-    if parent:
-        elsewhere = {role: measure.elsewhere[-1] for role, measure in measures.items()}
-        of_parent = parent_evidence(elsewhere, owner, positions, parent.sizes["I"])
-        match = ParentMatch(
-            kept=of_parent.kept,
-            chance=of_parent.chance,
-            p_value=of_parent.p_value,
-            in_place=of_parent.in_place,
-            cosine=of_parent.cosine,
-            shares={expert: float(share) for expert, share in zip(chosen, of_parent.shares, strict=True)},
-            ranges={
-                expert: (int(low), int(high)) for expert, (low, high) in zip(chosen, of_parent.ranges, strict=True)
-            },
-        )
     return Lineage(
         neurons=evidence.queries,
         experts=chosen,

@@ -1,4 +1,4 @@
-"""Where a layer's neurons come from: the evidence of neurons matched between experts, or with a dense parent.
+"""Where a layer's neurons come from: the evidence of neurons matched between experts.
 
 A neuron is a gate row, an up row and a down column. Copies of one neuron stay nearest to each other under long
 training, shuffling and slicing, in all three vectors at once; neurons that were never the same are each other's
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import bdtrc, ndtr
 
 from ..numerics.neurons import Array, Nearest
-from ..numerics.pairs import LEAD, PairMatches, are_mutual, match_neurons, prepare_neurons
+from ..numerics.pairs import LEAD, PairMatches, agreement_chance, are_mutual, match_neurons, prepare_neurons
 
 Group = tuple[int, ...]  # experts, in ascending order
 
@@ -85,7 +85,9 @@ def match_evidence(
         mine = owner == expert
         for partner in range(experts):
             if partner != expert:
-                chances[expert, partner] = _chance(neurons_found[:, mine, partner], near[mine, partner], neurons)
+                chances[expert, partner] = agreement_chance(
+                    neurons_found[:, mine, partner], near[mine, partner], neurons
+                )
     # an expert of zeros has no matches by chance either; where no expert has any, nothing is proved
     chance = float(np.mean(1.0 - np.prod(1.0 - chances, axis=1))) if (near & others).any() else 1.0
     pairs = np.stack([same[owner == expert].mean(axis=0) for expert in range(experts)])
@@ -321,53 +323,3 @@ def _is_same(gram: NDArray[np.float64], one: int, other: int) -> bool:
     """Whether the difference of two experts has next to none of their energy."""
     difference = gram[one, one] + gram[other, other] - 2 * gram[one, other]
     return bool(abs(difference) <= SAME * gram[one, one])
-
-
-@dataclass(frozen=True, slots=True)
-class ParentEvidence:
-    """What the matches of `queries` neurons with a dense parent's say; `kept`, `chance` and so on as in Evidence.
-
-    `shares` [experts] is the share of each expert's neurons that come from the parent, `ranges` [experts, 2] where in
-    the parent they lie (first and last neuron that was found, -1 without one), `cosine` the mean cosine of the found.
-    """
-
-    queries: int
-    kept: float
-    chance: float
-    p_value: float
-    in_place: float
-    cosine: float
-    shares: NDArray[np.float64]
-    ranges: NDArray[np.int64]
-
-
-def parent_evidence(
-    roles: Mapping[str, Nearest], owner: NDArray[np.intp], positions: NDArray[np.intp], neurons: int
-) -> ParentEvidence:
-    """The evidence of all roles' matches with one dense feed-forward that has `neurons` neurons."""
-    neurons_found = np.stack([nearest.neuron[:, 0] for nearest in roles.values()])
-    cosines = np.stack([nearest.cosine[:, 0] for nearest in roles.values()])
-    near = np.all([nearest.cosine[:, 0] > 0 for nearest in roles.values()], axis=0)
-    same = (neurons_found == neurons_found[0]).all(axis=0) & near
-    chance = _chance(neurons_found, near, neurons) if near.any() else 1.0
-    experts = range(int(owner.max()) + 1)
-    places_by_expert = [neurons_found[0][same & (owner == expert)] for expert in experts]
-    return ParentEvidence(
-        same.size,
-        float(same.mean()),
-        chance,
-        float(bdtrc(same.sum() - 1, same.size, min(1.0, chance))),
-        float((neurons_found[0] == positions)[same].mean()) if same.any() else 0.0,
-        float(cosines[:, same].mean()) if same.any() else 0.0,
-        np.array([same[owner == expert].mean() for expert in experts]),
-        np.array([[places.min(), places.max()] if places.size else [-1, -1] for places in places_by_expert]),
-    )
-
-
-def _chance(neurons_found: NDArray[np.int32], near: NDArray[np.bool_], neurons: int) -> float:
-    """The probability that independent roles find the same one of `neurons` neurons, by how often each role finds each;
-    0 where nothing is near. `neurons_found` is [roles, queries], `near` [queries]."""
-    if not near.any():
-        return 0.0
-    shares = [np.bincount(role[near], minlength=neurons) / near.sum() for role in neurons_found]
-    return float(np.prod(shares, axis=0).sum())

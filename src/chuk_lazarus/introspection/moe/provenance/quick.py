@@ -9,7 +9,7 @@ from ..jobs.parts import BUDGET, LAYERS
 from ..progress import Progress, no_progress
 from ..reports import MoEQuickAnalysis
 from ..text import parse_size
-from .classifier import QUICK, RATES, classify_quickly
+from .classifier import CALIBRATION, QUICK, classify_quickly, weigh_parts
 from .part import analyze_part
 
 
@@ -53,9 +53,9 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
         moe_layers=experts.layers,
         type=verdict.origin,
         confidence=verdict.confidence,
-        full_confidence=RATES[verdict.origin]
+        full_confidence=CALIBRATION.decide(verdict.origin, weigh_parts(results)).confidence
         if verdict.origin != "UNDETERMINED"
-        else min(RATES["UPCYCLED"], RATES["NATIVE"]),
+        else min(CALIBRATION.ceiling, 1 - CALIBRATION.floor),
         kind=max(kinds, key=kinds.count) if kinds and verdict.origin == "UPCYCLED" else None,
         close=close,
         shared=shared,

@@ -17,8 +17,10 @@ from .overlays import (
     TokensFrom,
 )
 from .provenance import (
+    AttentionMatch,
     Cosine,
     DocumentedRule,
+    EmbeddingMatch,
     LayerAnalysis,
     Lineage,
     MatchHistogram,
@@ -27,6 +29,7 @@ from .provenance import (
     MoETypeComparison,
     ParentMatch,
     Projection,
+    ProjectionMatch,
     QuickLayer,
     Sharing,
     Similarity,
@@ -35,9 +38,11 @@ from .report import Cost, Identity, Report, as_details, as_html, as_rich
 from .survey import MoESurveyPlan, MoETypeSurvey, PlannedModel, SurveyAnswer, SurveyError, SurveyRequest, SurveyRow
 
 __all__ = [
+    "AttentionMatch",
     "Cosine",
     "Cost",
     "DocumentedRule",
+    "EmbeddingMatch",
     "ErrorSpread",
     "Evaluation",
     "Identity",
@@ -63,6 +68,7 @@ __all__ = [
     "ParentMatch",
     "PlannedModel",
     "Projection",
+    "ProjectionMatch",
     "QuickLayer",
     "Report",
     "SameBytes",

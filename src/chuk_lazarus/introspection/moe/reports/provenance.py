@@ -63,11 +63,56 @@ class MatchHistogram(Report):
     runner_up: tuple[int, ...]
 
 
-class ParentMatch(Report):
-    """Which of the sampled neurons come from a dense parent's feed-forward in the layer of the same number.
+class ProjectionMatch(Report):
+    """How alike two projections of attention are: the mean `cosine` of rows at equal places (null where the shapes
+    differ), and the unbiased `cka` of W^T W over the hidden side, which is blind to any rotation of the rows."""
 
-    `kept`, `chance`, `p_value` and `in_place` as in Lineage; `cosine` is the mean cosine of the found neurons. By
-    expert: `shares` of its neurons, and the `ranges` of the parent's neurons (first, last) that they were found among.
+    cosine: float | None
+    cka: float
+
+
+class AttentionMatch(Report):
+    """How alike the attention of a layer is to that of a parent's.
+
+    `layer` is the most similar of the parent's `layers`, the mean `cka` by layer of all that were compared: no more
+    where one is nearly the same. `projections` are its roles (q, k, v, o, or those of latent attention that have a
+    hidden side), and `cka` and `cosine` the means over them.
+    """
+
+    layer: int
+    layers: dict[int, float]
+    cka: float
+    cosine: float | None
+    projections: dict[str, ProjectionMatch]
+
+
+class EmbeddingMatch(Report):
+    """How alike the embeddings of `tokens` tokens with equal numbers are, `cosine` and `cka` as in ProjectionMatch.
+
+    `correlation` is the mean correlation of columns, and `assigned` says whether they are the parent's in another order
+    or with other signs, in which case everything else was compared in the parent's order.
+    """
+
+    tokens: int
+    cosine: float
+    cka: float
+    correlation: float
+    assigned: bool
+
+
+class ParentMatch(Report):
+    """Which of the sampled neurons come from a dense parent's feed-forwards, in whatever layer.
+
+    `kept` is the share that is found in some layer, `strong` that of neurons found with a mean cosine of at least 0.8,
+    and `layers` the share by the parent's layer, of all that were searched, out of `of_layers`: the layer with the same
+    attention, or the same number, comes first, and no other is searched where it has nearly all. `layer` is the one
+    that has most, null where nothing is found. `chance` and `p_value` as in Lineage, of all searched layers together.
+    Of the found neurons `in_place` is the share at their own position, `cosine` their mean cosine, and `flipped` the
+    share whose up row and down column both have the other sign. `copies` is how often each of the parent's neurons is
+    there, over all experts: 1 where a layer was cut once. By expert: `shares` of its neurons, the parent's layer that
+    has most of them as `sources`, and the `ranges` of neurons (first, last) that they were found among in that layer.
+    `attention` is that of the layer beside the experts; null where there is none to compare, or the parent is itself an
+    MoE.
     """
 
     kept: float
@@ -77,6 +122,14 @@ class ParentMatch(Report):
     cosine: float
     shares: dict[int, float]
     ranges: dict[int, tuple[int, int]]
+    strong: float = 0.0
+    flipped: float = 0.0
+    layer: int | None = None
+    layers: dict[int, float] = Field(default_factory=dict)
+    of_layers: int = 0
+    copies: float = 0.0
+    sources: dict[int, int | None] = Field(default_factory=dict)
+    attention: AttentionMatch | None = None
 
 
 class Sharing(Report):
@@ -198,9 +251,10 @@ class QuickLayer(Report):
 class MoETypeAnalysis(Identity):
     """How one model's experts were trained, as far as their neurons tell, and whether an overlay would pay.
 
-    `type` and `confidence`, a measured rate, come from the layers' `lineage` and, where no layers were asked for, from
-    the neurons of two `further_layers`, of which parts were read. `kind` says what kind of upcycling it
-    looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with.
+    `type` and `confidence`, the probability by such evidence, come from the layers' `lineage` and, where no layers were
+    asked for, from the neurons of two `further_layers`, of which parts were read. `kind` says what kind of upcycling it
+    looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with,
+    and `parent_embeddings` how alike the two models' token embeddings are, null where they were not compared.
     `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
     `original_bytes` counts two bytes a weight, `stored_bytes` what the files really spend, `overlay_bytes` a base and
     rank-r factors at two bytes a number, r being each projection's mean 95 %-energy rank; all three are of the analysed
@@ -215,6 +269,7 @@ class MoETypeAnalysis(Identity):
     kind: str | None
     documented_rule: DocumentedRule
     parent: str | None
+    parent_embeddings: EmbeddingMatch | None = None
     rank_projection: Literal["gate", "up"]
     rank_ratio: float
     cosine: float
@@ -240,10 +295,11 @@ class MoETypeAnalysis(Identity):
 class MoEQuickAnalysis(Identity):
     """How one model's experts were trained, by a part of some experts in a few layers.
 
-    `type` and `confidence`, the rate of such verdicts that are right, come from `shared`, `strong` and `reach`, means
-    over `layers`; `full_confidence` is the rate of full analyses that say so (of those that decide, where this one does
-    not). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of `stored_bytes`,
-    those of all experts (taken from the analysed layers); a full analysis of one layer would read `full_bytes`.
+    `type` and `confidence`, the probability by such evidence, come from `shared`, `strong` and `reach`, means over
+    `layers`; `full_confidence` is what a full analysis would have by the same evidence (by clear evidence, where this
+    one does not decide). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of
+    `stored_bytes`, those of all experts (taken from the analysed layers); a full analysis of one layer would read
+    `full_bytes`.
     """
 
     schema_: Literal["moe-type-quick/1"] = Field(default="moe-type-quick/1", alias="schema")

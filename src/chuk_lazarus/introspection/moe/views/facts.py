@@ -3,17 +3,25 @@
 Both show the same figures; the terminal has room for fewer of them, and for fewer digits.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import isnan, nan
 from operator import attrgetter
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
-from ..reports import LayerAnalysis, MoETypeAnalysis, Projection
+from ..reports import LayerAnalysis, MoETypeAnalysis, ParentMatch, Projection
 from ..terms import ROLES
 from ..text import format_bytes, percent, whole_percent
-from .words import format_compressible, format_cosine, format_rank, format_ratio, format_spread
+from .words import (
+    format_compressible,
+    format_cosine,
+    format_likeness,
+    format_rank,
+    format_ratio,
+    format_spread,
+    name_sources,
+)
 
 LayerFigure = Callable[[LayerAnalysis], float]
 ProjectionFigure = Callable[[Projection], float]
@@ -190,6 +198,60 @@ def list_expert_ranks_briefly(model: MoETypeAnalysis) -> Table:
             rows.append([str(layer.layer), role, *_mean_and_deviation(ranks), *extremes, ", ".join(shown)])
     headings = ["Layer", "Projection", "Mean", "Deviation", "Least", "Most", "Experts"]
     return Table("Ranks of the experts' deltas (95 %)", headings, rows)
+
+
+def list_parents(model: MoETypeAnalysis) -> Table:
+    """A row for each layer: where in the parent its neurons and its attention are from."""
+    matches = [(layer.layer, layer.lineage.parent) for layer in model.layers if layer.lineage.parent]
+    attention = [match.attention for _, match in matches if match.attention]
+    roles = list(dict.fromkeys(role for layer in attention for role in layer.projections))
+    rows = []
+    for number, match in matches:
+        searched = f"{len(match.layers)} of {match.of_layers}"
+        row = [str(number), name_sources(match), whole_percent(match.kept)]
+        row += [whole_percent(match.in_place), f"{match.cosine:.2f}"] if match.kept else ["–", "–"]
+        row.append(searched)
+        if attention:
+            alike = match.attention.projections if match.attention else {}
+            row.append(str(match.attention.layer) if match.attention else "–")
+            row += [format_likeness(alike[role].cka) if role in alike else "–" for role in roles]
+        rows.append(row)
+    caption = (
+        "From: the parent's layers that have the neurons; Found: the share found; Place: of these, at their own "
+        "position; Searched: layers looked into"
+    )
+    headings = ["Layer", "From", "Found", "Place", "Cosine", "Searched"]
+    if attention:
+        headings += ["Like", *roles]
+        caption += f"; Like: the layer that the attention is most like; {', '.join(roles)}: how much (CKA)"
+    return Table(caption, headings, rows)
+
+
+class ByLayer(NamedTuple):
+    """A figure for each analysed layer and each of a parent's: rows of `values`, NaN where not looked into."""
+
+    layers: Sequence[int]
+    parents: Sequence[int]
+    values: Sequence[Sequence[float]]
+
+
+def share_by_layer(model: MoETypeAnalysis) -> ByLayer:
+    """The share of neurons found."""
+    return _by_layer(model, lambda match: match.layers)
+
+
+def attention_by_layer(model: MoETypeAnalysis) -> ByLayer:
+    """How alike the attention is."""
+    return _by_layer(model, lambda match: match.attention.layers if match.attention else {})
+
+
+def _by_layer(model: MoETypeAnalysis, figure: Callable[[ParentMatch], Mapping[int, float]]) -> ByLayer:
+    matches = [(layer.layer, layer.lineage.parent) for layer in model.layers if layer.lineage.parent]
+    searched = {number for _, match in matches for number in match.layers}
+    searched |= {number for _, match in matches if match.attention for number in match.attention.layers}
+    parents = sorted(searched)
+    values = [[figure(match).get(number, nan) for number in parents] for _, match in matches]
+    return ByLayer([number for number, _ in matches], parents, values)
 
 
 def _tabulate(caption: str, heading: str, measures: Iterable[Measure], models: Sequence[MoETypeAnalysis]) -> Table:

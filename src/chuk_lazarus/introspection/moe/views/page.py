@@ -11,17 +11,27 @@ from typing import TYPE_CHECKING, NamedTuple
 from chuk_lazarus import __version__
 
 from ..errors import printable
+from ..provenance.classifier import LINEAGE
 from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
 from ..text import format_bytes, format_ranges, percent
 from . import facts
-from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_similarity, to_svg
-from .words import describe_family, explain, explain_further, explain_parent, explain_rule, format_ratio
+from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_parents, plot_similarity, to_svg
+from .words import (
+    describe_family,
+    explain,
+    explain_further,
+    explain_parent,
+    explain_rule,
+    format_ratio,
+    name_sources,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from matplotlib.figure import Figure
 
 COMMAND = "lazarus introspect moe-expert"
+MOST_DESCRIBED = 12  # layers whose parents a caption names
 NEXT_LAYERS = 4  # the number of layers that the page proposes to analyse next
 
 VERDICTS = {
@@ -69,13 +79,14 @@ MEANINGS = (
     ),
     (
         "Parent",
-        "The share of the sampled neurons for which all their vectors have one and the same neuron of the dense "
-        "model's feed-forward for their nearest.",
+        "The share of the sampled neurons for which all their vectors have one and the same neuron in a layer of the "
+        "dense model for their nearest, clearly nearer than the second nearest; and how alike the attention is (CKA, "
+        "near 1 for what was copied, near 0 for what was trained apart).",
     ),
     (
         "Limits",
-        "A model whose every weight was re-initialised looks native, and so does a dense layer that was cut into "
-        "experts without a duplicate, unless its parent is given. Where every expert is there twice, they may have "
+        "A model whose experts were all re-initialised looks native, and so does a dense layer that was cut into "
+        "experts without a duplicate, unless the parent is given. Where every expert is there twice, they may have "
         "been merged or duplicated, and what they were before is not known.",
     ),
 )
@@ -112,11 +123,11 @@ def _render(report: MoETypeAnalysis | MoETypeComparison, command: str | None, wh
         whole=whole,
         models=models,
         command=command,
-        verdicts=[(model, VERDICTS[model.type], explain(model), _facts(model)) for model in models],
+        verdicts=[(model, _verdict(model), explain(model), _facts(model)) for model in models],
         headline=_headline(models[0]) if len(models) == 1 else [],
         evidence=facts.compare(models),
         pictures=_pictures(report),
-        tables=[table for model in models for table in (facts.list_layers(model), facts.list_ranks(model))],
+        tables=[table for model in models for table in _tables(model)],
         expert_tables=[
             (f"{model.model}, layer {layer.layer}", facts.list_expert_ranks(layer))
             for model in models
@@ -138,6 +149,18 @@ def _template() -> "Template":
         "ensure_ascii": False
     }  # which also keeps the keys in the report's order
     return environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+
+
+def _verdict(model: MoETypeAnalysis) -> str:
+    """The verdict in a sentence."""
+    if model.type == "UPCYCLED" and (model.kind or "").startswith("from this parent"):
+        return "It was upcycled from the dense model that was named."
+    return VERDICTS[model.type]
+
+
+def _tables(model: MoETypeAnalysis) -> list[facts.Table]:
+    parents = [facts.list_parents(model)] if model.parent else []
+    return [facts.list_layers(model), *parents, facts.list_ranks(model)]
 
 
 def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
@@ -194,6 +217,8 @@ def _pictures(report: MoETypeAnalysis | MoETypeComparison) -> list[Picture]:
         ]
         if len(report.layers) > 1:
             pictures.append(draw("From layer to layer", plot_depth(report), _describe_depth(report)))
+        if report.parent:
+            pictures.append(draw("The parent's layers", plot_parents(report), _describe_parents(report)))
         return pictures
     except ImportError:
         return []
@@ -251,6 +276,19 @@ def _describe_depth(model: MoETypeAnalysis) -> str:
     )
 
 
+def _describe_parents(model: MoETypeAnalysis) -> str:
+    """Which layers of the parent have the neurons, for those who do not see the picture."""
+    matches = [(layer.layer, layer.lineage.parent) for layer in model.layers if layer.lineage.parent]
+    parts = []
+    for number, match in matches[:MOST_DESCRIBED]:
+        where = f", in layers {name_sources(match)}" if match.kept >= LINEAGE.native else ""
+        attention = f", attention {match.attention.cka:.2f} alike" if match.attention else ""
+        searched = f"{len(match.layers)} of {match.of_layers} layers of the parent searched"
+        parts.append(f"layer {number}: {percent(match.kept)} of the neurons found{where} ({searched}){attention}")
+    listing = "; ".join(parts)
+    return f"{listing}{'; and so on' if len(matches) > MOST_DESCRIBED else ''}."
+
+
 def _describe_comparison(comparison: MoETypeComparison) -> str:
     models = (
         f"{model.model}: {percent(facts.mean_over_layers(model, facts.SHARED))} of the neurons shared, "
@@ -274,7 +312,8 @@ def _next_steps(model: MoETypeAnalysis) -> Iterator[Step]:
         yield Step("See whether other layers say the same.", f"{analyze} --layers {spread}")
     if not model.parent:
         yield Step(
-            "A dense layer that was cut into experts, no neuron twice, looks native. Name the dense model to find out."
+            "A dense layer that was cut into experts, no neuron twice, looks native, and so do experts that were all "
+            "re-initialised. Name the dense model to find out."
             if model.type == "NATIVE"
             else "Name the dense model that it may come from, to see which of its neurons are in which expert.",
             f"{analyze} --parent {'demo:parent' if model.model.startswith('demo:') else 'DENSE-MODEL'}",

@@ -9,13 +9,17 @@ from ..provenance.classifier import (
     QUICK,
     classify_by_neurons,
     has_adapter,
+    has_its_attention,
     has_shared,
     has_strong,
     is_alike_in_place,
+    is_from_parent,
     mean_over_projections,
 )
-from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, Projection
+from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, ParentMatch, Projection, QuickLayer
 from ..text import format_bytes, format_groups, format_ranges, percent
+
+MOST_MOVED = 8  # layers that a sentence names
 
 
 def identify(report: Identity) -> str:
@@ -58,6 +62,11 @@ def format_spread(mean: float, deviation: float) -> str:
     return f"{mean:.3f} ± {deviation:.3f}"
 
 
+def format_likeness(likeness: float) -> str:
+    """For instance "0.98"; about 0 is "0.00" from both sides."""
+    return f"{round(likeness, 2) + 0.0:.2f}"
+
+
 def format_ratio(ratio: float) -> str:
     """For instance "7.9x"."""
     return f"{ratio:.1f}x"
@@ -85,7 +94,8 @@ def explain(analysis: MoETypeAnalysis) -> str:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
     alone = classify_by_neurons(lineages, [layer.projections for layer in analysis.layers])
-    if analysis.further_layers and not analysis.parent and analysis.type != alone.origin:
+    by_parent = (analysis.kind or "").startswith("from this parent")
+    if analysis.further_layers and not by_parent and analysis.type != alone.origin:
         where = name_layers([layer.layer for layer in analysis.layers])
         return f"{evidence} in {where}, which would be {alone.origin} alone; further layers decide, by parts of them."
     match analysis.type:
@@ -124,9 +134,12 @@ def _describe_common(analysis: MoETypeAnalysis) -> str:
 
 def explain_further(analysis: MoETypeAnalysis) -> str:
     """What parts of further layers say, and, where layers differ, why that may be."""
-    said = ", ".join(
-        f"layer {part.layer} {part.type} ({percent(part.shared)} shared)" for part in analysis.further_layers
-    )
+
+    def describe(part: QuickLayer) -> str:
+        is_one = part.twins == (part.experts,)
+        return f"layer {part.layer} {part.type} ({'identical experts' if is_one else f'{percent(part.shared)} shared'})"
+
+    said = ", ".join(map(describe, analysis.further_layers))
     types = {layer.type for layer in analysis.layers} | {part.type for part in analysis.further_layers}
     if len(types) == 1:
         return f"{said}, by parts of them"
@@ -177,7 +190,7 @@ def explain_full_analysis(report: MoEQuickAnalysis) -> str:
     """What a full analysis of one layer would cost, and how much surer it would be."""
     gain = f"{report.full_confidence:.0%} confidence"
     if report.full_confidence <= report.confidence:
-        gain = "no surer by the rates measured, but with ranks and an overlay"
+        gain = "no surer by the same evidence, but with ranks and an overlay"
     return f"without --quick, one layer: {format_bytes(report.full_bytes)}, {gain}"
 
 
@@ -190,12 +203,42 @@ def explain_rule(analysis: MoETypeAnalysis) -> str:
 
 
 def explain_parent(analysis: MoETypeAnalysis) -> str:
-    """How much of the experts comes from the dense parent."""
+    """How much of the experts, and of what lies beside them, comes from the dense parent."""
     matches = [layer.lineage.parent for layer in analysis.layers if layer.lineage.parent]
-    kept, chance, cosine, in_place = (
-        fmean(getattr(match, figure) for match in matches) for figure in ("kept", "chance", "cosine", "in_place")
+    kept, chance, cosine, in_place, flipped = (
+        fmean(getattr(match, figure) for match in matches)
+        for figure in ("kept", "chance", "cosine", "in_place", "flipped")
     )
     text = f"{percent(kept)} of the neurons are found in {analysis.parent}, {percent(chance)} by chance"
-    if kept - chance < LINEAGE.native:
-        return text
-    return f"{text}; cosine {cosine:.2f}, {percent(in_place)} of them at their own position"
+    if kept - chance >= LINEAGE.native:
+        signs = f", {percent(flipped)} with the other sign in up and down" if flipped >= LINEAGE.native else ""
+        text += f"; cosine {cosine:.2f}, {percent(in_place)} of them at their own position{signs}"
+        text += _describe_order(analysis)
+    attention = [match.attention for match in matches if match.attention]
+    if attention:
+        cka = fmean(layer.cka for layer in attention)
+        if not has_its_attention(matches):
+            return f"{text}; its attention is not alike (CKA {format_likeness(cka)})"
+        text += f"; the attention is from it (CKA {format_likeness(cka)})"
+        if not is_from_parent(matches):
+            text += ", so the experts were re-initialised, or trained until nothing of theirs was left"
+    if analysis.parent_embeddings and analysis.parent_embeddings.assigned:
+        text += "; the hidden side is in another order or has other signs"
+    return text
+
+
+def _describe_order(analysis: MoETypeAnalysis) -> str:
+    """Which layers the analysed ones come from, where they are others than those of the same number."""
+    sources = [name_sources(layer.lineage.parent) for layer in analysis.layers if layer.lineage.parent]
+    numbers = [str(layer.layer) for layer in analysis.layers]
+    if sources == numbers:
+        return ""
+    moved = [(number, source) for number, source in zip(numbers, sources, strict=True) if number != source]
+    listing = ", ".join(f"{number} from {source}" for number, source in moved[:MOST_MOVED])
+    more = f" and {len(moved) - MOST_MOVED} more" if len(moved) > MOST_MOVED else ""
+    return f"; layers moved: {listing}{more}"
+
+
+def name_sources(match: ParentMatch) -> str:
+    """The parent's layers that have a good part of the neurons, for instance "3" or "1, 4"; "none" without one."""
+    return format_ranges([number for number, share in match.layers.items() if share >= LINEAGE.native]) or "none"

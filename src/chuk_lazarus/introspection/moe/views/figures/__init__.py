@@ -1,7 +1,15 @@
 """Reports as figures, and figures as files."""
 
 from .overlays import plot_estimate
-from .provenance import plot_analysis, plot_comparison, plot_decay, plot_depth, plot_matches, plot_similarity
+from .provenance import (
+    plot_analysis,
+    plot_comparison,
+    plot_decay,
+    plot_depth,
+    plot_matches,
+    plot_parents,
+    plot_similarity,
+)
 from .style import ENDINGS, save, to_svg
 
 __all__ = [
@@ -12,6 +20,7 @@ __all__ = [
     "plot_depth",
     "plot_estimate",
     "plot_matches",
+    "plot_parents",
     "plot_similarity",
     "save",
     "to_svg",

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import InvalidRequest
 from ...numerics.spectra import noise_decay, noise_rank
 from ...reports import Identity, LayerAnalysis, Lineage, MoETypeAnalysis, MoETypeComparison, Projection
-from ...text import percent
+from ...text import percent, whole_percent
 from .. import facts
-from ..words import format_confidence, identify, name_layers
+from ..words import format_confidence, format_likeness, identify, name_layers
 from .style import (
     COLORS,
     GREY,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 MARKS = "osD^vP*X"  # one for each share of energy
 FLOOR = 0.01  # singular values below this share of their root mean square are off the scale
+MOST_WRITTEN = 6  # layers of a parent up to which figures are written into their squares
 LEAST_SCALE = 0.1  # the least top of a heat map's scale, so that noise does not look like structure
 DECAY = (
     "Singular values of the deltas (expert minus mean of all experts) over their root mean square, mean over the "
@@ -50,6 +52,10 @@ MATCHES = (
 DEPTH = (
     "Effective rank at 95 % of the delta's energy, mean cosine of two experts, and the share of an expert's neurons "
     "that its best partner has, too."
+)
+PARENTS = (
+    "For each layer (row) and each layer of the parent (column): the share of the sampled neurons that are found "
+    "there, and how alike the attention is (CKA). Grey: not looked into, because another layer has nearly all."
 )
 COMPARISON = (
     "Top, the first analysed layer of each: singular values of the deltas (expert minus mean of all experts) over "
@@ -100,6 +106,21 @@ def plot_depth(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
         ax.label_outer()
     return finish(figure, DEPTH, _source(analysis, analysis.layers), command)
+
+
+@styled()
+def plot_parents(analysis: MoETypeAnalysis, command: str | None = None) -> "Figure":
+    """Which layers of the parent the neurons of which layer come from; an InvalidRequest where none was compared."""
+    panels = {"Neurons found": facts.share_by_layer(analysis), "Attention (CKA)": facts.attention_by_layer(analysis)}
+    drawn = {title: figures for title, figures in panels.items() if not np.isnan(figures.values).all()}
+    if not drawn:
+        raise InvalidRequest("the analysis has no parent", "name one as parent")
+    figure = new_figure(min(5.0, 1.4 + 0.22 * len(analysis.layers)), "Where in the parent the layers come from")
+    axes = add_panels(figure, figure.add_gridspec()[0], len(drawn))
+    for ax, (title, figures) in zip(axes, drawn.items(), strict=True):
+        _paint_by_layer(ax, figures, format_share if title == "Neurons found" else None)
+        ax.set_title(title)
+    return finish(figure, PARENTS, _source(analysis, analysis.layers), command)
 
 
 @styled()
@@ -277,6 +298,31 @@ def _paint_heat(
         panel.grid(False)
         panel.spines[:].set_visible(False)
     ax.set_title(title)
+
+
+def _paint_by_layer(ax: "Axes", figures: facts.ByLayer, scale: Callable[[float, object], str] | None) -> None:
+    """A square for each layer and each of the parent's, with its figure where there is room."""
+    import matplotlib
+
+    values = np.array(figures.values)
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad="#E4E4E4")
+    figure: Any = ax.figure
+    image = ax.imshow(values, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    bar = figure.colorbar(image, ax=ax, format=scale, fraction=0.08, pad=0.03)
+    bar.solids.set_rasterized(True)  # vector strips would show seams
+    bar.outline.set_visible(False)
+    if values.shape[1] <= MOST_WRITTEN:
+        for row, column in np.argwhere(~np.isnan(values)):
+            value = float(values[row, column])
+            text = whole_percent(value) if scale else format_likeness(value)
+            ax.text(column, row, text, ha="center", va="center", color="white" if value < 0.5 else "black")
+    for set_ticks, numbers in ((ax.set_xticks, figures.parents), (ax.set_yticks, figures.layers)):
+        places = range(0, len(numbers), ceil(len(numbers) / 12))
+        set_ticks(places, [str(numbers[place]) for place in places])
+    ax.set(xlabel="layer of the parent", ylabel="layer")
+    for panel in (ax, bar.ax):
+        panel.grid(False)
+        panel.spines[:].set_visible(False)
 
 
 def _paint_matches(ax: "Axes", lineage: Lineage) -> None:

@@ -69,7 +69,21 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
         by_role = (("gate", cosine.gate), ("up", cosine.up))
         others = ", ".join(f"{role} {value:.3f}" for role, value in by_role if value is not None)
         overlay_facts.insert(0, ("Cosine", f"{format_cosine(cosine)} (down), {others}"))
-    return stack("MOE TYPE ANALYSIS", draw_facts(verdict), table, draw_facts(overlay_facts, analysis.notes))
+    parts = [draw_facts(verdict), *([_draw_parents(analysis)] if analysis.parent else []), table]
+    return stack("MOE TYPE ANALYSIS", *parts, draw_facts(overlay_facts, analysis.notes))
+
+
+def _draw_parents(analysis: MoETypeAnalysis) -> "RenderableType":
+    """A row for each layer: where in the parent it comes from."""
+    parents = facts.list_parents(analysis)
+    return draw_table(
+        parents.headings,
+        parents.rows,
+        padding=(0, 1),
+        collapse_padding=True,
+        caption=parents.caption,
+        caption_justify="left",
+    )
 
 
 def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
