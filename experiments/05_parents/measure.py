@@ -7,6 +7,7 @@ ZOO is the folder that experiments/04_unseen_histories/zoo.py fills, REAL the fi
 import json
 import sys
 import tempfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +31,7 @@ from chuk_lazarus.introspection.moe.weights.experts import Experts
 
 LOOKED_AT = {"00", "02"}
 TURNED = ("rotated", "mixed-down")  # what hides neurons from any parent: a rotation of the hidden side, or of down
+MADE = ("permuted", "redrawn-permuted")  # variants of checkpoints that have a parent
 NOISE = [(hidden, experts, neurons) for hidden in (16, 32, 64, 128, 512) for experts, neurons in ((8, 64), (16, 128))]
 REPEATS = 4  # of each size of noise
 HERE = Path(__file__).parent
@@ -40,9 +42,9 @@ def compare(task: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
     model, parent, row = task
     try:
         with tempfile.TemporaryDirectory() as made:
-            if row["kind"].endswith("+permuted"):
-                permute_hidden(Path(model), Path(made) / "permuted")
-                model = f"{made}/permuted"
+            if row["made"]:
+                change(Path(model), Path(made) / "changed", row["made"])
+                model = f"{made}/changed"
             elif row["kind"] == "noise":
                 model, parent = write_noise(Path(made), *row["shape"])
             analysis = MoETypeService.analyze(model, layers="all", parent=parent)
@@ -76,32 +78,39 @@ def list_pairs(zoo: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
             continue
         name, kind = f"{truth['family']}/{folder.name}", truth["kind"]
         row = {"name": name, "family": truth["family"], "origin": truth["origin"], "kind": kind}
-        row |= {"hidden": truth["hidden"]}
+        row |= {"hidden": truth["hidden"], "made": ""}
         is_plain = "+" not in kind
         for other in dense:
             shares_parent = truth.get("parent") == f"{other.parent.name}/{other.name}"
             of_family = other.parent == folder.parent
-            if truths[other]["hidden"] != truth["hidden"] or not (shares_parent or is_plain or of_family):
+            # checkpoints that came from one parent are no independent pairs with another
+            is_new = is_plain and (truth["origin"] == "NATIVE" or kind in ("copy", "redrawn"))
+            if truths[other]["hidden"] != truth["hidden"] or not (shares_parent or of_family or is_new):
                 continue
-            if of_family and not shares_parent and (kind.startswith("groups") or (not is_plain and "-b" in other.name)):
+            if other.name == "parent-b" and (kind == "groups" or not is_new):
                 continue  # `groups` has both parents
             relation = "parent" if shares_parent else "unrelated"
             yield str(folder), str(other), {**row, "parent": f"{other.parent.name}/{other.name}", "relation": relation}
-            if shares_parent and is_plain:
-                permuted = {"name": f"{name}+permuted", "kind": f"{kind}+permuted", "relation": relation}
-                yield str(folder), str(other), {**row, **permuted, "parent": f"{other.parent.name}/{other.name}"}
+            for made in MADE if shares_parent and is_plain else ():
+                changed = {"name": f"{name}+{made}", "kind": f"{kind}+{made}", "made": made, "relation": relation}
+                yield str(folder), str(other), {**row, **changed, "parent": f"{other.parent.name}/{other.name}"}
 
 
-def permute_hidden(source: Path, folder: Path) -> None:
-    """Write a checkpoint of the same function, the hidden side in another order and with other signs."""
+def change(source: Path, folder: Path, how: str) -> None:
+    """Write a checkpoint with its hidden side in another order and with other signs, which is the same function, and
+    with the weights of all experts drawn anew, as `how` says."""
     checkpoint = Experts.open(str(source)).checkpoint
-    rng = np.random.default_rng(len(str(folder.name)))
+    rng = np.random.default_rng(zlib.crc32(str(source).encode()))
     tensors: dict[str, np.ndarray] = {}
     hidden = json.loads((source / "config.json").read_text())["hidden_size"]
-    order, signs = rng.permutation(hidden), rng.choice(np.float32([-1, 1]), hidden)
+    order, signs = np.arange(hidden), np.ones(hidden, np.float32)
+    if "permuted" in how:
+        order, signs = rng.permutation(hidden), rng.choice(np.float32([-1, 1]), hidden)
     for name in checkpoint.names:
         info = checkpoint.info(name)
         matrix = checkpoint.rows(info, 0, info.shape[0]).astype(np.float32)
+        if "redrawn" in how and ".experts." in name:
+            matrix = matrix.std() * rng.standard_normal(matrix.shape, np.float32)
         if matrix.ndim == 1 and len(matrix) == hidden:
             matrix = matrix[order]  # of a norm
         elif name.endswith(("o_proj.weight", "w2.weight", "down_proj.weight")):
@@ -119,7 +128,7 @@ def list_noise() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for hidden, experts, neurons in NOISE:
         for seed in range(REPEATS):
             row = {"name": f"noise-{hidden}-{experts}-{seed}", "family": "noise", "origin": "NATIVE", "kind": "noise"}
-            row |= {"hidden": hidden, "parent": "noise", "relation": "unrelated"}
+            row |= {"hidden": hidden, "made": "", "parent": "noise", "relation": "unrelated"}
             yield "", "", {**row, "shape": (hidden, experts, neurons, seed)}
 
 
@@ -222,7 +231,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     seen = [row for row in related if not any(what in row["kind"] for what in TURNED)]
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in related:
-        kinds[row["kind"].partition("+")[0]].append(row) if row in seen else kinds["rotated"].append(row)
+        plain = row["made"].partition("-")[0] or row["kind"].partition("+")[0]
+        kinds[plain if row in seen else "rotated or mixed-down"].append(row)
     greatest = {
         what: max((row[what] for row in unrelated if row[what] is not None), default=None)
         for what in ("excess", "strong", "cka", "cosine")
@@ -240,8 +250,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     zoo, real = Path(sys.argv[1]), sys.argv[2]
     tasks = [*list_pairs(zoo), *list_noise()]
+    measured = []
     with ProcessPoolExecutor(2) as pool:
-        measured = list(pool.map(compare, tasks, chunksize=4))
+        for row in pool.map(compare, tasks, chunksize=4):
+            measured.append(row)
+            if len(measured) % 100 == 0:
+                print(f"{len(measured)} of {len(tasks)}", file=sys.stderr)
     errors, rows = [row for row in measured if "error" in row], [row for row in measured if "error" not in row]
     noise = [row for row in rows if row["family"] == "noise"]
     looked_at = [row for row in rows if row["family"] in LOOKED_AT]

@@ -215,14 +215,17 @@ def explain_parent(analysis: MoETypeAnalysis) -> str:
         text += f"; cosine {cosine:.2f}, {percent(in_place)} of them at their own position{signs}"
         text += _describe_order(analysis)
     attention = [match.attention for match in matches if match.attention]
+    embeddings = analysis.parent_embeddings
     if attention:
-        cka = fmean(layer.cka for layer in attention)
+        likeness = f"CKA {format_likeness(fmean(layer.cka for layer in attention))}"
+        if embeddings:
+            likeness += f", of the embeddings {format_likeness(embeddings.cka)}"
         if not has_its_attention(matches):
-            return f"{text}; its attention is not alike (CKA {format_likeness(cka)})"
-        text += f"; the attention is from it (CKA {format_likeness(cka)})"
+            return f"{text}; its attention is not alike ({likeness})"
+        text += f"; the attention is from it ({likeness})"
         if not is_from_parent(matches):
             text += ", so the experts were re-initialised, or trained until nothing of theirs was left"
-    if analysis.parent_embeddings and analysis.parent_embeddings.assigned:
+    if embeddings and embeddings.assigned:
         text += "; the hidden side is in another order or has other signs"
     return text
 
