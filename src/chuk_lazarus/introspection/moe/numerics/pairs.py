@@ -134,11 +134,11 @@ def nearest_of_all_roles(cosines: Mapping[str, Array], is_gated: bool) -> PairMa
         agrees &= (nearest == best) & (matrix[rows, best] > 0)
     without_down = np.full(len(mean), -1, np.int32)
     if signed:
-        left = np.flatnonzero(agrees)  # of unrelated neurons a few
+        left = np.flatnonzero(agrees) if 2 * agrees.sum() < len(mean) else rows  # of unrelated neurons a few
         place = best[left]
         sign = np.sign(signed[0][left, place] + signed[1][left, place])
         for matrix in signed:
-            agrees[left] &= (matrix[left] * sign[:, None]).argmax(axis=1) == place
+            agrees[left] &= ((matrix if left is rows else matrix[left]) * sign[:, None]).argmax(axis=1) == place
             agrees[left] &= matrix[left, place] * sign > 0
         gate, up = cosines["gate"], cosines["up"]
         is_likely = ~agrees & (gate[rows, nearest] + np.abs(up[rows, nearest]) >= 2 * NEAR)  # `nearest` by gate

@@ -25,7 +25,7 @@ FEW = 0.02  # the share of close neurons from which on they tell the kind of upc
 STRONG = 0.8  # the mean cosine that independent experts do not reach, however alike training makes them
 SAME = 1e-5  # the share of its energy by which an expert differs from its twin, by rounding in float32
 ALL, EQUAL = 0.95, 0.99  # the share of neurons, and their cosine, by which an expert is another one in disguise
-LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
+LEAST_INPUTS = 16  # numbers of a neuron's vector below which neurons are alike by chance
 PAIR_QUERIES = 1024  # neurons of all experts together that are looked for in all
 COMPARISONS = 2**25  # of neurons, beyond which fewer are looked for
 LEAST_QUERIES, FEWEST_QUERIES = 8, 4  # neurons of an expert: where there are no more comparisons, and where there are
@@ -145,16 +145,16 @@ class PairEvidence:
 
     `shared` is the share of an expert's neurons that are found in its best partner, and there in turn as the same, mean
     over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG. `without_down`
-    is the share that are found so by all roles, or by gate and up alone and near (None where these are not two roles,
-    or are all). The partner is chosen by one half of the queries, and the shares are taken from the other, so that
-    their meaning does not depend on how many experts there are. `pairs` [experts, experts] is the share of one expert's
-    queries that are found in another, with or without down, `partners` the best partner of each expert, `in_place` the
-    share of all that is found at its own position, and `anywhere` that of queries that are found in any expert at all.
-    `nearest` and `runner_up` [queries] are each query's cosine, mean over roles, with the nearest neuron of its
-    expert's partner, and with the second nearest. `twins` are groups of experts with the same weights, few of them in
-    another order of neurons: only the first of each is among `experts`, the others are left out. Of the neurons,
-    `queries` were looked for: none where their vectors are too short to tell them apart, and none that has a role of
-    zeros. `roles` were compared, of equal ones only the first.
+    is the share that are found so by all roles, or by gate and up alone and near, `shared` where these find hardly any
+    more (None where these are not two roles, or are all). The partner is chosen by one half of the queries, and the
+    shares are taken from the other, so that their meaning does not depend on how many experts there are. `pairs`
+    [experts, experts] is the share of one expert's queries that are found in another, with or without down, `partners`
+    the best partner of each expert, `in_place` the share of all that is found at its own position, and `anywhere` that
+    of queries that are found in any expert at all. `nearest` and `runner_up` [queries] are each query's cosine, mean
+    over roles, with the nearest neuron of its expert's partner, and with the second nearest. `twins` are groups of
+    experts with the same weights, few of them in another order of neurons: only the first of each is among `experts`,
+    the others are left out. Of the neurons, `queries` were looked for: none where their vectors are too short to tell
+    them apart, and none that has a role of zeros. `roles` were compared, of equal ones only the first.
     """
 
     experts: tuple[int, ...]
@@ -232,7 +232,8 @@ def _compare_pairs(
     without_down = None
     if len(roles) == 3:
         of_two = {role: roles[role] for role in ("gate", "up")}
-        without_down = float(_find_mutual(of_two, positions, either, cosine)[0].mean())
+        finds_more = np.count_nonzero(either >= 0) > 1.02 * np.count_nonzero(neuron >= 0)
+        without_down = float((_find_mutual(of_two, positions, either, cosine)[0] if finds_more else mutual).mean())
     is_found = either >= 0
     pairs = is_found.mean(axis=1)
     partners = best_partners(pairs)
