@@ -21,6 +21,7 @@ Run = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
 SAMPLE = 64  # neurons of an expert by which it is seen whether it has to be aligned
 PAIRS, LEAST_PAIRS = 512, 8  # neurons of all experts together by which groups are found, and the fewest of an expert
 FOUND = 0.1  # the share of an expert's neurons that must be found, for the matches to say anything
+NEARLY_ALL = 0.98  # the share of neurons from which on an expert is not compared with the mean as well
 CLOSE = 0.5  # the cosine from which on two neurons belong together, though another one may be nearly as near
 ASSIGNED = 1024  # neurons that are assigned to places at once
 
@@ -29,7 +30,7 @@ ASSIGNED = 1024  # neurons that are assigned to places at once
 class Alignment:
     """Each expert's neurons in the order of the base of its group.
 
-    `permutations` [experts, neurons] has at each place which of the expert's own neurons belongs there. `groups` are
+    `permutations` [experts, neurons] has for each place which of the expert's own neurons belongs there. `groups` are
     the experts that share a base; each expert is in one of them.
     """
 
@@ -111,19 +112,24 @@ def _align_group(roles: Sequence[Array], group: Group, permutations: NDArray[np.
     if not is_moved.any():
         return
 
-    def fit(base: Sequence[Array], places: Sequence[int]) -> None:
-        def order(place: int) -> NDArray[np.intp]:
+    def fit(base: Sequence[Array], places: Sequence[int]) -> list[int]:
+        """Set the permutations of these experts; returns those of which neurons are still to be found."""
+
+        def order(place: int) -> tuple[NDArray[np.intp], float]:
             return _order([role[group[place]] for role in roles], base)
 
-        for place, permutation in zip(places, run(order, places), strict=True):
+        left = []
+        for place, (permutation, share) in zip(places, run(order, places), strict=True):
             permutations[group[place]] = permutation
+            left += [place] if share < NEARLY_ALL else []
+        return left
 
-    moved = np.flatnonzero(is_moved).tolist()
-    fit([role[first] for role in roles], moved)
-    known = [expert for expert, knows in zip(group, is_known, strict=True) if knows]
-    mean = [sum(role[e][permutations[e]] for e in known) / np.float32(len(known)) for role in roles]
-    lost = [place for place in range(len(group)) if not is_known[place]]
-    fit([_directions(role) for role in mean], [*moved, *lost])
+    left = fit([role[first] for role in roles], np.flatnonzero(is_moved).tolist())
+    left += np.flatnonzero(~is_known).tolist()
+    if left:
+        known = [expert for expert, knows in zip(group, is_known, strict=True) if knows]
+        mean = [sum(role[e][permutations[e]] for e in known) / np.float32(len(known)) for role in roles]
+        fit([_directions(role) for role in mean], left)
 
 
 def _directions(rows: Array) -> Array:
@@ -143,8 +149,7 @@ def _look(
         if expert == reference:
             return True, False
         there = _nearest([role[reference][asked] for role in roles], [role[expert] for role in roles])
-        back = _nearest([role[expert][there.neuron] for role in roles], [role[reference] for role in roles])
-        is_found = (back.neuron == asked) & (there.lead >= LEAD)
+        is_found = there.is_mutual & (there.lead >= LEAD)
         moved = is_found & (there.neuron != asked)
         return bool(is_found.mean() >= FOUND), bool(moved.sum() > FOUND * is_found.sum())  # a few by chance
 
@@ -154,11 +159,20 @@ def _look(
 
 @dataclass(frozen=True, slots=True)
 class _Nearest:
-    """For each query the nearest neuron by the mean cosine of all roles, the cosine, and its lead over the second."""
+    """For each query the nearest neuron by the mean cosine of all roles, the cosine, and its lead over the second.
+
+    `query` [neurons] is the nearest query of each neuron in turn.
+    """
 
     neuron: NDArray[np.intp]
     cosine: Array
     lead: Array
+    query: NDArray[np.intp]
+
+    @property
+    def is_mutual(self) -> NDArray[np.bool_]:
+        """Which queries are the nearest of their nearest."""
+        return np.asarray(self.query[self.neuron] == np.arange(len(self.neuron)))
 
 
 def _cosines(queries: Sequence[Array], neurons: Sequence[Array]) -> Array:
@@ -170,34 +184,40 @@ def _cosines(queries: Sequence[Array], neurons: Sequence[Array]) -> Array:
 def _nearest(queries: Sequence[Array], neurons: Sequence[Array]) -> _Nearest:
     step = max(1, BLOCK // len(neurons[0]))
     blocks = []
+    query, highest = np.zeros(len(neurons[0]), np.intp), np.full(len(neurons[0]), -np.inf, np.float32)
     for start in range(0, len(queries[0]), step):
         cosines = _cosines([role[start : start + step] for role in queries], neurons)
+        column_best = cosines.max(axis=0)
+        is_higher = column_best > highest
+        query[is_higher] = start + cosines.argmax(axis=0)[is_higher]
+        np.maximum(highest, column_best, out=highest)
         rows, best = np.arange(len(cosines)), cosines.argmax(axis=1)
         cosine = cosines[rows, best].copy()
         cosines[rows, best] = -np.inf
         blocks.append((best, cosine, cosine - cosines.max(axis=1, initial=-1.0)))
-    return _Nearest(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
+    best, cosine, lead = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return _Nearest(best, cosine, lead, query)
 
 
-def _order(expert: Sequence[Array], base: Sequence[Array]) -> NDArray[np.intp]:
-    """Which of the expert's neurons belongs to each place of the base, both [neurons, d] of each role.
+def _order(expert: Sequence[Array], base: Sequence[Array]) -> tuple[NDArray[np.intp], float]:
+    """Which of the expert's neurons belongs to each place of the base, both [neurons, d] of each role; and how large a
+    share was found.
 
     Neurons that are each other's nearest go first, the rest where the cosines are greatest in sum.
     """
     neurons = len(base[0])
     there = _nearest(base, expert)
-    back = _nearest(expert, base)
-    is_found = (back.neuron[there.neuron] == np.arange(neurons)) & ((there.lead >= LEAD) | (there.cosine >= CLOSE))
+    is_found = there.is_mutual & ((there.lead >= LEAD) | (there.cosine >= CLOSE))
     permutation = np.arange(neurons)
     if is_found.mean() < FOUND:
-        return permutation
+        return permutation, 0.0
     permutation[is_found] = there.neuron[is_found]
     places = np.flatnonzero(~is_found)
     rest = np.setdiff1d(np.arange(neurons), permutation[is_found], assume_unique=True)
     for start in range(0, len(places), ASSIGNED):
         asked, pool = places[start : start + ASSIGNED], rest[start : start + ASSIGNED]
         permutation[asked] = pool[_assign(_cosines([role[asked] for role in base], [role[pool] for role in expert]))]
-    return permutation
+    return permutation, float(is_found.mean())
 
 
 def _assign(cosines: Array) -> NDArray[np.intp]:
