@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .neurons import Array
+from .neurons import Array, unit_rows
 from .pairs import BLOCK, LEAD, group_partners, match_neurons, prepare_neurons
 
 Group = tuple[int, ...]  # experts, in ascending order
@@ -105,56 +105,43 @@ def _find_groups(prepared: Mapping[str, Array], run: Run) -> tuple[Group, ...]:
 
 def _align_group(roles: Sequence[Array], group: Group, permutations: NDArray[np.intp], run: Run) -> None:
     """Set the permutations of a group's experts: to one of them, then to the mean of all that fit."""
-    first, is_known, is_moved = max(
-        (_look(roles, group, reference, run) for reference in dict.fromkeys((group[0], group[len(group) // 2]))),
-        key=lambda look: int(look[1].sum()),
-    )
-    if not is_moved.any():
-        return
 
-    def fit(base: Sequence[Array], places: Sequence[int]) -> list[int]:
+    def neurons_of(expert: int) -> Array:
+        """All roles side by side, so that products are mean cosines."""
+        joined = np.concatenate([role[expert] for role in roles], axis=1)
+        return np.asarray(joined / np.sqrt(np.float32(len(roles))))
+
+    def fit(base: Array, experts: Sequence[int]) -> list[int]:
         """Set the permutations of these experts; returns those of which neurons are still to be found."""
-
-        def order(place: int) -> tuple[NDArray[np.intp], float]:
-            return _order([role[group[place]] for role in roles], base)
-
         left = []
-        for place, (permutation, share) in zip(places, run(order, places), strict=True):
-            permutations[group[place]] = permutation
-            left += [place] if share < NEARLY_ALL else []
+        for expert, found in zip(experts, run(lambda expert: _order(neurons_of(expert), base), experts), strict=True):
+            permutations[expert], share = found
+            left += [expert] if share < NEARLY_ALL else []
         return left
 
-    left = fit([role[first] for role in roles], np.flatnonzero(is_moved).tolist())
-    left += np.flatnonzero(~is_known).tolist()
-    if left:
-        known = [expert for expert, knows in zip(group, is_known, strict=True) if knows]
-        mean = [sum(role[e][permutations[e]] for e in known) / np.float32(len(known)) for role in roles]
-        fit([_directions(role) for role in mean], left)
+    for first in dict.fromkeys((group[0], group[len(group) // 2])):
+        base = neurons_of(first)
+        looks = np.array(list(run(lambda expert: _look(base, neurons_of(expert)), group)))  # noqa: B023  used at once
+        is_known, is_moved = looks.T
+        if is_known.mean() > 0.5:
+            break
+    if is_moved.any():
+        experts = np.array(group)
+        left = fit(base, experts[is_moved].tolist()) + experts[~is_known].tolist()
+        if left:
+            known = experts[is_known].tolist()
+            mean = sum((neurons_of(expert)[permutations[expert]] for expert in known), np.float32(0)) / len(known)
+            fit(unit_rows(np.asarray(mean, np.float32)), left)
 
 
-def _directions(rows: Array) -> Array:
-    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
-    return np.asarray(rows / np.where(lengths > 0, lengths, np.float32(1)))
-
-
-def _look(
-    roles: Sequence[Array], group: Group, reference: int, run: Run
-) -> tuple[int, NDArray[np.bool_], NDArray[np.bool_]]:
-    """By a sample of neurons: which experts of a group the reference is found in, and in which at other places."""
-    neurons = roles[0].shape[1]
-    asked = np.linspace(0, neurons - 1, min(SAMPLE, neurons)).round().astype(np.intp)
-
-    def look(place: int) -> tuple[bool, bool]:
-        expert = group[place]
-        if expert == reference:
-            return True, False
-        there = _nearest([role[reference][asked] for role in roles], [role[expert] for role in roles])
-        is_found = there.is_mutual & (there.lead >= LEAD)
-        moved = is_found & (there.neuron != asked)
-        return bool(is_found.mean() >= FOUND), bool(moved.sum() > FOUND * is_found.sum())  # a few by chance
-
-    looks = np.array(list(run(look, range(len(group)))))
-    return reference, looks[:, 0], looks[:, 0] & looks[:, 1]
+def _look(base: Array, expert: Array) -> tuple[bool, bool]:
+    """By a sample of the base's neurons: whether they are found in an expert, and whether at other places."""
+    asked = np.linspace(0, len(base) - 1, min(SAMPLE, len(base))).round().astype(np.intp)
+    there = _nearest(base[asked], expert)
+    is_found = there.is_mutual & (there.lead >= LEAD)
+    moved = is_found & (there.neuron != asked)
+    is_known = bool(is_found.mean() >= FOUND)
+    return is_known, is_known and bool(moved.sum() > FOUND * is_found.sum())  # a few by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +162,12 @@ class _Nearest:
         return np.asarray(self.query[self.neuron] == np.arange(len(self.neuron)))
 
 
-def _cosines(queries: Sequence[Array], neurons: Sequence[Array]) -> Array:
-    """The mean over roles of the cosines, [queries, neurons]."""
-    total = sum((asked @ pool.T for asked, pool in zip(queries, neurons, strict=True)), np.float32(0))
-    return np.asarray(total / np.float32(len(queries)))
-
-
-def _nearest(queries: Sequence[Array], neurons: Sequence[Array]) -> _Nearest:
-    step = max(1, BLOCK // len(neurons[0]))
+def _nearest(queries: Array, neurons: Array) -> _Nearest:
+    step = max(1, BLOCK // len(neurons))
     blocks = []
-    query, highest = np.zeros(len(neurons[0]), np.intp), np.full(len(neurons[0]), -np.inf, np.float32)
-    for start in range(0, len(queries[0]), step):
-        cosines = _cosines([role[start : start + step] for role in queries], neurons)
+    query, highest = np.zeros(len(neurons), np.intp), np.full(len(neurons), -np.inf, np.float32)
+    for start in range(0, len(queries), step):
+        cosines = queries[start : start + step] @ neurons.T
         column_best = cosines.max(axis=0)
         is_higher = column_best > highest
         query[is_higher] = start + cosines.argmax(axis=0)[is_higher]
@@ -199,13 +180,12 @@ def _nearest(queries: Sequence[Array], neurons: Sequence[Array]) -> _Nearest:
     return _Nearest(best, cosine, lead, query)
 
 
-def _order(expert: Sequence[Array], base: Sequence[Array]) -> tuple[NDArray[np.intp], float]:
-    """Which of the expert's neurons belongs to each place of the base, both [neurons, d] of each role; and how large a
-    share was found.
+def _order(expert: Array, base: Array) -> tuple[NDArray[np.intp], float]:
+    """Which of the expert's neurons belongs to each place of the base, both [neurons, d], and which share was found.
 
     Neurons that are each other's nearest go first, the rest where the cosines are greatest in sum.
     """
-    neurons = len(base[0])
+    neurons = len(base)
     there = _nearest(base, expert)
     is_found = there.is_mutual & ((there.lead >= LEAD) | (there.cosine >= CLOSE))
     permutation = np.arange(neurons)
@@ -216,7 +196,7 @@ def _order(expert: Sequence[Array], base: Sequence[Array]) -> tuple[NDArray[np.i
     rest = np.setdiff1d(np.arange(neurons), permutation[is_found], assume_unique=True)
     for start in range(0, len(places), ASSIGNED):
         asked, pool = places[start : start + ASSIGNED], rest[start : start + ASSIGNED]
-        permutation[asked] = pool[_assign(_cosines([role[asked] for role in base], [role[pool] for role in expert]))]
+        permutation[asked] = pool[_assign(base[asked] @ expert[pool].T)]
     return permutation, float(is_found.mean())
 
 

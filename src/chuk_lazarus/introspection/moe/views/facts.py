@@ -206,7 +206,7 @@ def list_ranks_briefly(layer: LayerAnalysis) -> Table:
         ]
         for role, projection in layer.projections.items()
     ]
-    return Table("", ["Projection", "Rank (95 %)", "of noise", "Delta energy", "aligned", "Bits saved", "Bound"], rows)
+    return Table("", ["Projection", "Rank (95 %)", "of noise", "Delta energy", "aligned", "Bits", "Bound"], rows)
 
 
 def list_expert_ranks(layer: LayerAnalysis) -> Table:
