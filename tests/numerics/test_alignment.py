@@ -149,3 +149,9 @@ def test_no_groups_are_one() -> None:
     assert keep_order(3, 4).groups == ((0, 1, 2),)
     assert keep_order(4, 4, [(1, 3)]).groups == ((0,), (1, 3), (2,))
     assert keep_order(4, 4).is_identity
+
+
+def test_vectors_that_are_too_short_say_nothing() -> None:
+    rng = np.random.default_rng(9)
+    found, _ = shuffled(rng, {role: m[..., :7] for role, m in copies(rng).items()})
+    assert align(found).is_identity

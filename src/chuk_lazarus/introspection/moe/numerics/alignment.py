@@ -20,6 +20,7 @@ Run = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
 
 SAMPLE = 64  # neurons of an expert by which it is seen whether it has to be aligned
 PAIRS, LEAST_PAIRS = 512, 8  # neurons of all experts together by which groups are found, and the fewest of an expert
+LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
 FOUND = 0.1  # the share of an expert's neurons that must be found, for the matches to say anything
 NEARLY_ALL = 0.98  # the share of neurons from which on an expert is not compared with the mean as well
 CLOSE = 0.5  # the cosine from which on two neurons belong together, though another one may be nearly as near
@@ -51,11 +52,14 @@ def keep_order(experts: int, neurons: int, groups: Sequence[Group] = ()) -> Alig
 def align(vectors: Mapping[str, Array], groups: Sequence[Group] | None = None, run: Run = map) -> Alignment:
     """The order of each expert's neurons that fits the base of its group, for vectors [experts, neurons, d] by role.
 
-    `groups` are experts that share neurons, by default found from the vectors; experts in none of them keep their
-    order. So do those whose neurons are found where they are, nine of ten at least, or are not found at all. `run`
-    maps a function over numbers, on several threads if it likes.
+    `groups` are experts that share neurons, by default found from the vectors. Experts in none of them keep their
+    order; so do those whose neurons are found where they are, nine of ten at least, or not found at all, and all
+    experts where the vectors are too short to tell neurons apart. `run` maps a function over numbers, on several
+    threads if it likes.
     """
     experts, neurons = next(iter(vectors.values())).shape[:2]
+    if min(matrix.shape[2] for matrix in vectors.values()) < LEAST_INPUTS:
+        return keep_order(experts, neurons, groups or ())
     prepared = prepare_neurons(vectors)
     found = _find_groups(prepared, run) if groups is None else groups
     result = keep_order(experts, neurons, found)
