@@ -17,7 +17,6 @@ from ..words import (
     format_cosine,
 )
 from .grid import (
-    CUT,
     LEFT,
     ORIGIN_STYLES,
     WHOLE,
@@ -67,7 +66,9 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
         )
     else:
         ranks = facts.list_ranks_briefly(analysis.layers[0])
-        table = draw_table(ranks.headings, ranks.rows, {"Projection": CUT}, padding=(0, 1), collapse_padding=True)
+        table = draw_table(
+            ranks.headings, ranks.rows, {"Projection": {**LEFT, "no_wrap": True}}, padding=(0, 1), collapse_padding=True
+        )
         cosine = analysis.layers[0].cosine
         by_role = (("gate", cosine.gate), ("up", cosine.up))
         others = ", ".join(f"{role} {value:.3f}" for role, value in by_role if value is not None)
