@@ -219,7 +219,16 @@ def test_every_layer_and_every_expert_has_its_row(name: str) -> None:
             for layer in model.layers
             for role, one in layer.projections.items()
         ]
-        assert [(row[0], *row[2:-2]) for row in by_role] == wanted_ranks
+        assert [(row[0], *row[2:-5]) for row in by_role] == wanted_ranks
+        wanted_bits = [
+            (f"{one.bits_saved:.1f}", f"{one.bound:.1f}")
+            for layer in model.layers
+            for one in layer.projections.values()
+            if one.bits_saved is not None and one.bound is not None
+        ]
+        assert [(row[-2], row[-1]) for row in by_role] == [
+            (row[0].replace("-0.0", "0.0"), row[1]) for row in wanted_bits
+        ]
         for layer in model.layers:
             shown = details.pop(0)
             assert words(shown.find("summary")) == f"{model.model}, layer {layer.layer}"

@@ -64,16 +64,17 @@ def measure_layer(
     progress: Progress,
     queries: int | None = 0,
     others: Sequence[tuple[ExpertLayer, int]] = (),
+    keep_vectors: bool = False,
 ) -> dict[str, RoleMeasure]:
     """The figures of every role of a layer; raises ModelUnreadable where a weight is not finite.
 
     `queries` neurons of all chosen experts together, all for None, are looked for in the chosen experts and in
-    `others`, experts of other layers or models.
+    `others`, experts of other layers or models. Without queries, `vectors` are there if `keep_vectors`.
     """
     result: dict[str, RoleMeasure] = {}
     layer.prefetch(progress)
     positions = draw_neurons(len(chosen), layer.sizes["I"], queries)
-    inputs = draw_inputs(layer, resources) if positions.size else np.empty(0, np.intp)
+    inputs = draw_inputs(layer, resources) if positions.size or keep_vectors else np.empty(0, np.intp)
     done = expert_counter(progress, f"layer {layer.number}", layer, layer.count + len(chosen))
     with resources.worker_threads(layer) as pool:
         for tensor in layer.tensors:
@@ -219,7 +220,7 @@ class _FirstPass:
             self.base[piece.role][piece.index] = mean_expert(piece.values)
             for expert, matrices in self._kept.items():
                 matrices[piece.role][piece.index] = piece.values[expert]
-            if self.positions.size:
+            if len(self.inputs):
                 self._note_queries(piece)
         return grams
 

@@ -11,7 +11,9 @@ from ..errors import InvalidRequest, name_model
 from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.resume import ResumableLayers
+from ..numerics.alignment import align
 from ..numerics.forward import ACTIVATIONS
+from ..numerics.rates import Rate, sharing_rates
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
 from ..weights.expert_layer import ExpertLayer
@@ -20,7 +22,7 @@ from .alternatives import Alternative, advise, compare_alternatives, sum_alterna
 from .checkpoint.format import Ranks
 from .curves import LayerCurves, layer_curves
 from .fidelity import FidelityCheck, check_layer, draw_inputs
-from .layer import layer_estimate, layer_overlay, layer_verification, total_bytes
+from .layer import interpolate_saved, layer_estimate, layer_overlay, layer_verification, total_bytes
 
 TOLERANCE = 0.05
 INPUTS = 256
@@ -107,10 +109,10 @@ def estimate(
     """The whole model as an overlay, estimated from some measured layers, and its alternatives at the same bytes."""
     with name_model(model):
         job = OverlayJob(model, None, layers, progress, samples)
-        curves, alternatives = job.compare_all(rule, experts)
+        curves, alternatives, rates = job.compare_all(rule, experts)
         job.end()
         chosen, opened = rule.choose(curves), job.opened
-        results = [layer_estimate(opened.experts.layer(n), curves, chosen) for n in opened.experts.layers]
+        results = [layer_estimate(opened.experts.layer(n), curves, chosen, rates) for n in opened.experts.layers]
         original, stored, overlay = total_bytes(results)
         same_bytes = sum_alternatives(alternatives)
         return MoEOverlayEstimate(
@@ -125,6 +127,7 @@ def estimate(
             ratio=original / overlay,
             ratio_vs_stored=stored / overlay,
             weight_error=sqrt(float(np.mean([result.weight_error**2 for result in results]))),
+            bits_saved=interpolate_saved(results),
             same_bytes=same_bytes,
             advice=advise(same_bytes, stored / original),
             notes=tuple(job.notes(curves)),
@@ -187,18 +190,23 @@ class OverlayJob:
 
     def compare_all(
         self, rule: RankRule, experts: int | None
-    ) -> tuple[dict[int, LayerCurves], list[tuple[Alternative, ...]]]:
-        """The curves of each layer, and its alternatives at the same bytes."""
+    ) -> tuple[dict[int, LayerCurves], list[tuple[Alternative, ...]], dict[int, dict[str, Rate]]]:
+        """The curves of each layer, its alternatives at the same bytes, and what sharing saves of each role."""
+        Compared = tuple[LayerCurves, tuple[Alternative, ...], dict[str, Rate]]
 
-        def compare(layer: ExpertLayer, progress: Progress) -> tuple[LayerCurves, tuple[Alternative, ...]]:
-            measures = self._measure_roles(layer, experts, progress)
+        def compare(layer: ExpertLayer, progress: Progress) -> Compared:
+            measures = self._measure_roles(layer, experts, progress, keep_vectors=True)
             alternatives = compare_alternatives(layer, measures, self.opened.resources, progress)
-            return layer_curves(measures, layer.count, rule.energy), alternatives
+            return layer_curves(measures, layer.count, rule.energy), alternatives, self._measure_rates(layer, measures)
 
-        kind = TypeAdapter(tuple[LayerCurves, tuple[Alternative, ...]])
-        results = self.resumable("compare", rule.energy, experts).each(kind, compare)
-        curves = {layer.number: curves for layer, (curves, _) in zip(self.layers, results, strict=True)}
-        return curves, [alternatives for _, alternatives in results]
+        results = self.resumable("compare", rule.energy, experts).each(TypeAdapter(Compared), compare)
+        numbers = [layer.number for layer in self.layers]
+        curves, alternatives, rates = zip(*results, strict=True)
+        return (
+            dict(zip(numbers, curves, strict=True)),
+            list(alternatives),
+            dict(zip(numbers, rates, strict=True)),
+        )
 
     def verify_all(self, chosen: Mapping[int, Ranks], inputs: int, seed: int) -> list[LayerVerification]:
         """The errors that an overlay of these ranks makes in each layer."""
@@ -243,7 +251,17 @@ class OverlayJob:
             f"errors and ranks are estimated from {sampled} of {count} experts" for sampled, count in sorted(samples)
         ]
 
-    def _measure_roles(self, layer: ExpertLayer, experts: int | None, progress: Progress) -> dict[str, RoleMeasure]:
+    def _measure_rates(self, layer: ExpertLayer, measures: Mapping[str, RoleMeasure]) -> dict[str, Rate]:
+        """What sharing saves of each role, after the experts' neurons were brought into one order."""
+        vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
+        grams = {role: measure.gram for role, measure in measures.items()}
+        with self.opened.resources.worker_threads(layer) as pool:
+            return sharing_rates(grams, vectors, align(vectors, run=pool.map))
+
+    def _measure_roles(
+        self, layer: ExpertLayer, experts: int | None, progress: Progress, keep_vectors: bool = False
+    ) -> dict[str, RoleMeasure]:
         if experts is not None and experts < 1:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
-        return measure_layer(layer, evenly_spaced(layer.count, experts), self.opened.resources, progress)
+        chosen = evenly_spaced(layer.count, experts)
+        return measure_layer(layer, chosen, self.opened.resources, progress, keep_vectors=keep_vectors)

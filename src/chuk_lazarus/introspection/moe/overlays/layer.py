@@ -1,12 +1,13 @@
 """The results of one layer, in the form that reports have."""
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from math import prod, sqrt
 
 import numpy as np
 
 from ..numerics.low_rank import original_bytes, overlay_bytes
-from ..reports import ErrorSpread, LayerEstimate, LayerOverlay, LayerVerification
+from ..numerics.rates import Rate, mean_saved
+from ..reports import ErrorSpread, LayerEstimate, LayerOverlay, LayerVerification, SharingRate
 from ..weights.expert_layer import ExpertLayer
 from .checkpoint.format import Ranks
 from .curves import LayerCurves
@@ -58,7 +59,10 @@ def layer_verification(number: int, ranks: Ranks, fidelity: LayerFidelity) -> La
 
 
 def layer_estimate(
-    layer: ExpertLayer, measured: Mapping[int, LayerCurves], chosen: Mapping[int, Ranks]
+    layer: ExpertLayer,
+    measured: Mapping[int, LayerCurves],
+    chosen: Mapping[int, Ranks],
+    rates: Mapping[int, Mapping[str, Rate]],
 ) -> LayerEstimate:
     """The estimate of one layer, measured or not.
 
@@ -82,4 +86,22 @@ def layer_estimate(
         original_bytes=original_bytes(shapes, layer.count),
         stored_bytes=layer.stored_bytes,
         overlay_bytes=overlay_bytes(shapes, ranks, layer.count),
+        sharing=_describe_rates(rates[layer.number]) if layer.number in rates else None,
+        bits_saved=mean_saved((rates[layer.number][role].bits_saved, prod(shapes[role])) for role in shapes)
+        if layer.number in rates
+        else None,
     )
+
+
+def _describe_rates(rates: Mapping[str, Rate]) -> dict[str, SharingRate]:
+    return {
+        role: SharingRate(aligned_delta_energy=rate.delta_energy, bits_saved=rate.bits_saved, bound=rate.bound)
+        for role, rate in rates.items()
+    }
+
+
+def interpolate_saved(layers: Sequence[LayerEstimate]) -> float:
+    """The bits a weight that bases save over all layers; of a layer that was not measured, between its neighbours'."""
+    known = {layer.layer: layer.bits_saved for layer in layers if layer.bits_saved is not None}
+    saved = np.interp([layer.layer for layer in layers], list(known), list(known.values()))
+    return float(np.average(saved, weights=[layer.original_bytes for layer in layers]))

@@ -1,6 +1,7 @@
 """How a model was trained: layer by layer, here or on workers, to one verdict."""
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Literal
 
 from pydantic import TypeAdapter
@@ -11,6 +12,7 @@ from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.parts import further_budget, further_layers
 from ..jobs.resume import ResumableLayers
+from ..numerics.rates import mean_saved
 from ..numerics.similarity import Assignment
 from ..numerics.spectra import SHARES
 from ..progress import Progress, no_progress
@@ -141,6 +143,7 @@ def _analyze(
         rank_ratio=rank_ratio,
         cosine=cosine,
         compressible=overlay < min(stored, original),
+        bits_saved=_bits_saved(results),
         overlay_ratio=original / overlay,
         original_bytes=original,
         stored_bytes=stored,
@@ -214,6 +217,13 @@ def _headline(layers: Sequence[LayerAnalysis]) -> tuple[Literal["gate", "up"], f
     role: Literal["gate", "up"] = "gate" if "gate" in layers[0].projections else "up"
     ratios = [layer.projections[role].rank_ratio for layer in layers]
     return role, sum(ratios) / len(ratios), sum(layer.cosine.mean for layer in layers) / len(layers)
+
+
+def _bits_saved(layers: Sequence[LayerAnalysis]) -> float | None:
+    """What bases save over all projections, None where an earlier version has measured some."""
+    projections = [projection for layer in layers for projection in layer.projections.values()]
+    known = [(one.bits_saved, prod(one.shape)) for one in projections if one.bits_saved is not None]
+    return mean_saved(known) if len(known) == len(projections) else None
 
 
 def _notes(layers: Sequence[LayerAnalysis]) -> list[str]:

@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
+from ..numerics.alignment import Alignment, Run, align, keep_order
 from ..numerics.gram import pairwise_cosines
 from ..numerics.low_rank import original_bytes, overlay_bytes
+from ..numerics.neurons import Array
+from ..numerics.rates import sharing_rates
 from ..numerics.spectra import effective_rank, mean_rank, noise_rank, sample_decay
 from ..progress import Progress
 from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatch, Projection, Sharing, Similarity
@@ -21,6 +24,7 @@ from .lineage import Evidence, PairEvidence, find_groups, match_evidence, pair_e
 from .parent import Parent, match_parent
 
 MATCH_BINS = 50
+IN_PLACE = 0.98  # the share of matches at their own position from which on no expert is shuffled
 MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
 
 
@@ -47,6 +51,11 @@ def analyze_layer(
     chosen = evenly_spaced(layer.count, sample.experts)
     measures = measure_layer(layer, chosen, resources, progress, sample.queries, others)
     shapes = {role: measure.shape for role, measure in measures.items()}
+    vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
+    grams = {role: measure.gram for role, measure in measures.items()}
+    with resources.worker_threads(layer) as pool:
+        sharing = pair_evidence(vectors, sample.queries, pool.map, grams=tuple(grams.values()))
+        rates = sharing_rates(grams, vectors, _align(layer, vectors, sharing, pool.map))
     ranks = {role: mean_rank(measure.spectra, 0.95) for role, measure in measures.items()}
     cosines = {role: pairwise_cosines(measure.gram) for role, measure in measures.items()}
     projections = {
@@ -63,15 +72,14 @@ def analyze_layer(
                 for fraction in sample.variance
             },
             breadth=_breadth(measure),
+            aligned_delta_energy=rates[role].delta_energy,
+            bits_saved=rates[role].bits_saved,
+            bound=rates[role].bound,
             decay=tuple(np.mean([sample_decay(spectrum) for spectrum in measure.spectra], axis=0).round(6).tolist()),
         )
         for role, measure in measures.items()
     }
     means = {role: float(values.mean()) for role, values in cosines.items()}
-    vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
-    with resources.worker_threads(layer) as pool:
-        grams = [measure.gram for measure in measures.values()]
-        sharing = pair_evidence(vectors, sample.queries, pool.map, grams=grams)
     match = match_parent(layer, measures, parent, resources, progress) if parent else None
     lineage = _lineage(layer, measures, unrelated is not None, match, sharing)
     verdict = classify_by_neurons([lineage], [projections])
@@ -90,6 +98,14 @@ def analyze_layer(
         projections=projections,
         lineage=lineage,
     )
+
+
+def _align(layer: ExpertLayer, vectors: Mapping[str, Array], sharing: PairEvidence, run: Run) -> Alignment:
+    """The experts' neurons in one order, by the groups that share them; as they are where none are shuffled."""
+    groups = group_experts(sharing)
+    if groups and sharing.queries and sharing.in_place < IN_PLACE:
+        return align(vectors, groups, run)
+    return keep_order(layer.count, layer.sizes["I"], groups)
 
 
 def _breadth(measure: RoleMeasure) -> dict[str, float]:

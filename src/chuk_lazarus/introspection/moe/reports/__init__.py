@@ -14,6 +14,7 @@ from .overlays import (
     MoEOverlayExport,
     MoEOverlayVerification,
     SameBytes,
+    SharingRate,
     TokensFrom,
 )
 from .provenance import (
@@ -74,6 +75,7 @@ __all__ = [
     "SameBytes",
     "SharedExperts",
     "Sharing",
+    "SharingRate",
     "Similarity",
     "SurveyAnswer",
     "SurveyError",

@@ -81,8 +81,20 @@ class MoEOverlayVerification(Identity):
     cost: Cost
 
 
+class SharingRate(Report):
+    """What one projection's experts share, `aligned_delta_energy`, `bits_saved` and `bound` as in Projection."""
+
+    aligned_delta_energy: float
+    bits_saved: float
+    bound: float
+
+
 class LayerEstimate(Report):
-    """One layer of a whole-model estimate; where `measured` is false, the ranks lie between those of its neighbours."""
+    """One layer of a whole-model estimate; where `measured` is false, the ranks lie between those of its neighbours.
+
+    `sharing` is by role, and `bits_saved` what bases save over all roles, in bits a weight, 0 for those where they do
+    not pay; both null where nothing was measured.
+    """
 
     layer: int
     measured: bool
@@ -91,6 +103,8 @@ class LayerEstimate(Report):
     original_bytes: int
     stored_bytes: int
     overlay_bytes: int
+    sharing: dict[str, SharingRate] | None = None
+    bits_saved: float | None = None
 
 
 class SameBytes(Report):
@@ -108,7 +122,11 @@ class SameBytes(Report):
 
 
 class MoEOverlayEstimate(Identity):
-    """What an overlay would take for the whole model, and what pays at the same bytes."""
+    """What an overlay would take for the whole model, and what pays at the same bytes.
+
+    `bits_saved` is what bases save over all layers, as in LayerEstimate, between the measured ones interpolated; null
+    in reports of earlier versions.
+    """
 
     schema_: Literal["moe-overlay-estimate/1"] = Field(default="moe-overlay-estimate/1", alias="schema")
     rule: str
@@ -121,6 +139,7 @@ class MoEOverlayEstimate(Identity):
     ratio: float
     ratio_vs_stored: float
     weight_error: float
+    bits_saved: float | None = None
     same_bytes: tuple[SameBytes, ...]
     advice: str
     notes: tuple[str, ...]

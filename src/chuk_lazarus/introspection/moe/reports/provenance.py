@@ -26,10 +26,13 @@ class Projection(Report):
 
     `rank` is the effective rank at each share of energy, mean over `experts`, and `expert_ranks` are those of each;
     `rank_ratio` is that at 0.95 over `max_rank`, and `noise_rank_ratio` the same rank over that of an iid Gaussian
-    matrix of the same shape. `delta_energy` is the delta's share of an expert's energy. `decay` has the singular values
-    at evenly spaced ranks from the first to the last, over their root mean square, mean over `experts`. `breadth` has
-    the rank that holds 80 % of the energy of the `base`, the mean of all experts, and the one that holds 99 % of the
-    `deltas`, mean over `experts`, each over that of noise.
+    matrix of the same shape. `delta_energy` is the delta's share of an expert's energy. `aligned_delta_energy` is that
+    of all experts together after their neurons were brought into one order, where each group of experts that share
+    neurons has a mean of its own; `bits_saved` is what such a base saves at best, in bits a weight, below 0 where it
+    costs more than it saves, and `bound` the most that any code can save: null in reports of earlier versions. `decay`
+    has the singular values at evenly spaced ranks from the first to the last, over their root mean square, mean over
+    `experts`. `breadth` has the rank that holds 80 % of the energy of the `base`, the mean of all experts, and the one
+    that holds 99 % of the `deltas`, mean over `experts`, each over that of noise.
     """
 
     shape: tuple[int, int]
@@ -42,6 +45,9 @@ class Projection(Report):
     expert_ranks: dict[str, tuple[int, ...]]
     decay: tuple[float, ...]
     breadth: dict[str, float]
+    aligned_delta_energy: float | None = None
+    bits_saved: float | None = None
+    bound: float | None = None
 
 
 class Similarity(Report):
@@ -255,10 +261,11 @@ class MoETypeAnalysis(Identity):
     asked for, from the neurons of two `further_layers`, of which parts were read. `kind` says what kind of upcycling it
     looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with,
     and `parent_embeddings` how alike the two models' token embeddings are, null where they were not compared.
-    `compressible` says whether an overlay takes fewer bytes than the experts as stored, and than two bytes a weight.
-    `original_bytes` counts two bytes a weight, `stored_bytes` what the files really spend, `overlay_bytes` a base and
-    rank-r factors at two bytes a number, r being each projection's mean 95 %-energy rank; all three are of the analysed
-    layers.
+    `bits_saved` is what a base for the experts saves over all projections, in bits a weight, 0 for those where it does
+    not pay; null in reports of earlier versions. `compressible` says whether an overlay takes fewer bytes than the
+    experts as stored, and than two bytes a weight. `original_bytes` counts two bytes a weight, `stored_bytes` what the
+    files really spend, `overlay_bytes` a base and rank-r factors at two bytes a number, r being each projection's mean
+    95 %-energy rank; all three are of the analysed layers.
     """
 
     schema_: Literal["moe-type-analysis/1"] = Field(default="moe-type-analysis/1", alias="schema")
@@ -274,6 +281,7 @@ class MoETypeAnalysis(Identity):
     rank_ratio: float
     cosine: float
     compressible: bool
+    bits_saved: float | None = None
     overlay_ratio: float
     original_bytes: int
     stored_bytes: int

@@ -26,8 +26,8 @@ class SurveyAnswer(Identity):
     """An analysis in short: its verdict, and the evidence over the analysed layers as means.
 
     `kept`, `close` and `chance` are those of Lineage, `shared` and `strong` those of Sharing (null in rows of older
-    versions), `parent_kept` that of ParentMatch, null without a parent; the
-    rest is as in MoETypeAnalysis. A quick analysis has no ranks, cosine and overlay: they are null, and `reach`, as in
+    versions, as `bits_saved`), `parent_kept` that of ParentMatch, null without a parent; the rest is as in
+    MoETypeAnalysis. A quick analysis has no ranks, cosine and overlay: they are null, and `reach`, as in
     MoEQuickAnalysis, is null of all others.
     """
 
@@ -47,6 +47,7 @@ class SurveyAnswer(Identity):
     parent_kept: float | None = None
     overlay_ratio: float | None = None
     compressible: bool | None = None
+    bits_saved: float | None = None
     notes: tuple[str, ...]
     cost: Cost
 

@@ -5,15 +5,17 @@ Both show the same figures; the terminal has room for fewer of them, and for few
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from math import isnan, nan
+from math import isnan, nan, prod
 from operator import attrgetter
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
+from ..numerics.rates import mean_saved
 from ..reports import LayerAnalysis, MoETypeAnalysis, ParentMatch, Projection
 from ..terms import ROLES
 from ..text import format_bytes, percent, whole_percent
 from .words import (
+    format_bits,
     format_compressible,
     format_cosine,
     format_likeness,
@@ -65,6 +67,12 @@ NOISE = over_projections(NOISE_RATIO)
 DELTA_ENERGY = over_projections(attrgetter("delta_energy"))
 
 
+def bits_saved(layer: LayerAnalysis) -> float:
+    """What a base saves in one layer, over all its projections; NaN where an earlier version measured it."""
+    known = [(one.bits_saved, prod(one.shape)) for one in layer.projections.values() if one.bits_saved is not None]
+    return mean_saved(known) if len(known) == len(layer.projections) else nan
+
+
 def compare(models: Sequence[MoETypeAnalysis]) -> Table:
     """A row for each figure, a column for each model; means over the analysed layers."""
     measures: list[Measure] = [
@@ -76,6 +84,7 @@ def compare(models: Sequence[MoETypeAnalysis]) -> Table:
         *((f"{role.capitalize()} rank", partial(_format_mean_rank, role=role)) for role in ROLES),
         ("of noise", _mean_of(NOISE)),
         ("Delta energy", _mean_of(DELTA_ENERGY)),
+        ("Bits saved", lambda model: format_bits(model.bits_saved)),
         ("Cosine (down)", _format_mean_cosine),
         ("By rank", lambda model: f"{model.documented_rule.type} ({whole_percent(model.documented_rule.confidence)})"),
         ("Compressible", format_compressible),
@@ -104,7 +113,11 @@ def compare_briefly(models: Sequence[MoETypeAnalysis]) -> Table:
             (f"{role.capitalize()} rank %", _mean_of(of_projection(role, RANK_RATIO))),
             ("  of noise", _mean_of(of_projection(role, NOISE_RATIO))),
         ]
-    measures += [("Cosine (down)", _format_mean_cosine), ("Compressible", format_compressible)]
+    measures += [
+        ("Cosine (down)", _format_mean_cosine),
+        ("Bits saved", lambda model: format_bits(model.bits_saved)),
+        ("Compressible", format_compressible),
+    ]
     return _tabulate("", "Metric", measures, models)
 
 
@@ -117,6 +130,7 @@ def list_layers(model: MoETypeAnalysis) -> Table:
         ("Of noise", NOISE, percent),
         ("Delta", DELTA_ENERGY, percent),
         ("Cosine", attrgetter("cosine"), format_cosine),
+        ("Bits saved", bits_saved, format_bits),
         ("Overlay", OVERLAY, format_ratio),
     ]
     return Table(
@@ -134,10 +148,12 @@ def list_layers_briefly(model: MoETypeAnalysis) -> Table:
         ("Cosine", COSINE, "{:.3f}".format),
         ("Delta", DELTA_ENERGY, whole_percent),
         ("Shared", SHARED, whole_percent),
+        ("Bits", bits_saved, format_bits),
         ("Ratio", OVERLAY, format_ratio),
     ]
     return Table(
-        "gate, up, down: 95 % rank of the deltas over the greatest possible; Noise: over that of noise",
+        "gate, up, down: 95 % rank of the deltas over the greatest possible; Noise: over that of noise; "
+        "Bits: saved a weight by a base",
         ["Layer", *(heading for heading, _, _ in columns), "Type"],
         [[str(layer.layer), *_cells(layer, columns), layer.type] for layer in model.layers],
         ["mean", *(write(mean_over_layers(model, figure)) for _, figure, write in columns), ""],
@@ -149,7 +165,16 @@ def list_ranks(model: MoETypeAnalysis) -> Table:
     shares = list(next(iter(model.layers[0].projections.values())).rank)
     return Table(
         f"The ranks of the deltas of {model.model}, by the share of their energy; means over the sampled experts",
-        ["Projection", "Shape", *(f"{100 * float(share):g} %" for share in shares), "Of the maximum", "Of noise"],
+        [
+            "Projection",
+            "Shape",
+            *(f"{100 * float(share):g} %" for share in shares),
+            "Of the maximum",
+            "Of noise",
+            "Aligned delta",
+            "Bits saved",
+            "Bound",
+        ],
         [
             [
                 f"{role}, layer {layer.layer}",
@@ -157,6 +182,9 @@ def list_ranks(model: MoETypeAnalysis) -> Table:
                 *(f"{projection.rank[share]:.1f}" for share in shares),
                 percent(projection.rank_ratio),
                 percent(projection.noise_rank_ratio),
+                "–" if projection.aligned_delta_energy is None else percent(projection.aligned_delta_energy),
+                format_bits(projection.bits_saved),
+                format_bits(projection.bound),
             ]
             for layer in model.layers
             for role, projection in layer.projections.items()
@@ -167,10 +195,18 @@ def list_ranks(model: MoETypeAnalysis) -> Table:
 def list_ranks_briefly(layer: LayerAnalysis) -> Table:
     """A row for each projection of one layer: its rank at 95 % of the energy."""
     rows = [
-        [role, format_rank(projection), percent(projection.noise_rank_ratio), percent(projection.delta_energy)]
+        [
+            role,
+            format_rank(projection),
+            percent(projection.noise_rank_ratio),
+            percent(projection.delta_energy),
+            "–" if projection.aligned_delta_energy is None else percent(projection.aligned_delta_energy),
+            format_bits(projection.bits_saved),
+            format_bits(projection.bound),
+        ]
         for role, projection in layer.projections.items()
     ]
-    return Table("", ["Projection", "Rank (95 %)", "of noise", "Delta energy"], rows)
+    return Table("", ["Projection", "Rank (95 %)", "of noise", "Delta energy", "aligned", "Bits", "Bound"], rows)
 
 
 def list_expert_ranks(layer: LayerAnalysis) -> Table:

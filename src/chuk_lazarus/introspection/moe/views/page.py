@@ -22,6 +22,7 @@ from .words import (
     explain_further,
     explain_parent,
     explain_rule,
+    explain_saving,
     format_ratio,
     name_sources,
 )
@@ -71,6 +72,12 @@ MEANINGS = (
         "By rank",
         "The rule of the first measurements: upcycled below 5 % gate rank and above a cosine of 0.25, native above "
         "50 % and below 0.10; its percentage is a score, not a rate.",
+    ),
+    (
+        "Bits saved",
+        "What one base for all experts, or for each group that shares neurons, saves in bits a weight, once the "
+        "neurons were brought into one order: 0.5 log2(1/d), d being the deltas' share of the energy, less the bits of "
+        "the base by the number of experts; at most the bound, which is what the best of codes saves.",
     ),
     (
         "Overlay",
@@ -173,6 +180,7 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
         *([("Further", explain_further(model))] if model.further_layers else []),
         *([("Parent", explain_parent(model))] if model.parent else []),
         ("By rank", explain_rule(model)),
+        *([("Sharing", saving)] if (saving := explain_saving(model)) else []),
         *(("Note", note) for note in model.notes),
     ]
 

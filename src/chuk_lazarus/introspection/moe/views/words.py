@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from ..numerics.rates import PAYS, QUALITY
 from ..provenance.classifier import (
     LINEAGE,
     QUICK,
@@ -16,7 +17,16 @@ from ..provenance.classifier import (
     is_from_parent,
     mean_over_projections,
 )
-from ..reports import Cosine, Identity, MoEQuickAnalysis, MoETypeAnalysis, ParentMatch, Projection, QuickLayer
+from ..reports import (
+    Cosine,
+    Identity,
+    MoEOverlayEstimate,
+    MoEQuickAnalysis,
+    MoETypeAnalysis,
+    ParentMatch,
+    Projection,
+    QuickLayer,
+)
 from ..text import format_bytes, format_groups, format_ranges, percent
 
 MOST_MOVED = 8  # layers that a sentence names
@@ -75,6 +85,32 @@ def format_ratio(ratio: float) -> str:
 def format_compressible(analysis: MoETypeAnalysis) -> str:
     """For instance "yes (overlay 7.9x)"."""
     return f"{'yes' if analysis.compressible else 'no'} (overlay {format_ratio(analysis.overlay_ratio)})"
+
+
+def format_bits(bits: float | None) -> str:
+    """For instance "2.1"; nothing is saved by less than nothing, and what is not known is a dash."""
+    return "–" if bits is None or math.isnan(bits) else f"{round(bits, 1) + 0.0:.1f}"
+
+
+def explain_saving(report: MoETypeAnalysis | MoEOverlayEstimate) -> str:
+    """What a base for the experts of all MoE layers saves, in a sentence; nothing where it was not measured.
+
+    The bytes of layers that were not analysed are taken from those that were.
+    """
+    if report.bits_saved is None:
+        return ""
+    if report.bits_saved < PAYS:
+        return "experts share nothing that pays: plain codes are best"
+    weights = report.original_bytes / 2
+    if isinstance(report, MoETypeAnalysis):
+        weights *= len(report.moe_layers) / len(report.layers)
+    layers = f"{'all ' if len(report.moe_layers) > 1 else ''}{count_noun(len(report.moe_layers), 'layer')}"
+    bits = QUALITY - report.bits_saved
+    needed, plain = (format_bytes(weights * each / 8) for each in (bits, QUALITY))
+    return (
+        f"at the quality of {QUALITY} bits these experts need about {bits:.1f} bits a weight: "
+        f"{needed} instead of {plain}, in {layers}"
+    )
 
 
 def explain(analysis: MoETypeAnalysis) -> str:

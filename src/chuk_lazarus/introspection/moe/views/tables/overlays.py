@@ -13,8 +13,8 @@ from ...reports import (
 )
 from ...terms import ROLES
 from ...text import format_bytes, percent
-from ..words import format_ratio
-from .grid import Fact, draw_facts, draw_table, identity_facts, paint, stack
+from ..words import explain_saving, format_bits, format_ratio
+from .grid import LEFT, Fact, draw_facts, draw_table, identity_facts, paint, stack
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -99,6 +99,7 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
             *(f"{layer.ranks[role]}" for role in roles),
             percent(layer.weight_error),
             format_ratio(layer.original_bytes / layer.overlay_bytes),
+            "" if layer.bits_saved is None else format_bits(layer.bits_saved),
             "measured" if layer.measured else "interpolated",
         ]
         for layer in report.layers
@@ -113,6 +114,8 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
         ]
         for row in report.same_bytes
     ]
+    saving = explain_saving(report)
+    sharing: list[Fact] = [("Sharing", saving)] if saving else []
     errors: list[Fact] = [
         ("Error", f"{percent(report.weight_error)} of the weights"),
         ("Same bytes", f"weight errors and bytes of layers {', '.join(map(str, report.layers_measured))}"),
@@ -120,11 +123,29 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
     return stack(
         "MOE OVERLAY ESTIMATE",
         draw_facts([*identity_facts(report), ("Ranks", report.rule)]),
-        draw_table(["Layer", *(f"{role} rank" for role in roles), "Error", "Ratio", "How"], rows),
-        draw_facts([*_byte_facts(report), *errors]),
+        draw_table(["Layer", *(f"{role} rank" for role in roles), "Error", "Ratio", "Bits saved", "How"], rows),
+        *_draw_sharing(report),
+        draw_facts([*sharing, *_byte_facts(report), *errors]),
         draw_table(["As", "Bytes", "Quantised", "Overlay", "Plain SVD"], same_bytes),
         draw_facts([("Advice", report.advice)], report.notes),
     )
+
+
+def _draw_sharing(report: MoEOverlayEstimate) -> "list[RenderableType]":
+    """A row for each projection of each measured layer: what its experts share, and what that saves."""
+    rows = [
+        [
+            str(layer.layer),
+            role,
+            percent(rate.aligned_delta_energy),
+            format_bits(rate.bits_saved),
+            format_bits(rate.bound),
+        ]
+        for layer in report.layers
+        for role, rate in (layer.sharing or {}).items()
+    ]
+    headings = ["Layer", "Projection", "Aligned delta", "Bits saved", "Bound"]
+    return [draw_table(headings, rows, {"Projection": LEFT})] if rows else []
 
 
 def render_compression(report: MoEOverlayCompression) -> "RenderableType":

@@ -12,11 +12,11 @@ from ..words import (
     explain_parent,
     explain_quick,
     explain_rule,
+    explain_saving,
     format_compressible,
     format_cosine,
 )
 from .grid import (
-    CUT,
     LEFT,
     ORIGIN_STYLES,
     WHOLE,
@@ -46,7 +46,9 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
         ("By rank", explain_rule(analysis)),
     ]
     stored, overlay = format_bytes(analysis.stored_bytes), format_bytes(analysis.overlay_bytes)
+    saving = explain_saving(analysis)
     overlay_facts: list[Fact] = [
+        *([("Sharing", saving)] if saving else []),
         ("Compressible", format_compressible(analysis)),
         ("Bytes", f"{stored} stored, {overlay} as overlay at 95 % of the delta energy"),
     ]
@@ -64,7 +66,9 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
         )
     else:
         ranks = facts.list_ranks_briefly(analysis.layers[0])
-        table = draw_table(ranks.headings, ranks.rows, {"Projection": CUT})
+        table = draw_table(
+            ranks.headings, ranks.rows, {"Projection": {**LEFT, "no_wrap": True}}, padding=(0, 1), collapse_padding=True
+        )
         cosine = analysis.layers[0].cosine
         by_role = (("gate", cosine.gate), ("up", cosine.up))
         others = ", ".join(f"{role} {value:.3f}" for role, value in by_role if value is not None)

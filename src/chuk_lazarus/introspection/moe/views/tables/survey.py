@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...reports import MoESurveyPlan, MoETypeSurvey, SurveyAnswer, SurveyError, SurveyRow
 from ...text import format_bytes, whole_percent
-from ..words import count_noun, format_ratio, identify
+from ..words import count_noun, format_bits, format_ratio, identify
 from .grid import CUT, LEFT, ORIGIN_STYLES, WHOLE, Fact, draw_facts, draw_table, paint, stack
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
     is_full = any(answer.rank_ratio is not None for answer in answers)
     columns = ["Model", "Type", *(["Rank", "Cosine"] if is_full else []), "Shared"]
     columns += ["Parent"] if any(answer.parent_kept is not None for answer in answers) else []
+    columns += ["Bits saved"] if any(answer.bits_saved is not None for answer in answers) else []
     if is_wide:
         stated = ["Stated"] if any(row.stated for row in survey.rows) else []
         columns[1:2] = ["Family", "Experts", "Storage", *stated, "Type", "Conf.", "Kind"]
@@ -49,6 +50,7 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
     legend = "Rank: of the gate deltas (up without a gate), over the greatest possible. " if is_full else ""
     legend += "Shared: an expert's neurons that its best partner has, too"
     legend += ", Parent: in the dense model." if "Parent" in columns else "."
+    legend += " Bits saved: a weight, by a base for what experts share." if "Bits saved" in columns else ""
     blocks: list[RenderableType] = [paint(_count_types(survey))]
     if answers:
         options = {**dict.fromkeys(TEXT_COLUMNS, LEFT), "Type": {**LEFT, "no_wrap": True}}
@@ -78,6 +80,7 @@ def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, "Text"]:
         "Cosine": "" if answer.cosine is None else f"{answer.cosine:.3f}",
         "Shared": "" if answer.shared is None else whole_percent(answer.shared),
         "Parent": "" if answer.parent_kept is None else whole_percent(answer.parent_kept),
+        "Bits saved": "" if answer.bits_saved is None else format_bits(answer.bits_saved),
         "Overlay": "" if answer.overlay_ratio is None else format_ratio(answer.overlay_ratio),
         "Pays": {None: "", True: "yes", False: "no"}[answer.compressible],
         "Read": format_bytes(answer.cost.bytes_read),
@@ -117,10 +120,11 @@ def render_survey_summary(survey: MoETypeSurvey) -> "RenderableType":
                     _format_range([answer.rank_ratio for answer in answers], "{:.0f}", " %", 100),
                     _format_range([answer.cosine for answer in answers], "{:.2f}"),
                     _format_range([answer.shared for answer in answers], "{:.0f}", " %", 100),
+                    _format_range([answer.bits_saved for answer in answers], "{:.1f}"),
                     _format_range([answer.overlay_ratio for answer in answers], "{:.1f}", "x"),
                 ]
             )
-    headings = ["Type", "Models", "Rank", "Cosine", "Shared", "Overlay"]
+    headings = ["Type", "Models", "Rank", "Cosine", "Shared", "Bits saved", "Overlay"]
     used = [place for place in range(len(headings)) if any(row[place] for row in rows)]
     table = draw_table([headings[place] for place in used], [[row[place] for place in used] for row in rows])
     return stack("\nBy type", table)
