@@ -83,22 +83,23 @@ def test_who_decides(tmp_path: Path, kinds: list[str], origin: str, words: str) 
     assert words in explain_further(analysis)
     assert f"layer 1 {said(analysis)[1]}" in explain_further(analysis)
     decides_elsewhere = analysis.layers[0].type != origin
-    assert ("further layers decide" in explain(analysis)) == decides_elsewhere
+    assert ("parts of further layers decide" in explain(analysis)) == decides_elsewhere
     assert (analysis.kind is None) == (origin != "UPCYCLED")
 
 
 def test_each_combination_of_verdicts() -> None:
     native, upcycled, unsure = (Verdict(origin, 0.9) for origin in ("NATIVE", "UPCYCLED", "UNDETERMINED"))
-    for whole, parts, expected in [
-        (native, None, native),
-        (native, unsure, native),
-        (native, upcycled, upcycled),
-        (upcycled, native, upcycled),
-        (unsure, native, native),
-        (unsure, unsure, unsure),
-        (unsure, upcycled, upcycled),
+    for whole, parts, may_be_native, expected in [
+        (native, None, True, native),
+        (native, unsure, True, native),
+        (native, upcycled, True, upcycled),
+        (upcycled, native, True, upcycled),
+        (unsure, native, True, native),
+        (unsure, native, False, unsure),
+        (unsure, unsure, True, unsure),
+        (unsure, upcycled, False, upcycled),
     ]:
-        assert combine(whole, parts) is expected
+        assert combine(whole, parts, may_be_native) is expected
 
 
 def test_bytes_grow_by_half_at_most(tmp_path: Path) -> None:
@@ -126,6 +127,6 @@ def test_the_table_says_what_each_layer_says(capsys: pytest.CaptureFixture[str],
     assert run(["introspect", "moe-expert", "moe-type-analyze", "-m", model]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Further layer 1 UPCYCLED" in text
-    assert "which would be NATIVE alone; further layers decide" in text
+    assert "parts of further layers decide: below. Layer 0 would be NATIVE alone" in text
     assert run(["introspect", "moe-expert", "moe-layout", "-m", model]) == 0
     assert "of layers 1-2)" in " ".join(capsys.readouterr().out.split())

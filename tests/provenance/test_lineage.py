@@ -160,7 +160,7 @@ Make = Callable[[np.random.Generator], Matrices]
         (trained_apart, "UNDETERMINED", None),
         (native, "NATIVE", None),
         (with_common_direction, "NATIVE", None),
-        (with_hubs, "NATIVE", None),
+        (with_hubs, "UNDETERMINED", None),
         (with_scales, "NATIVE", None),
         (padded, "NATIVE", None),
         (pruned, "NATIVE", None),
@@ -172,7 +172,8 @@ def test_made_histories(make: Make, origin: str, kind: str | None, seed: int, ga
     assert (report.type, report.kind) == (origin, kind)
     lineage = report.layers[0].lineage
     assert lineage.neurons == 512
-    assert (min(lineage.p_value, lineage.cosine_p_value) < 1e-9) == (origin != "NATIVE")
+    if make is not with_hubs:  # which is found by chance, and by few neurons
+        assert (min(lineage.p_value, lineage.cosine_p_value) < 1e-9) == (origin != "NATIVE")
 
 
 def test_the_share_of_kept_neurons_is_what_was_kept(tmp_path: Path) -> None:
@@ -457,6 +458,7 @@ class Shares:
     shared: float = 0.0
     strong: float = 0.0
     without_down: float | None = None
+    roles: int = 3
     neurons: int = 1024
     twins: tuple[tuple[int, ...], ...] = ()
     partners: dict[int, int] = field(default_factory=lambda: {expert: (expert + 1) % 8 for expert in range(8)})
@@ -507,7 +509,8 @@ FOURS = Shares(twins=((0, 1, 2, 3), (4, 5, 6, 7)), partners={0: 4, 4: 0})
         (Facts(Shares(0.0, 7 / 1024)), "UNDETERMINED"),
         (Facts(Shares(0.0, 41 / 8192, neurons=8192)), "UPCYCLED"),
         (Facts(Shares(0.0, LINEAGE.strong - 1e-9, neurons=512)), "UNDETERMINED"),
-        (Facts(Shares(LINEAGE.native - 1e-9)), "NATIVE"),
+        (Facts(Shares(0.02)), "NATIVE"),
+        (Facts(Shares(LINEAGE.native - 1e-9)), "UNDETERMINED"),  # by so much, either is as probable
         (Facts(Shares(LINEAGE.native)), "UNDETERMINED"),
         (Facts(Shares(0.0, LINEAGE.strong_native)), "UNDETERMINED"),
         (Facts(Shares(11 / 64, neurons=64)), "UPCYCLED"),
@@ -519,9 +522,11 @@ FOURS = Shares(twins=((0, 1, 2, 3), (4, 5, 6, 7)), partners={0: 4, 4: 0})
         (Facts(Shares(without_down=LINEAGE.without_down)), "UPCYCLED"),  # down projections were mixed
         (Facts(Shares(without_down=LINEAGE.without_down - 1e-9)), "UNDETERMINED"),
         (Facts(Shares(without_down=LINEAGE.native_without_down)), "UNDETERMINED"),
-        (Facts(Shares(without_down=LINEAGE.native_without_down - 1e-9)), "NATIVE"),
-        (Facts(Shares(neurons=LINEAGE.neurons - 1)), "UNDETERMINED"),  # too few to call that NATIVE
-        (Facts(Shares(neurons=LINEAGE.neurons)), "NATIVE"),
+        (Facts(Shares(without_down=0.04)), "NATIVE"),
+        (Facts(Shares(neurons=0)), "UNDETERMINED"),
+        (Facts(Shares(neurons=100)), "UNDETERMINED"),  # too few to call that NATIVE
+        (Facts(Shares(neurons=512)), "NATIVE"),
+        (Facts(Shares(0.9, 0.9, roles=1)), "UNDETERMINED"),  # one role agrees with itself
         (Facts(Shares(), **ALIKE), "UNDETERMINED"),  # copies that were trained far apart, or natives with a base
         (Facts(Shares(), cosine=0.05, permuted_cosine=0.045, cosine_p_value=1e-30), "NATIVE"),
         (Facts(Shares(), cosine=0.05, cosine_p_value=1e-6), "NATIVE"),
@@ -534,7 +539,7 @@ FOURS = Shares(twins=((0, 1, 2, 3), (4, 5, 6, 7)), partners={0: 4, 4: 0})
 def test_where_verdicts_begin(facts: Facts, origin: str) -> None:
     assert judge(facts) == origin
     if not facts.sharing.strong and facts.sharing.neurons != 64:  # of twice as many neurons, a smaller share is enough
-        assert judge(facts, facts) == (origin if facts.sharing.neurons != LINEAGE.neurons - 1 else "NATIVE")
+        assert judge(facts, facts) == (origin if facts.sharing.neurons != 100 else "NATIVE")
 
 
 def test_one_base_and_deltas_of_few_directions_are_not_copies() -> None:
@@ -547,6 +552,9 @@ def test_one_base_and_deltas_of_few_directions_are_not_copies() -> None:
     assert judge(Facts(Shares(without_down=0.9)), deltas=0.9) == "UPCYCLED"
     assert judge(alike, deltas=0.2) == "NATIVE"
     assert judge(alike, base=0.2) == "NATIVE"  # an adapter that was added to all
+    assert judge(copies, base=0.4) == "UNDETERMINED"  # a strong one
+    assert judge(copies, base=0.6) == "UPCYCLED"
+    assert judge(Facts(Shares(0.9)), base=0.6) == "UNDETERMINED"
 
 
 def test_more_layers_have_more_chances() -> None:
@@ -617,7 +625,8 @@ def test_trained_models_of_known_history(
 def test_a_dense_layer_cut_into_experts_is_found_in_its_parent_only() -> None:
     found = MoETypeService.analyze(str(ZOO / "split-400"), parent=str(ZOO / "parent-1000"))
     assert (found.type, found.kind) == ("UPCYCLED", "from this parent, no neuron twice")
-    assert found.layers[0].type == "NATIVE"  # no two experts share anything
+    assert found.layers[0].type != "UPCYCLED"  # no two experts share anything
+    assert found.layers[0].lineage.sharing.shared < 0.05
     parent = found.layers[0].lineage.parent
     assert parent
     assert parent.kept > 0.95

@@ -148,6 +148,7 @@ class Part:
     twins: tuple[tuple[int, ...], ...] = ()
     roles: int = 2
     breadth: float = 1.0
+    base_breadth: float = 1.0
     delta_energy: float = 0.5
     experts: tuple[int, ...] = tuple(range(16))
     inputs: int = 64

@@ -31,6 +31,7 @@ from .classifier import (
     classify_quickly,
     combine,
     has_its_attention,
+    is_between,
     is_from_parent,
 )
 from .layer import Sample, analyze_layer
@@ -118,6 +119,7 @@ def _analyze(
     verdict = combine(
         classify_by_neurons([layer.lineage for layer in results], [layer.projections for layer in results]),
         classify_quickly(further) if further else None,
+        is_between([layer.lineage for layer in results]),
     )
     kinds = [found.kind for found in results if found.kind and verdict.origin == "UPCYCLED"]
     if verdict.origin == "UPCYCLED" and not kinds:  # parts can't tell copies from slices
@@ -228,7 +230,7 @@ def _bits_saved(layers: Sequence[LayerAnalysis]) -> float | None:
 
 def _notes(layers: Sequence[LayerAnalysis]) -> list[str]:
     notes = [
-        f"layer {layer.layer}: experts {format_ranges(twins)} are identical"
+        f"layer {layer.layer}: experts {format_ranges(twins)} are one expert, copied: identical, or nearly"
         for layer in layers
         for twins in layer.lineage.sharing.twins[:4]
         if len(layer.lineage.sharing.partners) > 1

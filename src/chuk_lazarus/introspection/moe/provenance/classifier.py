@@ -1,14 +1,14 @@
 """From evidence to verdict: by matched neurons, and the documented rule beside it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
 from scipy.special import bdtrc
 
-from ..terms import Origin
+from ..terms import ROLES, Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,8 @@ class LineageThresholds:
 
     Layers of one real model find up to 4 % of their neurons in each other, none of them strongly, and their attention
     has a CKA of up to 0.4 (experiments/05_parents): `parent`, `parent_strong` and `attention_cka` lie above that. Rows
-    at equal places have nothing in common unless one is from the other: `attention_cosine`.
+    at equal places have nothing in common unless one is from the other, or all of them a mean: `attention_cosine`, with
+    a CKA of `attention_least`.
     """
 
     upcycled: float = 0.10
@@ -108,10 +109,11 @@ class LineageThresholds:
     small: float = 0.05
     parent: float = 0.10
     parent_strong: float = 0.01
+    roles: int = 2
     parent_p_value: float = 1e-9
     attention_cka: float = 0.5
     attention_cosine: float = 0.2
-    neurons: int = 64
+    attention_least: float = 0.1
 
 
 LINEAGE = LineageThresholds()
@@ -140,6 +142,8 @@ class Sharing(Protocol):
     def shared(self) -> float: ...
     @property
     def strong(self) -> float: ...
+    @property
+    def roles(self) -> int: ...
     @property
     def without_down(self) -> float | None: ...
 
@@ -179,10 +183,10 @@ class Calibration:
         return self.floor + (self.ceiling - self.floor) * rise
 
     def decide(self, origin: Origin, weight: float) -> Verdict:
-        """The verdict with the confidence that the evidence gives it, 0.5 where it is open."""
+        """The verdict with the confidence that the evidence gives it; UNDETERMINED where that is no more than 0.5."""
         upcycled = self.probability(weight)
-        by_origin = {"UPCYCLED": upcycled, "NATIVE": 1 - upcycled, "UNDETERMINED": 0.5}
-        return Verdict(origin, max(0.5, by_origin[origin]))
+        confidence = {"UPCYCLED": upcycled, "NATIVE": 1 - upcycled, "UNDETERMINED": 0.5}[origin]
+        return Verdict(origin, confidence) if confidence > 0.5 else UNDECIDED
 
 
 CALIBRATION = Calibration(floor=0.103, ceiling=0.97, middle=0.292, slope=2.736)
@@ -223,34 +227,46 @@ def classify_by_neurons(
     neurons = sum(layer.sharing.neurons for layer in evidence)
     twins = [group for layer in evidence for group in layer.sharing.twins]
     in_place = not twins and is_alike_in_place(evidence, t)
-    base_breadth, breadth, delta_energy = mean_over_projections(projections)
+    base_breadth, breadth, delta_energy = describe_components(projections)
     origin: Origin = "UNDETERMINED"
     weight = weigh_neurons(evidence, t)
+    roles = min(layer.sharing.roles for layer in evidence)
     if all(len(layer.sharing.partners) == 1 for layer in evidence):
         origin, weight = "UPCYCLED", PLENTY  # all experts are identical
     elif has_shared(shared, neurons, t) or has_strong(strong, neurons, t):
-        origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, strong, t) else "UPCYCLED"
+        is_built = is_rebuilt(breadth, delta_energy, strong, t) or has_adapter(base_breadth, strong, t)
+        origin = "UNDETERMINED" if is_built or roles < t.roles else "UPCYCLED"
     elif without_down >= t.without_down and _is_more(without_down, neurons, t.native_without_down, t.p_value):
-        origin = "UNDETERMINED" if is_rebuilt(breadth, delta_energy, 0.0, t) else "UPCYCLED"
+        base_breadth, breadth, delta_energy = describe_components(projections, ("gate", "up"))
+        is_built = is_rebuilt(breadth, delta_energy, 0.0, t) or has_adapter(base_breadth, 0.0, t)
+        origin = "UNDETERMINED" if is_built else "UPCYCLED"
     elif fmean(map(share_of_twins, evidence)) >= t.twins:
         origin, weight = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED", PLENTY
-    elif (
-        shared < t.native and strong < t.strong_native and without_down < t.native_without_down and neurons >= t.neurons
-    ):
-        is_explained = not in_place or is_rebuilt(breadth, delta_energy, thresholds=t) or has_adapter(base_breadth, t)
+    elif shared < t.native and strong < t.strong_native and without_down < t.native_without_down:
+        base_breadth, breadth, delta_energy = describe_components(projections, over_roles=fmean)
+        is_explained = (
+            not in_place or is_rebuilt(breadth, delta_energy, thresholds=t) or has_adapter(base_breadth, thresholds=t)
+        )
         origin = "NATIVE" if is_explained else "UNDETERMINED"
     return CALIBRATION.decide(origin, weight)
 
 
-def combine(whole: Verdict, parts: Verdict | None) -> Verdict:
+def is_between(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether more neurons are shared than natives share, and fewer than copies, and nothing else is alike."""
+    has_twins = any(layer.sharing.twins for layer in evidence)
+    return weigh_neurons(evidence, thresholds) < 1 and not has_twins and not is_alike_in_place(evidence, thresholds)
+
+
+def combine(whole: Verdict, parts: Verdict | None, may_be_native: bool) -> Verdict:
     """One verdict of layers that were read whole and of further ones that were read in parts.
 
     What layers have in common where they were copied stays in some of them longer than in others: the experts are
-    UPCYCLED where either says so. Otherwise the layers that were read whole decide, if they can.
+    UPCYCLED where either says so. Otherwise the layers that were read whole decide. Where they can't, the parts do, if
+    it `may_be_native` by what else is known: parts don't see what is alike in place.
     """
-    if parts and (whole.origin == "UNDETERMINED" or (parts.origin == "UPCYCLED" != whole.origin)):
+    if parts and parts.origin == "UPCYCLED" != whole.origin:
         return parts
-    return whole
+    return parts if parts and whole.origin == "UNDETERMINED" and may_be_native else whole
 
 
 class ParentNeurons(Protocol):
@@ -287,10 +303,10 @@ def has_its_attention(matches: Sequence[ParentEvidence], thresholds: LineageThre
     attention = [match.attention for match in matches if match.attention]
     if not attention:
         return False
+    t, cka = thresholds, fmean(layer.cka for layer in attention)
     cosines = [layer.cosine for layer in attention if layer.cosine is not None]
-    return fmean(layer.cka for layer in attention) >= thresholds.attention_cka or (
-        len(cosines) == len(attention) and fmean(cosines) >= thresholds.attention_cosine
-    )
+    has_its_rows = len(cosines) == len(attention) and fmean(cosines) >= t.attention_cosine
+    return cka >= t.attention_cka or (has_its_rows and cka >= t.attention_least)
 
 
 def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThresholds = LINEAGE) -> bool:
@@ -338,19 +354,31 @@ def is_rebuilt(
     return delta_energy > t.small and breadth < (t.broad if strong >= t.strong else t.full)
 
 
-def mean_over_projections(projections: Sequence[Mapping[str, Breadth]]) -> tuple[float, float, float]:
-    """Breadth of bases, breadth of deltas and energy of deltas, means over layers and roles."""
-    every = [projection for by_role in projections for projection in by_role.values()]
+def describe_components(
+    projections: Sequence[Mapping[str, Breadth]],
+    roles: Sequence[str] = ROLES,
+    over_roles: Callable[[Iterable[float]], float] = max,
+) -> tuple[float, float, float]:
+    """Breadth of bases, breadth of deltas and energy of deltas, means over layers.
+
+    Breadths are those of the role where they are greatest, or else what `over_roles` takes: what was built of few
+    directions has few in every role, and scaled columns or neurons leave one role at least as it was. The energy is the
+    mean over roles.
+    """
+    layers = [[by_role[role] for role in by_role if role in roles] for by_role in projections]
     return (
-        fmean(projection.breadth["base"] for projection in every),
-        fmean(projection.breadth["deltas"] for projection in every),
-        fmean(projection.delta_energy for projection in every),
+        fmean(over_roles(projection.breadth["base"] for projection in layer) for layer in layers),
+        fmean(over_roles(projection.breadth["deltas"] for projection in layer) for layer in layers),
+        fmean(projection.delta_energy for layer in layers for projection in layer),
     )
 
 
-def has_adapter(base_breadth: float, thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether what all experts have in common has few directions, as an adapter that was added to all of them has."""
-    return base_breadth < thresholds.broad
+def has_adapter(base_breadth: float, strong: float = 1.0, thresholds: LineageThresholds = LINEAGE) -> bool:
+    """Whether what all experts have in common has few directions, as an adapter that was added to all of them has.
+
+    `base_breadth` is of the base, as in `reports.Projection`, `strong` as in `reports.Sharing`.
+    """
+    return base_breadth < (thresholds.broad if strong >= thresholds.strong else thresholds.full)
 
 
 def is_alike_in_place(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> bool:
@@ -415,6 +443,8 @@ class Part(Protocol):
     @property
     def breadth(self) -> float: ...
     @property
+    def base_breadth(self) -> float: ...
+    @property
     def delta_energy(self) -> float: ...
 
 
@@ -427,13 +457,15 @@ def classify_quickly(layers: Sequence[Part], thresholds: QuickThresholds = QUICK
     is_narrow = min(layer.inputs for layer in layers) < t.width
     if not neurons or is_narrow or all(layer.chance == 1.0 for layer in layers):
         return UNDECIDED
-    reach, shared, strong, breadth, delta_energy = (
-        _mean_over_parts(layers, figure) for figure in ("reach", "shared", "strong", "breadth", "delta_energy")
+    reach, shared, strong, breadth, base_breadth, delta_energy = (
+        _mean_over_parts(layers, figure)
+        for figure in ("reach", "shared", "strong", "breadth", "base_breadth", "delta_energy")
     )
-    is_weak = shared >= t.upcycled and reach >= t.long and all(layer.roles >= t.roles for layer in layers)
+    has_roles = all(layer.roles >= t.roles for layer in layers)
+    is_weak = shared >= t.upcycled and reach >= t.long
     origin: Origin = "UNDETERMINED"
     if is_weak or (strong >= t.strong and strong * neurons >= t.matches):
-        if not is_rebuilt(breadth, delta_energy, strong):
+        if has_roles and not is_rebuilt(breadth, delta_energy, strong) and not has_adapter(base_breadth):
             origin = "UPCYCLED"
     elif fmean(sum(map(len, layer.twins)) / len(layer.experts) for layer in layers) >= LINEAGE.twins:
         pass  # merged or duplicated: what they were before can't be seen in a few experts

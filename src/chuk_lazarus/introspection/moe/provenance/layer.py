@@ -170,6 +170,7 @@ def _describe_sharing(evidence: PairEvidence) -> Sharing:
         shared=evidence.shared,
         strong=evidence.strong,
         without_down=evidence.without_down,
+        roles=evidence.roles,
         twins=evidence.twins,
         groups=group_experts(evidence),
         partners=dict(zip(evidence.experts, evidence.partners, strict=True)),

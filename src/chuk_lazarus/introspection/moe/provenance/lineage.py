@@ -33,6 +33,7 @@ FEW = 0.02  # the share of close neurons from which on they tell the kind of upc
 STRONG = 0.8  # the mean cosine that independent experts do not reach, however alike training makes them
 SAME = 1e-5  # the share of its energy by which an expert differs from its twin, by rounding in float32
 ALL, EQUAL = 0.95, 0.99  # the share of neurons, and their cosine, by which an expert is another one in disguise
+MOST = 0.8  # the share of neurons that must be strongly alike for two experts to be taken for one, duplicated
 LEAST_INPUTS = 16  # numbers of a neuron's vector below which neurons are alike by chance
 PAIR_QUERIES = 1024  # neurons of all experts together that are looked for in all
 COMPARISONS = 2**25  # of neurons, beyond which fewer are looked for
@@ -236,8 +237,8 @@ def _compare_pairs(
         for array in (matches.cosine, matches.lead)
     )
     is_same = ((neuron >= 0) & (cosine >= EQUAL)).mean(axis=1) >= ALL
-    groups = [group for group in connected_experts(is_same & is_same.T) if len(group) > 1]
-    few = groups if sum(map(len, groups)) < count / 2 else []  # where they are many they are copies
+    is_near = ((neuron >= 0) & (cosine >= STRONG)).mean(axis=1) >= MOST
+    few = _few_groups(is_same & is_same.T) or [pair for pair in _few_groups(is_near & is_near.T) if len(pair) == 2]
     evidence = PairEvidence(
         experts,
         twins,
@@ -254,6 +255,12 @@ def _compare_pairs(
         len(roles),
     )
     return evidence, tuple(tuple(experts[place] for place in group) for group in few)
+
+
+def _few_groups(alike: NDArray[np.bool_]) -> list[Group]:
+    """Groups of experts that are alike, where at most half of all are in one: where they are more they are copies."""
+    groups = [group for group in connected_experts(alike) if len(group) > 1]
+    return groups if 2 * sum(map(len, groups)) <= len(alike) else []
 
 
 def _find_mutual(

@@ -76,6 +76,7 @@ def analyze_part(layer: ExpertLayer, budget: int, layers: int, resources: Resour
             nearest[role] = join(list(pool.map(partial(find_nearest, queries, all_places), neurons)))
         sharing = pair_evidence(vectors, QUERIES, pool.map)
         deltas = [_describe_deltas(matrices) for matrices in vectors.values()]
+        base_breadth = max(map(_base_breadth, vectors.values()))
     evidence = match_evidence(nearest, owner, all_places, count)
     result = QuickLayer(
         layer=layer.number,
@@ -89,6 +90,7 @@ def analyze_part(layer: ExpertLayer, budget: int, layers: int, resources: Resour
         roles=sharing.roles,
         twins=tuple(tuple(chosen[place] for place in group) for group in sharing.twins),
         breadth=float(np.mean([breadth for breadth, _ in deltas])),
+        base_breadth=base_breadth,
         delta_energy=float(np.mean([energy for _, energy in deltas])),
         kept=evidence.kept,
         close=evidence.close,
@@ -100,13 +102,24 @@ def analyze_part(layer: ExpertLayer, budget: int, layers: int, resources: Resour
     return result.model_copy(update={"type": verdict.origin, "confidence": verdict.confidence})
 
 
+def _even_columns(matrices: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Some rows of experts [experts, neurons, inputs], all columns of which weigh the same: a few large ones would look
+    like few directions."""
+    rows = matrices[:, :MOST_ROWS] / (np.abs(matrices[:, :MOST_ROWS]).max() or np.float32(1))
+    columns = np.sqrt(np.einsum("eni,eni->i", rows, rows))
+    return np.asarray(rows / np.where(columns > 0, columns, np.float32(1)))
+
+
+def _base_breadth(matrices: NDArray[np.float32]) -> float:
+    """Of how many directions the mean of experts [experts, neurons, inputs] is, as a share of those of noise."""
+    base = _even_columns(matrices).mean(axis=0)
+    return effective_rank(energy_spectrum(base), 0.80) / noise_rank(base.shape, 0.80) if base.any() else 1.0
+
+
 def _describe_deltas(matrices: NDArray[np.float32]) -> tuple[float, float]:
     """Of how many directions the experts [experts, neurons, inputs] differ, neighbours from each other, as a share of
     those of noise, and the share of an expert's energy that their deltas from a common base would have."""
-    breadths, energies = [], []
-    rows = matrices[:, :MOST_ROWS] / (np.abs(matrices[:, :MOST_ROWS]).max() or np.float32(1))
-    columns = np.sqrt(np.einsum("eni,eni->i", rows, rows))  # a few large ones would look like few directions
-    rows /= np.where(columns > 0, columns, np.float32(1))
+    breadths, energies, rows = [], [], _even_columns(matrices)
     for expert, next_expert in zip(rows[::2], rows[1::2], strict=False):
         difference = next_expert - expert
         energy = float(np.square(expert).sum() + np.square(next_expert).sum())

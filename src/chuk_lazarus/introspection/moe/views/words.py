@@ -9,13 +9,13 @@ from ..provenance.classifier import (
     LINEAGE,
     QUICK,
     classify_by_neurons,
+    describe_components,
     has_adapter,
     has_its_attention,
     has_shared,
     has_strong,
     is_alike_in_place,
     is_from_parent,
-    mean_over_projections,
 )
 from ..reports import (
     Cosine,
@@ -129,11 +129,13 @@ def explain(analysis: MoETypeAnalysis) -> str:
     if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
-    alone = classify_by_neurons(lineages, [layer.projections for layer in analysis.layers])
-    by_parent = (analysis.kind or "").startswith("from this parent")
-    if analysis.further_layers and not by_parent and analysis.type != alone.origin:
+    projections = [layer.projections for layer in analysis.layers]
+    if (analysis.kind or "").startswith("from this parent"):
+        return f"the parent decides, {analysis.kind}. Without it: {evidence}."
+    alone = classify_by_neurons(lineages, projections)
+    if analysis.further_layers and analysis.type != alone.origin:
         where = name_layers([layer.layer for layer in analysis.layers])
-        return f"{evidence} in {where}, which would be {alone.origin} alone; further layers decide, by parts of them."
+        return f"parts of further layers decide: below. {where.capitalize()} would be {alone.origin} alone: {evidence}."
     match analysis.type:
         case "UPCYCLED":
             return f"{evidence}: {analysis.kind or 'copies'}."
@@ -141,15 +143,29 @@ def explain(analysis: MoETypeAnalysis) -> str:
             if alike_in_place and not twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
-    if has_shared(max(shared, without_down), neurons) or has_strong(strong, neurons):
-        return f"{evidence}; the experts are one base plus deltas of few directions, as an overlay makes them."
+    return f"{evidence}{_explain_doubt(analysis, evidence_is_strong=has_strong(strong, neurons))}"
+
+
+def _explain_doubt(analysis: MoETypeAnalysis, evidence_is_strong: bool) -> str:
+    """Why a verdict is open, as the end of a sentence."""
+    lineages = [layer.lineage for layer in analysis.layers]
+    sharing = [lineage.sharing for lineage in lineages]
+    neurons, twins = sum(layer.neurons for layer in sharing), [layer.twins for layer in sharing if layer.twins]
+    shared = max(fmean(max(layer.shared, layer.without_down or 0.0) for layer in sharing), 0.0)
+    if has_shared(shared, neurons) or evidence_is_strong:
+        if min(layer.roles for layer in sharing) < LINEAGE.roles:
+            return "; but gate, up and down are nearly the same, and one role agrees with itself."
+        strong = fmean(layer.strong for layer in sharing)
+        if has_adapter(describe_components([layer.projections for layer in analysis.layers])[0], strong):
+            return f"; {_describe_common(analysis)}, as one adapter for all experts leaves it."
+        return "; the experts are one base plus deltas of few directions, as an overlay makes them."
     if twins:
-        return f"{evidence}; experts {format_groups(twins[0])} are identical: they were merged, or duplicated."
-    if alike_in_place:
-        return f"{evidence}: they have something in common, as copies that were trained far apart have."
-    if neurons < LINEAGE.neurons:
-        return f"{evidence}: the experts have too few neurons to decide by."
-    return f"{evidence}: too many for independent experts, and too few for copies."
+        return f"; experts {format_groups(twins[0])} are identical, or nearly: they were merged, or duplicated."
+    if is_alike_in_place(lineages):
+        return ": they have something in common, as copies that were trained far apart have."
+    if shared < LINEAGE.native:
+        return ": too few neurons were looked for to decide by."
+    return ": too many for independent experts, and too few for copies."
 
 
 def _describe_sharing(shared: float, strong: float, neurons: int) -> str:
@@ -163,7 +179,7 @@ def _describe_sharing(shared: float, strong: float, neurons: int) -> str:
 def _describe_common(analysis: MoETypeAnalysis) -> str:
     """What experts have in common beside neurons."""
     energy = max(0.0, fmean(layer.cosine.mean for layer in analysis.layers))
-    if has_adapter(mean_over_projections([layer.projections for layer in analysis.layers])[0]):
+    if has_adapter(describe_components([layer.projections for layer in analysis.layers])[0]):
         return f"the experts share a component of few directions with {percent(energy)} of their energy"
     return f"the experts are a base with {percent(energy)} of their energy plus deltas of few directions"
 
