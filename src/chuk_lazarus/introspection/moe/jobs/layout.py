@@ -13,7 +13,7 @@ from ..weights.layouts import Kind, match_names, split_name
 from ..weights.repositories.find import find_repository
 from .measure import DEFAULT_EXPERTS, bytes_to_measure
 from .model import evenly_spaced
-from .parts import BUDGET, further_budget, further_layers, quick_bytes
+from .parts import BUDGET, further_bytes, further_layers, quick_bytes
 from .resources import Resources
 
 
@@ -43,8 +43,7 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
     shared = _open_beside(checkpoint, "shared", experts, notes)
     repository = checkpoint.repository
     measured = bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS), Resources.current())
-    further = further_layers(experts.layers, first.number)
-    further_bytes = quick_bytes(first, len(further), further_budget(measured)) if further else 0
+    beside = further_bytes(first, experts.layers, measured)
     return MoELayout(
         model=printable(model),
         revision=repository.revision,
@@ -65,9 +64,9 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
         exact={layer.layer for layer in counted} == set(experts.layers),
         parameters=round(share * sum(layer.parameters for layer in counted)),
         stored_bytes=round(share * sum(layer.stored_bytes for layer in counted)),
-        analysis_bytes=measured + further_bytes,
-        further_layers=further,
-        further_bytes=further_bytes,
+        analysis_bytes=measured + beside,
+        further_layers=further_layers(experts.layers, first.number),
+        further_bytes=beside,
         notes=tuple(notes),
         quick_bytes=quick_bytes(opened[0], len(experts.layers), parse_size(BUDGET, "the budget")),
         cost=Cost(

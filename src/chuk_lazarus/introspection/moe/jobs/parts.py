@@ -32,6 +32,12 @@ def further_budget(measured: int) -> int:
     return min(measured // 2, parse_size(BUDGET, "the budget"))
 
 
+def further_bytes(first: ExpertLayer, layers: Sequence[int], measured: int) -> int:
+    """What an analysis of the first of a model's layers, which reads `measured` bytes of it, reads of further ones."""
+    further = further_layers(layers, first.number)
+    return quick_bytes(first, len(further), further_budget(measured)) if further else 0
+
+
 def roles_to_read(layer: ExpertLayer) -> tuple[list[str], list[ExpertTensor]]:
     """The roles that are read, gate and up, of ungated experts up and down; and the tensors that hold them."""
     roles = [role for role in layer.roles if role != "down"] if "gate" in layer.roles else list(layer.roles)

@@ -50,6 +50,8 @@ def analyze(
     progress: Progress | None = None,
 ) -> MoETypeAnalysis:
     """The verdict on one model, from the evidence of each of the chosen layers."""
+    if parent is not None and not parent.strip():
+        raise InvalidRequest("the parent has no name", "give a dense model, as for the model itself")
     with connect(dask) as cluster, name_model(model):
         return _analyze(model, layer, layers, sample, parent, cluster, progress or no_progress)
 

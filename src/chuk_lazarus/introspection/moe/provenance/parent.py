@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtrc
 
-from ..errors import InvalidRequest, UnknownFormat, name_model
+from ..errors import InvalidRequest, MoEError, UnknownFormat, name_model
 from ..jobs.measure import RoleMeasure, refuse_not_finite
 from ..jobs.resources import Resources
 from ..numerics.neurons import Array, as_neurons
@@ -80,8 +80,19 @@ def _open_feed_forwards(name: str, wanted: Sequence[int]) -> Experts:
         except UnknownFormat as error:
             reason = error
     if not found:
+        if has_experts(name):
+            raise InvalidRequest("it is itself a Mixture of Experts, without shared experts", "name a dense model")
         raise reason
     return max(found, key=lambda experts: (len({*wanted} & {*experts.layers}), len(experts.layers)))
+
+
+def has_experts(name: str) -> bool:
+    """Whether a model has routed experts."""
+    try:
+        Experts.open(name)
+    except MoEError:
+        return False
+    return True
 
 
 def match_parent(
@@ -155,7 +166,8 @@ def _prepare_layer(layer: ExpertLayer, roles: Container[str]) -> dict[str, Array
     for tensor in layer.tensors:
         for role, matrix in tensor.matrices(0).items():
             if not np.isfinite(matrix).all():
-                refuse_not_finite(layer, 0, role)
+                with name_model("the parent"):
+                    refuse_not_finite(layer, 0, role)
             if role in roles:
                 prepared[role] = prepare_role(as_neurons(role, matrix))
     return prepared

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..errors import name_model
 from ..jobs.measure import DEFAULT_EXPERTS, bytes_to_measure
 from ..jobs.model import OpenedModel, evenly_spaced
-from ..jobs.parts import BUDGET, LAYERS
+from ..jobs.parts import BUDGET, LAYERS, further_bytes
 from ..progress import Progress, no_progress
 from ..reports import MoEQuickAnalysis
 from ..text import parse_size
@@ -48,6 +48,7 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
     kinds = [result.kind for result in results if result.kind]
     stored = round(sum(layer.stored_bytes for layer in opened.layers) / len(opened.layers) * len(experts.layers))
     first, read = opened.layers[0], experts.checkpoint.bytes_read - headers
+    measured = bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS), opened.resources)
     return MoEQuickAnalysis(
         **opened.identity(),
         moe_layers=experts.layers,
@@ -65,7 +66,7 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
         weight_bytes=read,
         stored_bytes=stored,
         share=read / stored,
-        full_bytes=bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS), opened.resources),
+        full_bytes=measured + further_bytes(first, experts.layers, measured),
         layers=tuple(results),
         notes=tuple(notes),
         cost=opened.cost(),

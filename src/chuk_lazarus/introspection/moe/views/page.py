@@ -44,7 +44,8 @@ VERDICTS = {
 MEANINGS = (
     (
         "Confidence",
-        "How often such a verdict was right on held-out models of known history: the lower end of the 95 % interval.",
+        "How probable the verdict is by its evidence, as fitted to models of known history. It is never near 100 % for "
+        "NATIVE: a model whose experts were all re-initialised looks the same.",
     ),
     (
         "Neurons shared",

@@ -130,8 +130,9 @@ def explain(analysis: MoETypeAnalysis) -> str:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
     projections = [layer.projections for layer in analysis.layers]
-    if (analysis.kind or "").startswith("from this parent"):
-        return f"the parent decides, {analysis.kind}. Without it: {evidence}."
+    from_parent, _, how = (analysis.kind or "").partition("from this parent, ")
+    if how and not from_parent:
+        return f"it comes from {analysis.parent}: {how}. Without this parent: {evidence}."
     alone = classify_by_neurons(lineages, projections)
     if analysis.further_layers and analysis.type != alone.origin:
         where = name_layers([layer.layer for layer in analysis.layers])
@@ -239,11 +240,13 @@ def _suggest_budget(report: MoEQuickAnalysis) -> str:
 
 
 def explain_full_analysis(report: MoEQuickAnalysis) -> str:
-    """What a full analysis of one layer would cost, and how much surer it would be."""
+    """What a full analysis would cost, and how much surer it would be."""
     gain = f"{report.full_confidence:.0%} confidence"
-    if report.full_confidence <= report.confidence:
+    if report.type == "UNDETERMINED":
+        gain = "which compares all roles of all experts"
+    elif report.full_confidence <= report.confidence:
         gain = "no surer by the same evidence, but with ranks and an overlay"
-    return f"without --quick, one layer: {format_bytes(report.full_bytes)}, {gain}"
+    return f"without --quick: {format_bytes(report.full_bytes)}, {gain}"
 
 
 def explain_rule(analysis: MoETypeAnalysis) -> str:
@@ -273,7 +276,8 @@ def explain_parent(analysis: MoETypeAnalysis) -> str:
         if embeddings:
             likeness += f", of the embeddings {format_likeness(embeddings.cka)}"
         if not has_its_attention(matches):
-            return f"{text}; its attention is not alike ({likeness})"
+            it_is = "" if is_from_parent(matches) else ": nothing says that it is the parent"
+            return f"{text}; its attention is not alike ({likeness}){it_is}"
         text += f"; the attention is from it ({likeness})"
         if not is_from_parent(matches):
             text += ", so the experts were re-initialised, or trained until nothing of theirs was left"
@@ -289,9 +293,12 @@ def _describe_order(analysis: MoETypeAnalysis) -> str:
     if sources == numbers:
         return ""
     moved = [(number, source) for number, source in zip(numbers, sources, strict=True) if number != source]
+    absent = [number for number, source in moved if source == "none"]
+    moved = [(number, source) for number, source in moved if source != "none"]
     listing = ", ".join(f"{number} from {source}" for number, source in moved[:MOST_MOVED])
     more = f" and {len(moved) - MOST_MOVED} more" if len(moved) > MOST_MOVED else ""
-    return f"; layers moved: {listing}{more}"
+    text = f"; layers moved: {listing}{more}" if moved else ""
+    return text + (f"; of {name_layers([int(number) for number in absent])} nothing is found" if absent else "")
 
 
 def name_sources(match: ParentMatch) -> str:
