@@ -33,7 +33,7 @@ def test_the_constants_are_the_fitted_ones(rule: str) -> None:
 @pytest.mark.parametrize("rule", CALIBRATIONS)
 def test_it_says_more_than_a_constant_of_models_it_was_not_fitted_to(rule: str) -> None:
     found = FITTED[rule]
-    assert found["log_loss"] < 0.5 * found["log_loss_of_a_constant"]
+    assert found["log_loss"] < 0.6 * found["log_loss_of_a_constant"]
     assert found["brier"] < 0.5 * found["brier_of_a_constant"]
 
 

@@ -530,7 +530,8 @@ FOURS = Shares(twins=((0, 1, 2, 3), (4, 5, 6, 7)), partners={0: 4, 4: 0})
         (Facts(Shares(), **ALIKE), "UNDETERMINED"),  # copies that were trained far apart, or natives with a base
         (Facts(Shares(), cosine=0.05, permuted_cosine=0.045, cosine_p_value=1e-30), "NATIVE"),
         (Facts(Shares(), cosine=0.05, cosine_p_value=1e-6), "NATIVE"),
-        (Facts(Shares(partners={0: 0})), "UPCYCLED"),  # all experts are identical
+        (Facts(Shares(partners={0: 0}, twins=((0, 1, 2),))), "UPCYCLED"),  # all experts are identical
+        (Facts(Shares(partners={0: 0}, twins=((0, 1),))), "UNDETERMINED"),  # two, perhaps averaged
         (Facts(PAIRS), "UNDETERMINED"),  # merged, or duplicated
         (Facts(FOURS), "UPCYCLED"),  # identical copies of slices
         (Facts(Shares(twins=((0, 1),))), "NATIVE"),  # one expert stored twice

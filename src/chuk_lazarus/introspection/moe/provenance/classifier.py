@@ -82,7 +82,7 @@ class LineageThresholds:
     Experts that are alike in place by more than `cosine`, without sharing neurons, have something in common: a
     component that was added to all of them, where it or the deltas have few directions, less than `broad` of what noise
     has (`full` where not even strong matches speak for copies); else they may be copies that were trained far apart.
-    Where nearly all experts have twins, `copies` of each are too many to come from merging pairs.
+    Where nearly all experts have twins, or all are identical, `copies` of each are too many to come from merging pairs.
 
     Layers of one real model find up to 4 % of their neurons in each other, none of them strongly, and their attention
     has a CKA of up to 0.4 (experiments/05_parents): `parent`, `parent_strong` and `attention_cka` lie above that. Rows
@@ -189,7 +189,7 @@ class Calibration:
         return Verdict(origin, confidence) if confidence > 0.5 else UNDECIDED
 
 
-CALIBRATION = Calibration(floor=0.103, ceiling=0.97, middle=0.292, slope=2.736)
+CALIBRATION = Calibration(floor=0.081, ceiling=0.975, middle=0.296, slope=2.51)
 PLENTY = 100.0  # a weight of evidence that nothing adds to
 
 
@@ -231,14 +231,14 @@ def classify_by_neurons(
     origin: Origin = "UNDETERMINED"
     weight = weigh_neurons(evidence, t)
     roles = min(layer.sharing.roles for layer in evidence)
-    if all(len(layer.sharing.partners) == 1 for layer in evidence):
-        origin, weight = "UPCYCLED", PLENTY  # all experts are identical
+    if all(len(layer.sharing.partners) == 1 for layer in evidence):  # all experts are identical
+        origin, weight = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED", PLENTY
     elif has_shared(shared, neurons, t) or has_strong(strong, neurons, t):
         is_built = is_rebuilt(breadth, delta_energy, strong, t) or has_adapter(base_breadth, strong, t)
         origin = "UNDETERMINED" if is_built or roles < t.roles else "UPCYCLED"
     elif without_down >= t.without_down and _is_more(without_down, neurons, t.native_without_down, t.p_value):
         base_breadth, breadth, delta_energy = describe_components(projections, ("gate", "up"))
-        is_built = is_rebuilt(breadth, delta_energy, 0.0, t) or has_adapter(base_breadth, 0.0, t)
+        is_built = is_rebuilt(breadth, delta_energy, 0.0, t) or has_adapter(base_breadth, thresholds=t)
         origin = "UNDETERMINED" if is_built else "UPCYCLED"
     elif fmean(map(share_of_twins, evidence)) >= t.twins:
         origin, weight = "UPCYCLED" if fmean(map(len, twins)) >= t.copies else "UNDETERMINED", PLENTY
@@ -416,7 +416,7 @@ class QuickThresholds:
 
 QUICK = QuickThresholds()
 
-QUICK_CALIBRATION = Calibration(floor=0.152, ceiling=0.978, middle=0.948, slope=7.389)
+QUICK_CALIBRATION = Calibration(floor=0.11, ceiling=0.983, middle=1.097, slope=1.886)
 
 
 class Part(Protocol):
@@ -452,7 +452,8 @@ def classify_quickly(layers: Sequence[Part], thresholds: QuickThresholds = QUICK
     """The verdict by the parts of several layers."""
     t = thresholds
     if all(len(group) == len(layer.experts) for layer in layers for group in layer.twins or [()]):
-        return QUICK_CALIBRATION.decide("UPCYCLED", PLENTY)  # all experts are identical
+        is_copied = len(layers[0].experts) >= LINEAGE.copies  # and not one of two, duplicated
+        return QUICK_CALIBRATION.decide("UPCYCLED", PLENTY) if is_copied else UNDECIDED
     neurons = sum(layer.neurons for layer in layers)
     is_narrow = min(layer.inputs for layer in layers) < t.width
     if not neurons or is_narrow or all(layer.chance == 1.0 for layer in layers):
