@@ -1,0 +1,200 @@
+"""A matrix in few bits a weight: evenly spaced levels around zero, and a scale for each group of a row.
+
+A weight is scale * (level - (levels - 1) / 2), its level one of 0 to levels - 1. Two levels keep the sign alone, three
+are ternary. Level and scale of a group are chosen together, for the least squared error: some scales are tried, the
+best one's levels are kept, and for these levels the best scale has a closed form (Lloyd, 1982). Scales are then rounded
+to bytes, and the levels are taken again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .code import PartLayout, Parts, Shape, check_finite
+from .packing import bits_of, pack_levels, packed_bytes, unpack_levels
+from .scales import GREATEST, decode_scales, encode_scales
+
+LEVELS = (2, 3, 4, 8, 16, 32, 64, 128, 256)
+GROUPS = (64, 128)
+BLOCK = 1 << 16  # weights that are coded at a time: what a core's cache holds
+MLX_BITS = {7: 8}  # MLX has no seven bits
+MLX_GROUP = 32  # the shortest of MLX's groups
+
+# Scales that are tried, by levels. The best scale of a group follows from its root mean square r and its peak p: on
+# Gaussian numbers log2(scale / r) is about slope * log2(p / r) + offset, give or take the spread.
+TRIES: dict[int, tuple[float, float, float]] = {
+    3: (0.03, 0.24, 0.08),
+    4: (0.099, -0.167, 0.089),
+    8: (0.416, -1.393, 0.101),
+    16: (0.826, -2.832, 0.078),
+    32: (0.975, -3.970, 0.048),
+    64: (0.993, -4.970, 0.035),
+    128: (0.996, -5.971, 0.030),
+    256: (0.998, -6.972, 0.027),
+}
+ALIKE = np.float32(1 + 1e-6)
+SPREAD = 0.7  # of the two tries on either side, in spreads
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A matrix as `mx.quantized_matmul` takes it: `weight` uint32 [..., out, words], a dense stream of `bits`, and
+    float32 `scales` and `biases` [..., out, groups] for groups of `group_size`.
+
+    A weight is scale * element + bias. The columns may be padded to whole groups, whose inputs must be zero.
+    """
+
+    weight: NDArray[np.uint32]
+    scales: NDArray[np.float32]
+    biases: NDArray[np.float32]
+    group_size: int
+    bits: int
+
+    @property
+    def columns(self) -> int:
+        """The number of columns, those that pad them included."""
+        return int(self.scales.shape[-1]) * self.group_size
+
+
+@dataclass(frozen=True, slots=True)
+class BitsCode:
+    """Levels and scales: parts `levels` uint8 [out, bytes of a row], `scales` uint8 [out, groups] and `unit` float32.
+
+    `group` weights of a row have a scale; the last group of a row may be shorter.
+    """
+
+    levels: int
+    group: int = 128
+
+    def __post_init__(self) -> None:
+        if self.levels not in LEVELS or self.group not in GROUPS:
+            raise ValueError(f"{self.levels} levels in groups of {self.group}")
+
+    def __str__(self) -> str:
+        return f"{'1.6' if self.levels == 3 else bits_of(self.levels)}bit:{self.group}"
+
+    def layout(self, shape: Shape) -> dict[str, PartLayout]:
+        rows, columns = shape
+        return {
+            "levels": PartLayout("U8", (rows, packed_bytes(self.levels, columns))),
+            "scales": PartLayout("U8", (rows, -(-columns // self.group))),
+            "unit": PartLayout("F32", ()),
+        }
+
+    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
+        exponent = int(np.frexp(check_finite(matrix))[1])
+        is_extreme = abs(exponent) > 100
+        if is_extreme:  # too large or too small for the factor that brings the peak to one
+            matrix, factor = np.ldexp(matrix, -exponent), np.float32(1.0)
+        else:
+            factor = np.float32(2.0**-exponent)
+        rows, columns = matrix.shape
+        groups = -(-columns // self.group)
+        scales = np.zeros((rows, groups), np.float32)
+        for at, first, block in self._blocks(matrix, factor):
+            scales[at, first : first + block.shape[1]] = _fit(block, self.levels)
+        codes, unit = encode_scales(scales, rounding=0.5 if self.levels >= 64 else 0.0)
+        scales = decode_scales(codes, np.asarray(unit, np.float32))
+        levels = np.empty((rows, columns), np.uint8)
+        own = product = 0.0
+        for at, first, block in self._blocks(matrix, factor):
+            steps = _round(block, scales[at, first : first + block.shape[1]], self.levels)
+            if unbiased:
+                product += float(
+                    np.einsum("rgc,rgc,rg->", block, steps, scales[at, first : first + block.shape[1]], optimize=True)
+                )
+                own += float(np.vdot(block, block))
+            steps += np.float32((self.levels - 1) / 2)
+            start = first * self.group
+            levels[at, start : start + block.shape[1] * block.shape[2]] = steps.reshape(len(steps), -1)
+        if unbiased and product > 0:
+            unit *= own / product
+        unit = min(np.ldexp(unit, exponent), GREATEST / max(1.0, self.levels / 2))
+        return {"levels": pack_levels(levels, self.levels), "scales": codes, "unit": np.asarray(unit, np.float32)}
+
+    def decode(self, parts: Parts, shape: Shape) -> NDArray[np.float32]:
+        rows, columns = shape
+        scales = decode_scales(parts["scales"], parts["unit"])
+        values = unpack_levels(parts["levels"], self.levels, columns).astype(np.float32)
+        values -= np.float32((self.levels - 1) / 2)
+        whole = columns // self.group * self.group
+        grouped = values[:, :whole].reshape(rows, whole // self.group, self.group)
+        if whole == columns:
+            grouped *= scales[:, :, None]
+            return values
+        values[:, :whole] = (grouped * scales[:, : grouped.shape[1], None]).reshape(rows, whole)
+        values[:, whole:] *= scales[:, -1:]
+        return values
+
+    def as_affine(self, parts: Parts, shape: Shape) -> Affine:
+        """MLX's affine form of the parts, which may be stacked: [...] before their own axes."""
+        columns = shape[1]
+        group = self.group if columns % self.group == 0 else MLX_GROUP
+        scales = decode_scales(parts["scales"], parts["unit"])
+        if group != self.group:
+            scales = np.repeat(scales, self.group // group, axis=-1)[..., : -(-columns // group)]
+        bits = MLX_BITS.get(bits_of(self.levels), bits_of(self.levels))
+        data = parts["levels"]
+        if self.levels != 1 << bits:
+            data = pack_levels(unpack_levels(data, self.levels, columns), 1 << bits)
+        padded = scales.shape[-1] * group * bits // 8
+        if missing := padded - data.shape[-1]:
+            data = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, missing)])
+        biases = scales * np.float32((1 - self.levels) / 2)
+        return Affine(np.ascontiguousarray(data).view("<u4"), scales, biases, group, bits)
+
+    def _blocks(
+        self, matrix: NDArray[np.float32], factor: np.float32
+    ) -> Iterator[tuple[slice, int, NDArray[np.float32]]]:
+        """The matrix times a factor, block by block: the rows, the first group, and float32 [rows, groups, n]."""
+        rows, columns = matrix.shape
+        whole = columns // self.group * self.group
+        for start, stop, group in ((0, whole, self.group), (whole, columns, columns - whole)):
+            step = max(1, BLOCK // max(1, stop - start))
+            for row in range(0, rows if start < stop else 0, step):
+                block = matrix[row : row + step, start:stop] * factor
+                yield slice(row, row + step), start // self.group, block.reshape(len(block), -1, group)
+
+
+def _fit(block: NDArray[np.float32], levels: int) -> NDArray[np.float32]:
+    """The scale of each group with the least squared error: [rows, groups, n] -> [rows, groups]."""
+    if levels == 2:
+        mean: NDArray[np.float32] = np.abs(block).mean(axis=-1)
+        return mean * np.float32(2.0)
+    rms = np.sqrt(np.einsum("rgc,rgc->rg", block, block) / np.float32(block.shape[-1]))
+    peak = np.maximum(block.max(axis=-1), -block.min(axis=-1))
+    top = np.float32((levels - 1) / 2)
+    slope, offset, spread = (np.float32(number) for number in TRIES[levels])
+    best: NDArray[np.float32] = np.zeros_like(rms)
+    gain = np.zeros_like(rms)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        usual = rms * np.exp2(slope * np.log2(peak / rms) + offset)
+        shift = np.exp2(np.float32(SPREAD) * spread)
+        for scale in (peak / top, usual / shift, usual * shift):
+            steps = _round(block, scale, levels)
+            product, square = (np.einsum("rgc,rgc->rg", steps, other) for other in (block, steps))
+            fitted = np.where(square > 0, product / square, np.float32(0.0))
+            # by fitted * product the squared error falls; of equals the first one is exact where that is possible
+            better = fitted * product > gain * ALIKE
+            gain = np.where(better, fitted * product, gain)
+            best = np.where(better, fitted, best)
+    return best
+
+
+def _round(block: NDArray[np.float32], scales: NDArray[np.float32], levels: int) -> NDArray[np.float32]:
+    """The nearest levels, as multiples of the scales, from -(levels - 1) / 2 on; [rows, groups, n], as the block."""
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scales > 0, np.float32(1.0) / scales, np.float32(0.0))
+    steps: NDArray[np.float32] = block * inverse[:, :, None]
+    half = np.float32(levels // 2)
+    if levels % 2:
+        np.rint(steps, out=steps)
+        np.clip(steps, -half, half, out=steps)
+        return steps
+    np.floor(steps, out=steps)
+    np.clip(steps, -half, half - 1, out=steps)
+    steps += np.float32(0.5)
+    return steps
