@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from chuk_lazarus.introspection.moe import MoETypeService
+from chuk_lazarus.introspection.moe.numerics.pairs import group_partners
 from chuk_lazarus.introspection.moe.provenance.lineage import (
     best_partners,
     find_twins,
-    group_partners,
     pair_evidence,
 )
 from chuk_lazarus.introspection.moe.views.words import explain, explain_quick

@@ -181,6 +181,21 @@ def agreement_chance(nearest: NDArray[Any], is_near: NDArray[np.bool_], neurons:
     return float(np.prod(shares, axis=0).sum())
 
 
+def group_partners(pairs: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
+    """Experts that share at least a third as many neurons with each other as each does with its best partner."""
+    both = np.minimum(pairs, pairs.T)
+    best = both.max(axis=1)
+    return connected_experts(both > np.maximum(np.minimum(best[:, None], best[None, :]) / 3, 0.02))
+
+
+def connected_experts(alike: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
+    """The connected components of a graph, given as [experts, experts]."""
+    from scipy.sparse.csgraph import connected_components  # here, because it takes long to load
+
+    count, labels = connected_components(alike, directed=False)
+    return tuple(tuple(int(place) for place in np.flatnonzero(labels == label)) for label in range(count))
+
+
 def _take(vectors: Array, positions: NDArray[np.intp]) -> Array:
     """The vectors at `positions` [experts, n] of each expert, [experts * n, inputs]."""
     taken = np.take_along_axis(vectors, positions[:, :, None], axis=1)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..numerics.pairs import group_partners
 from ..text import format_groups, format_numbers
-from .lineage import FEW, Group, PairEvidence, group_partners
+from .lineage import FEW, Group, PairEvidence
 
 SHARED = 0.05  # the share of neurons found in the best partner below which experts are no groups
 LEFT = 0.8  # the share of neurons that are found in other experts from which on none were re-initialised

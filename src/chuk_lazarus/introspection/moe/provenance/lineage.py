@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from scipy.special import bdtrc, ndtr
 
 from ..numerics.neurons import Array, Nearest
-from ..numerics.pairs import LEAD, PairMatches, agreement_chance, are_mutual, match_neurons, prepare_neurons
+from ..numerics.pairs import (
+    LEAD,
+    PairMatches,
+    agreement_chance,
+    are_mutual,
+    connected_experts,
+    match_neurons,
+    prepare_neurons,
+)
 
 Group = tuple[int, ...]  # experts, in ascending order
 
@@ -118,25 +126,10 @@ def match_evidence(
     )
 
 
-def group_partners(pairs: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
-    """Experts that share at least a third as many neurons with each other as each does with its best partner."""
-    both = np.minimum(pairs, pairs.T)
-    best = both.max(axis=1)
-    return _components(both > np.maximum(np.minimum(best[:, None], best[None, :]) / 3, 0.02))
-
-
 def find_groups(evidence: Evidence, experts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The experts that share more than half of their neurons with each other, in groups of two or more."""
-    groups = _components((evidence.pairs > 0.5) | (evidence.pairs.T > 0.5))
+    groups = connected_experts((evidence.pairs > 0.5) | (evidence.pairs.T > 0.5))
     return tuple(tuple(experts[place] for place in group) for group in groups if len(group) > 1)
-
-
-def _components(alike: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
-    """The connected components of a graph, given as [experts, experts]."""
-    from scipy.sparse.csgraph import connected_components  # here, because it takes long to load
-
-    count, labels = connected_components(alike, directed=False)
-    return tuple(tuple(int(place) for place in np.flatnonzero(labels == label)) for label in range(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +235,7 @@ def _compare_pairs(
         for array in (matches.cosine, matches.lead)
     )
     is_same = ((neuron >= 0) & (cosine >= EQUAL)).mean(axis=1) >= ALL
-    groups = [group for group in _components(is_same & is_same.T) if len(group) > 1]
+    groups = [group for group in connected_experts(is_same & is_same.T) if len(group) > 1]
     few = groups if sum(map(len, groups)) < count / 2 else []  # where they are many they are copies
     evidence = PairEvidence(
         experts,
