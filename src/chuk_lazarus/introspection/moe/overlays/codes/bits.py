@@ -35,6 +35,7 @@ TRIES: dict[int, tuple[float, float, float]] = {
     128: (0.996, -5.971, 0.030),
     256: (0.998, -6.972, 0.027),
 }
+LEAST_ENERGY, GREATEST_ENERGY = 1e-12, 1e24  # of a matrix whose numbers are coded as they are
 ALIKE = np.float32(1 + 1e-6)
 SPREAD = 0.7  # of the two tries on either side, in spreads
 
@@ -85,33 +86,28 @@ class BitsCode:
         }
 
     def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
-        exponent = int(np.frexp(check_finite(matrix))[1])
-        is_extreme = abs(exponent) > 100
-        if is_extreme:  # too large or too small for the factor that brings the peak to one
-            matrix, factor = np.ldexp(matrix, -exponent), np.float32(1.0)
-        else:
-            factor = np.float32(2.0**-exponent)
+        exponent, energy = 0, float(np.vdot(matrix, matrix))
+        if not LEAST_ENERGY < energy < GREATEST_ENERGY:  # a peak of about one keeps squares within float32
+            exponent = int(np.frexp(check_finite(matrix))[1])
+            matrix = np.ldexp(matrix, -exponent)
+            energy = float(np.vdot(matrix, matrix))
         rows, columns = matrix.shape
-        groups = -(-columns // self.group)
-        scales = np.zeros((rows, groups), np.float32)
-        for at, first, block in self._blocks(matrix, factor):
-            scales[at, first : first + block.shape[1]] = _fit(block, self.levels)
+        scales = np.zeros((rows, -(-columns // self.group)), np.float32)
+        for at, groups, block in self._blocks(matrix):
+            scales[at, groups] = _fit(block, self.levels)
         codes, unit = encode_scales(scales, rounding=0.5 if self.levels >= 64 else 0.0)
         scales = decode_scales(codes, np.asarray(unit, np.float32))
         levels = np.empty((rows, columns), np.uint8)
-        own = product = 0.0
-        for at, first, block in self._blocks(matrix, factor):
-            steps = _round(block, scales[at, first : first + block.shape[1]], self.levels)
+        product = 0.0
+        for at, groups, block in self._blocks(matrix):
+            steps = _round(block, scales[at, groups], self.levels)
             if unbiased:
-                product += float(
-                    np.einsum("rgc,rgc,rg->", block, steps, scales[at, first : first + block.shape[1]], optimize=True)
-                )
-                own += float(np.vdot(block, block))
+                product += float(np.vdot(np.einsum("rgc,rgc->rg", block, steps), scales[at, groups]))
             steps += np.float32((self.levels - 1) / 2)
-            start = first * self.group
-            levels[at, start : start + block.shape[1] * block.shape[2]] = steps.reshape(len(steps), -1)
-        if unbiased and product > 0:
-            unit *= own / product
+            start = groups.start * self.group
+            levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
+        if product > 0:
+            unit *= energy / product
         unit = min(np.ldexp(unit, exponent), GREATEST / max(1.0, self.levels / 2))
         return {"levels": pack_levels(levels, self.levels), "scales": codes, "unit": np.asarray(unit, np.float32)}
 
@@ -146,17 +142,16 @@ class BitsCode:
         biases = scales * np.float32((1 - self.levels) / 2)
         return Affine(np.ascontiguousarray(data).view("<u4"), scales, biases, group, bits)
 
-    def _blocks(
-        self, matrix: NDArray[np.float32], factor: np.float32
-    ) -> Iterator[tuple[slice, int, NDArray[np.float32]]]:
-        """The matrix times a factor, block by block: the rows, the first group, and float32 [rows, groups, n]."""
+    def _blocks(self, matrix: NDArray[np.float32]) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+        """The matrix block by block: the rows, the groups, and float32 [rows, groups, n]."""
         rows, columns = matrix.shape
-        whole = columns // self.group * self.group
-        for start, stop, group in ((0, whole, self.group), (whole, columns, columns - whole)):
+        whole = columns // self.group
+        for first, last, length in ((0, whole, self.group), (whole, whole + 1, columns % self.group)):
+            start, stop = first * self.group, first * self.group + (last - first) * length
             step = max(1, BLOCK // max(1, stop - start))
             for row in range(0, rows if start < stop else 0, step):
-                block = matrix[row : row + step, start:stop] * factor
-                yield slice(row, row + step), start // self.group, block.reshape(len(block), -1, group)
+                block = matrix[row : row + step, start:stop]
+                yield slice(row, row + step), slice(first, last), block.reshape(len(block), last - first, length)
 
 
 def _fit(block: NDArray[np.float32], levels: int) -> NDArray[np.float32]:
@@ -165,7 +160,7 @@ def _fit(block: NDArray[np.float32], levels: int) -> NDArray[np.float32]:
         mean: NDArray[np.float32] = np.abs(block).mean(axis=-1)
         return mean * np.float32(2.0)
     rms = np.sqrt(np.einsum("rgc,rgc->rg", block, block) / np.float32(block.shape[-1]))
-    peak = np.maximum(block.max(axis=-1), -block.min(axis=-1))
+    peak = np.abs(block).max(axis=-1)
     top = np.float32((levels - 1) / 2)
     slope, offset, spread = (np.float32(number) for number in TRIES[levels])
     best: NDArray[np.float32] = np.zeros_like(rms)
