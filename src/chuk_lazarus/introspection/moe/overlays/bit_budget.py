@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, inf, log2, prod
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
 from ..numerics.alignment import Alignment, permute
 from ..weights.expert_layer import ExpertLayer
-from .coded_layer import LayerCodes, RoleCodes
-from .codes import MatrixCode
+from .allocation import RankOptions, RankRule, rank_rule
+from .codes import LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
@@ -124,6 +124,33 @@ def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]
 
 def _energy(matrices: Sequence[NDArray[np.float32]]) -> float:
     return sum(float(np.square(matrix, dtype=np.float64).sum()) for matrix in matrices)
+
+
+class OverlayOptions(RankOptions, total=False):
+    """How ranks or codes are chosen, as options of the services: `RankOptions`, or codes.
+
+    `bits` are the bits for each weight of the experts, everything counted, of an overlay in codes. `coded` makes
+    `target_ratio` mean such an overlay, of 16 / ratio bits.
+    """
+
+    bits: float | None
+    coded: bool
+
+
+def overlay_rule(
+    *, bits: float | None = None, coded: bool = False, **options: Unpack[RankOptions]
+) -> "RankRule | BitRule":
+    """The rule that `OverlayOptions` describe; raises InvalidRequest for options that contradict each other."""
+    rule = rank_rule(**options)
+    if bits is None and not coded:
+        return rule
+    if rule.given or rule.max_error is not None or (bits is not None and rule.target_ratio is not None):
+        raise InvalidRequest("codes are wanted together with ranks, an error or a second size", "give bits alone")
+    if bits is None:
+        if rule.target_ratio is None:
+            raise InvalidRequest("codes are wanted, and no size", "give bits, or a ratio")
+        bits = 16 / rule.target_ratio
+    return BitRule(bits)
 
 
 class _Unit(NamedTuple):

@@ -1,42 +1,17 @@
 """The experts of one layer in codes: a coded base, and for each expert the code of its delta from the stored base."""
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..jobs.measure import refuse_not_finite, subtract_base
-from ..numerics.alignment import Alignment, permute
+from ..jobs.resources import Resources
+from ..numerics.alignment import Alignment, keep_order, permute
 from ..weights.expert_layer import ExpertLayer
-from .alignment import mean_aligned
-from .codes import MatrixCode
-from .codes.code import Parts, code_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class RoleCodes:
-    """How a projection of a layer is kept: the code of its base, and that of each expert's delta.
-
-    Without a base, `delta` is the code of the experts themselves.
-    """
-
-    base: MatrixCode | None
-    delta: MatrixCode
-
-    def base_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of the base, 0 where there is none."""
-        return code_bytes(self.base, shape) if self.base else 0
-
-    def nbytes(self, shape: tuple[int, int], experts: int) -> int:
-        """Bytes of base and deltas of a projection whose matrices have that shape (out, in)."""
-        return self.base_bytes(shape) + experts * code_bytes(self.delta, shape)
-
-
-LayerCodes = Mapping[str, RoleCodes]
-"""Role -> codes, for one layer."""
+from .alignment import align_layer, mean_aligned
+from .codes import LayerCodes
 
 
 class CodedLayer:
@@ -65,34 +40,32 @@ class CodedLayer:
         return parts
 
     def code(
-        self, expert: int, matrices: Mapping[str, NDArray[np.float32]]
-    ) -> dict[str, tuple[dict[str, NDArray[Any]], NDArray[np.float32]]]:
-        """By role the parts of one expert's delta, and the expert that they stand for, in the order of its neurons.
+        self, expert: int, role: str, matrix: NDArray[np.float32]
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
+        """The parts of one expert's delta, and the matrix that they stand for, in the expert's own order of neurons.
 
-        `matrices` are the expert's own, in canonical form. Raises ModelUnreadable where they are not finite, or float32
-        can't hold a delta.
+        `matrix` is the expert's own, in canonical form, and stays as it is. Raises ModelUnreadable where it is not
+        finite, or float32 can't hold the delta.
         """
+        code, shape = self.codes[role].delta, self.layer.shape(role)
         permutation = self.alignment.permutations[expert]
-        back = np.argsort(permutation)
-        result = {}
-        for role, matrix in matrices.items():
-            code, shape = self.codes[role].delta, self.layer.shape(role)
-            if self.alignment.is_identity:
-                delta = matrix.copy() if role in self._bases else matrix
-            else:
-                delta = np.ascontiguousarray(permute(role, matrix, permutation))
-            if role in self._bases:
-                subtract_base(self.layer.number, role, delta, self._bases[role])
-            try:
-                parts = code.encode(delta, unbiased=True)
-            except ValueError:
-                refuse_not_finite(self.layer, expert, role)
-            rebuilt = self._rebuild(role, parts, shape)
-            result[role] = parts, rebuilt if self.alignment.is_identity else permute(role, rebuilt, back)
-        return result
-
-    def _rebuild(self, role: str, parts: Parts, shape: tuple[int, int]) -> NDArray[np.float32]:
-        rebuilt = self.codes[role].delta.decode(parts, shape)
-        if role in self._bases:
+        is_moved, has_base = not self.alignment.is_identity, role in self._bases
+        delta = np.ascontiguousarray(permute(role, matrix, permutation)) if is_moved else matrix
+        if has_base:
+            delta = delta if is_moved else delta.copy()
+            subtract_base(self.layer.number, role, delta, self._bases[role])
+        try:
+            parts = code.encode(delta, unbiased=True)
+        except ValueError:
+            refuse_not_finite(self.layer, expert, role)
+        rebuilt = code.decode(parts, shape)
+        if has_base:
             rebuilt += self._bases[role]
-        return rebuilt
+        return parts, permute(role, rebuilt, np.argsort(permutation)) if is_moved else rebuilt
+
+
+def find_alignment(layer: ExpertLayer, codes: LayerCodes, resources: Resources) -> Alignment:
+    """The order of the neurons in which the layer is coded; without any base, experts stay as they are."""
+    if any(role.base for role in codes.values()):
+        return align_layer(layer, resources)
+    return keep_order(layer.count, layer.sizes["I"])

@@ -5,15 +5,49 @@ a code; `rank8:3bit:128+2bit:128`, factors and the rest.
 """
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from .bf16 import Bf16Code
 from .bits import BitsCode
+from .code import PartLayout, Shape, code_bytes
 from .low_rank import FactorsCode, SumCode
 
 MatrixCode = Bf16Code | BitsCode | FactorsCode | SumCode
 
 _BITS = re.compile(r"(1|1\.6|[2-8])bit:(64|128)")
 _FACTORS = re.compile(r"rank(\d{1,6}):(.*)")
+
+
+@dataclass(frozen=True, slots=True)
+class RoleCodes:
+    """How a projection of a layer is kept: the code of its base, and that of each expert's delta from the stored base.
+
+    Without a base, `delta` is the code of the experts themselves.
+    """
+
+    base: MatrixCode | None
+    delta: MatrixCode
+
+    def base_bytes(self, shape: Shape) -> int:
+        """Bytes of the base, 0 where there is none."""
+        return code_bytes(self.base, shape) if self.base else 0
+
+    def nbytes(self, shape: Shape, experts: int) -> int:
+        """Bytes of base and deltas of a projection whose matrices have that shape."""
+        return self.base_bytes(shape) + experts * code_bytes(self.delta, shape)
+
+    def layout(self, shape: Shape, experts: int) -> dict[str, PartLayout]:
+        """All parts, "base.*" and "delta.*"; those of the deltas have the experts for their first axis."""
+        base = self.base.layout(shape) if self.base else {}
+        return {f"base.{name}": part for name, part in base.items()} | {
+            f"delta.{name}": PartLayout(part.dtype, (experts, *part.shape))
+            for name, part in self.delta.layout(shape).items()
+        }
+
+
+LayerCodes = Mapping[str, RoleCodes]
+"""Role -> codes, for one layer."""
 
 
 def parse_code(text: str) -> MatrixCode:
