@@ -17,8 +17,8 @@ from .codes import LayerCodes
 class CodedLayer:
     """Codes the experts of a layer whose neurons are in the order that `alignment` says.
 
-    `code_bases` comes first. Then `code` may be called from several threads. Deltas, and experts without a base, are
-    coded without bias.
+    `code_bases` comes first. Then `code` may be called from several threads. Experts without a base are coded without
+    bias, deltas for the least error: what shrinks a small delta hardly shrinks the expert.
     """
 
     def __init__(self, layer: ExpertLayer, codes: LayerCodes, alignment: Alignment) -> None:
@@ -55,7 +55,7 @@ class CodedLayer:
             delta = delta if is_moved else delta.copy()
             subtract_base(self.layer.number, role, delta, self._bases[role])
         try:
-            parts = code.encode(delta, unbiased=True)
+            parts = code.encode(delta, unbiased=not has_base)
         except ValueError:
             refuse_not_finite(self.layer, expert, role)
         rebuilt = code.decode(parts, shape)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...terms import OVERLAY_CONFIG, ROLES
-from ..codes import LayerCodes, RoleCodes, parse_code
+from ..codes import LayerCodes, RoleCodes, list_matrices, parse_code
 from ..codes.code import PartLayout
 
 VERSION, CODED_VERSION = 1, 2
@@ -97,6 +97,8 @@ def codes_to_json(codes: LayerCodes) -> dict[str, dict[str, str | None]]:
 
 def parse_codes(codes: Mapping[str, Any]) -> dict[str, RoleCodes]:
     """The inverse of `codes_to_json`; raises ValueError, KeyError or TypeError for what is none."""
+    if any(not isinstance(text, str) for texts in codes.values() for text in (texts["delta"], texts["base"] or "")):
+        raise TypeError("a code is a text")
     return {
         role: RoleCodes(None if texts["base"] is None else parse_code(texts["base"]), parse_code(texts["delta"]))
         for role, texts in codes.items()
@@ -219,6 +221,8 @@ def _read_coded(listed: Any, roles: Sequence[str]) -> dict[int, CodedExperts]:
         sizes: list[Any] = [facts.get(name) for name in ("experts", "hidden", "intermediate")]
         try:
             codes = parse_codes({role: facts["codes"][role] for role in roles})
+            for each in codes.values():
+                list_matrices(each, (1, 1), 1)
         except (KeyError, TypeError, ValueError):
             raise OverlayConfigError("code", key, roles) from None
         if not all(type(size) is int and 0 < size < 2**31 for size in sizes):

@@ -46,6 +46,42 @@ class RoleCodes:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """One matrix among a projection's parts, or a stack of one for each expert.
+
+    `part` is what the names of its parts begin with ("delta.factors.left"), `code` its code, which is bits or bf16, and
+    `shape` (out, in) its shape there; left factors are transposed.
+    """
+
+    part: str
+    code: Bf16Code | BitsCode
+    shape: Shape
+    experts: int | None
+
+
+def list_matrices(codes: RoleCodes, shape: Shape, experts: int) -> dict[str, StoredMatrix]:
+    """The matrices of a projection of that shape by what they are: "base", "delta", "left" and "right".
+
+    A matrix that is not there is left out; the delta is what is coded beside its factors.
+    """
+    matrices = {}
+    if codes.base is not None:
+        if not isinstance(codes.base, Bf16Code | BitsCode):
+            raise ValueError(f"a base in the code {codes.base}")
+        matrices["base"] = StoredMatrix("base", codes.base, shape, None)
+    delta, factors = codes.delta, "delta"
+    if isinstance(delta, SumCode):
+        matrices["delta"] = StoredMatrix("delta.rest", delta.rest, shape, experts)
+        delta, factors = delta.factors, "delta.factors"
+    if not isinstance(delta, FactorsCode):
+        matrices["delta"] = StoredMatrix("delta", delta, shape, experts)
+    elif delta.rank:
+        matrices["left"] = StoredMatrix(f"{factors}.left", delta.bits, (delta.rank, shape[0]), experts)
+        matrices["right"] = StoredMatrix(f"{factors}.right", delta.bits, (delta.rank, shape[1]), experts)
+    return matrices
+
+
 LayerCodes = Mapping[str, RoleCodes]
 """Role -> codes, for one layer."""
 

@@ -125,14 +125,18 @@ class BitsCode:
         values[:, whole:] *= scales[:, -1:]
         return values
 
+    def affine_settings(self, columns: int) -> tuple[int, int]:
+        """The group size and the bits of MLX's affine form of matrices of so many columns."""
+        bits = bits_of(self.levels)
+        return self.group if columns % self.group == 0 else MLX_GROUP, MLX_BITS.get(bits, bits)
+
     def as_affine(self, parts: Parts, shape: Shape) -> Affine:
         """MLX's affine form of the parts, which may be stacked: [...] before their own axes."""
         columns = shape[1]
-        group = self.group if columns % self.group == 0 else MLX_GROUP
+        group, bits = self.affine_settings(columns)
         scales = decode_scales(parts["scales"], parts["unit"])
         if group != self.group:
             scales = np.repeat(scales, self.group // group, axis=-1)[..., : -(-columns // group)]
-        bits = MLX_BITS.get(bits_of(self.levels), bits_of(self.levels))
         data = parts["levels"]
         if self.levels != 1 << bits:
             data = pack_levels(unpack_levels(data, self.levels, columns), 1 << bits)

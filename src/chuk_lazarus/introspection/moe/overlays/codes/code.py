@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Array = TypeVar("Array")
 
 Shape = tuple[int, int]
 """(out, in) of a matrix."""
@@ -62,6 +64,6 @@ def check_finite(matrix: NDArray[np.float32]) -> float:
     return peak
 
 
-def inner(parts: Parts, prefix: str) -> dict[str, NDArray[Any]]:
+def inner(parts: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     """The parts whose names begin with `prefix` and a dot, without these."""
     return {name.removeprefix(f"{prefix}."): part for name, part in parts.items() if name.startswith(f"{prefix}.")}
