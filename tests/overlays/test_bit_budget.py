@@ -65,10 +65,11 @@ def test_the_bits_are_met_from_below(bits: float, layers: int, experts: int, sha
 @pytest.mark.parametrize("bits", [1.2, 1.6, 2.0, 2.3, 2.6, 3.1, 4.4])
 def test_deltas_have_one_width_or_two_that_are_neighbours(bits: float) -> None:
     codes = deltas(BitRule(bits).choose(trials(steps=1.1)))
-    widths = {code.rest if isinstance(code, SumCode) else code for code in codes}
-    assert len(widths) <= 3 if any(isinstance(code, FactorsCode) for code in codes) else len(widths) <= 2
-    levels = sorted(code.levels for code in widths if isinstance(code, BitsCode))
+    widths = [code.rest if isinstance(code, SumCode) else code for code in codes]
+    levels = sorted({code.levels for code in widths if isinstance(code, BitsCode)})
+    assert len(levels) <= 2
     assert all(above in (2 * below, 3, 4) for below, above in pairwise(levels))
+    assert len({code.rank for code in widths if isinstance(code, FactorsCode)}) <= 3 - len(levels)
     assert sum(isinstance(code, SumCode) for code in codes) <= 1
 
 

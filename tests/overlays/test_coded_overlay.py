@@ -201,7 +201,7 @@ def test_bits_are_those_of_the_files(demo: str, bits: float, tmp_path: Path) -> 
     experts = Experts.open(f"demo:{demo}")
     weights = sum(experts.layer(number).parameters for number in experts.layers)
     assert report.bits_per_weight == pytest.approx(8 * size / weights)
-    assert 0.995 * bits <= report.bits_per_weight <= bits
+    assert 0.99 * bits <= report.bits_per_weight <= bits  # a rank of so small a layer is half a per cent
     parts = report.bytes_by_part
     assert parts.bases + parts.deltas + parts.scales == size
     assert (parts.bases > 0) == (demo == "upcycled")

@@ -119,7 +119,7 @@ LLOYD_MAX = {2: 0.3634, 3: 0.1902, 4: 0.1175, 8: 0.03454, 16: 0.009497, 32: 0.00
 def test_gaussian_numbers_lose_what_lloyd_and_max_say(levels: int, group: int) -> None:
     """Levels are evenly spaced, and scales follow their groups: the one costs and the other gains a few per cent."""
     error = lost(BitsCode(levels, group), gaussian(256, 1024))
-    assert 0.88 * LLOYD_MAX[levels] < error < 1.07 * LLOYD_MAX[levels]
+    assert 0.88 * LLOYD_MAX[levels] < error < 1.09 * LLOYD_MAX[levels]
     # the bytes of the scales are worth what they cost: never more than this many bits over the ideal quantiser
     assert np.log2(error / LLOYD_MAX[levels]) / 2 + 8 / group < 0.12
 

@@ -32,6 +32,7 @@ FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
 MOST_BITS = 8.0
 ROWS = 128  # of each matrix that are coded to measure an error
+LITTLE = 0.004  # the share of a budget that may be left
 TRIED = (2, 3, 4, 8, 16)  # levels whose errors are measured
 
 
@@ -186,8 +187,8 @@ class BitRule:
     def choose(self, trials: Mapping[int, Mapping[str, RoleTrial]]) -> dict[int, LayerCodes]:
         """The codes of every layer; raises InvalidRequest where even the least take more.
 
-        All units climb from stage to stage, those of the largest error first; the one that comes when no whole step
-        fits gets factors beside its code for what is left.
+        All units climb from stage to stage, those of the largest error first. When no whole step fits, those that would
+        come next get scales for shorter groups, and where much is left even then, one gets factors beside its code.
         """
         units = _open_units(trials)
         weights = sum(unit.trial.experts * prod(unit.trial.shape) for unit in units)
@@ -197,13 +198,25 @@ class BitRule:
         if total > budget:
             least = ceil(800 * total / weights) / 100
             raise InvalidRequest(f"{self.bits:g} bits a weight are out of reach", f"the least is {least:.2f}")
-        for place, lower, higher in _list_steps(units):
+        steps = _list_steps(units)
+        taken = 0
+        for place, lower, higher in steps:
             step = units[place].nbytes(higher) - units[place].nbytes(lower)
             if step > budget - total:
-                chosen[place] = _fill(units[place], lower, budget - total)
                 break
             chosen[place] = higher
             total += step
+            taken += 1
+        next_units = list(dict.fromkeys(place for place, _, _ in steps[taken:]))
+        for place in next_units:
+            code = chosen[place]
+            finer = BitsCode(code.levels, 64) if isinstance(code, BitsCode) else code
+            step = units[place].nbytes(finer) - units[place].nbytes(code)
+            if step <= budget - total:
+                chosen[place] = finer
+                total += step
+        if next_units and budget - total > LITTLE * budget:
+            chosen[next_units[0]] = _fill(units[next_units[0]], chosen[next_units[0]], budget - total)
         result: dict[int, dict[str, RoleCodes]] = {}
         for unit, code in zip(units, chosen, strict=True):
             result.setdefault(unit.layer, {})[unit.role] = RoleCodes(unit.base, code)

@@ -12,6 +12,7 @@ from ..numerics.alignment import Alignment, keep_order, permute
 from ..weights.expert_layer import ExpertLayer
 from .alignment import align_layer, mean_aligned
 from .codes import LayerCodes
+from .codes.code import Parts
 
 
 class CodedLayer:
@@ -39,15 +40,11 @@ class CodedLayer:
                     self._bases[role] = code.decode(parts[role], self.layer.shape(role))
         return parts
 
-    def code(
-        self, expert: int, role: str, matrix: NDArray[np.float32]
-    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
-        """The parts of one expert's delta, and the matrix that they stand for, in the expert's own order of neurons.
+    def code(self, expert: int, role: str, matrix: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """The parts of one expert's delta; `matrix` is the expert's own, in canonical form, and stays as it is.
 
-        `matrix` is the expert's own, in canonical form, and stays as it is. Raises ModelUnreadable where it is not
-        finite, or float32 can't hold the delta.
+        Raises ModelUnreadable where it is not finite, or float32 can't hold the delta.
         """
-        code, shape = self.codes[role].delta, self.layer.shape(role)
         permutation = self.alignment.permutations[expert]
         is_moved, has_base = not self.alignment.is_identity, role in self._bases
         delta = np.ascontiguousarray(permute(role, matrix, permutation)) if is_moved else matrix
@@ -55,13 +52,18 @@ class CodedLayer:
             delta = delta if is_moved else delta.copy()
             subtract_base(self.layer.number, role, delta, self._bases[role])
         try:
-            parts = code.encode(delta, unbiased=not has_base)
+            return self.codes[role].delta.encode(delta, unbiased=not has_base)
         except ValueError:
             refuse_not_finite(self.layer, expert, role)
-        rebuilt = code.decode(parts, shape)
-        if has_base:
+
+    def decode(self, expert: int, role: str, parts: Parts) -> NDArray[np.float32]:
+        """The expert's matrix that the parts stand for, in the expert's own order of neurons."""
+        rebuilt = self.codes[role].delta.decode(parts, self.layer.shape(role))
+        if role in self._bases:
             rebuilt += self._bases[role]
-        return parts, permute(role, rebuilt, np.argsort(permutation)) if is_moved else rebuilt
+        if self.alignment.is_identity:
+            return rebuilt
+        return permute(role, rebuilt, np.argsort(self.alignment.permutations[expert]))
 
 
 def find_alignment(layer: ExpertLayer, codes: LayerCodes, resources: Resources) -> Alignment:

@@ -196,7 +196,7 @@ def check_coded_layer(
 
     def compare(expert: int) -> ExpertErrors:
         exact = layer.matrices(expert)
-        rebuilt = {role: coder.code(expert, role, matrix)[1] for role, matrix in exact.items()}
+        rebuilt = {role: coder.decode(expert, role, coder.code(expert, role, matrix)) for role, matrix in exact.items()}
         errors = check.compare(expert, exact, rebuilt)
         done.add(layer.parameters // layer.count)
         return errors
@@ -218,7 +218,7 @@ def measure_coded_layer(layer: ExpertLayer, codes: LayerCodes, resources: Resour
         energy = lost = 0.0
         for tensor in layer.tensors:
             for role, matrix in tensor.matrices(expert).items():
-                _, rebuilt = coder.code(expert, role, matrix)
+                rebuilt = coder.decode(expert, role, coder.code(expert, role, matrix))
                 energy += total_energy(matrix)
                 lost += total_energy(rebuilt - matrix)
         done.add(layer.parameters // layer.count)

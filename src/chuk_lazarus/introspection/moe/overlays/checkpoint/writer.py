@@ -428,7 +428,9 @@ def _fill_coded(
     def write(expert: int) -> ExpertErrors | None:
         exact, rebuilt = layer.matrices(expert), {}
         for role, matrix in exact.items():
-            parts, rebuilt[role] = coder.code(expert, role, matrix)
+            parts = coder.code(expert, role, matrix)
+            if check:
+                rebuilt[role] = coder.decode(expert, role, parts)
             for name, array in parts.items():
                 data = array.tobytes()
                 shard.write(tensor_name(prefix, role, f"delta.{name}"), data, expert * len(data))

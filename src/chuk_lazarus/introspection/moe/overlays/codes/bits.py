@@ -36,6 +36,7 @@ TRIES: dict[int, tuple[float, float, float]] = {
     256: (0.998, -6.972, 0.027),
 }
 LEAST_ENERGY, GREATEST_ENERGY = 1e-12, 1e24  # of a matrix whose numbers are coded as they are
+FEW = 0.1  # the share of the groups up to which the peaks are not worth a try
 ALIKE = np.float32(1 + 1e-6)
 SPREAD = 0.7  # of the two tries on either side, in spreads
 
@@ -93,8 +94,10 @@ class BitsCode:
             energy = float(np.vdot(matrix, matrix))
         rows, columns = matrix.shape
         scales = np.zeros((rows, -(-columns // self.group)), np.float32)
+        with_peaks = True
         for at, groups, block in self._blocks(matrix):
-            scales[at, groups] = _fit(block, self.levels)
+            scales[at, groups], share = _fit(block, self.levels, with_peaks)
+            with_peaks = with_peaks and share > FEW
         codes, unit = encode_scales(scales, rounding=0.5 if self.levels >= 64 else 0.0)
         scales = decode_scales(codes, np.asarray(unit, np.float32))
         levels = np.empty((rows, columns), np.uint8)
@@ -102,7 +105,7 @@ class BitsCode:
         for at, groups, block in self._blocks(matrix):
             steps = _round(block, scales[at, groups], self.levels)
             if unbiased:
-                product += float(np.vdot(np.einsum("rgc,rgc->rg", block, steps), scales[at, groups]))
+                product += float(np.vdot(np.vecdot(block, steps), scales[at, groups]))
             steps += np.float32((self.levels - 1) / 2)
             start = groups.start * self.group
             levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
@@ -158,29 +161,36 @@ class BitsCode:
                 yield slice(row, row + step), slice(first, last), block.reshape(len(block), last - first, length)
 
 
-def _fit(block: NDArray[np.float32], levels: int) -> NDArray[np.float32]:
-    """The scale of each group with the least squared error: [rows, groups, n] -> [rows, groups]."""
+def _fit(block: NDArray[np.float32], levels: int, with_peaks: bool) -> tuple[NDArray[np.float32], float]:
+    """The scale of each group with the least squared error: [rows, groups, n] -> [rows, groups].
+
+    With `with_peaks` the scale that puts the highest level on the peak is tried, too. Returns as well for what share of
+    the groups that one is the best: it is for numbers that are levels already, and for many levels.
+    """
     if levels == 2:
         mean: NDArray[np.float32] = np.abs(block).mean(axis=-1)
-        return mean * np.float32(2.0)
-    rms = np.sqrt(np.einsum("rgc,rgc->rg", block, block) / np.float32(block.shape[-1]))
+        return mean * np.float32(2.0), 0.0
+    rms = np.sqrt(np.vecdot(block, block) / np.float32(block.shape[-1]))
     peak = np.abs(block).max(axis=-1)
     top = np.float32((levels - 1) / 2)
     slope, offset, spread = (np.float32(number) for number in TRIES[levels])
     best: NDArray[np.float32] = np.zeros_like(rms)
     gain = np.zeros_like(rms)
+    share = 0.0
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         usual = rms * np.exp2(slope * np.log2(peak / rms) + offset)
         shift = np.exp2(np.float32(SPREAD) * spread)
-        for scale in (peak / top, usual / shift, usual * shift):
+        tries = [usual] if levels >= 16 and with_peaks else [usual / shift, usual * shift]
+        for place, scale in enumerate([peak / top, *tries] if with_peaks else tries):
             steps = _round(block, scale, levels)
-            product, square = (np.einsum("rgc,rgc->rg", steps, other) for other in (block, steps))
+            product, square = np.vecdot(block, steps), np.vecdot(steps, steps)
             fitted = np.where(square > 0, product / square, np.float32(0.0))
             # by fitted * product the squared error falls; of equals the first one is exact where that is possible
             better = fitted * product > gain * ALIKE
             gain = np.where(better, fitted * product, gain)
             best = np.where(better, fitted, best)
-    return best
+            share = 1.0 if with_peaks and not place else share - share * float(better.mean())
+    return best, share
 
 
 def _round(block: NDArray[np.float32], scales: NDArray[np.float32], levels: int) -> NDArray[np.float32]:

@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...numerics.low_rank import factorise
+from ...numerics.low_rank import Factors, factorise
 from .bits import BitsCode
 from .code import PartLayout, Parts, Shape, check_finite, inner
+
+MORE, ITERATIONS = 8, 2  # of the random start: vectors beside those of the rank, and iterations
+SMALL_SHARE = 6  # times so many vectors must fit into the shorter side, for it to be the faster way
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class FactorsCode:
         """
         exponent = int(np.frexp(check_finite(matrix))[1])
         matrix = np.ldexp(matrix, -exponent)
-        factors = factorise(matrix, self.rank)
+        factors = _factorise(matrix, self.rank)
         left = self.bits.encode(np.ascontiguousarray(factors.left.T) / _norm(factors.left))
         stored = self.bits.decode(left, (self.rank, matrix.shape[0]))
         right = np.linalg.lstsq(stored @ stored.T, stored @ matrix)[0] if self.rank else factors.right
@@ -84,6 +87,19 @@ class SumCode:
         matrix = self.rest.decode(inner(parts, "rest"), shape)
         matrix += self.factors.decode(inner(parts, "factors"), shape)
         return matrix
+
+
+def _factorise(matrix: NDArray[np.float32], rank: int) -> Factors:
+    """Factors of that rank; of a low one by a random start and two iterations (Halko, Martinsson and Tropp 2011), many
+    times faster than the best ones, and nearly as good."""
+    if SMALL_SHARE * (rank + MORE) > min(matrix.shape):
+        return factorise(matrix, rank)
+    start = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + MORE), dtype=np.float32)
+    basis = np.linalg.qr(matrix @ start)[0]
+    for _ in range(ITERATIONS):
+        basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
+    inside = factorise(basis.T @ matrix, rank)
+    return Factors(basis @ inside.left, inside.right)
 
 
 def _norm(left: NDArray[np.float32]) -> np.float32:
