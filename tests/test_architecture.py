@@ -43,7 +43,16 @@ WITHIN: dict[str, set[str]] = {
     "weights.repositories": GROUND,
     "weights.codecs": {"errors", "numerics.device"},
     "weights.layouts": GROUND,
-    "overlays.checkpoint": BELOW | {"jobs", "overlays.coding", "overlays.fidelity", "overlays.quantisation"},
+    "overlays.codes": {"numerics", "weights.codecs"},
+    "overlays.checkpoint": BELOW
+    | {
+        "jobs",
+        "overlays.codes",
+        "overlays.coded_layer",
+        "overlays.coding",
+        "overlays.fidelity",
+        "overlays.quantisation",
+    },
 }
 
 # library -> who may import it; numpy may be imported anywhere

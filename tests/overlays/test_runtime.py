@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
-from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored
+from chuk_lazarus.introspection.moe.overlays.codes import RoleCodes
+from chuk_lazarus.introspection.moe.overlays.codes.bf16 import Bf16Code
+from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
+from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
+from chuk_lazarus.introspection.moe.overlays.quantisation import BF16, as_stored
 from chuk_lazarus.introspection.moe.reports import Evaluation
 from places import FIXTURES
 
@@ -32,7 +36,7 @@ with warnings.catch_warnings():
 
     from chuk_lazarus.introspection.moe.overlays.runtime.evaluate import evaluate
     from chuk_lazarus.introspection.moe.overlays.runtime.load import load_overlay
-    from chuk_lazarus.introspection.moe.overlays.runtime.modules import OverlayGLU, OverlayLinear, OverlayMoE
+    from chuk_lazarus.introspection.moe.overlays.runtime.modules import CodedGLU, OverlayGLU, OverlayLinear, OverlayMoE
 
 Array = NDArray[np.float32]
 Matrices = dict[int, dict[str, Array]]  # layer -> role -> [experts, out, in]
@@ -356,6 +360,119 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# In codes
+
+CODES: dict[str, RoleCodes] = {
+    "ternary on 4 bits": RoleCodes(BitsCode(16), BitsCode(3)),
+    "2 bits on 5": RoleCodes(BitsCode(32, 64), BitsCode(4, 64)),
+    "7 bits plain": RoleCodes(None, BitsCode(128)),
+    "factors on bf16": RoleCodes(Bf16Code(), FactorsCode(3, BitsCode(8))),
+    "factors and signs on 4 bits": RoleCodes(BitsCode(16), SumCode(FactorsCode(2, BitsCode(16)), BitsCode(2))),
+    "nothing on 8 bits": RoleCodes(BitsCode(256), FactorsCode(0, BitsCode(8))),
+    "bf16 plain": RoleCodes(None, Bf16Code()),
+}
+every_coding = pytest.mark.parametrize("codes", CODES.values(), ids=CODES.keys())
+
+
+def write_coded(folder: Path, source: Source, codes: RoleCodes) -> Matrices:
+    """The overlay checkpoint as its format says; returns the experts that it stands for."""
+    folder.mkdir()
+    tensors, layers = dict(source.others), {}
+    decoded: Matrices = {}
+    for layer, roles in source.experts.items():
+        for role, matrices in roles.items():
+            _, out, inner = matrices.shape
+            base = np.zeros((out, inner), np.float32)
+            prefix = f"model.layers.{layer}.overlay.{role}"
+            if codes.base:
+                parts = codes.base.encode(matrices.mean(axis=0))
+                base = codes.base.decode(parts, (out, inner))
+                tensors |= {f"{prefix}.base.{name}": to_mlx(part) for name, part in parts.items()}
+            each = [codes.delta.encode(matrix - base) for matrix in matrices]
+            tensors |= {f"{prefix}.delta.{name}": to_mlx(np.stack([e[name] for e in each])) for name in each[0]}
+            found = np.stack([base + codes.delta.decode(parts, (out, inner)) for parts in each])
+            decoded.setdefault(layer, {})[role] = found
+        experts, intermediate, hidden = roles["gate"].shape
+        texts = {"base": str(codes.base) if codes.base else None, "delta": str(codes.delta)}
+        sizes = {"experts": experts, "hidden": hidden, "intermediate": intermediate}
+        layers[str(layer)] = sizes | {"codes": dict.fromkeys(ROLES, texts)}
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    config = {"version": 2, "source": "made", "revision": None, "family": "any", "layers": layers}
+    (folder / "config.json").write_text(json.dumps(source.config | {"overlay_config": config}))
+    return decoded
+
+
+def to_mlx(array: NDArray[Any]) -> Any:
+    return mx.array(array.astype(np.float32)).astype(mx.bfloat16) if array.dtype == BF16 else mx.array(array)
+
+
+@every_family
+@every_coding
+def test_codes_are_the_model_of_the_decoded_experts(name: str, codes: RoleCodes, tmp_path: Path) -> None:
+    source = read(name)
+    decoded = write_coded(tmp_path / "overlay", source, codes)
+    ours, _ = load_overlay(tmp_path / "overlay")
+    theirs, _ = load_model(write_standard(tmp_path / "standard", name, decoded))
+    for model in (ours, theirs):
+        model.set_dtype(mx.float32)
+    assert len(modules(ours, CodedGLU)) == len(decoded)
+    assert not modules(ours, SwitchLinear)
+    for length in (1, 5, 40):  # 2 x 40 tokens are sorted by expert
+        np.testing.assert_allclose(logits(ours, length), logits(theirs, length), **CLOSE)
+
+
+def test_codes_stay_in_few_bits(tmp_path: Path) -> None:
+    """In memory a weight of a ternary delta takes two bits; a scale and a bias of four bytes serve a group."""
+    from chuk_lazarus.introspection.moe import MoECompressionService
+
+    MoECompressionService.compress("demo:upcycled", tmp_path / "overlay", bits=2.25)
+    model, config = load_overlay(tmp_path / "overlay")
+    assert config["overlay_config"]["version"] == 2
+    block, _ = modules(model, CodedGLU)
+    arrays = dict(tree_flatten(block.parameters()))
+    scales = sum(array.size for name, array in arrays.items() if name.endswith("scales"))
+    weights = 8 * 3 * 64 * 128
+    assert sum(array.nbytes for array in arrays.values()) == weights * (2 + 4 / 8) / 8 + 8 * scales
+
+
+def test_generation_in_codes(tmp_path: Path) -> None:
+    source = read("mixtral")
+    decoded = write_coded(tmp_path / "overlay", source, CODES["factors and signs on 4 bits"])
+    models = [load_overlay(tmp_path / "overlay")[0], load_model(write_standard(tmp_path / "b", "mixtral", decoded))[0]]
+    for model in models:
+        model.set_dtype(mx.float32)
+    prompt = mx.array([3, 1, 4, 1, 5, 9, 2, 6])
+    ours, theirs = ([token for token, _ in generate_step(prompt, model, max_tokens=6)] for model in models)
+    assert ours == theirs
+
+
+def test_half_precision_in_codes(tmp_path: Path) -> None:
+    write_coded(tmp_path / "overlay", read("olmoe"), CODES["factors and signs on 4 bits"])
+    model, _ = load_overlay(tmp_path / "overlay")
+    assert model(mx.array([[1, 2, 3]])).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("model.layers.0.overlay.up.delta.scales"),
+        lambda t: t.update({"model.layers.0.overlay.up.delta.more": mx.zeros((2,))}),
+        lambda t: t.update({"model.layers.0.overlay.up.base.levels": mx.zeros((2, 3))}),
+    ],
+)
+def test_parts_that_do_not_fit(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    write_coded(tmp_path / "overlay", read("mixtral"), CODES["ternary on 4 bits"])
+    file = tmp_path / "overlay/model.safetensors"
+    tensors = dict(mx.load(str(file)))
+    mx.eval(tensors)
+    change(tensors)
+    mx.save_safetensors(str(file), tensors)
+    with pytest.raises(ModelUnreadable, match="up projection") as caught:
+        load_overlay(tmp_path / "overlay")
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Folders that are no overlay, or broken
 
 
@@ -393,7 +510,8 @@ def layers_of(config: dict[str, Any]) -> dict[str, Any]:
     ("change", "kind", "text"),
     [
         (lambda c: c.pop("overlay_config"), ModelUnreadable, "no overlay_config"),
-        (lambda c: c["overlay_config"].update(version=2), UnknownFormat, "version 2"),
+        (lambda c: c["overlay_config"].update(version=3), UnknownFormat, "version 3"),
+        (lambda c: c["overlay_config"].update(version=2), ModelUnreadable, "lists no layers"),
         (lambda c: c["overlay_config"].update(layers={}), ModelUnreadable, "lists no layers"),
         (lambda c: c["overlay_config"].update(layers=[1]), ModelUnreadable, "lists no layers"),
         (lambda c: layers_of(c).update({"1": {"gate": -1, "up": 1, "down": 1}}), ModelUnreadable, "lists no layers"),

@@ -9,7 +9,7 @@ import typer
 from .output import check_drawable, check_writable
 
 if TYPE_CHECKING:
-    from chuk_lazarus.introspection.moe import RankOptions
+    from chuk_lazarus.introspection.moe import OverlayOptions, RankOptions
 
 
 def parse_layer(text: str) -> int:
@@ -122,25 +122,55 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what it cost.")]
 
 
+GateRank = Annotated[int | None, typer.Option("--gate-rank", min=0, help="The rank of the gate deltas.")]
+UpRank = Annotated[int | None, typer.Option("--up-rank", min=0, help="The rank of the up deltas.")]
+DownRank = Annotated[int | None, typer.Option("--down-rank", min=0, help="The rank of the down deltas.")]
+Energy = Annotated[
+    float, typer.Option("--energy", help="Choose each rank as the mean rank at this share of the deltas' energy.")
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option("--max-error", help="Spread rank for this relative weight error of the experts, in the fewest bytes."),
+]
+TargetRatio = Annotated[
+    float | None,
+    typer.Option("--target-ratio", help="Spread rank for this ratio of bytes, with the least weight error."),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        "--bits",
+        help="Code bases and deltas in so many bits for each weight of the experts, everything counted, such as 2.25.",
+        show_default=False,
+    ),
+]
+Coded = Annotated[bool, typer.Option("--coded", help="With --target-ratio R: as --bits 16/R.")]
+
+
 def rank_options(
-    gate_rank: Annotated[int | None, typer.Option("--gate-rank", min=0, help="The rank of the gate deltas.")] = None,
-    up_rank: Annotated[int | None, typer.Option("--up-rank", min=0, help="The rank of the up deltas.")] = None,
-    down_rank: Annotated[int | None, typer.Option("--down-rank", min=0, help="The rank of the down deltas.")] = None,
-    energy: Annotated[
-        float, typer.Option("--energy", help="Choose each rank as the mean rank at this share of the deltas' energy.")
-    ] = 0.95,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            "--max-error", help="Spread rank for this relative weight error of the experts, in the fewest bytes."
-        ),
-    ] = None,
-    target_ratio: Annotated[
-        float | None,
-        typer.Option("--target-ratio", help="Spread rank for this ratio of bytes, with the least weight error."),
-    ] = None,
+    gate_rank: GateRank = None,
+    up_rank: UpRank = None,
+    down_rank: DownRank = None,
+    energy: Energy = 0.95,
+    max_error: MaxError = None,
+    target_ratio: TargetRatio = None,
 ) -> "RankOptions":
     """How the ranks of an overlay are chosen, as the services take it."""
     given = {"gate": gate_rank, "up": up_rank, "down": down_rank}
     ranks = {role: rank for role, rank in given.items() if rank is not None}
     return {"ranks": ranks, "energy": energy, "max_error": max_error, "target_ratio": target_ratio}
+
+
+def overlay_options(
+    gate_rank: GateRank = None,
+    up_rank: UpRank = None,
+    down_rank: DownRank = None,
+    energy: Energy = 0.95,
+    max_error: MaxError = None,
+    target_ratio: TargetRatio = None,
+    bits: Bits = None,
+    coded: Coded = False,
+) -> "OverlayOptions":
+    """How the ranks or codes of an overlay are chosen, as the services take it."""
+    ranks = rank_options(gate_rank, up_rank, down_rank, energy, max_error, target_ratio)
+    return {**ranks, "bits": bits, "coded": coded}

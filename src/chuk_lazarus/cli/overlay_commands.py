@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command import JSON, MEMORY, OUTPUT, QUIET, VERBOSE, OptionGroup, Result, Run, command
-from .options import ExpertCount, Folder, Force, Layer, Layers, Model, Plot, parse_experts, rank_options
+from .options import (
+    ExpertCount,
+    Folder,
+    Force,
+    Layer,
+    Layers,
+    Model,
+    Plot,
+    overlay_options,
+    parse_experts,
+    rank_options,
+)
 
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import (
@@ -15,10 +26,12 @@ if TYPE_CHECKING:
         MoEOverlayEstimate,
         MoEOverlayEvaluation,
         MoEOverlayExport,
+        OverlayOptions,
         RankOptions,
     )
 
 Ranks = Annotated["RankOptions", OptionGroup(rank_options)]
+Codes = Annotated["OverlayOptions", OptionGroup(overlay_options)]
 
 
 @command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
@@ -28,18 +41,20 @@ def compute(
     *,
     layer: Layer = None,
     layers: Layers = None,
-    ranks: Ranks,
+    ranks: Codes,
     experts: ExpertCount = "all",
 ) -> "MoEOverlay":
     """Choose ranks for an overlay (one base and a low-rank delta per expert), and say what it keeps and takes.
 
-    Ranks are given, or chosen by the energy of the deltas, by error, or by size.
+    Ranks are given, or chosen by the energy of the deltas, by error, or by size. With --bits base and deltas are coded
+    in few bits instead, and the error is measured.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled
       lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --layers all --target-ratio 2
       lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --max-error 0.05
+      lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --layers all --bits 2.25
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
 
@@ -55,7 +70,7 @@ def verify(
     *,
     layer: Layer = None,
     layers: Layers = None,
-    ranks: Ranks,
+    ranks: Codes,
     experts: ExpertCount = "all",
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="The worst expert's relative output error that still passes.")
@@ -63,7 +78,7 @@ def verify(
     inputs: Annotated[int, typer.Option("--inputs", min=1, help="On how many vectors to try the experts.")] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of these vectors.")] = 0,
 ) -> Result:
-    """Rebuild the experts of a layer from base and factors as a file would hold them, and compare with the originals.
+    """Rebuild the experts of a layer from base and deltas as a file would hold them, and compare with the originals.
 
     Exits with 1 when the worst expert's output error is over the tolerance.
 
@@ -71,6 +86,7 @@ def verify(
     Examples:
       lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled
       lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled --max-error 0.02 --tolerance 0.03
+      lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled --layers all --bits 3 --tolerance 0.1
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
 
@@ -131,18 +147,20 @@ def compress(
     layers: Annotated[
         str, typer.Option("--layers", metavar="SPEC", help="Which layers to overlay: 0,5,10 or 0-23/6 or all.")
     ] = "all",
-    ranks: Ranks,
+    ranks: Codes,
     experts: ExpertCount = "all",
     force: Force = False,
 ) -> "MoEOverlayCompression":
     """Write a model with its experts as overlays (base and low-rank factors) into a new folder, a complete checkpoint.
 
-    Killed at any moment, the same command goes on where it was.
+    With --bits base and deltas are coded in few bits, and experts that share nothing are coded without a base. Killed
+    at any moment, the same command goes on where it was.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-overlay-compress -m demo:upcycled -O ./overlay
       lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --target-ratio 3
+      lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --bits 2.25
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
 

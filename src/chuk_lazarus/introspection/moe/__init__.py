@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .moe_survey import MoESurveyService
     from .moe_type import MoETypeService
     from .overlays.allocation import RankOptions
+    from .overlays.bit_budget import OverlayOptions
     from .overlays.runtime.load import load_overlay as load_overlay  # not in __all__: these two need MLX,
     from .overlays.runtime.modules import OverlayMoE as OverlayMoE  # which some platforms lack
     from .reports import (
@@ -62,6 +63,7 @@ __all__ = [
     "MoETypeSurvey",
     "ModelUnreadable",
     "NotMoE",
+    "OverlayOptions",
     "RankOptions",
     "SurveyRequest",
     "SurveyRow",
@@ -94,6 +96,7 @@ _HOMES = {
         "SurveyRow",
     ),
     "overlays.allocation": ("RankOptions",),
+    "overlays.bit_budget": ("OverlayOptions",),
     "overlays.runtime.load": ("load_overlay",),
     "overlays.runtime.modules": ("OverlayMoE",),
     "weights.expert_layer": ("ExpertLayer",),

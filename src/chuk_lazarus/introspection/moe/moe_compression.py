@@ -9,6 +9,7 @@ from .errors import InvalidRequest
 from .overlays import analysis, compression
 from .overlays.allocation import RankOptions, rank_rule
 from .overlays.analysis import INPUTS, TOLERANCE
+from .overlays.bit_budget import OverlayOptions, overlay_rule
 from .progress import Progress, no_progress
 from .reports import (
     MoEOverlay,
@@ -21,12 +22,13 @@ from .reports import (
 
 
 class MoECompressionService:
-    """Computes, verifies and estimates overlays: `expert ≈ base + left @ right`.
+    """Computes, verifies and estimates overlays: `expert ≈ base + left @ right`, or base and delta in few bits.
 
     `options` say how ranks are chosen, the same in each method (see `RankOptions`): `ranks` gives them by role; else
     `max_error` (relative Frobenius error of the experts) or `target_ratio` (bytes) spread them over projections and
-    layers where they buy the most; else each is the mean rank at `energy` (0.95) of the deltas. `model`, `layer`,
-    `layers` and `progress` are as in MoETypeService. All raise a child of MoEError.
+    layers where they buy the most; else each is the mean rank at `energy` (0.95) of the deltas. All but `estimate` also
+    take `bits`, which chooses codes of so many bits for each weight of the experts, everything counted, or `coded` with
+    `target_ratio`. `model`, `layer`, `layers` and `progress` are as in MoETypeService. All raise a child of MoEError.
 
     >>> MoECompressionService.compute("demo:upcycled", target_ratio=2).layers[0].ranks
     {'gate': 23, 'up': 23, 'down': 24}
@@ -40,13 +42,13 @@ class MoECompressionService:
         layers: Sequence[int] | str | None = None,
         experts: int | None = None,
         progress: Progress | None = None,
-        **options: Unpack[RankOptions],
+        **options: Unpack[OverlayOptions],
     ) -> MoEOverlay:
-        """The ranks that an overlay of some layers needs, what it keeps and what it takes.
+        """The ranks or codes that an overlay of some layers needs, what it keeps and what it takes.
 
         `experts` says of how many spectra are taken, None for all.
         """
-        return analysis.compute(model, layer, layers, rank_rule(**options), experts, progress or no_progress)
+        return analysis.compute(model, layer, layers, overlay_rule(**options), experts, progress or no_progress)
 
     @staticmethod
     def verify(
@@ -59,15 +61,15 @@ class MoECompressionService:
         inputs: int = INPUTS,
         seed: int = 0,
         progress: Progress | None = None,
-        **options: Unpack[RankOptions],
+        **options: Unpack[OverlayOptions],
     ) -> MoEOverlayVerification:
-        """Rebuild the experts from base and factors as stored (bfloat16), and compare weights and outputs with the
+        """Rebuild the experts from base and factors, or codes, as stored, and compare weights and outputs with the
         originals.
 
         The outputs are those of the whole expert function, on `inputs` seeded Gaussian vectors of the scale that the
         layer's norm gives. Passes when the worst expert's relative output error is within `tolerance`.
         """
-        rule = rank_rule(**options)
+        rule = overlay_rule(**options)
         return analysis.verify(model, layer, layers, rule, experts, tolerance, inputs, seed, progress or no_progress)
 
     @staticmethod
@@ -96,14 +98,14 @@ class MoECompressionService:
         experts: int | None = None,
         force: bool = False,
         progress: Progress | None = None,
-        **options: Unpack[RankOptions],
+        **options: Unpack[OverlayOptions],
     ) -> MoEOverlayCompression:
         """Write the model with its experts as overlays into `folder`, a complete checkpoint.
 
         All MoE layers are overlaid unless `layers` says which; up to three of them are verified while they are written,
         for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
         """
-        rule, target = rank_rule(**options), Path(folder).expanduser()
+        rule, target = overlay_rule(**options), Path(folder).expanduser()
         return compression.compress(model, target, layers, rule, experts, force, progress or no_progress)
 
     @staticmethod

@@ -17,12 +17,24 @@ from ..numerics.rates import Rate, sharing_rates
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
 from ..weights.expert_layer import ExpertLayer
+from .alignment import align_layer
 from .allocation import RankRule, check_ranks
 from .alternatives import Alternative, advise, compare_alternatives, sum_alternatives
-from .checkpoint.format import Ranks
+from .bit_budget import BitRule, RoleTrial, try_layer
+from .checkpoint.format import Ranks, codes_to_json
+from .codes import LayerCodes
 from .curves import LayerCurves, layer_curves
-from .fidelity import FidelityCheck, check_layer, draw_inputs
-from .layer import interpolate_saved, layer_estimate, layer_overlay, layer_verification, total_bytes
+from .fidelity import FidelityCheck, check_coded_layer, check_layer, draw_inputs, measure_coded_layer
+from .layer import (
+    coded_bytes,
+    coded_layer_overlay,
+    interpolate_saved,
+    layer_estimate,
+    layer_overlay,
+    layer_verification,
+    ranked_bytes,
+    total_bytes,
+)
 
 TOLERANCE = 0.05
 INPUTS = 256
@@ -32,17 +44,26 @@ def compute(
     model: str,
     layer: int | None,
     layers: Sequence[int] | str | None,
-    rule: RankRule,
+    rule: RankRule | BitRule,
     experts: int | None,
     progress: Progress,
 ) -> MoEOverlay:
-    """The ranks that the rule chooses, the energy that they keep and the bytes that they take."""
+    """The ranks or codes that the rule chooses, what they keep and the bytes that they take."""
     with name_model(model):
         job = OverlayJob(model, layer, layers, progress)
-        curves = job.measure_all(rule, experts)
-        chosen = rule.choose(curves)
+        curves: dict[int, LayerCurves] = {}
+        if isinstance(rule, BitRule):
+            codes = job.choose_codes(rule)
+            errors = job.measure_codes(codes)
+            of_layers = [codes[opened.number] for opened in job.layers]
+            parts = coded_bytes(job.layers, of_layers)
+            results = [coded_layer_overlay(*each) for each in zip(job.layers, of_layers, errors, strict=True)]
+        else:
+            curves = job.measure_all(rule, experts)
+            chosen = rule.choose(curves)
+            parts = ranked_bytes(job.layers, [chosen[opened.number] for opened in job.layers])
+            results = [layer_overlay(opened, curves[opened.number], chosen[opened.number]) for opened in job.layers]
         job.end()
-        results = [layer_overlay(measured, curves[measured.number], chosen[measured.number]) for measured in job.layers]
         original, stored, overlay = total_bytes(results)
         return MoEOverlay(
             **job.opened.identity(),
@@ -53,6 +74,8 @@ def compute(
             overlay_bytes=overlay,
             ratio=original / overlay,
             ratio_vs_stored=stored / overlay,
+            bits_per_weight=16 * overlay / original,
+            bytes_by_part=parts,
             notes=tuple(job.notes(curves)),
             cost=job.opened.cost(),
         )
@@ -62,7 +85,7 @@ def verify(
     model: str,
     layer: int | None,
     layers: Sequence[int] | str | None,
-    rule: RankRule,
+    rule: RankRule | BitRule,
     experts: int | None,
     tolerance: float,
     inputs: int,
@@ -78,8 +101,12 @@ def verify(
     with name_model(model):
         job = OverlayJob(model, layer, layers, progress)
         job.check_activation()
-        chosen, curves = job.choose_ranks(rule, experts)
-        results = job.verify_all(chosen, inputs, seed)
+        curves: dict[int, LayerCurves] = {}
+        if isinstance(rule, BitRule):
+            results = job.verify_codes(job.choose_codes(rule), inputs, seed)
+        else:
+            chosen, curves = job.choose_ranks(rule, experts)
+            results = job.verify_all(chosen, inputs, seed)
         job.end()
         notes = job.notes(curves)
         if any(verified.norm() is None for verified in job.layers):
@@ -219,6 +246,36 @@ class OverlayJob:
         by_layer = {str(number): ranks for number, ranks in chosen.items()}
         return self.resumable("verify", by_layer, inputs, seed).each(TypeAdapter(LayerVerification), verify)
 
+    def choose_codes(self, rule: BitRule) -> dict[int, LayerCodes]:
+        """The codes of every layer by the rule, from trials of a few experts of each."""
+
+        def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
+            layer.prefetch(progress)
+            resources = self.opened.resources
+            return try_layer(layer, align_layer(layer, resources), resources)
+
+        trials = self.resumable("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
+        return rule.choose({layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)})
+
+    def measure_codes(self, chosen: Mapping[int, LayerCodes]) -> list[float]:
+        """The weight error that codes make in each layer."""
+
+        def measure(layer: ExpertLayer, progress: Progress) -> float:
+            return measure_coded_layer(layer, chosen[layer.number], self.opened.resources, progress)
+
+        return list(self.resumable("code", _codes_key(chosen)).each(TypeAdapter(float), measure))
+
+    def verify_codes(self, chosen: Mapping[int, LayerCodes], inputs: int, seed: int) -> list[LayerVerification]:
+        """The errors that an overlay in these codes makes in each layer."""
+
+        def verify(layer: ExpertLayer, progress: Progress) -> LayerVerification:
+            codes, check = chosen[layer.number], self.fidelity_check(layer, inputs, seed)
+            fidelity = check_coded_layer(layer, codes, check, self.opened.resources, progress)
+            return layer_verification(layer.number, {}, fidelity, codes)
+
+        key = _codes_key(chosen)
+        return self.resumable("verify", key, inputs, seed).each(TypeAdapter(LayerVerification), verify)
+
     def fidelity_check(self, layer: ExpertLayer, inputs: int, seed: int) -> FidelityCheck:
         """The check of a layer's rebuilt experts against the originals, on `inputs` random inputs."""
         experts = self.opened.experts
@@ -265,3 +322,8 @@ class OverlayJob:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
         chosen = evenly_spaced(layer.count, experts)
         return measure_layer(layer, chosen, self.opened.resources, progress, keep_vectors=keep_vectors)
+
+
+def _codes_key(chosen: Mapping[int, LayerCodes]) -> dict[str, Any]:
+    """Codes as JSON, which tells a pass with them from any other."""
+    return {str(number): codes_to_json(codes) for number, codes in chosen.items()}

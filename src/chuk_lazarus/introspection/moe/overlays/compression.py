@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ..errors import name_model, printable
@@ -14,13 +15,16 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.repositories.local import Folder
 from .allocation import RankRule
 from .analysis import INPUTS, TOLERANCE, OverlayJob
+from .bit_budget import BitRule
 from .checkpoint.card import card_table
 from .checkpoint.export import export_overlay
+from .checkpoint.format import Ranks
 from .checkpoint.reader import read_overlay
-from .checkpoint.writer import check_target, planned_ranks, write_overlay
+from .checkpoint.writer import check_target, planned_codes, planned_ranks, write_coded_overlay, write_overlay
+from .codes import LayerCodes
 from .curves import LayerCurves
-from .fidelity import check_layer
-from .layer import layer_verification
+from .fidelity import check_coded_layer, check_layer
+from .layer import coded_bytes, layer_verification, projection_codes, ranked_bytes, sum_parts
 
 VERIFIED = 3  # layers of a written overlay that are verified
 
@@ -29,7 +33,7 @@ def compress(
     model: str,
     folder: Path,
     layers: Sequence[int] | str,
-    rule: RankRule,
+    rule: RankRule | BitRule,
     experts: int | None,
     force: bool,
     progress: Progress,
@@ -38,15 +42,26 @@ def compress(
     with name_model(model):
         job = OverlayJob(model, None, layers, progress)
         opened, numbers = job.opened, [layer.number for layer in job.layers]
-        check_target(opened.experts, folder, numbers, force)
-        rule_text = f"{rule}; {experts or 'all'} experts of layers {format_ranges(numbers)}"
-        chosen = planned_ranks(opened.experts, folder, rule_text)
+        bits = rule.bits if isinstance(rule, BitRule) else None
+        check_target(opened.experts, folder, numbers, force, bits)
         curves: dict[int, LayerCurves] = {}
-        if chosen is None:
-            chosen, curves = job.choose_ranks(rule, experts)
+        ranks: dict[int, Ranks] = {}
+        codes: dict[int, LayerCodes] = {}
+        if isinstance(rule, BitRule):
+            rule_text = f"{rule}; layers {format_ranges(numbers)}"
+            planned_of_layers = planned_codes(opened.experts, folder, rule_text)
+            codes = planned_of_layers or job.choose_codes(rule)
+            if planned_of_layers:
+                job.resumable("trial")
         else:
-            # a stopped run chose the ranks; what it kept of its measurements is deleted when this job ends
-            job.resumable("measure", rule.energy, experts)
+            rule_text = f"{rule}; {experts or 'all'} experts of layers {format_ranges(numbers)}"
+            planned = planned_ranks(opened.experts, folder, rule_text)
+            if planned is None:
+                ranks, curves = job.choose_ranks(rule, experts)
+            else:
+                # a stopped run chose the ranks; what it kept of its measurements is deleted when this job ends
+                ranks = planned
+                job.resumable("measure", rule.energy, experts)
         places = evenly_spaced(len(job.layers), VERIFIED) if job.knows_activation else ()
         checked = [job.layers[place] for place in places]
         checks = {layer.number: job.fidelity_check(layer, INPUTS, 0) for layer in checked}
@@ -54,17 +69,25 @@ def compress(
 
         def verify() -> str:
             for layer in checked:
-                ranks, check = chosen[layer.number], checks[layer.number]
+                check = checks[layer.number]
                 if check.is_complete:
                     fidelity = check.result()
-                else:  # a stopped run has written the layer, and the check has not seen its experts
-                    fidelity = check_layer(layer, ranks, check, opened.resources, progress)
-                verified.append(layer_verification(layer.number, ranks, fidelity))
+                elif codes:  # a stopped run has written the layer, and the check has not seen its experts
+                    fidelity = check_coded_layer(layer, codes[layer.number], check, opened.resources, progress)
+                else:
+                    fidelity = check_layer(layer, ranks[layer.number], check, opened.resources, progress)
+                number = layer.number
+                verified.append(layer_verification(number, ranks.get(number, {}), fidelity, codes.get(number)))
             return card_table(verified)
 
-        write_overlay(
-            opened.experts,
-            chosen,
+        if codes:
+            parts = coded_bytes(job.layers, [codes[number] for number in numbers])
+            options = f"--layers {format_ranges(numbers).replace(' ', '')} --bits {bits}"
+            write = partial(write_coded_overlay, opened.experts, codes, options=options)
+        else:
+            parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
+            write = partial(write_overlay, opened.experts, ranks)
+        write(
             folder,
             force=force,
             resources=opened.resources,
@@ -80,10 +103,13 @@ def compress(
             **opened.identity(),
             folder=printable(str(folder)),
             rule=str(rule),
-            ranks=chosen,
+            ranks=ranks,
+            codes={number: projection_codes(of_layer) for number, of_layer in codes.items()},
             bytes_before=before,
             bytes_after=after,
             ratio=before / after,
+            bits_per_weight=8 * sum_parts(parts) / sum(layer.parameters for layer in job.layers),
+            bytes_by_part=parts,
             verification=tuple(verified),
             notes=(*job.notes(curves), *_notes(verified, before, after)),
             cost=opened.cost(),
@@ -113,7 +139,7 @@ def _tensor_bytes(checkpoint: Checkpoint) -> int:
 def _notes(verified: Sequence[LayerVerification], before: int, after: int) -> list[str]:
     notes = []
     if after >= before:
-        notes.append("the overlay is no smaller than the model: its ranks are too high for these experts")
+        notes.append("the overlay is no smaller than the model: its ranks or bits are too many for these experts")
     worst = max((layer.output_error.max for layer in verified), default=0.0)
     if worst > TOLERANCE:
         notes.append(f"the worst verified expert's output error is {100 * worst:.1f} %")

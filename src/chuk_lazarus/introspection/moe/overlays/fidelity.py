@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,12 @@ from ..errors import ModelUnreadable
 from ..jobs.measure import expert_counter, mean_experts
 from ..jobs.resources import Resources
 from ..numerics.forward import route, run_expert
+from ..numerics.gram import total_energy
 from ..numerics.low_rank import rebuild, relative_error
 from ..progress import Progress
 from ..weights.expert_layer import ExpertLayer
+from .coded_layer import CodedLayer, find_alignment
+from .codes import LayerCodes
 from .coding import split_delta
 from .quantisation import as_stored, round_to_bits
 
@@ -180,3 +184,47 @@ def check_layer(
         for errors in pool.map(compare, range(layer.count)):
             check.add(errors)
     return check.result()
+
+
+def check_coded_layer(
+    layer: ExpertLayer, codes: LayerCodes, check: FidelityCheck, resources: Resources, progress: Progress
+) -> LayerFidelity:
+    """As `check_layer`, of a layer in codes."""
+    layer.prefetch(progress)
+    coder = CodedLayer(layer, codes, find_alignment(layer, codes, resources))
+    done = expert_counter(progress, f"verifying layer {layer.number}", layer, layer.count)
+
+    def compare(expert: int) -> ExpertErrors:
+        exact = layer.matrices(expert)
+        rebuilt = {role: coder.decode(expert, role, coder.code(expert, role, matrix)) for role, matrix in exact.items()}
+        errors = check.compare(expert, exact, rebuilt)
+        done.add(layer.parameters // layer.count)
+        return errors
+
+    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + 2) as pool:
+        coder.code_bases(pool)
+        for errors in pool.map(compare, range(layer.count)):
+            check.add(errors)
+    return check.result()
+
+
+def measure_coded_layer(layer: ExpertLayer, codes: LayerCodes, resources: Resources, progress: Progress) -> float:
+    """The relative Frobenius error of a layer's experts in codes, all roles together."""
+    layer.prefetch(progress)
+    coder = CodedLayer(layer, codes, find_alignment(layer, codes, resources))
+    done = expert_counter(progress, f"coding layer {layer.number}", layer, layer.count)
+
+    def measure(expert: int) -> tuple[float, float]:
+        energy = lost = 0.0
+        for tensor in layer.tensors:
+            for role, matrix in tensor.matrices(expert).items():
+                rebuilt = coder.decode(expert, role, coder.code(expert, role, matrix))
+                energy += total_energy(matrix)
+                lost += total_energy(rebuilt - matrix)
+        done.add(layer.parameters // layer.count)
+        return energy, lost
+
+    with resources.worker_threads(layer, matrices=6) as pool:
+        coder.code_bases(pool)
+        energies, losses = zip(*pool.map(measure, range(layer.count)), strict=True)
+    return sqrt(sum(losses) / sum(energies)) if sum(energies) else 0.0

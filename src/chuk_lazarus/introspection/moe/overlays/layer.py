@@ -1,15 +1,24 @@
 """The results of one layer, in the form that reports have."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod, sqrt
 
 import numpy as np
 
 from ..numerics.low_rank import original_bytes, overlay_bytes
 from ..numerics.rates import Rate, mean_saved
-from ..reports import ErrorSpread, LayerEstimate, LayerOverlay, LayerVerification, SharingRate
+from ..reports import (
+    ErrorSpread,
+    LayerEstimate,
+    LayerOverlay,
+    LayerVerification,
+    OverlayBytes,
+    ProjectionCodes,
+    SharingRate,
+)
 from ..weights.expert_layer import ExpertLayer
 from .checkpoint.format import Ranks
+from .codes import LayerCodes
 from .curves import LayerCurves
 from .fidelity import LayerFidelity
 
@@ -38,10 +47,67 @@ def layer_overlay(layer: ExpertLayer, curves: LayerCurves, ranks: Ranks) -> Laye
         stored_bytes=layer.stored_bytes,
         overlay_bytes=overlay,
         ratio=original / overlay,
+        bits_per_weight=8 * overlay / layer.parameters,
     )
 
 
-def layer_verification(number: int, ranks: Ranks, fidelity: LayerFidelity) -> LayerVerification:
+def coded_layer_overlay(layer: ExpertLayer, codes: LayerCodes, weight_error: float) -> LayerOverlay:
+    """What these codes of a layer take, and their measured error."""
+    shapes = {role: layer.shape(role) for role in layer.roles}
+    original, overlay = original_bytes(shapes, layer.count), coded_bytes([layer], [codes])
+    return LayerOverlay(
+        layer=layer.number,
+        ranks={},
+        max_ranks={role: min(shape) for role, shape in shapes.items()},
+        energy_kept={},
+        weight_error=weight_error,
+        original_bytes=original,
+        stored_bytes=layer.stored_bytes,
+        overlay_bytes=sum_parts(overlay),
+        ratio=original / sum_parts(overlay),
+        codes=projection_codes(codes),
+        bits_per_weight=8 * sum_parts(overlay) / layer.parameters,
+    )
+
+
+def projection_codes(codes: LayerCodes) -> dict[str, ProjectionCodes]:
+    """The texts of a layer's codes, by role."""
+    return {
+        role: ProjectionCodes(base=str(each.base) if each.base else None, delta=str(each.delta))
+        for role, each in codes.items()
+    }
+
+
+def ranked_bytes(layers: Iterable[ExpertLayer], ranks: Iterable[Ranks]) -> OverlayBytes:
+    """Bytes of the bf16 bases and factors of these layers."""
+    bases = deltas = 0
+    for layer, of_layer in zip(layers, ranks, strict=True):
+        shapes = {role: layer.shape(role) for role in layer.roles}
+        base = overlay_bytes(shapes, dict.fromkeys(shapes, 0), layer.count)
+        bases += base
+        deltas += overlay_bytes(shapes, of_layer, layer.count) - base
+    return OverlayBytes(bases=bases, deltas=deltas, scales=0)
+
+
+def coded_bytes(layers: Iterable[ExpertLayer], codes: Iterable[LayerCodes]) -> OverlayBytes:
+    """Bytes of the codes of these layers, by what they hold."""
+    sums = {"base": 0, "delta": 0, "scales": 0}
+    for layer, of_layer in zip(layers, codes, strict=True):
+        for role, each in of_layer.items():
+            for name, part in each.layout(layer.shape(role), layer.count).items():
+                is_scale = name.rpartition(".")[2] in ("scales", "unit")
+                sums["scales" if is_scale else name.partition(".")[0]] += part.nbytes
+    return OverlayBytes(bases=sums["base"], deltas=sums["delta"], scales=sums["scales"])
+
+
+def sum_parts(parts: OverlayBytes) -> int:
+    """All bytes of an overlay."""
+    return parts.bases + parts.deltas + parts.scales
+
+
+def layer_verification(
+    number: int, ranks: Ranks, fidelity: LayerFidelity, codes: LayerCodes | None = None
+) -> LayerVerification:
     """The errors of a layer's experts, each as mean and maximum."""
 
     def spread(errors: Sequence[float]) -> ErrorSpread:
@@ -55,6 +121,7 @@ def layer_verification(number: int, ranks: Ranks, fidelity: LayerFidelity) -> La
         worst_expert=int(np.argmax(fidelity.output_errors)),
         mixed_output_error=fidelity.mixed_error,
         rounding_error={str(bits): error for bits, error in fidelity.rounding_errors.items()},
+        codes=projection_codes(codes or {}),
     )
 
 

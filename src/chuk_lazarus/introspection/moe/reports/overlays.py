@@ -9,11 +9,27 @@ from .report import Cost, Identity, Report
 TokensFrom = Literal["tokenizer", "bytes"]
 
 
+class ProjectionCodes(Report):
+    """The codes of a coded projection: of its base, null where it has none, and of each expert's delta from it."""
+
+    base: str | None
+    delta: str
+
+
+class OverlayBytes(Report):
+    """Bytes by what they hold: bases and deltas without their scales, and the scales of both."""
+
+    bases: int
+    deltas: int
+    scales: int
+
+
 class LayerOverlay(Report):
     """A layer as an overlay.
 
     `ranks` by role; `energy_kept` the share of the deltas' energy that they hold; `weight_error` the relative Frobenius
-    error of the experts that follows from it. Bytes as in MoETypeAnalysis.
+    error of the experts that follows from it. Bytes as in MoETypeAnalysis. A coded layer has `codes` by role, no ranks
+    and no `energy_kept`, and its error is measured. `bits_per_weight` counts everything.
     """
 
     layer: int
@@ -25,10 +41,12 @@ class LayerOverlay(Report):
     stored_bytes: int
     overlay_bytes: int
     ratio: float
+    codes: dict[str, ProjectionCodes] = Field(default_factory=dict)
+    bits_per_weight: float
 
 
 class MoEOverlay(Identity):
-    """What ranks an overlay needs, and what it takes; `rule` says how the ranks were chosen."""
+    """What ranks or codes an overlay needs, and what it takes; `rule` says how they were chosen."""
 
     schema_: Literal["moe-overlay/1"] = Field(default="moe-overlay/1", alias="schema")
     rule: str
@@ -38,6 +56,8 @@ class MoEOverlay(Identity):
     overlay_bytes: int
     ratio: float
     ratio_vs_stored: float
+    bits_per_weight: float
+    bytes_by_part: OverlayBytes
     notes: tuple[str, ...]
     cost: Cost
 
@@ -54,7 +74,8 @@ class LayerVerification(Report):
 
     `output_error` is that of the whole expert function on seeded inputs, `worst_expert` whose it is largest;
     `mixed_output_error` that of the layer's output through its router, null where no router is known. For comparison,
-    `rounding_error` is the mean output error of the same experts plainly quantised, by bits.
+    `rounding_error` is the mean output error of the same experts plainly quantised, by bits. A coded layer has `codes`
+    by role, and no ranks.
     """
 
     layer: int
@@ -64,6 +85,7 @@ class LayerVerification(Report):
     worst_expert: int
     mixed_output_error: float | None
     rounding_error: dict[str, float]
+    codes: dict[str, ProjectionCodes] = Field(default_factory=dict)
 
 
 class MoEOverlayVerification(Identity):
@@ -162,15 +184,21 @@ class Evaluation(Report):
 
 
 class MoEOverlayCompression(Identity):
-    """An overlay checkpoint that was written into `folder`; bytes are of all the model's tensors, before and after."""
+    """An overlay checkpoint that was written into `folder`; bytes are of all the model's tensors, before and after.
+
+    `ranks` or `codes` are by layer and role. `bits_per_weight` and `bytes_by_part` are of the overlaid experts.
+    """
 
     schema_: Literal["moe-overlay-compression/1"] = Field(default="moe-overlay-compression/1", alias="schema")
     folder: str
     rule: str
     ranks: dict[int, dict[str, int]]
+    codes: dict[int, dict[str, ProjectionCodes]] = Field(default_factory=dict)
     bytes_before: int
     bytes_after: int
     ratio: float
+    bits_per_weight: float
+    bytes_by_part: OverlayBytes
     verification: tuple[LayerVerification, ...]
     notes: tuple[str, ...]
     cost: Cost

@@ -230,6 +230,14 @@ class ExpertLayer:
             return None
         return self._checkpoint.rows(info, 0, info.shape[0]).astype(np.float32)
 
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor of the layer's checkpoint is, and of what dtype and shape."""
+        return self._checkpoint.info(name)
+
+    def chunks(self, info: TensorInfo, size: int) -> Iterator[bytes]:
+        """As `Checkpoint.chunks`, from the layer's checkpoint."""
+        return self._checkpoint.chunks(info.name, size)
+
     def open_tensor(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
         """For each entry of `parts`, the slices of its stored tensor and how they are decoded.
 

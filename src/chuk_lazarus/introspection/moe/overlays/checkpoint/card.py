@@ -13,34 +13,47 @@ from .format import OverlayConfig
 CARD = "README.md"
 
 
-def write_card(overlay: OverlayConfig, layers: Sequence[ExpertLayer], before: int, after: int, text: str) -> str:
-    """The card in Markdown: the experts' source and ranks, the model's bytes before and after, and further `text`."""
+def write_card(
+    overlay: OverlayConfig, layers: Sequence[ExpertLayer], before: int, after: int, options: str, text: str
+) -> str:
+    """The card in Markdown: the experts' source and ranks, the model's bytes before and after, and further `text`.
+
+    `options` are those of the command that measures what the overlay leaves of the experts.
+    """
     source = printable(overlay.source)
     shown_source = _code_span(source)
-    layers_by_ranks: dict[str, list[int]] = {}
+    layers_by_codes: dict[str, list[int]] = {}
     for layer, ranks in overlay.layers.items():
         listing = " ".join(f"{role} {rank}" for role, rank in ranks.items())
-        layers_by_ranks.setdefault(listing, []).append(layer)
-    first, ranks = next(iter(overlay.layers.items()))
-    options = " ".join(f"--{role}-rank {rank}" for role, rank in ranks.items())
+        layers_by_codes.setdefault(listing, []).append(layer)
+    for layer, coded in overlay.coded.items():
+        listing = ", ".join(
+            f"{role} {of_role.delta}" + (f" on {of_role.base}" if of_role.base else "")
+            for role, of_role in coded.codes.items()
+        )
+        layers_by_codes.setdefault(listing, []).append(layer)
+    if overlay.coded:
+        what, kept = "codes", "one base and a delta for each expert, each in few bits a weight: expert = base + delta."
+    else:
+        what, kept = "ranks", "one base and low-rank factors: expert = base + left @ right."
     lines = [
         f"# Overlay of {shown_source}",
         "",
-        "The routed experts of this model are stored as one base and low-rank factors: expert = base + left @ right.",
+        f"The routed experts of this model are stored as {kept}",
         "Everything else is a copy, byte for byte. Loaders that do not know `overlay_config` find no experts here:",
         "export the folder to a standard checkpoint for them.",
         "",
         f"- source: {shown_source}" + (f", revision {overlay.revision}" if overlay.revision else ""),
         *(
-            f"- ranks of layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)}: {listing}"
-            for listing, numbers in layers_by_ranks.items()
+            f"- {what} of layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)}: {listing}"
+            for listing, numbers in layers_by_codes.items()
         ),
         f"- experts of these layers as they were: {sum(layer.stored_bytes for layer in layers):,} bytes",
         f"- the whole model: {before:,} bytes before, {after:,} after",
         "",
-        "What an overlay of these ranks leaves of the source's experts is measured, layer by layer, by",
+        f"What an overlay of these {what} leaves of the source's experts is measured, layer by layer, by",
         "",
-        f"    lazarus introspect moe-expert moe-overlay-verify -m {quote(source)} --layer {first} {options}",
+        f"    lazarus introspect moe-expert moe-overlay-verify -m {quote(source)} {options}",
     ]
     return "\n".join([*lines, *(["", text.strip()] if text.strip() else []), ""])
 
@@ -61,7 +74,8 @@ def card_table(layers: Sequence[LayerVerification]) -> str:
         return "Nothing was verified: the experts' activation is not known."
     return "\n".join(
         [
-            "Relative error of the experts' outputs (whole expert function, seeded inputs, factors as stored):",
+            "Relative error of the experts' outputs (whole expert function, seeded inputs, "
+            f"{'codes' if layers[0].codes else 'factors'} as stored):",
             "",
             "| layer | mean over experts | worst expert |",
             "|---|---|---|",

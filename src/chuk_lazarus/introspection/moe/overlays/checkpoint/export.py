@@ -16,7 +16,6 @@ from ..quantisation import BF16
 from .auxiliary import read_auxiliary_files
 from .dequantise import dequantise
 from .folder import Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
-from .format import VERSION
 from .reader import OverlayCheckpoint, read_overlay
 
 
@@ -25,7 +24,7 @@ def export_overlay(
 ) -> None:
     """Write the overlay checkpoint in `folder` as a plain one of its original family, bf16, into `target`.
 
-    Experts become base + left @ right under their original names and axes. All else that is quantised (the experts of
+    Experts become base + delta under their original names and axes. All else that is quantised (the experts of
     layers that are not overlaid, the attention of an FP8 model) is decoded to bf16, too, so that no quantization_config
     is needed. Resumes, replaces and raises as `write_overlay` does; raises UnknownFormat where a quantised tensor can't
     be decoded.
@@ -58,7 +57,7 @@ def export_overlay(
         shards,
         encode_json(config),
         read_auxiliary_files(checkpoint.repository),
-        {"writes": "export", "version": VERSION, **fingerprint(checkpoint)},
+        {"writes": "export", "version": overlay.overlay_config.version, **fingerprint(checkpoint)},
         checkpoint.repository.folder,
         force,
         progress,
@@ -89,7 +88,7 @@ def _fill_experts(
 ) -> None:
     """Write the rebuilt experts of one layer."""
     overlay.prefetch(layer, progress)
-    bases = {role: overlay.base(layer, role) for role in overlay.ranks[layer]}
+    bases = {role: overlay.base(layer, role) for role in overlay.roles(layer)}
     slots = BoundedSemaphore(max(1, resources.matrix_memory // (4 * bases["down"].nbytes)))
 
     def write_expert(expert: int) -> None:

@@ -2,21 +2,23 @@
 
 The writer, the reader and the MLX runtime all take the format from here, and only from here.
 
-Version 1 keeps each role of a layer as a bf16 base and two bf16 factors per expert. A version with other codes starts
-here: its parts go into `AXES` and `part_shapes`, its fields into `OverlayConfig`, and `OverlayConfig.read` branches on
-the version. Numbers are rounded in `coding.split_delta`, laid out by `writer._overlay_tensors` and `_fill_layer`,
-checked and decoded by `OverlayCheckpoint`, or by the MLX modules, and counted by `low_rank.overlay_bytes`. Version 1
-must stay readable.
+Version 1 keeps each role of a layer as a bf16 base and two bf16 factors per expert; version 2 keeps base and deltas in
+codes, whose parts `RoleCodes.layout` tells. Both must stay readable. Numbers are rounded in `coding.split_delta`, or by
+a code, laid out by the writer, checked and decoded by `OverlayCheckpoint`, or by the MLX modules, and counted by
+`low_rank.overlay_bytes`, or by `code_bytes`.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...terms import OVERLAY_CONFIG, ROLES
+from ..codes import LayerCodes, RoleCodes, list_matrices, parse_code
+from ..codes.code import PartLayout
 
-VERSION = 1
+VERSION, CODED_VERSION = 1, 2
+READ = "1 and 2"  # the versions, for messages
 AXES = {"base": 2, "left": 3, "right": 3}  # the parts of a role, with the number of axes that their tensors have
 
 Ranks = dict[str, int]
@@ -24,13 +26,17 @@ Ranks = dict[str, int]
 
 _NUMBER = r"\d{1,9}"
 _TENSOR_NAME = re.compile(
-    rf"(?P<prefix>.+\.(?P<layer>{_NUMBER}))\.overlay\.(?P<role>{'|'.join(ROLES)})\.(?P<part>{'|'.join(AXES)})"
+    rf"(?P<prefix>.+\.(?P<layer>{_NUMBER}))\.overlay\.(?P<role>{'|'.join(ROLES)})\.(?P<part>{'|'.join(AXES)}"
+    r"|(?:base|delta)(?:\.[a-z]+)+)"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class OverlayTensor:
-    """What the name of an overlay's tensor says: the layer's `prefix` ("model.layers.3") and number, role and part."""
+    """What the name of an overlay's tensor says: the layer's `prefix` ("model.layers.3") and number, role and part.
+
+    The part is "base", "left" or "right" in version 1, and a code's, such as "delta.levels", in version 2.
+    """
 
     prefix: str
     layer: int
@@ -55,16 +61,61 @@ def part_shapes(shape: tuple[int, int], experts: int, rank: int) -> dict[str, tu
     return {"base": (out, inner), "left": (experts, out, rank), "right": (experts, rank, inner)}
 
 
+@dataclass(frozen=True, slots=True)
+class CodedExperts:
+    """The sizes of a coded layer, and the codes of its roles."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+    codes: LayerCodes
+
+    def shape(self, role: str) -> tuple[int, int]:
+        """(out, in) of a role's matrices."""
+        return (self.hidden, self.intermediate) if role == "down" else (self.intermediate, self.hidden)
+
+    def layout(self, role: str) -> dict[str, PartLayout]:
+        """The parts of a role by name, such as "delta.levels"."""
+        return self.codes[role].layout(self.shape(role), self.experts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The layer's entry in config.json."""
+        return {
+            "experts": self.experts,
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "codes": codes_to_json(self.codes),
+        }
+
+
+def codes_to_json(codes: LayerCodes) -> dict[str, dict[str, str | None]]:
+    """Role -> the texts of the codes of its base and its deltas."""
+    return {
+        role: {"base": str(each.base) if each.base else None, "delta": str(each.delta)} for role, each in codes.items()
+    }
+
+
+def parse_codes(codes: Mapping[str, Any]) -> dict[str, RoleCodes]:
+    """The inverse of `codes_to_json`; raises ValueError, KeyError or TypeError for what is none."""
+    if any(not isinstance(text, str) for texts in codes.values() for text in (texts["delta"], texts["base"] or "")):
+        raise TypeError("a code is a text")
+    return {
+        role: RoleCodes(None if texts["base"] is None else parse_code(texts["base"]), parse_code(texts["delta"]))
+        for role, texts in codes.items()
+    }
+
+
 class OverlayConfigError(Exception):
     """An `overlay_config` that can't be read. It has no message, as the reader and the runtime each word their own.
 
     `value` is the version that is not known, or the layer as the config calls it; `roles` are those that each layer
-    needs a rank for. The problem is "layer" where a layer is not a number or its ranks are not an object.
+    needs a rank, or codes, for. The problem is "layer" where a layer is not a number or its ranks are not an object,
+    and "code" where the sizes or codes of version 2 are none.
     """
 
     def __init__(
         self,
-        problem: Literal["missing", "version", "no layers", "layer", "roles", "rank"],
+        problem: Literal["missing", "version", "no layers", "layer", "roles", "rank", "code"],
         value: Any = None,
         roles: Sequence[str] = (),
     ) -> None:
@@ -78,7 +129,8 @@ class OverlayConfig:
 
     `source` and `revision` say which model it was made from, `family` is that model's row of the layout table, and
     `names` are what a plain checkpoint calls the experts' tensors, by role there, below the layer's prefix. `rule` says
-    in words how the ranks were chosen; `layers` has the ranks of each overlaid layer.
+    in words how ranks or codes were chosen. `layers` has the ranks of each overlaid layer in version 1, `coded` its
+    sizes and codes in version 2; the other one is empty.
     """
 
     version: int = VERSION
@@ -88,7 +140,13 @@ class OverlayConfig:
     dtype: str = "bfloat16"
     names: dict[str, str]
     rule: str
-    layers: dict[int, Ranks]
+    layers: dict[int, Ranks] = field(default_factory=dict)
+    coded: dict[int, CodedExperts] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The overlaid layers."""
+        return tuple(self.layers or self.coded)
 
     @classmethod
     def read(cls, config: Mapping[str, Any], roles_of: Callable[[Any], Sequence[str]]) -> "OverlayConfig":
@@ -101,25 +159,39 @@ class OverlayConfig:
         facts = config.get(OVERLAY_CONFIG)
         if not isinstance(facts, dict):
             raise OverlayConfigError("missing")
-        if facts.get("version") != VERSION:
-            raise OverlayConfigError("version", facts.get("version"))
+        version = facts.get("version")
+        if version not in (VERSION, CODED_VERSION) or type(version) is not int:
+            raise OverlayConfigError("version", version)
         roles = roles_of(facts.get("family"))
         texts = {key: value for key, value in facts.items() if isinstance(value, str)}
         names = facts.get("names")
         names = names if isinstance(names, dict) else {}
+        listed = facts.get("layers")
         return cls(
+            version=version,
             source=texts.get("source", ""),
             revision=texts.get("revision"),
             family=texts.get("family", ""),
             dtype=texts.get("dtype", ""),
             names={role: name for role, name in names.items() if isinstance(name, str)},
             rule=texts.get("rule", ""),
-            layers=_read_layers(facts.get("layers"), roles),
+            layers=_read_layers(listed, roles) if version == VERSION else {},
+            coded=_read_coded(listed, roles) if version == CODED_VERSION else {},
         )
 
     def to_json(self) -> dict[str, Any]:
         """The value of `overlay_config` in config.json."""
-        return {**asdict(self), "layers": {str(layer): ranks for layer, ranks in self.layers.items()}}
+        return {
+            "version": self.version,
+            "source": self.source,
+            "revision": self.revision,
+            "family": self.family,
+            "dtype": self.dtype,
+            "names": self.names,
+            "rule": self.rule,
+            "layers": {str(layer): ranks for layer, ranks in self.layers.items()}
+            or {str(layer): experts.to_json() for layer, experts in self.coded.items()},
+        }
 
 
 def _read_layers(listed: Any, roles: Sequence[str]) -> dict[int, Ranks]:
@@ -133,6 +205,30 @@ def _read_layers(listed: Any, roles: Sequence[str]) -> dict[int, Ranks]:
         if not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
             raise OverlayConfigError("rank", key, roles)
         layers[int(key)] = {role: ranks[role] for role in roles}
+    if not layers:
+        raise OverlayConfigError("no layers")
+    return dict(sorted(layers.items()))
+
+
+def _read_coded(listed: Any, roles: Sequence[str]) -> dict[int, CodedExperts]:
+    """The sizes and codes of each layer, in order; raises OverlayConfigError."""
+    layers = {}
+    for key, facts in listed.items() if isinstance(listed, dict) else ():
+        if not re.fullmatch(_NUMBER, key) or not isinstance(facts, dict) or not isinstance(facts.get("codes"), dict):
+            raise OverlayConfigError("layer", key, roles)
+        if facts["codes"].keys() != set(roles):
+            raise OverlayConfigError("roles", key, roles)
+        sizes: list[Any] = [facts.get(name) for name in ("experts", "hidden", "intermediate")]
+        try:
+            codes = parse_codes({role: facts["codes"][role] for role in roles})
+            for each in codes.values():
+                list_matrices(each, (1, 1), 1)
+        except (KeyError, TypeError, ValueError):
+            raise OverlayConfigError("code", key, roles) from None
+        if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+            raise OverlayConfigError("code", key, roles)
+        experts, hidden, intermediate = sizes
+        layers[int(key)] = CodedExperts(experts, hidden, intermediate, codes)
     if not layers:
         raise OverlayConfigError("no layers")
     return dict(sorted(layers.items()))

@@ -1,7 +1,7 @@
 """An overlay checkpoint, whose tensors are read when they are asked for."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from ...progress import Progress
 from ...terms import ROLES
 from ...text import format_ranges
 from ...weights.checkpoint import Checkpoint, TensorInfo
-from ...weights.expert_layer import MAX_EXPERTS
+from ...weights.expert_layer import MAX_EXPERTS, MAX_SIDE
 from ...weights.layouts import load_table
 from ...weights.repositories.local import Folder
 from ..quantisation import BF16
 from .format import (
     AXES,
-    VERSION,
+    READ,
+    CodedExperts,
     OverlayConfig,
     OverlayConfigError,
     parse_tensor_name,
@@ -30,12 +31,12 @@ from .format import (
 
 
 class OverlayCheckpoint:
-    """An overlay checkpoint: base and factors by layer, role and expert.
+    """An overlay checkpoint: base and deltas by layer, role and expert.
 
     `config` is the model's config.json, `overlay_config` what it says of the overlay. `family` is the row of the layout
-    table that the experts came from, `layers` are the overlaid layers, `ranks` their ranks by role, and `names` the
-    names of the overlay's tensors. Raises ModelUnreadable where a tensor is missing or not of the shape that the config
-    tells, UnknownFormat for a version that is not known.
+    table that the experts came from, `layers` are the overlaid layers, `ranks` their ranks by role, or `coded` their
+    sizes and codes, and `names` the names of the overlay's tensors. Raises ModelUnreadable where a tensor is missing or
+    not of the shape that the config tells, UnknownFormat for a version that is not known.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -47,52 +48,81 @@ class OverlayCheckpoint:
             raise _explain(error) from None
         self.family = self.overlay_config.family
         self.ranks = self.overlay_config.layers
-        self.layers = tuple(self.ranks)
+        self.coded = self.overlay_config.coded
+        self.layers = self.overlay_config.numbers
         tensors = {name: tensor for name in checkpoint.names if (tensor := parse_tensor_name(name))}
         self.names = frozenset(tensors)
         self._prefixes = {tensor.layer: tensor.prefix for tensor in tensors.values()}
         if len({tensor.prefix for tensor in tensors.values()}) > len(self._prefixes):
             raise ModelUnreadable("two tensors have the same layer and different names before it")
-        if self._prefixes.keys() != self.ranks.keys():
-            layer = min(self._prefixes.keys() ^ self.ranks.keys())
-            where = "its tensors are missing" if layer in self.ranks else "overlay_config does not list it"
+        if self._prefixes.keys() != set(self.layers):
+            layer = min(self._prefixes.keys() ^ set(self.layers))
+            where = "its tensors are missing" if layer in self.layers else "overlay_config does not list it"
             raise ModelUnreadable(f"layer {layer} is half in the overlay: {where}", "make the overlay again")
         for layer, ranks in self.ranks.items():
             self._check(layer, ranks)
+        for layer, coded in self.coded.items():
+            self._check_coded(layer, coded)
+
+    def roles(self, layer: int) -> tuple[str, ...]:
+        """The roles of an overlaid layer's experts."""
+        return tuple(self.coded[layer].codes if layer in self.coded else self.ranks.get(layer, ()))
 
     def shape(self, layer: int, role: str) -> tuple[int, int]:
         """(out, in) of a role's matrices."""
+        if layer in self.coded and role in self.coded[layer].codes:
+            return self.coded[layer].shape(role)
         out, inner = self._info(layer, role, "base").shape
         return out, inner
 
     def count(self, layer: int) -> int:
         """The number of experts."""
+        if layer in self.coded:
+            return self.coded[layer].experts
         return self._info(layer, "down", "left").shape[0]
 
     def base(self, layer: int, role: str) -> NDArray[np.float32]:
-        """The base [out, in], as stored."""
+        """The base [out, in], as stored; zeros where a coded layer has none."""
+        if layer in self.coded:
+            shape, code = self.shape(layer, role), self.coded[layer].codes[role].base
+            return code.decode(self._parts(layer, role, "base"), shape) if code else np.zeros(shape, np.float32)
         return self._rows(layer, role, "base", 0, self.shape(layer, role)[0])
 
     def factors(self, layer: int, role: str, expert: int) -> Factors:
-        """The low-rank delta of one expert, as stored; raises InvalidRequest for an expert that is not there."""
+        """The low-rank delta of one expert, as stored; raises InvalidRequest for an expert that is not there, and for a
+        layer that is coded."""
+        if layer in self.coded:
+            raise InvalidRequest(f"layer {layer} is coded", "ask for an expert's delta")
         (out, inner), rank = self.shape(layer, role), self.ranks[layer][role]
-        if not 0 <= expert < self.count(layer):
-            raise InvalidRequest(f"layer {layer} has no expert {expert}", f"there are 0 to {self.count(layer) - 1}")
+        self._check_expert(layer, expert)
         return Factors(
             self._rows(layer, role, "left", expert * out, (expert + 1) * out).reshape(out, rank),
             self._rows(layer, role, "right", expert * rank, (expert + 1) * rank).reshape(rank, inner),
         )
 
+    def delta(self, layer: int, role: str, expert: int) -> NDArray[np.float32]:
+        """What one expert adds to the base, [out, in], as stored; raises InvalidRequest for an expert that is not
+        there."""
+        if layer not in self.coded:
+            factors = self.factors(layer, role, expert)
+            return factors.left @ factors.right
+        self._check_expert(layer, expert)
+        code = self.coded[layer].codes[role].delta
+        return code.decode(self._parts(layer, role, "delta", expert), self.shape(layer, role))
+
     def expert(self, layer: int, expert: int) -> dict[str, NDArray[np.float32]]:
-        """The matrices of one expert by role, base + left @ right, in canonical form."""
-        roles = self.ranks.get(layer, {"down": 0})  # `base` refuses an unknown layer
+        """The matrices of one expert by role, base + delta, in canonical form."""
+        roles = self.roles(layer) or ("down",)  # `base` refuses an unknown layer
         return {role: self.rebuild(self.base(layer, role), layer, role, expert) for role in roles}
 
     def rebuild(self, base: NDArray[np.float32], layer: int, role: str, expert: int) -> NDArray[np.float32]:
-        """`base` + left @ right of one expert; raises ModelUnreadable where that is not finite in bfloat16."""
-        factors = self.factors(layer, role, expert)
+        """`base` + delta of one expert; raises ModelUnreadable where that is not finite in bfloat16."""
         with np.errstate(over="ignore", invalid="ignore"):
-            matrix = rebuild(base, factors)
+            if layer in self.coded:
+                matrix = self.delta(layer, role, expert)
+                matrix += base
+            else:
+                matrix = rebuild(base, self.factors(layer, role, expert))
             is_finite = np.isfinite(matrix.astype(BF16)).all()
         if not is_finite:
             raise ModelUnreadable(
@@ -108,7 +138,7 @@ class OverlayCheckpoint:
 
     def prefetch(self, layer: int, progress: Progress) -> None:
         """Bring the layer's overlay near in few, long reads."""
-        infos = [self._info(layer, role, part) for role in self.ranks[layer] for part in AXES]
+        infos = [self._info(layer, role, part) for role in self.roles(layer) for part in self._part_names(layer, role)]
         self.checkpoint.prefetch(((info.file, (info.start, info.stop)) for info in infos), progress)
 
     def template(self, role: str) -> str:
@@ -120,6 +150,45 @@ class OverlayCheckpoint:
         if not name:
             raise ModelUnreadable(f"overlay_config does not say what the {role} projections were called")
         return name
+
+    def _check_expert(self, layer: int, expert: int) -> None:
+        if not 0 <= expert < self.count(layer):
+            raise InvalidRequest(f"layer {layer} has no expert {expert}", f"there are 0 to {self.count(layer) - 1}")
+
+    def _check_coded(self, layer: int, coded: CodedExperts) -> None:
+        """As `_check`, for a layer in codes."""
+        if coded.experts > MAX_EXPERTS or max(coded.hidden, coded.intermediate) > MAX_SIDE:
+            raise UnknownFormat(
+                f"layer {layer} has {coded.experts} experts of {coded.intermediate} x {coded.hidden}",
+                f"we read up to {MAX_EXPERTS} experts of up to {MAX_SIDE} x {MAX_SIDE}",
+            )
+        for role in coded.codes:
+            for part, layout in coded.layout(role).items():
+                info = self._info(layer, role, part)
+                if (info.dtype, info.shape) != (layout.dtype, layout.shape):
+                    found, wanted = (
+                        f"{dtype} {list(shape)}"
+                        for dtype, shape in ((info.dtype, info.shape), (layout.dtype, layout.shape))
+                    )
+                    raise ModelUnreadable(f"{info.name} is {found}, not {wanted}")
+
+    def _part_names(self, layer: int, role: str) -> Iterable[str]:
+        return self.coded[layer].layout(role) if layer in self.coded else AXES
+
+    def _parts(self, layer: int, role: str, side: str, expert: int | None = None) -> dict[str, NDArray[Any]]:
+        """The parts of a role's base, or of the delta of one expert, by their names within the code."""
+        parts = {}
+        for name, layout in self.coded[layer].layout(role).items():
+            if name.startswith(f"{side}."):
+                info = self._info(layer, role, name)
+                if not info.nbytes:
+                    data = np.zeros(layout.shape[expert is not None :], np.uint8)
+                elif expert is None:
+                    data = self.checkpoint.whole(info)
+                else:
+                    data = self.checkpoint.rows(info, expert, expert + 1)[0]
+                parts[name.removeprefix(f"{side}.")] = np.asarray(data)
+        return parts
 
     def _check(self, layer: int, ranks: Mapping[str, int]) -> None:
         """Raise ModelUnreadable or UnknownFormat where the layer's tensors do not have the shapes they should."""
@@ -136,7 +205,7 @@ class OverlayCheckpoint:
                     raise ModelUnreadable(f"{info.name} is {info.dtype} {list(info.shape)}, not BF16 {list(shape)}")
 
     def _info(self, layer: int, role: str, part: str) -> TensorInfo:
-        if layer not in self.ranks or role not in self.ranks[layer]:
+        if role not in self.roles(layer):
             raise InvalidRequest(
                 f"layer {layer} has no {role} overlay", f"the overlaid layers are {format_ranges(self.layers)}"
             )
@@ -144,7 +213,7 @@ class OverlayCheckpoint:
         if name not in self.names:
             raise ModelUnreadable(f"{name} is missing", "make the overlay again")
         info = self.checkpoint.info(name)
-        if len(info.shape) != AXES[part]:
+        if part in AXES and len(info.shape) != AXES[part]:
             raise ModelUnreadable(f"{name} has {len(info.shape)} axes")
         return info
 
@@ -170,9 +239,11 @@ def _explain(error: OverlayConfigError) -> MoEError:
         case "missing":
             return ModelUnreadable("config.json has no overlay_config: this is no overlay checkpoint")
         case "version":
-            return UnknownFormat(f"this overlay is of version {error.value}, and we read version {VERSION}")
+            return UnknownFormat(f"this overlay is of version {error.value}, and we read versions {READ}")
         case "no layers":
             return ModelUnreadable("overlay_config lists no layers with their ranks")
+        case "code":
+            return ModelUnreadable(f"overlay_config: layer {error.value} has sizes or codes that are none")
         case "rank":
             return ModelUnreadable(f"overlay_config: layer {error.value} has a rank that is none")
         case _:

@@ -6,8 +6,8 @@ The model is streamed: memory holds the base of one layer, and the experts that 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ...errors import InvalidRequest, UnknownFormat
 from ...jobs.measure import mean_experts
 from ...jobs.resources import Resources
+from ...numerics.alignment import Alignment
 from ...numerics.low_rank import rebuild
 from ...progress import Progress
 from ...terms import OVERLAY_CONFIG
@@ -27,16 +28,21 @@ from ...weights.experts import Experts
 from ...weights.fingerprint import fingerprint
 from ...weights.stored import BIAS
 from ...weights.tensor_info import PLAIN_DTYPES
+from ..coded_layer import CodedLayer, find_alignment
+from ..codes import LayerCodes
+from ..codes.low_rank import FactorsCode, SumCode
 from ..coding import split_delta
 from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
 from ..quantisation import BF16
 from .auxiliary import read_auxiliary_files
+from .biases import permuted_biases
 from .card import CARD, write_card
 from .folder import (
     PLAN,
     Shard,
     ShardFile,
     Tensor,
+    TensorWriter,
     bf16_tensor,
     check_folder,
     copy_tensor,
@@ -44,7 +50,16 @@ from .folder import (
     group_into_shards,
     write_model,
 )
-from .format import VERSION, OverlayConfig, Ranks, part_shapes, tensor_name
+from .format import (
+    CODED_VERSION,
+    VERSION,
+    CodedExperts,
+    OverlayConfig,
+    Ranks,
+    parse_codes,
+    part_shapes,
+    tensor_name,
+)
 
 
 def write_overlay(
@@ -72,48 +87,130 @@ def write_overlay(
     Raises InvalidRequest for ranks that do not fit the model, a folder that must not be written or a disk without room,
     ModelUnreadable where the model is broken.
     """
+    layers = [_check_ranks(experts, number, ranks[number]) for number in sorted(ranks)]
+    layer_ranks = {layer.number: {role: ranks[layer.number][role] for role in layer.roles} for layer in layers}
+
+    def make_shard(layer: ExpertLayer, prefix: str) -> Shard:
+        of_layer, check = layer_ranks[layer.number], (checks or {}).get(layer.number)
+        return Shard(
+            _overlay_tensors(layer, of_layer, prefix),
+            partial(_fill_layer, layer, of_layer, prefix, check, resources, progress),
+        )
+
+    overlay = partial(_overlay_config, experts, source, rule, version=VERSION, layers=layer_ranks)
+    first, options = (layers[0], layer_ranks[layers[0].number]) if layers else (None, {})
+    _write(
+        experts,
+        layers,
+        overlay,
+        make_shard,
+        {},
+        folder,
+        force=force,
+        progress=progress,
+        card=card,
+        options=" ".join(
+            [f"--layer {first.number}" if first else "", *(f"--{role}-rank {rank}" for role, rank in options.items())]
+        ),
+    )
+
+
+def write_coded_overlay(
+    experts: Experts,
+    codes: Mapping[int, LayerCodes],
+    folder: Path,
+    *,
+    force: bool = False,
+    resources: Resources,
+    progress: Progress,
+    source: str = "",
+    rule: str = "",
+    checks: Mapping[int, FidelityCheck] | None = None,
+    card: Callable[[], str] = str,
+    options: str = "",
+) -> None:
+    """As `write_overlay`, with the layers in `codes` (layer -> role -> codes) as version 2 keeps them.
+
+    The neurons of layers with a base are brought into its order, those of the experts' biases with them. `options` are
+    those of the command by which the card says that the experts can be verified.
+    """
+    layers = [_check_codes(experts, number, codes[number]) for number in sorted(codes)]
+    coded = {
+        layer.number: CodedExperts(
+            layer.count, layer.sizes["H"], layer.sizes["I"], {role: codes[layer.number][role] for role in layer.roles}
+        )
+        for layer in layers
+    }
+
+    @cache
+    def alignment_of(layer: ExpertLayer) -> Alignment:
+        return find_alignment(layer, codes[layer.number], resources)
+
+    biases = {
+        writer.tensor.name: writer
+        for layer in layers
+        for writer in permuted_biases(layer, partial(alignment_of, layer))
+    }
+
+    def make_shard(layer: ExpertLayer, prefix: str) -> Shard:
+        # an alignment is kept only where it is needed twice
+        find = partial(alignment_of if layer.biases(0) else alignment_of.__wrapped__, layer)
+        check = (checks or {}).get(layer.number)
+        return Shard(
+            _coded_tensors(coded[layer.number], prefix),
+            partial(_fill_coded, layer, coded[layer.number], prefix, find, check, resources, progress),
+        )
+
+    overlay = partial(_overlay_config, experts, source, rule, version=CODED_VERSION, coded=coded)
+    _write(
+        experts,
+        layers,
+        overlay,
+        make_shard,
+        biases,
+        folder,
+        force=force,
+        progress=progress,
+        card=card,
+        options=options,
+    )
+
+
+def _write(
+    experts: Experts,
+    layers: Sequence[ExpertLayer],
+    make_overlay: Callable[[dict[str, str]], OverlayConfig],
+    make_shard: Callable[[ExpertLayer, str], Shard],
+    writers: Mapping[str, TensorWriter],
+    folder: Path,
+    *,
+    force: bool,
+    progress: Progress,
+    card: Callable[[], str],
+    options: str,
+) -> None:
+    """Write a model with overlaid layers: `make_shard` gives the shard of a layer and its prefix.
+
+    `writers` replace those that copy a tensor, by its name.
+    """
     checkpoint = experts.checkpoint
     if OVERLAY_CONFIG in checkpoint.config:
         raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
-    layers = [_check_ranks(experts, number, ranks[number]) for number in sorted(ranks)]
     if not layers:
         raise InvalidRequest("no layer is given a rank", f"the MoE layers are {format_ranges(experts.layers)}")
-    source = source or checkpoint.repository.name
-    layer_ranks = {layer.number: {role: ranks[layer.number][role] for role in layer.roles} for layer in layers}
     prefixes, names = zip(*(_split_names(layer) for layer in layers), strict=True)
     if len({str(by_role) for by_role in names}) > 1:
         raise UnknownFormat("the layers' experts are not all named alike")
-
     copied = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - _replaced_names(layers))]
+    copies = [writers.get(info.name) or copy_tensor(checkpoint, info) for info in copied]
     shards = [
-        *group_into_shards([copy_tensor(checkpoint, info) for info in copied], checkpoint, progress),
-        *(
-            Shard(
-                _overlay_tensors(layer, layer_ranks[layer.number], prefix),
-                partial(
-                    _fill_layer,
-                    layer,
-                    layer_ranks[layer.number],
-                    prefix,
-                    (checks or {}).get(layer.number),
-                    resources,
-                    progress,
-                ),
-            )
-            for layer, prefix in zip(layers, prefixes, strict=True)
-        ),
+        *group_into_shards(copies, checkpoint, progress),
+        *(make_shard(layer, prefix) for layer, prefix in zip(layers, prefixes, strict=True)),
     ]
     config = checkpoint.config
     if all(info.dtype in PLAIN_DTYPES for info in copied):
         config = checkpoint.model_config.without_quantization()
-    overlay = OverlayConfig(
-        source=source,
-        revision=checkpoint.repository.revision,
-        family=experts.family,
-        names=names[0],
-        rule=rule,
-        layers=layer_ranks,
-    )
+    overlay = make_overlay(names[0])
     overlay_json = overlay.to_json()
     before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     after = sum(shard.nbytes for shard in shards)
@@ -123,14 +220,14 @@ def write_overlay(
         encode_json({**config, OVERLAY_CONFIG: overlay_json}),
         {
             **read_auxiliary_files(checkpoint.repository),
-            CARD: lambda: write_card(overlay, layers, before, after, card()).encode(),
+            CARD: lambda: write_card(overlay, layers, before, after, options, card()).encode(),
         },
         {
             "writes": "overlay",
-            "rule": rule,
+            "rule": overlay.rule,
             "ranks": overlay_json["layers"],
             "checksum": _checksum(overlay_json["layers"]),
-            "version": VERSION,
+            "version": overlay.version,
             **fingerprint(checkpoint),
         },
         checkpoint.repository.folder,
@@ -139,11 +236,23 @@ def write_overlay(
     )
 
 
-def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: bool) -> None:
+def _overlay_config(experts: Experts, source: str, rule: str, names: dict[str, str], **layers: Any) -> OverlayConfig:
+    repository = experts.checkpoint.repository
+    return OverlayConfig(
+        source=source or repository.name,
+        revision=repository.revision,
+        family=experts.family,
+        names=names,
+        rule=rule,
+        **layers,
+    )
+
+
+def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: bool, bits: float | None = None) -> None:
     """Check, before any work, that an overlay of these layers can be written into the folder.
 
-    Raises InvalidRequest for a folder that must not be written, or a disk without room for an overlay of rank 0, and
-    UnknownFormat for a model whose other tensors can't be copied.
+    Raises InvalidRequest for a folder that must not be written, or a disk without room for an overlay of rank 0, or of
+    about `bits` bits a weight, and UnknownFormat for a model whose other tensors can't be copied.
     """
     checkpoint = experts.checkpoint
     if checkpoint.is_gguf or checkpoint.is_split:
@@ -153,9 +262,12 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
         )
     opened = [experts.layer(number) for number in layers]
     replaced = sum(checkpoint.info(name).nbytes for name in _replaced_names(opened))
-    bases = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
+    if bits is None:
+        least = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
+    else:
+        least = int(0.9 * bits / 8 * sum(layer.parameters for layer in opened))
     model_bytes = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
-    check_folder(folder, checkpoint.repository.folder, force, model_bytes - replaced + bases)
+    check_folder(folder, checkpoint.repository.folder, force, model_bytes - replaced + least)
 
 
 def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, Ranks] | None:
@@ -163,12 +275,25 @@ def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, Ranks]
 
     None where there is no such plan.
     """
+    planned = _planned(experts, folder, rule, VERSION)
+    return None if planned is None else {int(layer): ranks for layer, ranks in planned.items()}
+
+
+def planned_codes(experts: Experts, folder: Path, rule: str) -> dict[int, LayerCodes] | None:
+    """As `planned_ranks`, of `write_coded_overlay`."""
+    planned = _planned(experts, folder, rule, CODED_VERSION)
+    return None if planned is None else {int(layer): parse_codes(facts["codes"]) for layer, facts in planned.items()}
+
+
+def _planned(experts: Experts, folder: Path, rule: str, version: int) -> dict[str, Any] | None:
+    """What the plan of a stopped call says of each layer, None where there is no plan of this work."""
     try:
         real_folder = Path(os.path.realpath(folder))
         plan = json.loads((real_folder.with_name(f"{real_folder.name}.partial") / PLAN).read_bytes())
         is_ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
-        if is_ours and plan.items() >= {"version": VERSION, **fingerprint(experts.checkpoint)}.items():
-            return {int(layer): layer_ranks for layer, layer_ranks in plan["ranks"].items()}
+        if is_ours and plan.items() >= {"version": version, **fingerprint(experts.checkpoint)}.items():
+            ranks: dict[str, Any] = plan["ranks"]
+            return {str(int(layer)): of_layer for layer, of_layer in ranks.items()}
     except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
         pass  # there is no plan, or somebody else wrote it
     return None
@@ -179,16 +304,33 @@ def _checksum(ranks: Any) -> str:
     return hashlib.sha256(json.dumps(ranks, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> ExpertLayer:
-    """The layer with this number; raises InvalidRequest where these ranks do not fit it."""
+def _check_roles(experts: Experts, number: int, roles: Iterable[str], what: str) -> ExpertLayer:
+    """The layer with this number; raises InvalidRequest where these are not its roles."""
     if number not in experts.layers:
         raise InvalidRequest(
             f"layer {number} is not an MoE layer", f"the MoE layers are {format_ranges(experts.layers)}"
         )
     layer = experts.layer(number)
-    if ranks.keys() != set(layer.roles):
-        wanted, given = (", ".join(sorted(roles)) or "nothing" for roles in (layer.roles, ranks))
-        raise InvalidRequest(f"layer {number} needs ranks for {wanted}, and has them for {given}")
+    if set(roles) != set(layer.roles):
+        wanted, given = (", ".join(sorted(names)) or "nothing" for names in (layer.roles, roles))
+        raise InvalidRequest(f"layer {number} needs {what} for {wanted}, and has them for {given}")
+    return layer
+
+
+def _check_codes(experts: Experts, number: int, codes: LayerCodes) -> ExpertLayer:
+    """The layer with this number; raises InvalidRequest where these codes do not fit it."""
+    layer = _check_roles(experts, number, codes, "codes")
+    for role, of_role in codes.items():
+        for code in (of_role.base, of_role.delta):
+            factors = code.factors if isinstance(code, SumCode) else code
+            if isinstance(factors, FactorsCode) and factors.rank > min(layer.shape(role)):
+                raise InvalidRequest(f"layer {number}: {role} can't have rank {factors.rank}")
+    return layer
+
+
+def _check_ranks(experts: Experts, number: int, ranks: Mapping[str, int]) -> ExpertLayer:
+    """The layer with this number; raises InvalidRequest where these ranks do not fit it."""
+    layer = _check_roles(experts, number, ranks, "ranks")
     for role, rank in ranks.items():
         greatest = min(layer.shape(role))
         if not isinstance(rank, int) or not 0 <= rank <= greatest:
@@ -252,6 +394,52 @@ def _fill_layer(
                 shard.write(tensor_name(prefix, role, "base"), base.tobytes())
                 bases[role] = base.astype(np.float32)  # deltas are taken from the base as it is stored
             del mean
+        for errors in pool.map(write, range(layer.count)):
+            if check and errors:
+                check.add(errors)
+
+
+def _coded_tensors(coded: CodedExperts, prefix: str) -> tuple[Tensor, ...]:
+    """The tensors of one coded layer."""
+    return tuple(
+        Tensor(tensor_name(prefix, role, name), part.dtype, part.shape, part.nbytes)
+        for role in coded.codes
+        for name, part in coded.layout(role).items()
+    )
+
+
+def _fill_coded(
+    layer: ExpertLayer,
+    coded: CodedExperts,
+    prefix: str,
+    find: Callable[[], Alignment],
+    check: FidelityCheck | None,
+    resources: Resources,
+    progress: Progress,
+    shard: ShardFile,
+) -> None:
+    """Write the codes of one layer, in two passes over its experts, one where no role has a base.
+
+    `find` gives the order of the neurons. Where there is a check, it compares as `_fill_layer` does.
+    """
+    layer.prefetch(progress)
+    coder = CodedLayer(layer, coded.codes, find())
+
+    def write(expert: int) -> ExpertErrors | None:
+        exact, rebuilt = layer.matrices(expert), {}
+        for role, matrix in exact.items():
+            parts = coder.code(expert, role, matrix)
+            if check:
+                rebuilt[role] = coder.decode(expert, role, parts)
+            for name, array in parts.items():
+                data = array.tobytes()
+                shard.write(tensor_name(prefix, role, f"delta.{name}"), data, expert * len(data))
+        return check.compare(expert, exact, rebuilt) if check else None
+
+    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + 2) as pool:
+        for role, parts in coder.code_bases(pool).items():
+            for name, array in parts.items():
+                shard.write(tensor_name(prefix, role, f"base.{name}"), array.tobytes())
         for errors in pool.map(write, range(layer.count)):
             if check and errors:
                 check.add(errors)

@@ -1,4 +1,4 @@
-"""An overlay checkpoint as a model of mlx-lm's, its experts left as base and factors."""
+"""An overlay checkpoint as a model of mlx-lm's, its experts left as base and deltas."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchGLU
@@ -15,18 +16,25 @@ from ...errors import ModelUnreadable, MoEError, UnknownFormat, name_model
 from ...terms import ROLES
 from ...weights.checkpoint import Checkpoint
 from ...weights.repositories.local import Folder
-from ..checkpoint.format import VERSION, OverlayConfig, OverlayConfigError, Ranks, parse_tensor_name
-from .modules import OverlayGLU
+from ..checkpoint.format import READ, CodedExperts, OverlayConfig, OverlayConfigError, Ranks, parse_tensor_name
+from ..codes import list_matrices
+from ..codes.bits import BitsCode
+from ..codes.code import inner
+from .modules import CodedGLU, OverlayGLU
+
+Layers = Mapping[int, Ranks | CodedExperts]
+"""What overlay_config says of each layer: ranks by role, or sizes and codes."""
 
 _LAYER = re.compile(r"(?P<root>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<rest>\..*)")
 _ROUTED = re.compile(r"\.experts\.\d+\.|\.experts\.(?:gate_up_proj|down_proj)")
 
 
 def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
-    """The mlx-lm model of an overlay checkpoint, its experts left as base and factors, and its config.
+    """The mlx-lm model of an overlay checkpoint, its experts left as base and deltas, and its config.
 
-    The model's class is derived from mlx-lm's own, so that all code for mlx-lm's models takes it. Every parameter must
-    be in the folder, and every tensor there must belong to a parameter, except those that mlx-lm itself drops. Raises
+    Codes stay in few bits, in MLX's affine form, whose scales are float32 on a CPU and bfloat16 elsewhere. The model's
+    class is derived from mlx-lm's own, so that all code for mlx-lm's models takes it. Every parameter must be in the
+    folder, and every tensor there must belong to a parameter, except those that mlx-lm itself drops. Raises
     ModelUnreadable for a folder that is no overlay or is broken, UnknownFormat for a family that mlx-lm has no class
     for, or whose experts in mlx-lm are no SwitchGLU.
     """
@@ -47,11 +55,11 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
             ) from error
 
 
-def check_folder(folder: Path) -> dict[int, Ranks]:
-    """Check that the folder's files are sound; returns the ranks of each overlaid layer."""
+def check_folder(folder: Path) -> Layers:
+    """Check that the folder's files are sound; returns the ranks, or the sizes and codes, of each overlaid layer."""
     check_files(folder)
     checkpoint = Checkpoint(Folder(folder))
-    layers = _read_ranks(checkpoint.config)
+    layers = _read_layers(checkpoint.config)
     files = {checkpoint.info(name).file for name in checkpoint.names}
     if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - files):
         raise ModelUnreadable(f"{stray[0]} is not in the index", "it may be of an older overlay: remove it")
@@ -66,10 +74,11 @@ def check_files(folder: Path) -> None:
         repository.open(name)
 
 
-def _read_ranks(config: Mapping[str, Any]) -> dict[int, Ranks]:
-    """The ranks of each overlaid layer, from the model's config."""
+def _read_layers(config: Mapping[str, Any]) -> Layers:
+    """The ranks, or the sizes and codes, of each overlaid layer, from the model's config."""
     try:
-        return OverlayConfig.read(config, lambda family: ROLES).layers
+        overlay = OverlayConfig.read(config, lambda family: ROLES)
+        return {**overlay.layers, **overlay.coded}
     except OverlayConfigError as error:
         raise _explain(error) from None
 
@@ -82,16 +91,18 @@ def _explain(error: OverlayConfigError) -> MoEError:
                 "config.json has no overlay_config", "this is no overlay: load it with mlx-lm itself"
             )
         case "version":
-            return UnknownFormat(f"overlay version {error.value} is not known", f"we read version {VERSION}")
+            return UnknownFormat(f"overlay version {error.value} is not known", f"we read versions {READ}")
         case "roles":
             return UnknownFormat(
                 f"layer {int(error.value)} has not just gate, up and down", "only gated experts run in MLX so far"
             )
+        case "code":
+            return ModelUnreadable(f"overlay_config: layer {int(error.value)} has sizes or codes that are none")
         case _:
             return ModelUnreadable("overlay_config lists no layers with their ranks")
 
 
-def _overlay_classes(config: dict[str, Any], layers: Mapping[int, Ranks]) -> tuple[type[Module], type]:
+def _overlay_classes(config: dict[str, Any], layers: Layers) -> tuple[type[Module], type]:
     """A model class that overlays the given layers, derived from mlx-lm's for the config, and its arguments' class."""
     model_type = config.get("model_type")
     try:
@@ -113,13 +124,13 @@ def _overlay_classes(config: dict[str, Any], layers: Mapping[int, Ranks]) -> tup
             weights = _add_stand_ins(weights, layers)
             if hasattr(super(), "sanitize"):
                 weights = super().sanitize(weights)
-            return _name_overlays(weights, self._paths, str(model_type))
+            return _name_overlays(weights, self._paths, layers, str(model_type))
 
     return OverlayModel, arguments
 
 
-def _overlay_experts(model: Module, layers: Mapping[int, Ranks]) -> dict[int, str]:
-    """Put an OverlayGLU in the place of each given layer's SwitchGLU; returns their paths in the model, by layer.
+def _overlay_experts(model: Module, layers: Layers) -> dict[int, str]:
+    """Put an OverlayGLU or a CodedGLU in the place of each given layer's SwitchGLU; returns their paths, by layer.
 
     A layer without a SwitchGLU, or with several, is left as it is.
     """
@@ -128,22 +139,18 @@ def _overlay_experts(model: Module, layers: Mapping[int, Ranks]) -> dict[int, st
         if isinstance(module, SwitchGLU) and (match := _LAYER.fullmatch(path)):
             blocks.setdefault(int(match["layer"]), []).append((path, module))
     chosen = {layer: blocks[layer][0] for layer in layers if len(blocks.get(layer, ())) == 1}
-    replaced = [
-        (
-            path,
-            OverlayGLU(
-                block.gate_proj.input_dims,
-                block.gate_proj.output_dims,
-                block.gate_proj.num_experts,
-                layers[layer],
-                block.activation,
-                "bias" in block.gate_proj,
-            ),
-        )
-        for layer, (path, block) in chosen.items()
-    ]
+    replaced = [(path, _overlay_block(block, layers[layer])) for layer, (path, block) in chosen.items()]
     model.update_modules(tree_unflatten(replaced))
     return {layer: path for layer, (path, _) in chosen.items()}
+
+
+def _overlay_block(block: SwitchGLU, layer: Ranks | CodedExperts) -> Module:
+    """The module that takes the block's place."""
+    gate = block.gate_proj
+    sizes = gate.input_dims, gate.output_dims, gate.num_experts
+    if isinstance(layer, CodedExperts):
+        return CodedGLU(*sizes, layer.codes, block.activation, "bias" in gate)
+    return OverlayGLU(*sizes, layer, block.activation, "bias" in gate)
 
 
 def _add_stand_ins(weights: Mapping[str, mx.array], layers: Iterable[int]) -> dict[str, mx.array]:
@@ -165,8 +172,10 @@ def _add_stand_ins(weights: Mapping[str, mx.array], layers: Iterable[int]) -> di
     return borrowed | dict(weights)
 
 
-def _name_overlays(weights: Mapping[str, mx.array], paths: Mapping[int, str], model_type: str) -> dict[str, mx.array]:
-    """The weights with base and factors under the names of their modules, and without stand-ins.
+def _name_overlays(
+    weights: Mapping[str, mx.array], paths: Mapping[int, str], layers: Layers, model_type: str
+) -> dict[str, mx.array]:
+    """The weights with base and deltas under the names of their modules, and without stand-ins.
 
     Raises UnknownFormat for an overlay of a layer that is not among `paths`.
     """
@@ -176,12 +185,43 @@ def _name_overlays(weights: Mapping[str, mx.array], paths: Mapping[int, str], mo
         for role in ROLES
         for part in ("weight", "scales", "biases")
     }
-    named = {}
+    named: dict[str, mx.array] = {}
+    coded: dict[tuple[int, str], dict[str, mx.array]] = {}
     for name, array in weights.items():
         if tensor := parse_tensor_name(name):
             if tensor.layer not in paths:
                 raise UnknownFormat(f"mlx-lm's {model_type} has no block of gated experts at {tensor.prefix}")
+            if isinstance(layers[tensor.layer], CodedExperts):
+                coded.setdefault((tensor.layer, tensor.role), {})[tensor.part] = array
+                continue
             name = f"{paths[tensor.layer]}.{tensor.role}_proj.{tensor.part}"
         if name not in stand_ins:
             named[name] = array
+    for (number, role), parts in coded.items():
+        layer = layers[number]
+        assert isinstance(layer, CodedExperts)
+        arrays = _as_modules(layer, role, parts)
+        named |= {f"{paths[number]}.{role}_proj.{name}": array for name, array in arrays.items()}
     return named
+
+
+def _as_modules(layer: CodedExperts, role: str, parts: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The parameters of a CodedLinear, from the parts of a role on disk.
+
+    Raises ModelUnreadable where these are not those that the config tells.
+    """
+    expected = {name: part.shape for name, part in layer.layout(role).items()}
+    if {name: array.shape for name, array in parts.items()} != expected:
+        raise ModelUnreadable(f"the parts of a {role} projection do not have the shapes that overlay_config tells")
+    scale_type = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    arrays: dict[str, mx.array] = {}
+    for name, matrix in list_matrices(layer.codes[role], layer.shape(role), layer.experts).items():
+        own = inner(parts, matrix.part)
+        if not isinstance(matrix.code, BitsCode):
+            arrays[f"{name}.matrix"] = own["values"]
+            continue
+        affine = matrix.code.as_affine({part: np.array(array) for part, array in own.items()}, matrix.shape)
+        arrays[f"{name}.weight"] = mx.array(affine.weight)
+        arrays[f"{name}.scales"] = mx.array(affine.scales).astype(scale_type)
+        arrays[f"{name}.biases"] = mx.array(affine.biases).astype(scale_type)
+    return arrays

@@ -1,7 +1,8 @@
 """The overlay at work, in MLX: experts that stay base and factors, in mlx-lm's models or in a block to train.
 
-An overlaid projection computes `W x = base x + left (right x)`. No expert's matrix is ever rebuilt: the base product is
-computed once for a token, and serves all experts that the token is routed to.
+An overlaid projection computes `W x = base x + left (right x)`, or, where it is in codes, `base x + delta x` with
+quantised matrices. No expert's matrix is ever rebuilt: the base product is computed once for a token, and serves all
+experts that the token is routed to.
 """
 
 import math
@@ -13,6 +14,8 @@ from mlx.nn.layers.linear import Linear
 from mlx_lm.models.switch_layers import SwiGLU
 
 from ...terms import ROLES
+from ..codes import LayerCodes, RoleCodes, StoredMatrix, list_matrices
+from ..codes.bits import BitsCode
 
 SORT_FROM = 64  # rows from which sorting them by expert is faster; mlx-lm's own number
 
@@ -79,12 +82,169 @@ class OverlayLinear(Module):
         return self.base_product(x) + self.delta_product(x, indices, sorted_indices)
 
 
-class OverlayGLU(Module):
-    """The gated experts of one layer, overlaid; it replaces mlx-lm's SwitchGLU.
+class DenseMatrix(Module):
+    """A matrix [out, in], or one for each expert, in `matrix`."""
 
-    `ranks` are by role, or one for all three. From SORT_FROM rows on they are sorted by expert, as in SwitchGLU; the
-    base products of gate and up are computed before that, once for a token.
+    def __init__(self, matrix: StoredMatrix) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.matrix = mx.zeros(_stacked(matrix, matrix.shape))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Shapes [..., in] -> [..., out], for a single matrix."""
+        product: mx.array = mx.matmul(x, self.matrix.T)
+        return product
+
+    def gather(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        """Shapes as in OverlayLinear, for a matrix for each expert."""
+        matrix = self.matrix
+        if mx.default_device() == mx.cpu:  # where gather_mm takes float32 only
+            x, matrix = x.astype(mx.float32), matrix.astype(mx.float32)
+        return mx.gather_mm(x, matrix.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
+
+
+class AffineMatrix(Module):
+    """A matrix in MLX's affine form, or one for each expert: `weight`, `scales` and `biases`, as `BitsCode.as_affine`
+    gives them.
+
+    `transposed` are left factors, which are stored so that they are multiplied from the other side.
     """
+
+    def __init__(self, matrix: StoredMatrix, transposed: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        assert isinstance(matrix.code, BitsCode)
+        rows, self._columns = matrix.shape
+        self._group, self._bits = matrix.code.affine_settings(self._columns)
+        groups = -(-self._columns // self._group)
+        self._transposed = transposed
+        self._padding = groups * self._group - self._columns
+        self.weight = mx.zeros(_stacked(matrix, (rows, groups * self._group * self._bits // 32)), mx.uint32)
+        self.scales = mx.zeros(_stacked(matrix, (rows, groups)))
+        self.biases = mx.zeros(_stacked(matrix, (rows, groups)))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Shapes [..., in] -> [..., out], for a single matrix."""
+        y = mx.quantized_matmul(
+            self._pad(x), self.weight, self.scales, self.biases, not self._transposed, self._group, self._bits
+        )
+        return self._cut(y)
+
+    def gather(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        """Shapes as in OverlayLinear, for a matrix for each expert."""
+        y = mx.gather_qmm(
+            self._pad(x),
+            self.weight,
+            self.scales,
+            self.biases,
+            rhs_indices=indices,
+            transpose=not self._transposed,
+            group_size=self._group,
+            bits=self._bits,
+            sorted_indices=sorted_indices,
+        )
+        return self._cut(y)
+
+    def _pad(self, x: mx.array) -> mx.array:
+        """Zeros for the columns that pad the matrix."""
+        if self._transposed or not self._padding:
+            return x
+        return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self._padding)])
+
+    def _cut(self, y: mx.array) -> mx.array:
+        return y[..., : self._columns] if self._transposed else y
+
+
+def _stacked(matrix: StoredMatrix, shape: tuple[int, int]) -> tuple[int, ...]:
+    return shape if matrix.experts is None else (matrix.experts, *shape)
+
+
+class CodedLinear(Module):
+    """A linear layer per expert in codes; it replaces mlx-lm's SwitchLinear.
+
+    `base` is a single matrix, `delta`, `left` and `right` are one for each expert; any of them may be missing. What
+    they compute is added up, and in a call it is as with OverlayLinear.
+    """
+
+    def __init__(
+        self, input_dims: int, output_dims: int, num_experts: int, codes: RoleCodes, bias: bool = False
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._output_dims = output_dims
+        for name, matrix in list_matrices(codes, (output_dims, input_dims), num_experts).items():
+            is_affine = isinstance(matrix.code, BitsCode)
+            self[name] = AffineMatrix(matrix, transposed=name == "left") if is_affine else DenseMatrix(matrix)
+        if bias:
+            self.bias = mx.zeros((num_experts, output_dims))
+
+    def base_product(self, x: mx.array) -> mx.array | None:
+        """The base product, which all experts share: [..., in] -> [..., out]; None where there is no base."""
+        if "base" not in self:
+            return None
+        product: mx.array = self["base"](x)
+        return product.astype(x.dtype)
+
+    def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """What each expert adds to the base product, its bias included; shapes as in OverlayLinear."""
+        products: list[mx.array] = []
+        if "delta" in self:
+            products.append(self["delta"].gather(x, indices, sorted_indices))
+        if "left" in self:
+            inner = self["right"].gather(x, indices, sorted_indices).astype(x.dtype)
+            products.append(self["left"].gather(inner, indices, sorted_indices))
+        if "bias" in self:
+            products.append(mx.expand_dims(self.bias[indices], -2))
+        if not products:
+            leading = mx.broadcast_shapes(x.shape[:-2], indices.shape)
+            return mx.zeros((*leading, x.shape[-2], self._output_dims), x.dtype)
+        total = products[0]
+        for product in products[1:]:
+            total = total + product
+        return total.astype(x.dtype)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """As OverlayLinear."""
+        delta, base = self.delta_product(x, indices, sorted_indices), self.base_product(x)
+        return delta if base is None else base + delta
+
+
+class _SharedBaseGLU(Module):
+    """Gated experts whose projections have a `base_product` and a `delta_product`.
+
+    From SORT_FROM rows on they are sorted by expert, as in SwitchGLU; the base products of gate and up are computed
+    before that, once for a token.
+    """
+
+    gate_proj: Module
+    up_proj: Module
+    down_proj: Module
+    activation: Callable[[mx.array, mx.array], mx.array]
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Apply each token's experts: [..., hidden] and [..., top_k] -> [..., top_k, hidden]."""
+        indices = mx.stop_gradient(indices)
+        if indices.size < SORT_FROM:
+            x = mx.expand_dims(x, (-2, -3))
+            hidden = self.activation(self.up_proj(x, indices), self.gate_proj(x, indices))
+            product: mx.array = self.down_proj(hidden, indices)
+            return product.squeeze(-2)
+        experts = indices.flatten()
+        order = mx.argsort(experts)
+        experts, tokens = experts[order], order // indices.shape[-1]
+        x = x.reshape(-1, 1, x.shape[-1])
+        rows = x[tokens]
+
+        def project(linear: Module) -> mx.array:
+            base: mx.array | None = linear.base_product(x)
+            delta: mx.array = linear.delta_product(rows, experts, True)
+            return delta if base is None else base[tokens] + delta
+
+        hidden = self.activation(project(self.up_proj), project(self.gate_proj))
+        y: mx.array = self.down_proj(hidden, experts, sorted_indices=True)
+        return mx.unflatten(y[mx.argsort(order)], 0, indices.shape).squeeze(-2)
+
+
+class OverlayGLU(_SharedBaseGLU):
+    """The gated experts of one layer, overlaid; it replaces mlx-lm's SwitchGLU. `ranks` are by role, or one for all
+    three."""
 
     def __init__(
         self,
@@ -103,24 +263,24 @@ class OverlayGLU(Module):
         # not `activation or SwiGLU()`, as a module without parameters is falsy
         self.activation = SwiGLU() if activation is None else activation  # type: ignore[no-untyped-call]
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Apply each token's experts: [..., hidden] and [..., top_k] -> [..., top_k, hidden]."""
-        indices = mx.stop_gradient(indices)
-        if indices.size < SORT_FROM:
-            x = mx.expand_dims(x, (-2, -3))
-            hidden = self.activation(self.up_proj(x, indices), self.gate_proj(x, indices))
-            return self.down_proj(hidden, indices).squeeze(-2)
-        experts = indices.flatten()
-        order = mx.argsort(experts)
-        experts, tokens = experts[order], order // indices.shape[-1]
-        x = x.reshape(-1, 1, x.shape[-1])
-        rows = x[tokens]
-        up, gate = (
-            linear.base_product(x)[tokens] + linear.delta_product(rows, experts, True)
-            for linear in (self.up_proj, self.gate_proj)
-        )
-        y = self.down_proj(self.activation(up, gate), experts, sorted_indices=True)
-        return mx.unflatten(y[mx.argsort(order)], 0, indices.shape).squeeze(-2)
+
+class CodedGLU(_SharedBaseGLU):
+    """The gated experts of one layer in codes, which are by role; it replaces mlx-lm's SwitchGLU."""
+
+    def __init__(
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        num_experts: int,
+        codes: LayerCodes,
+        activation: Callable[[mx.array, mx.array], mx.array],
+        bias: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.gate_proj = CodedLinear(input_dims, hidden_dims, num_experts, codes["gate"], bias)
+        self.up_proj = CodedLinear(input_dims, hidden_dims, num_experts, codes["up"], bias)
+        self.down_proj = CodedLinear(hidden_dims, input_dims, num_experts, codes["down"], bias)
+        self.activation = activation
 
 
 class OverlayMoE(Module):

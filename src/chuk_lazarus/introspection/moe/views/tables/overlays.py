@@ -1,15 +1,19 @@
 """Overlays, as tables."""
 
+import re
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ...reports import (
+    LayerVerification,
     MoEOverlay,
     MoEOverlayCompression,
     MoEOverlayEstimate,
     MoEOverlayEvaluation,
     MoEOverlayExport,
     MoEOverlayVerification,
+    ProjectionCodes,
 )
 from ...terms import ROLES
 from ...text import format_bytes, percent
@@ -20,12 +24,52 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def _roles(ranks: dict[str, int]) -> list[str]:
-    return [role for role in ROLES if role in ranks]
+def _roles(by_role: Mapping[str, object]) -> list[str]:
+    return [role for role in ROLES if role in by_role]
+
+
+def _chosen(layers: Sequence[LayerVerification]) -> str:
+    return "Codes" if any(layer.codes for layer in layers) else "Ranks"
+
+
+def _how(codes: Mapping[str, ProjectionCodes], role: str) -> str:
+    """For instance "2bit on 4bit", without the groups of the scales."""
+    each = codes[role]
+    text = f"{each.delta} on {each.base}" if each.base else each.delta
+    return re.sub(r":(64|128)\b", "", text)
+
+
+def _parts(report: MoEOverlay | MoEOverlayCompression) -> Fact:
+    sizes = report.bytes_by_part
+    listing = f"bases {format_bytes(sizes.bases)}, deltas {format_bytes(sizes.deltas)}"
+    scales = f", scales {format_bytes(sizes.scales)}" if sizes.scales else ""
+    return "Bits", f"{report.bits_per_weight:.2f} a weight of the experts ({listing}{scales})"
+
+
+def _render_coded_overlay(overlay: MoEOverlay) -> "RenderableType":
+    """Codes, error and bits, a row for each layer."""
+    roles = [role for role in ROLES if role in overlay.layers[0].codes]
+    rows = [
+        [
+            str(layer.layer),
+            *(_how(layer.codes, role) for role in roles),
+            percent(layer.weight_error),
+            f"{layer.bits_per_weight:.2f}",
+        ]
+        for layer in overlay.layers
+    ]
+    return stack(
+        "MOE OVERLAY",
+        draw_facts([*identity_facts(overlay), ("Codes", overlay.rule)]),
+        draw_table(["Layer", *(f"{role} delta on base" for role in roles), "Error", "Bits"], rows),
+        draw_facts([*_byte_facts(overlay), _parts(overlay)], overlay.notes),
+    )
 
 
 def render_overlay(overlay: MoEOverlay) -> "RenderableType":
     """Ranks, energy, error and bytes, a row for each layer."""
+    if overlay.layers[0].codes:
+        return _render_coded_overlay(overlay)
     roles = _roles(overlay.layers[0].ranks)
     rows = [
         [
@@ -61,11 +105,14 @@ def render_verification(report: MoEOverlayVerification) -> "RenderableType":
     """Passed or failed, and the errors, a row for each layer."""
     verdict = paint("PASSED", "bold green") if report.passed else paint("FAILED", "bold red")
     verdict.append(f" (worst expert's output error, tolerance {percent(report.tolerance)})", style="default")
-    roles = _roles(report.layers[0].ranks)
+    roles = _roles(report.layers[0].weight_error)
     rows = [
         [
             str(layer.layer),
-            *(f"{layer.ranks[role]} ({layer.weight_error[role].mean:.1%})" for role in roles),
+            *(
+                f"{_how(layer.codes, role) if layer.codes else layer.ranks[role]} ({layer.weight_error[role].mean:.1%})"
+                for role in roles
+            ),
             percent(layer.output_error.mean),
             percent(layer.output_error.max),
             f"#{layer.worst_expert}",
@@ -84,7 +131,7 @@ def render_verification(report: MoEOverlayVerification) -> "RenderableType":
     ]
     return stack(
         "MOE OVERLAY VERIFICATION",
-        draw_facts([*identity_facts(report), ("Ranks", report.rule), ("Result", verdict)]),
+        draw_facts([*identity_facts(report), (_chosen(report.layers), report.rule), ("Result", verdict)]),
         draw_table(headings, rows),
         draw_facts(method, report.notes),
     )
@@ -151,18 +198,26 @@ def _draw_sharing(report: MoEOverlayEstimate) -> "list[RenderableType]":
 def render_compression(report: MoEOverlayCompression) -> "RenderableType":
     """Where it is, what it takes, and the errors of the layers that were verified."""
     size = f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after ({report.ratio:.2f}x)"
-    roles = _roles(next(iter(report.ranks.values())))
-    headings = ["Layer", *(f"{role} rank" for role in roles), "Output error", "Worst expert"]
+    roles = _roles(next(iter((report.ranks or report.codes).values())))
+    what = "code" if report.codes else "rank"
+    headings = ["Layer", *(f"{role} {what}" for role in roles), "Output error", "Worst expert"]
     rows = [
-        [str(layer.layer), *map(str, layer.ranks.values()), percent(error.mean), percent(error.max)]
+        [
+            str(layer.layer),
+            *(_how(layer.codes, role) if layer.codes else str(layer.ranks[role]) for role in roles),
+            percent(error.mean),
+            percent(error.max),
+        ]
         for layer in report.verification
         for error in (layer.output_error,)
     ]
     return stack(
         "MOE OVERLAY WRITTEN",
-        draw_facts([*identity_facts(report), ("Ranks", report.rule), ("Folder", report.folder)]),
+        draw_facts(
+            [*identity_facts(report), ("Codes" if report.codes else "Ranks", report.rule), ("Folder", report.folder)]
+        ),
         draw_table(headings, rows),
-        draw_facts([("Model", size)], report.notes),
+        draw_facts([("Model", size), *([_parts(report)] if report.codes else [])], report.notes),
     )
 
 

@@ -12,7 +12,11 @@ from numpy.typing import NDArray
 
 def unpack(words: NDArray[np.uint32], bits: int, count: int) -> NDArray[np.uint8]:
     """uint32 [..., words] -> the first `count` values of each row, uint8 [..., count]."""
-    data = np.ascontiguousarray(words, "<u4").view(np.uint8)[..., : -(-count * bits // 8)]
+    return unpack_bytes(np.ascontiguousarray(words, "<u4").view(np.uint8)[..., : -(-count * bits // 8)], bits, count)
+
+
+def unpack_bytes(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+    """The bytes of such a stream, uint8 [..., ceil(count * bits / 8)], in place of its words; as `unpack`."""
     if bits == 8:
         return data
     if bits == 4:
