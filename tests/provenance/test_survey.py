@@ -185,7 +185,7 @@ def test_a_wide_table_has_a_line_a_model(surveyed: tuple[MoETypeSurvey, Path]) -
     (shuffled,) = (line for line in lines if line.strip().startswith("demo:permuted"))
     assert "w1_w3_w2" in native
     assert "shuffled copies" in shuffled
-    assert f"{CALIBRATION.ceiling:.0%}" in shuffled
+    assert f"{CALIBRATION.probability(100):.0%}" in shuffled  # by all of its neurons
 
 
 def test_the_summary_counts_types(surveyed: tuple[MoETypeSurvey, Path]) -> None:

@@ -239,6 +239,7 @@ def _notes(layers: Sequence[LayerAnalysis]) -> list[str]:
     ]
     if "gate" not in layers[0].projections:
         notes.append("the experts have no gate: the documented rule uses the up projection")
-    if all(p.delta_energy == 0 for layer in layers for p in layer.projections.values()):
+    is_zero = all(layer.cosine.mean == 0 for layer in layers)
+    if not is_zero and all(p.delta_energy == 0 for layer in layers for p in layer.projections.values()):
         notes.append("all sampled experts are equal to their mean: they are copies of one expert")
     return notes

@@ -104,7 +104,7 @@ def compare_briefly(models: Sequence[MoETypeAnalysis]) -> Table:
         ("Neurons shared", _mean_of(SHARED)),
         ("  strongly", _mean_of(STRONG)),
         ("By rank", lambda model: f"{model.documented_rule.type} ({model.documented_rule.confidence:.0%})"),
-        ("Layers", lambda model: ", ".join(str(layer.layer) for layer in model.layers)),
+        ("Layers", _name_layers),
         ("Experts", _format_experts),
     ]
     for role in ROLES:
@@ -303,6 +303,12 @@ def _mean_of(figure: LayerFigure) -> Callable[[MoETypeAnalysis], str]:
         return "none" if isnan(mean) else percent(mean)
 
     return cell
+
+
+def _name_layers(model: MoETypeAnalysis) -> str:
+    """For instance "0, 5", or "0; parts of 8, 15"."""
+    whole, parts = (", ".join(str(each.layer) for each in layers) for layers in (model.layers, model.further_layers))
+    return f"{whole}; parts of {parts}" if parts else whole
 
 
 def _format_experts(model: MoETypeAnalysis) -> str:

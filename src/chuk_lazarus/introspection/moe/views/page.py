@@ -173,11 +173,15 @@ def _tables(model: MoETypeAnalysis) -> list[facts.Table]:
 
 def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
     lineage, layers = model.layers[0].lineage, format_ranges([layer.layer for layer in model.layers])
+    looked_for = lineage.sharing.neurons
     return [
         *([("Revision", model.revision)] if model.revision else []),
         ("Family", describe_family(model)),
         ("Layers", f"{layers}, of {len(model.moe_layers)} with experts"),
-        ("Sampled", f"{lineage.neurons:,} neurons of {len(lineage.experts)} experts in each layer"),
+        (
+            "Sampled",
+            f"in each layer, spectra of {len(lineage.experts)} experts, and {looked_for:,} neurons of all experts",
+        ),
         *([("Further", explain_further(model))] if model.further_layers else []),
         *([("Parent", explain_parent(model))] if model.parent else []),
         ("By rank", explain_rule(model)),
@@ -290,7 +294,7 @@ def _describe_parents(model: MoETypeAnalysis) -> str:
     matches = [(layer.layer, layer.lineage.parent) for layer in model.layers if layer.lineage.parent]
     parts = []
     for number, match in matches[:MOST_DESCRIBED]:
-        where = f", in layers {name_sources(match)}" if match.kept >= LINEAGE.native else ""
+        where = f", by layer {name_sources(match)}" if match.kept >= LINEAGE.native else ""
         attention = f", attention {match.attention.cka:.2f} alike" if match.attention else ""
         searched = f"{len(match.layers)} of {match.of_layers} layers of the parent searched"
         parts.append(f"layer {number}: {percent(match.kept)} of the neurons found{where} ({searched}){attention}")

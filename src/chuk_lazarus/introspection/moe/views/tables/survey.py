@@ -48,8 +48,8 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
                 cells["Type"].append(f"\n{cells['Conf.']}", style="default")
             rows.append([cells[heading] for heading in columns])
     legend = "Rank: of the gate deltas (up without a gate), over the greatest possible. " if is_full else ""
-    legend += "Shared: an expert's neurons that its best partner has, too"
-    legend += ", Parent: in the dense model." if "Parent" in columns else "."
+    legend += "Shared: an expert's neurons that its best partner has, too."
+    legend += " Parent: those that the dense model has." if "Parent" in columns else ""
     legend += " Bits saved: a weight, by a base for what experts share." if "Bits saved" in columns else ""
     blocks: list[RenderableType] = [paint(_count_types(survey))]
     if answers:
