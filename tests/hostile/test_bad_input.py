@@ -1070,7 +1070,7 @@ def test_identical_experts(capsys: Capture, tmp_path: Path, experts: int, dtype:
     analysis = analyse(capsys, write(tmp_path / "m", tensors))
     projections = analysis["layers"][0]["projections"].values()
     assert [(p["rank"]["0.95"], p["delta_energy"]) for p in projections] == [(0.0, 0.0)] * 3
-    assert analysis["type"] == "UPCYCLED"
+    assert analysis["type"] == ("UPCYCLED" if experts > 2 else "UNDETERMINED")  # two may have been averaged
     rule = analysis["documented_rule"]
     assert (rule["type"], rule["confidence"]) == ("UPCYCLED", 1.0)
     assert analysis["cosine"] == pytest.approx(1.0, abs=1e-6)

@@ -436,7 +436,7 @@ def call(command: str, model: str) -> tuple[int, Any]:
 
 EQUAL = {name: np.random.default_rng(1).standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
 ODD: dict[str, tuple[Make, int, str]] = {
-    "two identical experts": (lambda e, name, x: EQUAL[name], 2, "UPCYCLED"),
+    "two identical experts": (lambda e, name, x: EQUAL[name], 2, "UNDETERMINED"),
     "all zero": (lambda e, name, x: np.zeros_like(x), 4, "UNDETERMINED"),
     "a dead expert": (lambda e, name, x: x * np.float32(e != 1), 4, "NATIVE"),
     "a dead role": (lambda e, name, x: x * np.float32(name != "w1"), 4, "UNDETERMINED"),
@@ -596,7 +596,8 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_results_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    """Equal for a layer that fits one window a thread; else the mean cosines may differ by a rounding, nothing else."""
+    """Equal for a layer that fits one window a thread; else what sums of products give may differ by a rounding, the
+    mean cosines and what sharing saves, and nothing else."""
 
     def analyze(count: int) -> dict[str, Any]:
         with thread_limit(count):
@@ -607,8 +608,10 @@ def test_results_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch, t
     one, many = analyze(1), analyze(threads)
     assert one.keys() == many.keys()
     unequal = {name for name in one if one[name] != many[name]}
-    assert all("cosine" in name or name == ".documented_rule.confidence" for name in unequal)
-    assert {name: abs(one[name] - many[name]) for name in unequal if abs(one[name] - many[name]) > 1e-6} == {}
+    of_products = ("cosine", "bits_saved", "bound", "aligned_delta_energy", "documented_rule.confidence")
+    assert all(any(figure in name for figure in of_products) for name in unequal)
+    off = {name: abs(one[name] - many[name]) for name in unequal}
+    assert {name: by for name, by in off.items() if by > (1e-5 if name.endswith(("saved", "bound")) else 1e-6)} == {}
 
 
 @pytest.mark.long

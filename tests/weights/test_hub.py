@@ -224,7 +224,7 @@ def test_a_cold_analysis_fetches_one_layer(hub: HubServer, cache: Path, made: Pa
 
 def test_shards_of_other_layers_are_not_touched(hub: HubServer, cache: Path, sharded: Path) -> None:
     name = publish(hub, sharded)
-    assert figures(analyze(name)) == local(sharded)
+    assert figures(analyze(name, 0)) == local(sharded, 0)
     assert {request.file for request in weight_requests(hub)} == {"model-00001-of-00003.safetensors"}
     hub.clear_requests()
     assert figures(analyze(name, 2)) == local(sharded, 2)
@@ -293,7 +293,7 @@ def test_the_command_line_prints_nothing_but_the_report(hub: HubServer, cache: P
 
 def test_progress_counts_the_bytes_up_to_their_total(hub: HubServer, cache: Path, made: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    MoETypeService.analyze(publish(hub, made), progress=lambda *what: told.append(what))
+    MoETypeService.analyze(publish(hub, made), layer=0, progress=lambda *what: told.append(what))
     downloads = [(done, total) for what, done, total in told if what == "downloading"]
     assert downloads == sorted(downloads)
     assert downloads[-1][0] == downloads[-1][1] <= hub.body_bytes()
