@@ -434,7 +434,10 @@ def call(command: str, model: str) -> tuple[int, Any]:
     return code, json.loads(out.getvalue() or err.getvalue(), parse_constant=refuse)
 
 
-EQUAL = {name: np.random.default_rng(1).standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+EQUAL = {
+    name: np.random.default_rng(seed).standard_normal(shape, np.float32)
+    for seed, (name, shape) in enumerate(SHAPES.items())
+}
 ODD: dict[str, tuple[Make, int, str]] = {
     "two identical experts": (lambda e, name, x: EQUAL[name], 2, "UNDETERMINED"),
     "all zero": (lambda e, name, x: np.zeros_like(x), 4, "UNDETERMINED"),
