@@ -1,14 +1,14 @@
 """Which code each projection of each layer gets, for a budget of bits a weight.
 
 The law: an expert's delta, whose energy is the share d of the expert's, needs 0.5 log2(1 / d) bits a weight less than
-the expert, and the base costs its own bits over the number of experts. Where the one is not at least LEAST_GAIN more
-than the other, experts are coded without a base. All deltas have the same width, or one of two that are neighbours.
+the expert, and the base costs its own bits over the number of experts. Where that does not pay (`numerics.rates`),
+experts are coded without a base. All deltas have the same width, or one of two that are neighbours.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, inf, log2, prod
+from math import ceil, log2, prod
 from typing import NamedTuple, Unpack
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..jobs.measure import refuse_not_finite
 from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
 from ..numerics.alignment import Alignment, permute
+from ..numerics.rates import PAYS, base_bits, net_bits
 from ..weights.expert_layer import ExpertLayer
 from .allocation import RankOptions, RankRule, rank_rule
 from .codes import LayerCodes, MatrixCode, RoleCodes
@@ -26,8 +27,6 @@ from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
 
-LEAST_GAIN = 0.1  # bits a weight that a base must save
-MANY = 32  # experts from which on the base has a bit more
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
 MOST_BITS = 8.0
@@ -53,19 +52,13 @@ class RoleTrial:
     @property
     def has_base(self) -> bool:
         """Whether a base pays, by the law."""
-        saved = 0.5 * log2(1 / self.delta_share) if self.delta_share else inf
-        return saved - base_bits(self.experts) / self.experts >= LEAST_GAIN
+        return net_bits(self.delta_share, self.experts) >= PAYS
 
     def error(self, code: MatrixCode) -> float:
         """The measured error of a code, or that of the nearest one that was measured."""
         errors = self.delta_errors if self.has_base else self.plain_errors
         levels = code.levels if isinstance(code, BitsCode) else TRIED[0]
         return errors[min(TRIED, key=lambda tried: abs(tried - levels))]
-
-
-def base_bits(experts: int) -> int:
-    """Bits a weight of the base."""
-    return 4 if experts < MANY else 5
 
 
 def group_for(columns: int) -> int:
