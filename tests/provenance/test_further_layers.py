@@ -1,6 +1,7 @@
 """An analysis of one layer looks into parts of two further ones: what is read, what they say, and who decides."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def test_who_decides(tmp_path: Path, kinds: list[str], origin: str, words: str) 
     decides_elsewhere = analysis.layers[0].type != origin
     assert ("parts of further layers decide" in explain(analysis)) == decides_elsewhere
     assert (analysis.kind is None) == (origin != "UPCYCLED")
+
+
+def test_narrow_layers_differ_for_want_of_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "HIDDEN", 32)
+    analysis = MoETypeService.analyze(write_model(tmp_path, ["copies"] * 3))
+    assert said(analysis) == {0: "UPCYCLED", 1: "UNDETERMINED", 2: "UNDETERMINED"}
+    assert "by 32 numbers" in explain_further(analysis)
 
 
 def test_each_combination_of_verdicts() -> None:

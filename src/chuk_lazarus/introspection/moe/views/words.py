@@ -144,19 +144,19 @@ def explain(analysis: MoETypeAnalysis) -> str:
             if alike_in_place and not twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
             return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
-    return f"{evidence}{_explain_doubt(analysis, evidence_is_strong=has_strong(strong, neurons))}"
+    return f"{evidence}{_explain_doubt(analysis)}"
 
 
-def _explain_doubt(analysis: MoETypeAnalysis, evidence_is_strong: bool) -> str:
+def _explain_doubt(analysis: MoETypeAnalysis) -> str:
     """Why a verdict is open, as the end of a sentence."""
     lineages = [layer.lineage for layer in analysis.layers]
     sharing = [lineage.sharing for lineage in lineages]
     neurons, twins = sum(layer.neurons for layer in sharing), [layer.twins for layer in sharing if layer.twins]
-    shared = max(fmean(max(layer.shared, layer.without_down or 0.0) for layer in sharing), 0.0)
-    if has_shared(shared, neurons) or evidence_is_strong:
+    shared = fmean(max(layer.shared, layer.without_down or 0.0) for layer in sharing)
+    strong = fmean(layer.strong for layer in sharing)
+    if has_shared(shared, neurons) or has_strong(strong, neurons):
         if min(layer.roles for layer in sharing) < LINEAGE.roles:
             return "; but gate, up and down are nearly the same, and one role agrees with itself."
-        strong = fmean(layer.strong for layer in sharing)
         if has_adapter(describe_components([layer.projections for layer in analysis.layers])[0], strong):
             return f"; {_describe_common(analysis)}, as one adapter for all experts leaves it."
         return "; the experts are one base plus deltas of few directions, as an overlay makes them."
@@ -196,7 +196,10 @@ def explain_further(analysis: MoETypeAnalysis) -> str:
     types = {layer.type for layer in analysis.layers} | {part.type for part in analysis.further_layers}
     if len(types) == 1:
         return f"{said}, by parts of them"
-    if {"UPCYCLED", "NATIVE"} <= types:
+    width = min(part.inputs for part in analysis.further_layers)
+    if width < QUICK.width:
+        why = f"a part says nothing by {width} numbers of each neuron's vectors, fewer than {QUICK.width}"
+    elif {"UPCYCLED", "NATIVE"} <= types:
         why = "training moves the copies of some layers further apart, or only some layers were copied"
     elif "UPCYCLED" in types:
         why = "in some layers copies are too far apart to tell, or the part is too small"
