@@ -277,18 +277,22 @@ def _is_overlay(checkpoint: Checkpoint) -> bool:
     return "overlay_config" in checkpoint.config
 
 
+def _open(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, whose files are sound."""
+    with name_model(str(folder)):
+        if not folder.is_dir():
+            raise ModelUnreadable("there is no such folder", "give the folder of a checkpoint")
+        check_files(folder)
+        return Checkpoint(Folder(folder))
+
+
 def _check_pair(original: Path, other: Path) -> None:
     """Raise InvalidRequest where two folders can't be of the same model.
 
     An overlay's smallest tensors must be equal to the original's, where both have them. Of others, what can be told is
     that model type and vocabulary agree.
     """
-    for folder in (original, other):
-        with name_model(str(folder)):
-            if not folder.is_dir():
-                raise ModelUnreadable("there is no such folder", "give the folder of a checkpoint")
-            check_files(folder)
-    first, second = (Checkpoint(Folder(folder)) for folder in (original, other))
+    first, second = _open(original), _open(other)
     if _is_overlay(second):
         check_folder(other)
         if not _is_overlay(first):
