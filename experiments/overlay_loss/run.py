@@ -53,8 +53,6 @@ def measure(model: str, text: Path, options: dict[str, Any]) -> dict[str, Any]:
         "original_loss": pair.original_result.loss,
         "overlay_loss": pair.overlay_result.loss,
         "loss_change": pair.loss_difference / pair.original_result.loss,
-        "loss_difference_stderr": pair.loss_difference_stderr,
-        "kl": pair.kl.model_dump(),
     }
 
 
@@ -75,8 +73,7 @@ def main() -> None:
             for name, row in found.items():
                 print(
                     f"{model}  {name:9s}  {row['expert_bytes_share']:6.1%} of the expert bytes  "
-                    f"loss {row['overlay_loss']:.4f} ({row['loss_change']:+.1%})  "
-                    f"KL {row['kl']['mean']:.4f} ± {row['kl']['stderr']:.4f}"
+                    f"loss {row['overlay_loss']:.4f} ({row['loss_change']:+.1%})"
                 )
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
