@@ -60,6 +60,7 @@ from .format import (
     part_shapes,
     tensor_name,
 )
+from .model_file import CONTENT, MODEL_FILE, name_model_file
 
 
 def write_overlay(
@@ -217,9 +218,10 @@ def _write(
     write_model(
         folder,
         shards,
-        encode_json({**config, OVERLAY_CONFIG: overlay_json}),
+        encode_json({**name_model_file(config), OVERLAY_CONFIG: overlay_json}),
         {
             **read_auxiliary_files(checkpoint.repository),
+            MODEL_FILE: CONTENT,
             CARD: lambda: write_card(overlay, layers, before, after, options, card()).encode(),
         },
         {

@@ -16,6 +16,7 @@ from ...errors import ModelUnreadable, MoEError, UnknownFormat, name_model
 from ...terms import ROLES
 from ...weights.checkpoint import Checkpoint
 from ...weights.repositories.local import Folder
+from ..checkpoint import model_file
 from ..checkpoint.format import READ, CodedExperts, OverlayConfig, OverlayConfigError, Ranks, parse_tensor_name
 from ..codes import list_matrices
 from ..codes.bits import BitsCode
@@ -44,7 +45,11 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
             raise ModelUnreadable("there is no such folder", "give the folder of an overlay checkpoint")
         layers = check_folder(folder)
         try:
-            return load_model(folder, get_model_classes=lambda config: _overlay_classes(config, layers))
+            # without the file that is for mlx-lm's own programs: nothing in the folder is executed
+            own = {model_file.KEY: None} if _config(folder).get(model_file.KEY) == model_file.MODEL_FILE else None
+            return load_model(
+                folder, model_config=own, get_model_classes=lambda config: _overlay_classes(config, layers)
+            )
         except MoEError:
             raise
         except Exception as error:  # mlx-lm may raise anything for a config or weights that it does not expect
@@ -53,6 +58,20 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
                 f"mlx-lm can't load it: {reason or type(error).__name__}",
                 "the overlay is incomplete, or mlx-lm does not read this config",
             ) from error
+
+
+def overlay_classes(folder: str | Path) -> tuple[type[Module], type]:
+    """The classes of an overlay checkpoint's model and of its arguments, which mlx-lm's programs ask the folder for.
+
+    Raises as `load_overlay` does, but for what only the weights tell.
+    """
+    folder = Path(folder)
+    with name_model(str(folder)):
+        return _overlay_classes(_config(folder), check_folder(folder))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return Checkpoint(Folder(folder)).config
 
 
 def check_folder(folder: Path) -> Layers:
