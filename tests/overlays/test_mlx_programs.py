@@ -131,7 +131,9 @@ def ask(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 def test_our_commands_do_not_execute_it(overlays: Path, tmp_path: Path) -> None:
     shutil.copytree(overlays / "codes", tmp_path / "overlay")
-    (tmp_path / "overlay/overlay_model.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nraise SystemExit(7)")
+    (tmp_path / "overlay/overlay_model.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\nraise SystemExit(7)"
+    )
     expected = likeliest(overlays / "codes")
     assert likeliest(tmp_path / "overlay") == expected
     MoECompressionService.export(tmp_path / "overlay", tmp_path / "export")

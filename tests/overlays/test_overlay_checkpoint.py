@@ -193,7 +193,7 @@ def test_the_config_tells_what_it_is(tmp_path: Path) -> None:
         },
         "layers": {number: {"gate": 2, "up": 2, "down": 2} for number in "01"},
     }
-    assert overlay.config == {**original, "overlay_config": facts}
+    assert overlay.config == {**original, "model_file": "overlay_model.py", "overlay_config": facts}
     card = (tmp_path / "overlay/README.md").read_text()
     for text in (
         "org/mixtral",

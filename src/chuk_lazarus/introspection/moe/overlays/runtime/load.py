@@ -21,7 +21,7 @@ from ..checkpoint.format import READ, CodedExperts, OverlayConfig, OverlayConfig
 from ..codes import list_matrices
 from ..codes.bits import BitsCode
 from ..codes.code import inner
-from .modules import CodedGLU, OverlayGLU
+from .modules import CodedGLU, OverlayGLU, affine_arrays
 
 Layers = Mapping[int, Ranks | CodedExperts]
 """What overlay_config says of each layer: ranks by role, or sizes and codes."""
@@ -71,7 +71,7 @@ def overlay_classes(folder: str | Path) -> tuple[type[Module], type]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return Checkpoint(Folder(folder)).config
+    return dict(Checkpoint(Folder(folder)).config)
 
 
 def check_folder(folder: Path) -> Layers:
@@ -232,15 +232,12 @@ def _as_modules(layer: CodedExperts, role: str, parts: Mapping[str, mx.array]) -
     expected = {name: part.shape for name, part in layer.layout(role).items()}
     if {name: array.shape for name, array in parts.items()} != expected:
         raise ModelUnreadable(f"the parts of a {role} projection do not have the shapes that overlay_config tells")
-    scale_type = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     arrays: dict[str, mx.array] = {}
     for name, matrix in list_matrices(layer.codes[role], layer.shape(role), layer.experts).items():
         own = inner(parts, matrix.part)
         if not isinstance(matrix.code, BitsCode):
             arrays[f"{name}.matrix"] = own["values"]
             continue
-        affine = matrix.code.as_affine({part: np.array(array) for part, array in own.items()}, matrix.shape)
-        arrays[f"{name}.weight"] = mx.array(affine.weight)
-        arrays[f"{name}.scales"] = mx.array(affine.scales).astype(scale_type)
-        arrays[f"{name}.biases"] = mx.array(affine.biases).astype(scale_type)
+        affine = affine_arrays(matrix.code, {part: np.array(array) for part, array in own.items()}, matrix.shape)
+        arrays |= {f"{name}.{part}": array for part, array in affine.items()}
     return arrays

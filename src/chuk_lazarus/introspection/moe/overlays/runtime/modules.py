@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Mapping
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.linear import Linear
 from mlx_lm.models.switch_layers import SwiGLU
 
 from ...terms import ROLES
-from ..codes import LayerCodes, RoleCodes, StoredMatrix, list_matrices
+from ..codes import LayerCodes, RoleCodes, StoredMatrix, list_matrices, parse_code
 from ..codes.bits import BitsCode
+from ..codes.code import Parts, Shape
 
 SORT_FROM = 64  # rows from which sorting them by expert is faster; mlx-lm's own number
 
@@ -25,8 +27,10 @@ class OverlayLinear(Module):
 
     Parameters, named as the parts of a role on disk: `base` [out, in], `left` [experts, out, rank], `right` [experts,
     rank, in] and, if asked for, `bias` [experts, out]. A new layer's `right` is zero, so that all its experts equal the
-    base; the columns of `left` are random, of about unit length. The rank may be 0.
+    base; the columns of `left` are random, of about unit length. The rank may be 0. The base may be an AffineMatrix.
     """
+
+    base: "mx.array | AffineMatrix"
 
     def __init__(self, input_dims: int, output_dims: int, num_experts: int, rank: int, bias: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -39,11 +43,11 @@ class OverlayLinear(Module):
 
     @property
     def input_dims(self) -> int:
-        return self.base.shape[1]
+        return self.right.shape[2]
 
     @property
     def output_dims(self) -> int:
-        return self.base.shape[0]
+        return self.left.shape[1]
 
     @property
     def num_experts(self) -> int:
@@ -55,7 +59,25 @@ class OverlayLinear(Module):
 
     def base_product(self, x: mx.array) -> mx.array:
         """The base product, which all experts share: [..., in] -> [..., out]."""
-        return (x @ self.base.T).astype(x.dtype)
+        base = self.base
+        product: mx.array = base(x) if isinstance(base, AffineMatrix) else x @ base.T
+        return product.astype(x.dtype)
+
+    def code_base(self, code: str) -> None:
+        """Keep the base in bits ("4bit:128"), as it is on disk; it is frozen then, and gradients pass through it.
+
+        Raises ValueError for another code, and for a base that is in a code already.
+        """
+        bits, base = parse_code(code), self.base
+        if not isinstance(bits, BitsCode):
+            raise ValueError(f"a base to train on is kept in bits, not as {code}")
+        if isinstance(base, AffineMatrix):
+            raise ValueError("the base is in a code already")
+        shape = self.output_dims, self.input_dims
+        matrix = AffineMatrix(StoredMatrix("base", bits, shape, None))
+        parts = bits.encode(np.array(base.astype(mx.float32)))
+        matrix.update(affine_arrays(bits, parts, shape))
+        self.base = matrix
 
     def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """What each expert adds to the base product, its bias included; shapes as in a call."""
@@ -106,7 +128,8 @@ class AffineMatrix(Module):
     """A matrix in MLX's affine form, or one for each expert: `weight`, `scales` and `biases`, as `BitsCode.as_affine`
     gives them.
 
-    `transposed` are left factors, which are stored so that they are multiplied from the other side.
+    `transposed` are left factors, which are stored so that they are multiplied from the other side. It is
+    frozen, as a QuantizedLinear is: gradients pass through it to its input.
     """
 
     def __init__(self, matrix: StoredMatrix, transposed: bool = False) -> None:
@@ -120,6 +143,7 @@ class AffineMatrix(Module):
         self.weight = mx.zeros(_stacked(matrix, (rows, groups * self._group * self._bits // 32)), mx.uint32)
         self.scales = mx.zeros(_stacked(matrix, (rows, groups)))
         self.biases = mx.zeros(_stacked(matrix, (rows, groups)))
+        self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
         """Shapes [..., in] -> [..., out], for a single matrix."""
@@ -151,6 +175,17 @@ class AffineMatrix(Module):
 
     def _cut(self, y: mx.array) -> mx.array:
         return y[..., : self._columns] if self._transposed else y
+
+
+def affine_arrays(code: BitsCode, parts: Parts, shape: Shape) -> dict[str, mx.array]:
+    """The parameters of an AffineMatrix, from the parts of a matrix of that shape, or of a stack of them.
+
+    Scales and biases are float32 on a CPU, bfloat16 elsewhere.
+    """
+    affine = code.as_affine(parts, shape)
+    scale_type = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    scales, biases = (mx.array(array).astype(scale_type) for array in (affine.scales, affine.biases))
+    return {"weight": mx.array(affine.weight), "scales": scales, "biases": biases}
 
 
 def _stacked(matrix: StoredMatrix, shape: tuple[int, int]) -> tuple[int, ...]:
@@ -288,7 +323,7 @@ class OverlayMoE(Module):
 
     It has a router, whose routing weights are the softmax over the logits of each token's `top_k` experts, and SwiGLU
     experts that share a base; each expert has its own factors in gate, up and down. With `freeze_base` only router and
-    factors train.
+    factors train, and so they do once the base is kept in few bits (`code_base`).
     """
 
     def __init__(
@@ -328,6 +363,11 @@ class OverlayMoE(Module):
                 raise ValueError(f"{role} is {list(matrix.shape)}, and gate and up call for {list(linear.base.shape)}")
             linear.base = mx.array(matrix)
         return block
+
+    def code_base(self, code: str = "4bit:128") -> None:
+        """Keep the bases of gate, up and down in so many bits, frozen; raises ValueError for what is no such code."""
+        for role in ROLES:
+            self.experts[f"{role}_proj"].code_base(code)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The experts of each token and their routing weights: [..., hidden] -> twice [..., top_k]."""
