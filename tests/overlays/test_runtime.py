@@ -417,6 +417,7 @@ def test_codes_are_the_model_of_the_decoded_experts(name: str, codes: RoleCodes,
     for model in (ours, theirs):
         model.set_dtype(mx.float32)
     assert len(modules(ours, CodedGLU)) == len(decoded)
+    assert all(block.are_added_up for block in modules(ours, CodedGLU))
     assert not modules(ours, SwitchLinear)
     for length in (1, 5, 40):  # 2 x 40 tokens are sorted by expert
         np.testing.assert_allclose(logits(ours, length), logits(theirs, length), **CLOSE)
@@ -678,6 +679,31 @@ def test_experts_and_their_gradients_are_those_of_a_switch_glu(rank: int, tokens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The block to train
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("tokens", [1, 21, 22, 100])
+def test_outputs_that_are_added_up_are_those_of_each_expert(rank: int, tokens: int) -> None:
+    """Sums and gradients are the same, whether down has the base's product for each expert or for their sum."""
+    glu = overlaid_glu(rank)
+    x, weights = mx.random.normal((1, tokens, 8)), mx.random.normal((1, tokens, 3))
+    indices = mx.random.randint(0, 5, (1, tokens, 3))
+
+    def add_up(parameters: Any, x: mx.array, weights: mx.array) -> mx.array:
+        glu.update(parameters)
+        return (glu(x, indices) * weights[..., None]).sum(axis=-2)
+
+    results = []
+    for glu.are_added_up in (False, True):
+        assert isinstance(glu(x, indices), mx.array) is not glu.are_added_up
+        loss = mx.value_and_grad(lambda *inputs: mx.square(add_up(*inputs)).sum(), argnums=(0, 1, 2))
+        value, gradients = loss(glu.parameters(), x, weights)
+        results.append([value, *(array for _, array in tree_flatten(gradients))])
+    for found, expected in zip(*results, strict=True):
+        scale = float(mx.abs(expected).max()) if expected.size else 0.0
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-4, atol=1e-4 * scale)
+    with pytest.raises(ValueError, match="axis -2"):
+        glu(x, indices).sum(axis=-1)
 
 
 def dense(seed: int = 0) -> tuple[Any, Any, Any]:

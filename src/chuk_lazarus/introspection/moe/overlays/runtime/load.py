@@ -26,6 +26,9 @@ from .modules import CodedGLU, OverlayGLU, affine_arrays
 Layers = Mapping[int, Ranks | CodedExperts]
 """What overlay_config says of each layer: ranks by role, or sizes and codes."""
 
+# modules of mlx-lm whose blocks do no more with their experts' outputs y than (y * weights).sum(axis=-2)
+ADDING_UP = frozenset({"deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+
 _LAYER = re.compile(r"(?P<root>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<rest>\..*)")
 _ROUTED = re.compile(r"\.experts\.\d+\.|\.experts\.(?:gate_up_proj|down_proj)")
 
@@ -154,11 +157,15 @@ def _overlay_experts(model: Module, layers: Layers) -> dict[int, str]:
     A layer without a SwitchGLU, or with several, is left as it is.
     """
     blocks: dict[int, list[tuple[str, SwitchGLU]]] = {}
-    for path, module in model.named_modules():  # type: ignore[no-untyped-call]
+    modules: dict[str, Module] = dict(model.named_modules())  # type: ignore[no-untyped-call]
+    for path, module in modules.items():
         if isinstance(module, SwitchGLU) and (match := _LAYER.fullmatch(path)):
             blocks.setdefault(int(match["layer"]), []).append((path, module))
     chosen = {layer: blocks[layer][0] for layer in layers if len(blocks.get(layer, ())) == 1}
     replaced = [(path, _overlay_block(block, layers[layer])) for layer, (path, block) in chosen.items()]
+    for path, block in replaced:
+        caller = modules[path.rpartition(".")[0]]
+        block.are_added_up = type(caller).__module__.rpartition(".")[2] in ADDING_UP
     model.update_modules(tree_unflatten(replaced))
     return {layer: path for layer, (path, _) in chosen.items()}
 

@@ -31,6 +31,7 @@ class OverlayLinear(Module):
     """
 
     base: "mx.array | AffineMatrix"
+    has_base = True
 
     def __init__(self, input_dims: int, output_dims: int, num_experts: int, rank: int, bias: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -210,6 +211,10 @@ class CodedLinear(Module):
         if bias:
             self.bias = mx.zeros((num_experts, output_dims))
 
+    @property
+    def has_base(self) -> bool:
+        return "base" in self
+
     def base_product(self, x: mx.array) -> mx.array | None:
         """The base product, which all experts share: [..., in] -> [..., out]; None where there is no base."""
         if "base" not in self:
@@ -241,26 +246,56 @@ class CodedLinear(Module):
         return delta if base is None else base + delta
 
 
+class ExpertOutputs:
+    """The outputs of each token's experts for a block that weighs and adds them up: `(y * weights).sum(axis=-2)`.
+
+    All experts share the base, so its product is computed once for a token, with the weighted sum of their inputs:
+    sum of w (base h + delta) = base (sum of w h) + sum of w delta. `hidden` is h, [..., top_k, in], `delta` is [...,
+    top_k, out], and `weights` [..., top_k, 1].
+    """
+
+    def __init__(self, base_product: Callable[[mx.array], mx.array], hidden: mx.array, delta: mx.array) -> None:
+        self.base_product = base_product
+        self.hidden = hidden
+        self.delta = delta
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.delta.dtype
+
+    def __mul__(self, weights: mx.array) -> "ExpertOutputs":
+        return ExpertOutputs(self.base_product, self.hidden * weights, self.delta * weights)
+
+    def sum(self, axis: int) -> mx.array:
+        """Over the experts, the only axis that they can be summed over: [..., out]."""
+        if axis != -2:
+            raise ValueError(f"the outputs of experts are added up over axis -2, not {axis}")
+        return self.base_product(self.hidden.sum(axis)) + self.delta.sum(axis)
+
+
 class _SharedBaseGLU(Module):
     """Gated experts whose projections have a `base_product` and a `delta_product`.
 
     From SORT_FROM rows on they are sorted by expert, as in SwitchGLU; the base products of gate and up are computed
-    before that, once for a token.
+    before that, once for a token. That of down is, too, where `are_added_up` says that the block which calls does no
+    more with the outputs than to weigh and add them up: these are ExpertOutputs then.
     """
+
+    are_added_up = False
 
     gate_proj: Module
     up_proj: Module
     down_proj: Module
     activation: Callable[[mx.array, mx.array], mx.array]
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array | ExpertOutputs:
         """Apply each token's experts: [..., hidden] and [..., top_k] -> [..., top_k, hidden]."""
         indices = mx.stop_gradient(indices)
         if indices.size < SORT_FROM:
             x = mx.expand_dims(x, (-2, -3))
             hidden = self.activation(self.up_proj(x, indices), self.gate_proj(x, indices))
-            product: mx.array = self.down_proj(hidden, indices)
-            return product.squeeze(-2)
+            delta: mx.array = self.down_proj.delta_product(hidden, indices)
+            return self._add_base(hidden.squeeze(-2), delta.squeeze(-2))
         experts = indices.flatten()
         order = mx.argsort(experts)
         experts, tokens = experts[order], order // indices.shape[-1]
@@ -273,8 +308,17 @@ class _SharedBaseGLU(Module):
             return delta if base is None else base[tokens] + delta
 
         hidden = self.activation(project(self.up_proj), project(self.gate_proj))
-        y: mx.array = self.down_proj(hidden, experts, sorted_indices=True)
-        return mx.unflatten(y[mx.argsort(order)], 0, indices.shape).squeeze(-2)
+        delta = self.down_proj.delta_product(hidden, experts, sorted_indices=True)
+        places = mx.argsort(order)
+        hidden, delta = (mx.unflatten(y[places], 0, indices.shape).squeeze(-2) for y in (hidden, delta))
+        return self._add_base(hidden, delta)
+
+    def _add_base(self, hidden: mx.array, delta: mx.array) -> mx.array | ExpertOutputs:
+        """The outputs, from the inputs of down and what its deltas make of them."""
+        if self.are_added_up and self.down_proj.has_base:
+            return ExpertOutputs(self.down_proj.base_product, hidden, delta)
+        base: mx.array | None = self.down_proj.base_product(hidden)
+        return delta if base is None else base + delta
 
 
 class OverlayGLU(_SharedBaseGLU):
@@ -335,6 +379,7 @@ class OverlayMoE(Module):
         self.top_k = top_k
         self.router = Linear(hidden, experts, bias=False)
         self.experts = OverlayGLU(hidden, intermediate, experts, rank)
+        self.experts.are_added_up = True
         if freeze_base:
             self.freeze(keys="base")
 
