@@ -1,6 +1,6 @@
 """Overlays in codes: what coding a layer costs, and how fast they run, beside plain quantisation by MLX.
 
-    python benchmarks/codes.py [--cosine C] [--layers N] [--repeat N] [--small N] [--output FILE]
+    python benchmarks/codes.py [--cosine C] [--layers N] [--bits B] [--only PART] [--repeat N] [--small N]
 
 A model with the proportions of OLMoE: layers of 64 experts of 3 x 1024x2048 with attention, 8 experts for a token, and
 of its vocabulary the part that falls to so many of its 16 layers. Weights are random, and the experts of a layer have
@@ -14,6 +14,7 @@ models take turns in each round.
 
 import argparse
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ BITS, GROUP = 4, 64  # of the plain quantisation
 TRIED = (1.25, 1.6, 1.8, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
 MEMORY = (None, "500MB")
 DECODED, PROMPT = 32, 256  # tokens
+MODELS = ("plain", "coded")
 
 
 def write_whole_model(folder: Path, shape: Shape, layers: int, cosine: float) -> None:
@@ -111,10 +113,10 @@ def plain_error(model: str) -> float:
     return float((lost / energy) ** 0.5)
 
 
-def find_bits(model: str, error: float) -> tuple[float, Figures]:
+def find_bits(model: str, error: float, trying: Sequence[float]) -> tuple[float, Figures]:
     """The fewest bits tried whose experts err no more, and what was found on the way."""
     found = {}
-    for bits in TRIED:
+    for bits in trying:
         layer = MoECompressionService.compute(model, layer=0, bits=bits).layers[0]
         assert layer.weight_error is not None
         codes = {role: f"{each.delta} on {each.base}" for role, each in layer.codes.items()}
@@ -198,53 +200,63 @@ def expert_bytes(model: nn.Module) -> int:
     return sum(array.nbytes for name, array in tree_flatten(model.parameters()) if ".switch_mlp." in name)
 
 
+def measure_coding(model: Path, overlay: Path, shape: Shape, bits: float, repeat: int) -> Figures:
+    rounds = []
+    for _ in range(repeat):
+        rounds.append({"floor": apart("codes.quantise", model=str(model))})
+        for memory in MEMORY:
+            found = apart("codes.code", model=str(model), folder=str(overlay), bits=bits, memory=memory)
+            rounds[-1][f"memory {memory or 'as it is'}"] = found
+    return {
+        "expert_bytes": 2 * shape.weights,
+        "seconds": medians(rounds),
+        "cpu_seconds": medians(rounds, "cpu_seconds"),
+        "over_floor": {name: over(rounds, name, "floor") for name in rounds[0]},
+        "over_floor_cpu": {name: over(rounds, name, "floor", "cpu_seconds") for name in rounds[0]},
+        "peak_gib": {name: max(one[name]["peak_bytes"] for one in rounds) / 2**30 for name in rounds[0]},
+    }
+
+
+def measure_running(model: Path, overlay: Path, shape: Shape, bits: float, repeat: int) -> Figures:
+    MoECompressionService.compress(str(model), overlay, bits=bits, force=True)
+    coded, plain = quantise_rest(load_overlay(overlay)[0]), quantise_rest(load_model(model)[0])
+    rounds = run(plain, coded, repeat)
+    seconds, cpu_seconds = medians(rounds), medians(rounds, "cpu_seconds")
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "tokens_per_second": {name: DECODED / seconds[f"decode, {name}"] for name in MODELS},
+        "tokens_per_cpu_second": {name: DECODED / cpu_seconds[f"decode, {name}"] for name in MODELS},
+        "prompt_tokens_per_second": {name: PROMPT / seconds[f"prompt, {name}"] for name in MODELS},
+        "prompt_tokens_per_cpu_second": {name: PROMPT / cpu_seconds[f"prompt, {name}"] for name in MODELS},
+        "coded_over_plain": {
+            f"{what}, {clock}": over(rounds, f"{what}, coded", f"{what}, plain", clock)
+            for what in ("decode", "prompt")
+            for clock in CLOCKS
+        },
+        "down_for_each_over_the_sum": {
+            clock: over(rounds, "down, for each", "down, for the sum", clock) for clock in CLOCKS
+        },
+        "expert_bytes_in_memory": {"plain": expert_bytes(plain), "coded": expert_bytes(coded)},
+        "bits_touched_for_a_token": bits_touched(shape, read_overlay(overlay).coded[0]),
+    }
+
+
 if __name__ == "__main__":
     own = argparse.ArgumentParser()
     own.add_argument("--cosine", type=float, default=0.9, help="of the experts with each other (default 0.9)")
     own.add_argument("--layers", type=int, default=2, help="of the model that runs (default 2)")
+    own.add_argument("--bits", type=float, help="of the codes; without, they are searched")
+    own.add_argument("--only", choices=("coding", "running"), help="measure no more than this")
     with benchmark(__doc__, own) as (options, figures):
         shape = OLMOE.smaller(options.small)
         model, overlay = options.folder / "model", options.folder / "overlay"
         write_whole_model(model, shape, options.layers, options.cosine)
-        figures |= {"cosine": options.cosine, "layers": options.layers, "plain": f"{BITS} bits, groups of {GROUP}"}
         error = plain_error(str(model))
-        bits, tried = find_bits(str(model), error)
+        figures |= {"cosine": options.cosine, "layers": options.layers, "plain": f"{BITS} bits, groups of {GROUP}"}
+        bits, tried = find_bits(str(model), error, (options.bits,) if options.bits else TRIED)
         figures |= {"plain_weight_error": error, "bits": bits, "tried": tried}
-
-        rounds = []
-        for _ in range(options.repeat):
-            rounds.append({"floor": apart("codes.quantise", model=str(model))})
-            for memory in MEMORY:
-                found = apart("codes.code", model=str(model), folder=str(overlay), bits=bits, memory=memory)
-                rounds[-1][f"memory {memory or 'as it is'}"] = found
-        first = f"memory {MEMORY[0] or 'as it is'}"
-        figures["coding"] = {
-            "expert_bytes": 2 * shape.weights,
-            "seconds": medians(rounds),
-            "cpu_seconds": medians(rounds, "cpu_seconds"),
-            "over_floor": {name: over(rounds, name, "floor") for name in rounds[0]},
-            "over_floor_cpu": {name: over(rounds, name, "floor", "cpu_seconds") for name in rounds[0]},
-            "peak_gib": {name: max(one[name]["peak_bytes"] for one in rounds) / 2**30 for name in rounds[0]},
-        }
-
-        MoECompressionService.compress(str(model), overlay, bits=bits, force=True)
-        coded, plain = quantise_rest(load_overlay(overlay)[0]), quantise_rest(load_model(model)[0])
-        rounds = run(plain, coded, options.repeat)
-        layer = read_overlay(overlay).coded[0]
-        seconds = medians(rounds)
-        figures["running"] = {
-            "seconds": seconds,
-            "cpu_seconds": medians(rounds, "cpu_seconds"),
-            "tokens_per_second": {name: DECODED / seconds[f"decode, {name}"] for name in ("plain", "coded")},
-            "prompt_tokens_per_second": {name: PROMPT / seconds[f"prompt, {name}"] for name in ("plain", "coded")},
-            "coded_over_plain": {
-                f"{what}, {clock}": over(rounds, f"{what}, coded", f"{what}, plain", clock)
-                for what in ("decode", "prompt")
-                for clock in CLOCKS
-            },
-            "down_for_each_over_the_sum": {
-                clock: over(rounds, "down, for each", "down, for the sum", clock) for clock in CLOCKS
-            },
-            "expert_bytes_in_memory": {"plain": expert_bytes(plain), "coded": expert_bytes(coded)},
-            "bits_touched_for_a_token": bits_touched(shape, layer),
-        }
+        if options.only != "running":
+            figures["coding"] = measure_coding(model, overlay, shape, bits, options.repeat)
+        if options.only != "coding":
+            figures["running"] = measure_running(model, overlay, shape, bits, options.repeat)
