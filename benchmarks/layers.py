@@ -46,16 +46,21 @@ Tensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape."""
 
 
-def write_model(folder: Path, shape: Shape, layers: int = 1, seed: int = 0) -> int:
-    """A checkpoint of such layers, in one file; returns the bytes of their experts."""
+def write_model(folder: Path, shape: Shape, layers: int = 1, seed: int = 0, cosine: float = 0.0) -> int:
+    """A checkpoint of such layers, in one file; returns the bytes of their experts.
+
+    In bf16 the experts of a layer may have a `cosine` with each other, as copies do.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = [tensor for layer in range(layers) for tensor in _tensors(shape, layer)]
     rng = np.random.default_rng(seed)
     with open(folder / "model.safetensors", "wb") as file:
         file.write(_header(tensors))
         for name, dtype, sizes in tensors:
+            common = np.random.default_rng([seed, *name.partition(".mlp.")[0].encode(), *name[-14:].encode()])
             for start in range(0, prod(sizes), PIECE):
-                file.write(_draw(rng, name, dtype, min(PIECE, prod(sizes) - start)))
+                count = min(PIECE, prod(sizes) - start)
+                file.write(_draw_copy(rng, common, count, cosine) if cosine else _draw(rng, name, dtype, count))
     (folder / "config.json").write_text(json.dumps(_config(shape, layers)))
     return sum(map(_bytes, tensors))
 
@@ -115,6 +120,12 @@ def _tensors(shape: Shape, layer: int) -> Iterator[Tensor]:
             yield weight, "BF16" if shape.storage == "bf16" else "F8_E4M3", (out, inner)
             if shape.storage == "fp8":
                 yield f"{weight}_scale_inv", "F32", (-(-out // BLOCK), -(-inner // BLOCK))
+
+
+def _draw_copy(rng: np.random.Generator, common: np.random.Generator, count: int, cosine: float) -> bytes:
+    shared, own = (one.standard_normal(count, dtype=np.float32) for one in (common, rng))
+    mixed = np.float32(cosine**0.5) * shared + np.float32((1 - cosine) ** 0.5) * own
+    return (np.float32(0.02) * mixed).astype(ml_dtypes.bfloat16).tobytes()
 
 
 def _draw(rng: np.random.Generator, name: str, dtype: str, count: int) -> bytes:

@@ -107,7 +107,7 @@ def test_a_wrong_command_line_does_not_parse(line: str, capsys: Capture) -> None
 
 @pytest.mark.parametrize("path", GUIDES, ids=name)
 def test_every_option_that_is_named_exists(path: Path) -> None:
-    known = {"--help", "--version"}
+    known = {"--help", "--version", "--trust-remote-code"}  # the last one is mlx-lm's
     known |= {option for command in reference.commands().values() for param in command.params for option in param.opts}
     found = {word.split("=")[0] for token in tokens(path) if token.type == "code_inline" for word in [token.content]}
     named = {word.split()[0] for word in found if word.startswith("--")}

@@ -193,7 +193,7 @@ def test_the_config_tells_what_it_is(tmp_path: Path) -> None:
         },
         "layers": {number: {"gate": 2, "up": 2, "down": 2} for number in "01"},
     }
-    assert overlay.config == {**original, "overlay_config": facts}
+    assert overlay.config == {**original, "model_file": "overlay_model.py", "overlay_config": facts}
     card = (tmp_path / "overlay/README.md").read_text()
     for text in (
         "org/mixtral",
@@ -238,14 +238,14 @@ def test_files_beside_the_weights_are_copied(tmp_path: Path) -> None:
     for name in wanted + unwanted:
         (model / name).write_text(f"{name} of the model")
     write(model, tmp_path / "overlay")
-    made = {"README.md", "config.json", "model.safetensors.index.json"} | {
+    made = {"README.md", "config.json", "overlay_model.py", "model.safetensors.index.json"} | {
         path.name for path in (tmp_path / "overlay").glob("*.safetensors")
     }
     export_overlay(tmp_path / "overlay", tmp_path / "export", resources=Resources.current(), progress=quiet)
     for folder in (tmp_path / "overlay", tmp_path / "export"):
         assert {name for name in content(folder) if name not in made} == set(wanted)
         assert all((folder / name).read_text() == f"{name} of the model" for name in wanted)
-    assert not (tmp_path / "export/README.md").exists()
+    assert not any((tmp_path / "export" / name).exists() for name in ("README.md", "overlay_model.py"))
 
 
 def test_copies_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.numerics.low_rank import Factors, factorise, rebuild
-from chuk_lazarus.introspection.moe.overlays.codes import RoleCodes
+from chuk_lazarus.introspection.moe.overlays.codes import RoleCodes, parse_code
 from chuk_lazarus.introspection.moe.overlays.codes.bf16 import Bf16Code
 from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
@@ -29,9 +29,10 @@ with warnings.catch_warnings():
     pytest.importorskip("mlx_lm")
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from mlx.utils import tree_flatten
+    from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.generate import generate_step
     from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+    from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
     from chuk_lazarus.introspection.moe.overlays.runtime.evaluate import evaluate
@@ -416,6 +417,7 @@ def test_codes_are_the_model_of_the_decoded_experts(name: str, codes: RoleCodes,
     for model in (ours, theirs):
         model.set_dtype(mx.float32)
     assert len(modules(ours, CodedGLU)) == len(decoded)
+    assert all(block.are_added_up for block in modules(ours, CodedGLU))
     assert not modules(ours, SwitchLinear)
     for length in (1, 5, 40):  # 2 x 40 tokens are sorted by expert
         np.testing.assert_allclose(logits(ours, length), logits(theirs, length), **CLOSE)
@@ -679,6 +681,31 @@ def test_experts_and_their_gradients_are_those_of_a_switch_glu(rank: int, tokens
 # The block to train
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("tokens", [1, 21, 22, 100])
+def test_outputs_that_are_added_up_are_those_of_each_expert(rank: int, tokens: int) -> None:
+    """Sums and gradients are the same, whether down has the base's product for each expert or for their sum."""
+    glu = overlaid_glu(rank)
+    x, weights = mx.random.normal((1, tokens, 8)), mx.random.normal((1, tokens, 3))
+    indices = mx.random.randint(0, 5, (1, tokens, 3))
+
+    def add_up(parameters: Any, x: mx.array, weights: mx.array) -> mx.array:
+        glu.update(parameters)
+        return (glu(x, indices) * weights[..., None]).sum(axis=-2)
+
+    results = []
+    for glu.are_added_up in (False, True):
+        assert isinstance(glu(x, indices), mx.array) is not glu.are_added_up
+        loss = mx.value_and_grad(lambda *inputs: mx.square(add_up(*inputs)).sum(), argnums=(0, 1, 2))
+        value, gradients = loss(glu.parameters(), x, weights)
+        results.append([value, *(array for _, array in tree_flatten(gradients))])
+    for found, expected in zip(*results, strict=True):
+        scale = float(mx.abs(expected).max()) if expected.size else 0.0
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-4, atol=1e-4 * scale)
+    with pytest.raises(ValueError, match="axis -2"):
+        glu(x, indices).sum(axis=-1)
+
+
 def dense(seed: int = 0) -> tuple[Any, Any, Any]:
     mx.random.seed(seed)
     return tuple(mx.random.normal(shape) * 0.3 for shape in ((24, 16), (24, 16), (16, 24)))
@@ -761,6 +788,114 @@ def test_a_block_refuses_what_does_not_fit() -> None:
         OverlayMoE(16, 24, 4, 5, 1)
     with pytest.raises(ValueError, match="down is"):
         OverlayMoE.from_dense(gate, up, down.T, experts=4, top_k=2, rank=1)
+
+
+def coded_block(code: str, dtype: Any = mx.float32) -> OverlayMoE:
+    mx.random.seed(3)
+    gate, up, down = (matrix.astype(dtype) for matrix in dense())
+    block = OverlayMoE.from_dense(gate, up, down, experts=4, top_k=2, rank=4)
+    for role in ROLES:
+        right = block.experts[f"{role}_proj"].right
+        block.experts[f"{role}_proj"].right = 0.1 * mx.random.normal(right.shape).astype(dtype)
+    block.code_base(code)
+    return block
+
+
+def decoded_block(block: OverlayMoE, code: str) -> OverlayMoE:
+    """The same block with its bases in floating point, decoded by the code that numpy has."""
+    other = OverlayMoE(16, 24, 4, 2, 4, freeze_base=True)
+    other.router.weight = block.router.weight
+    for role, matrix in zip(ROLES, dense(), strict=True):
+        linear = other.experts[f"{role}_proj"]
+        bits = parse_code(code)
+        linear.base = mx.array(bits.decode(bits.encode(np.array(matrix)), matrix.shape))
+        linear.left, linear.right = (block.experts[f"{role}_proj"][part] for part in ("left", "right"))
+    return other
+
+
+@pytest.mark.parametrize("code", ["4bit:128", "1.6bit:64", "7bit:64"])
+@pytest.mark.parametrize("tokens", [3, 40])  # sorted from 32 tokens on
+def test_gradients_on_a_coded_base_are_those_on_the_decoded_one(code: str, tokens: int) -> None:
+    coded = coded_block(code)
+    x, y = mx.random.normal((tokens, 16)), mx.random.normal((tokens, 16))
+
+    def take(block: OverlayMoE) -> tuple[Any, Any, dict[str, Any]]:
+        loss = lambda block, x: mx.square(block(x) - y).mean()  # noqa: E731
+        value, gradients = nn.value_and_grad(block, loss)(block, x)
+        return value, mx.grad(lambda x: loss(block, x))(x), dict(tree_flatten(gradients))
+
+    found, expected = take(coded), take(decoded_block(coded, code))
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    np.testing.assert_allclose(np.array(found[1]), np.array(expected[1]), rtol=1e-3, atol=1e-6)
+    parts = {"router.weight", *(f"experts.{role}_proj.{part}" for role in ROLES for part in ("left", "right"))}
+    assert found[2].keys() == expected[2].keys() == parts
+    for name in parts:
+        np.testing.assert_allclose(np.array(found[2][name]), np.array(expected[2][name]), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_training_on_a_coded_base_leaves_it_as_it_is(dtype: Any) -> None:
+    block = coded_block("4bit:128", dtype)
+    bases = {name: np.array(array.view(mx.uint32)) for name, array in frozen(block).items()}
+    assert len(bases) == 9
+    x, y = mx.random.normal((2, 40, 16)).astype(dtype), mx.random.normal((2, 40, 16)).astype(dtype)
+    optimizer = optim.Adam(learning_rate=0.02)
+    step = nn.value_and_grad(block, lambda block: mx.square(block(x) - y).mean())
+    losses = []
+    for _ in range(20):
+        loss, gradients = step(block)
+        optimizer.update(block, gradients)
+        mx.eval(block.parameters(), optimizer.state)
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    for name, array in frozen(block).items():
+        np.testing.assert_array_equal(np.array(array.view(mx.uint32)), bases[name])
+
+
+def frozen(block: nn.Module) -> dict[str, Any]:
+    return {name: array for name, array in tree_flatten(block.parameters()) if ".base." in name}
+
+
+def test_a_base_that_cannot_be_coded() -> None:
+    block = coded_block("4bit:128")
+    assert block.experts.down_proj.base.weight.nbytes == 16 * 32 / 2  # 24 columns, in whole groups
+    with pytest.raises(ValueError, match="already"):
+        block.code_base("3bit:64")
+    for code in ("bf16", "rank2:4bit:64"):
+        with pytest.raises(ValueError, match="in bits"):
+            OverlayMoE(16, 24, 4, 2, 1).code_base(code)
+    with pytest.raises(ValueError, match="no code"):
+        OverlayMoE(16, 24, 4, 2, 1).code_base("9bit:64")
+
+
+@pytest.mark.parametrize("name", ["ternary on 4 bits", "factors and signs on 4 bits"])
+def test_gradients_of_adapters_pass_through_codes(name: str, tmp_path: Path) -> None:
+    """mlx-lm's LoRA of the attention, on a model in codes and on that of its decoded experts."""
+    source = read("mixtral")
+    decoded = write_coded(tmp_path / "overlay", source, CODES[name])
+    ours, _ = load_overlay(tmp_path / "overlay")
+    theirs, _ = load_model(write_standard(tmp_path / "standard", "mixtral", decoded))
+    tokens = mx.random.randint(0, source.config["vocab_size"], (4, 24))
+    attention = ["self_attn.q_proj", "self_attn.v_proj"]
+    gradients = []
+    for model in (ours, theirs):
+        model.set_dtype(mx.float32)
+        model.freeze()
+        mx.random.seed(1)
+        linear_to_lora_layers(model, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys": attention})
+        adapters = {
+            key: 0.1 * mx.random.normal(value.shape) for key, value in tree_flatten(model.trainable_parameters())
+        }
+        model.update(tree_unflatten(list(adapters.items())))
+        step = nn.value_and_grad(model, lambda m: nn.losses.cross_entropy(m(tokens[:, :-1]), tokens[:, 1:]).mean())
+        gradients.append(dict(tree_flatten(step(model)[1])))
+    found, expected = gradients
+    assert found.keys() == expected.keys()
+    assert sum(".lora_" in key for key in found) == len(found) > 4
+    for key, gradient in expected.items():
+        scale = float(mx.abs(gradient).max())
+        assert scale > 0
+        np.testing.assert_allclose(np.array(found[key]), np.array(gradient), rtol=1e-3, atol=1e-3 * scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

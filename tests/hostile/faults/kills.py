@@ -53,6 +53,7 @@ COMMANDS: dict[str, str] = {
     "survey": "moe-type-survey {model} demo:native demo:upcycled --jobs 2 -o {place}/rows.jsonl --json",
     "compute": "moe-overlay-compute -m {model} --layers all --target-ratio 2 -o {place}/results.json --json",
     "compress": "moe-overlay-compress -m {model} -O {place}/written --target-ratio 2 --json",
+    "compress, in codes": "moe-overlay-compress -m {model} -O {place}/written --bits 3 --json",
     "export": "moe-overlay-export {overlay} -O {place}/written --json",
 }
 

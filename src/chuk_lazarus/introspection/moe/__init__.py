@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .moe_type import MoETypeService
     from .overlays.allocation import RankOptions
     from .overlays.bit_budget import OverlayOptions
-    from .overlays.runtime.load import load_overlay as load_overlay  # not in __all__: these two need MLX,
-    from .overlays.runtime.modules import OverlayMoE as OverlayMoE  # which some platforms lack
+    from .overlays.runtime.load import load_overlay as load_overlay  # not in __all__: these need MLX,
+    from .overlays.runtime.load import overlay_classes as overlay_classes  # which some platforms lack
+    from .overlays.runtime.modules import OverlayMoE as OverlayMoE
     from .reports import (
         Cost,
         MoELayout,
@@ -97,7 +98,7 @@ _HOMES = {
     ),
     "overlays.allocation": ("RankOptions",),
     "overlays.bit_budget": ("OverlayOptions",),
-    "overlays.runtime.load": ("load_overlay",),
+    "overlays.runtime.load": ("load_overlay", "overlay_classes"),
     "overlays.runtime.modules": ("OverlayMoE",),
     "weights.expert_layer": ("ExpertLayer",),
     "weights.experts": ("Experts",),

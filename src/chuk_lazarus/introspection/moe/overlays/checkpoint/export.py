@@ -16,6 +16,7 @@ from ..quantisation import BF16
 from .auxiliary import read_auxiliary_files
 from .dequantise import dequantise
 from .folder import Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
+from .model_file import MODEL_FILE, forget_model_file
 from .reader import OverlayCheckpoint, read_overlay
 
 
@@ -50,13 +51,15 @@ def export_overlay(
         if tensor.name in written:
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
-    config = checkpoint.model_config.without_quantization()
+    config = forget_model_file(checkpoint.model_config.without_quantization())
     del config[OVERLAY_CONFIG]
+    files = read_auxiliary_files(checkpoint.repository)
+    files.pop(MODEL_FILE, None)
     write_model(
         target,
         shards,
         encode_json(config),
-        read_auxiliary_files(checkpoint.repository),
+        files,
         {"writes": "export", "version": overlay.overlay_config.version, **fingerprint(checkpoint)},
         checkpoint.repository.folder,
         force,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ...terms import OVERLAY_CONFIG, ROLES
 from ..codes import LayerCodes, RoleCodes, list_matrices, parse_code
 from ..codes.code import PartLayout
+from ..codes.low_rank import FactorsCode
 
 VERSION, CODED_VERSION = 1, 2
 READ = "1 and 2"  # the versions, for messages
@@ -223,6 +224,8 @@ def _read_coded(listed: Any, roles: Sequence[str]) -> dict[int, CodedExperts]:
             codes = parse_codes({role: facts["codes"][role] for role in roles})
             for each in codes.values():
                 list_matrices(each, (1, 1), 1)
+                if each.base is None and isinstance(each.delta, FactorsCode):
+                    raise ValueError("a few bytes would stand for a matrix of any size")
         except (KeyError, TypeError, ValueError):
             raise OverlayConfigError("code", key, roles) from None
         if not all(type(size) is int and 0 < size < 2**31 for size in sizes):

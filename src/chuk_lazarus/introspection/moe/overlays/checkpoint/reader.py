@@ -85,7 +85,8 @@ class OverlayCheckpoint:
         """The base [out, in], as stored; zeros where a coded layer has none."""
         if layer in self.coded:
             shape, code = self.shape(layer, role), self.coded[layer].codes[role].base
-            return code.decode(self._parts(layer, role, "base"), shape) if code else np.zeros(shape, np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):  # `rebuild` refuses what is not finite
+                return code.decode(self._parts(layer, role, "base"), shape) if code else np.zeros(shape, np.float32)
         return self._rows(layer, role, "base", 0, self.shape(layer, role)[0])
 
     def factors(self, layer: int, role: str, expert: int) -> Factors:

@@ -60,6 +60,7 @@ from .format import (
     part_shapes,
     tensor_name,
 )
+from .model_file import CONTENT, MODEL_FILE, name_model_file
 
 
 def write_overlay(
@@ -217,9 +218,10 @@ def _write(
     write_model(
         folder,
         shards,
-        encode_json({**config, OVERLAY_CONFIG: overlay_json}),
+        encode_json({**name_model_file(config), OVERLAY_CONFIG: overlay_json}),
         {
             **read_auxiliary_files(checkpoint.repository),
+            MODEL_FILE: CONTENT,
             CARD: lambda: write_card(overlay, layers, before, after, options, card()).encode(),
         },
         {
@@ -321,6 +323,8 @@ def _check_codes(experts: Experts, number: int, codes: LayerCodes) -> ExpertLaye
     """The layer with this number; raises InvalidRequest where these codes do not fit it."""
     layer = _check_roles(experts, number, codes, "codes")
     for role, of_role in codes.items():
+        if of_role.base is None and isinstance(of_role.delta, FactorsCode):
+            raise InvalidRequest(f"layer {number}: {role} would be factors without a base")
         for code in (of_role.base, of_role.delta):
             factors = code.factors if isinstance(code, SumCode) else code
             if isinstance(factors, FactorsCode) and factors.rank > min(layer.shape(role)):

@@ -16,14 +16,18 @@ from ...errors import ModelUnreadable, MoEError, UnknownFormat, name_model
 from ...terms import ROLES
 from ...weights.checkpoint import Checkpoint
 from ...weights.repositories.local import Folder
+from ..checkpoint import model_file
 from ..checkpoint.format import READ, CodedExperts, OverlayConfig, OverlayConfigError, Ranks, parse_tensor_name
 from ..codes import list_matrices
 from ..codes.bits import BitsCode
 from ..codes.code import inner
-from .modules import CodedGLU, OverlayGLU
+from .modules import CodedGLU, OverlayGLU, affine_arrays
 
 Layers = Mapping[int, Ranks | CodedExperts]
 """What overlay_config says of each layer: ranks by role, or sizes and codes."""
+
+# modules of mlx-lm whose blocks do no more with their experts' outputs y than (y * weights).sum(axis=-2)
+ADDING_UP = frozenset({"deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 
 _LAYER = re.compile(r"(?P<root>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<rest>\..*)")
 _ROUTED = re.compile(r"\.experts\.\d+\.|\.experts\.(?:gate_up_proj|down_proj)")
@@ -44,7 +48,11 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
             raise ModelUnreadable("there is no such folder", "give the folder of an overlay checkpoint")
         layers = check_folder(folder)
         try:
-            return load_model(folder, get_model_classes=lambda config: _overlay_classes(config, layers))
+            # without the file that is for mlx-lm's own programs: nothing in the folder is executed
+            own = {model_file.KEY: None} if _config(folder).get(model_file.KEY) == model_file.MODEL_FILE else None
+            return load_model(
+                folder, model_config=own, get_model_classes=lambda config: _overlay_classes(config, layers)
+            )
         except MoEError:
             raise
         except Exception as error:  # mlx-lm may raise anything for a config or weights that it does not expect
@@ -53,6 +61,20 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
                 f"mlx-lm can't load it: {reason or type(error).__name__}",
                 "the overlay is incomplete, or mlx-lm does not read this config",
             ) from error
+
+
+def overlay_classes(folder: str | Path) -> tuple[type[Module], type]:
+    """The classes of an overlay checkpoint's model and of its arguments, which mlx-lm's programs ask the folder for.
+
+    Raises as `load_overlay` does, but for what only the weights tell.
+    """
+    folder = Path(folder)
+    with name_model(str(folder)):
+        return _overlay_classes(_config(folder), check_folder(folder))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return dict(Checkpoint(Folder(folder)).config)
 
 
 def check_folder(folder: Path) -> Layers:
@@ -135,11 +157,15 @@ def _overlay_experts(model: Module, layers: Layers) -> dict[int, str]:
     A layer without a SwitchGLU, or with several, is left as it is.
     """
     blocks: dict[int, list[tuple[str, SwitchGLU]]] = {}
-    for path, module in model.named_modules():  # type: ignore[no-untyped-call]
+    modules: dict[str, Module] = dict(model.named_modules())  # type: ignore[no-untyped-call]
+    for path, module in modules.items():
         if isinstance(module, SwitchGLU) and (match := _LAYER.fullmatch(path)):
             blocks.setdefault(int(match["layer"]), []).append((path, module))
     chosen = {layer: blocks[layer][0] for layer in layers if len(blocks.get(layer, ())) == 1}
     replaced = [(path, _overlay_block(block, layers[layer])) for layer, (path, block) in chosen.items()]
+    for path, block in replaced:
+        caller = modules[path.rpartition(".")[0]]
+        block.are_added_up = type(caller).__module__.rpartition(".")[2] in ADDING_UP
     model.update_modules(tree_unflatten(replaced))
     return {layer: path for layer, (path, _) in chosen.items()}
 
@@ -213,15 +239,12 @@ def _as_modules(layer: CodedExperts, role: str, parts: Mapping[str, mx.array]) -
     expected = {name: part.shape for name, part in layer.layout(role).items()}
     if {name: array.shape for name, array in parts.items()} != expected:
         raise ModelUnreadable(f"the parts of a {role} projection do not have the shapes that overlay_config tells")
-    scale_type = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     arrays: dict[str, mx.array] = {}
     for name, matrix in list_matrices(layer.codes[role], layer.shape(role), layer.experts).items():
         own = inner(parts, matrix.part)
         if not isinstance(matrix.code, BitsCode):
             arrays[f"{name}.matrix"] = own["values"]
             continue
-        affine = matrix.code.as_affine({part: np.array(array) for part, array in own.items()}, matrix.shape)
-        arrays[f"{name}.weight"] = mx.array(affine.weight)
-        arrays[f"{name}.scales"] = mx.array(affine.scales).astype(scale_type)
-        arrays[f"{name}.biases"] = mx.array(affine.biases).astype(scale_type)
+        affine = affine_arrays(matrix.code, {part: np.array(array) for part, array in own.items()}, matrix.shape)
+        arrays |= {f"{name}.{part}": array for part, array in affine.items()}
     return arrays

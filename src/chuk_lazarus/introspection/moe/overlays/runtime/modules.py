@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Mapping
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.linear import Linear
 from mlx_lm.models.switch_layers import SwiGLU
 
 from ...terms import ROLES
-from ..codes import LayerCodes, RoleCodes, StoredMatrix, list_matrices
+from ..codes import LayerCodes, RoleCodes, StoredMatrix, list_matrices, parse_code
 from ..codes.bits import BitsCode
+from ..codes.code import Parts, Shape
 
 SORT_FROM = 64  # rows from which sorting them by expert is faster; mlx-lm's own number
 
@@ -25,8 +27,11 @@ class OverlayLinear(Module):
 
     Parameters, named as the parts of a role on disk: `base` [out, in], `left` [experts, out, rank], `right` [experts,
     rank, in] and, if asked for, `bias` [experts, out]. A new layer's `right` is zero, so that all its experts equal the
-    base; the columns of `left` are random, of about unit length. The rank may be 0.
+    base; the columns of `left` are random, of about unit length. The rank may be 0. The base may be an AffineMatrix.
     """
+
+    base: "mx.array | AffineMatrix"
+    has_base = True
 
     def __init__(self, input_dims: int, output_dims: int, num_experts: int, rank: int, bias: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -39,11 +44,11 @@ class OverlayLinear(Module):
 
     @property
     def input_dims(self) -> int:
-        return self.base.shape[1]
+        return self.right.shape[2]
 
     @property
     def output_dims(self) -> int:
-        return self.base.shape[0]
+        return self.left.shape[1]
 
     @property
     def num_experts(self) -> int:
@@ -55,7 +60,25 @@ class OverlayLinear(Module):
 
     def base_product(self, x: mx.array) -> mx.array:
         """The base product, which all experts share: [..., in] -> [..., out]."""
-        return (x @ self.base.T).astype(x.dtype)
+        base = self.base
+        product: mx.array = base(x) if isinstance(base, AffineMatrix) else x @ base.T
+        return product.astype(x.dtype)
+
+    def code_base(self, code: str) -> None:
+        """Keep the base in bits ("4bit:128"), as it is on disk; it is frozen then, and gradients pass through it.
+
+        Raises ValueError for another code, and for a base that is in a code already.
+        """
+        bits, base = parse_code(code), self.base
+        if not isinstance(bits, BitsCode):
+            raise ValueError(f"a base to train on is kept in bits, not as {code}")
+        if isinstance(base, AffineMatrix):
+            raise ValueError("the base is in a code already")
+        shape = self.output_dims, self.input_dims
+        matrix = AffineMatrix(StoredMatrix("base", bits, shape, None))
+        parts = bits.encode(np.array(base.astype(mx.float32)))
+        matrix.update(affine_arrays(bits, parts, shape))
+        self.base = matrix
 
     def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """What each expert adds to the base product, its bias included; shapes as in a call."""
@@ -106,7 +129,8 @@ class AffineMatrix(Module):
     """A matrix in MLX's affine form, or one for each expert: `weight`, `scales` and `biases`, as `BitsCode.as_affine`
     gives them.
 
-    `transposed` are left factors, which are stored so that they are multiplied from the other side.
+    `transposed` are left factors, which are stored so that they are multiplied from the other side. It is
+    frozen, as a QuantizedLinear is: gradients pass through it to its input.
     """
 
     def __init__(self, matrix: StoredMatrix, transposed: bool = False) -> None:
@@ -120,6 +144,7 @@ class AffineMatrix(Module):
         self.weight = mx.zeros(_stacked(matrix, (rows, groups * self._group * self._bits // 32)), mx.uint32)
         self.scales = mx.zeros(_stacked(matrix, (rows, groups)))
         self.biases = mx.zeros(_stacked(matrix, (rows, groups)))
+        self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
         """Shapes [..., in] -> [..., out], for a single matrix."""
@@ -153,6 +178,17 @@ class AffineMatrix(Module):
         return y[..., : self._columns] if self._transposed else y
 
 
+def affine_arrays(code: BitsCode, parts: Parts, shape: Shape) -> dict[str, mx.array]:
+    """The parameters of an AffineMatrix, from the parts of a matrix of that shape, or of a stack of them.
+
+    Scales and biases are float32 on a CPU, bfloat16 elsewhere.
+    """
+    affine = code.as_affine(parts, shape)
+    scale_type = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    scales, biases = (mx.array(array).astype(scale_type) for array in (affine.scales, affine.biases))
+    return {"weight": mx.array(affine.weight), "scales": scales, "biases": biases}
+
+
 def _stacked(matrix: StoredMatrix, shape: tuple[int, int]) -> tuple[int, ...]:
     return shape if matrix.experts is None else (matrix.experts, *shape)
 
@@ -174,6 +210,10 @@ class CodedLinear(Module):
             self[name] = AffineMatrix(matrix, transposed=name == "left") if is_affine else DenseMatrix(matrix)
         if bias:
             self.bias = mx.zeros((num_experts, output_dims))
+
+    @property
+    def has_base(self) -> bool:
+        return "base" in self
 
     def base_product(self, x: mx.array) -> mx.array | None:
         """The base product, which all experts share: [..., in] -> [..., out]; None where there is no base."""
@@ -206,26 +246,56 @@ class CodedLinear(Module):
         return delta if base is None else base + delta
 
 
+class ExpertOutputs:
+    """The outputs of each token's experts for a block that weighs and adds them up: `(y * weights).sum(axis=-2)`.
+
+    All experts share the base, so its product is computed once for a token, with the weighted sum of their inputs:
+    sum of w (base h + delta) = base (sum of w h) + sum of w delta. `hidden` is h, [..., top_k, in], `delta` is [...,
+    top_k, out], and `weights` [..., top_k, 1].
+    """
+
+    def __init__(self, base_product: Callable[[mx.array], mx.array], hidden: mx.array, delta: mx.array) -> None:
+        self.base_product = base_product
+        self.hidden = hidden
+        self.delta = delta
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.delta.dtype
+
+    def __mul__(self, weights: mx.array) -> "ExpertOutputs":
+        return ExpertOutputs(self.base_product, self.hidden * weights, self.delta * weights)
+
+    def sum(self, axis: int) -> mx.array:
+        """Over the experts, the only axis that they can be summed over: [..., out]."""
+        if axis != -2:
+            raise ValueError(f"the outputs of experts are added up over axis -2, not {axis}")
+        return self.base_product(self.hidden.sum(axis)) + self.delta.sum(axis)
+
+
 class _SharedBaseGLU(Module):
     """Gated experts whose projections have a `base_product` and a `delta_product`.
 
     From SORT_FROM rows on they are sorted by expert, as in SwitchGLU; the base products of gate and up are computed
-    before that, once for a token.
+    before that, once for a token. That of down is, too, where `are_added_up` says that the block which calls does no
+    more with the outputs than to weigh and add them up: these are ExpertOutputs then.
     """
+
+    are_added_up = False
 
     gate_proj: Module
     up_proj: Module
     down_proj: Module
     activation: Callable[[mx.array, mx.array], mx.array]
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array | ExpertOutputs:
         """Apply each token's experts: [..., hidden] and [..., top_k] -> [..., top_k, hidden]."""
         indices = mx.stop_gradient(indices)
         if indices.size < SORT_FROM:
             x = mx.expand_dims(x, (-2, -3))
             hidden = self.activation(self.up_proj(x, indices), self.gate_proj(x, indices))
-            product: mx.array = self.down_proj(hidden, indices)
-            return product.squeeze(-2)
+            delta: mx.array = self.down_proj.delta_product(hidden, indices)
+            return self._add_base(hidden.squeeze(-2), delta.squeeze(-2))
         experts = indices.flatten()
         order = mx.argsort(experts)
         experts, tokens = experts[order], order // indices.shape[-1]
@@ -238,8 +308,17 @@ class _SharedBaseGLU(Module):
             return delta if base is None else base[tokens] + delta
 
         hidden = self.activation(project(self.up_proj), project(self.gate_proj))
-        y: mx.array = self.down_proj(hidden, experts, sorted_indices=True)
-        return mx.unflatten(y[mx.argsort(order)], 0, indices.shape).squeeze(-2)
+        delta = self.down_proj.delta_product(hidden, experts, sorted_indices=True)
+        places = mx.argsort(order)
+        hidden, delta = (mx.unflatten(y[places], 0, indices.shape).squeeze(-2) for y in (hidden, delta))
+        return self._add_base(hidden, delta)
+
+    def _add_base(self, hidden: mx.array, delta: mx.array) -> mx.array | ExpertOutputs:
+        """The outputs, from the inputs of down and what its deltas make of them."""
+        if self.are_added_up and self.down_proj.has_base:
+            return ExpertOutputs(self.down_proj.base_product, hidden, delta)
+        base: mx.array | None = self.down_proj.base_product(hidden)
+        return delta if base is None else base + delta
 
 
 class OverlayGLU(_SharedBaseGLU):
@@ -288,7 +367,7 @@ class OverlayMoE(Module):
 
     It has a router, whose routing weights are the softmax over the logits of each token's `top_k` experts, and SwiGLU
     experts that share a base; each expert has its own factors in gate, up and down. With `freeze_base` only router and
-    factors train.
+    factors train, and so they do once the base is kept in few bits (`code_base`).
     """
 
     def __init__(
@@ -300,6 +379,7 @@ class OverlayMoE(Module):
         self.top_k = top_k
         self.router = Linear(hidden, experts, bias=False)
         self.experts = OverlayGLU(hidden, intermediate, experts, rank)
+        self.experts.are_added_up = True
         if freeze_base:
             self.freeze(keys="base")
 
@@ -328,6 +408,11 @@ class OverlayMoE(Module):
                 raise ValueError(f"{role} is {list(matrix.shape)}, and gate and up call for {list(linear.base.shape)}")
             linear.base = mx.array(matrix)
         return block
+
+    def code_base(self, code: str = "4bit:128") -> None:
+        """Keep the bases of gate, up and down in so many bits, frozen; raises ValueError for what is no such code."""
+        for role in ROLES:
+            self.experts[f"{role}_proj"].code_base(code)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The experts of each token and their routing weights: [..., hidden] -> twice [..., top_k]."""
