@@ -26,6 +26,7 @@ from .codes import LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
+from .moments import LayerMoments
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
@@ -66,11 +67,13 @@ def group_for(columns: int) -> int:
     return 64 if columns % 128 and columns % 64 == 0 else 128
 
 
-def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) -> dict[str, RoleTrial]:
+def try_layer(
+    layer: ExpertLayer, alignment: Alignment, resources: Resources, moments: LayerMoments | None = None
+) -> dict[str, RoleTrial]:
     """The trials of a layer by role, from a few experts.
 
-    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Raises
-    ModelUnreadable where a weight is not finite.
+    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. With
+    `moments` all energies and errors are weighted by them. Raises ModelUnreadable where a weight is not finite.
     """
     chosen = evenly_spaced(layer.count, min(4, max(2, layer.count // 8)))
     trials: dict[str, RoleTrial] = {}
@@ -78,7 +81,8 @@ def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) ->
         rows: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
 
         def try_role(role: str, rows: dict[str, list[NDArray[np.float32]]] = rows) -> RoleTrial:
-            return _try_rows(layer, role, rows[role])
+            weights = [moments.of_expert(role, expert, alignment) for expert in chosen] if moments else None
+            return _try_rows(layer, role, rows[role], weights)
 
         for expert in chosen:
             for role, matrix in tensor.matrices(expert).items():
@@ -92,32 +96,46 @@ def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) ->
     return {role: trials[role] for role in layer.roles}
 
 
-def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]) -> RoleTrial:
-    """The trial of one role, from the same rows of a few experts."""
+def _try_rows(
+    layer: ExpertLayer,
+    role: str,
+    rows: Sequence[NDArray[np.float32]],
+    weights: Sequence[NDArray[np.float32]] | None,
+) -> RoleTrial:
+    """The trial of one role, from the same rows of a few experts and what an error counts in each column of theirs."""
     count, columns = len(rows), rows[0].shape[1]
     shape = rows[0].shape[0], columns
     group = group_for(columns)
     mean = np.stack(rows).mean(axis=0, dtype=np.float64).astype(np.float32)
     code = BitsCode(2 ** base_bits(layer.count), group)
-    lost = mean - code.decode(code.encode(mean), shape)
+    of_experts = weights or [None] * count
+    of_base = np.mean(weights, axis=0) if weights else None
+    lost = mean - code.decode(code.encode(mean, weights=of_base), shape)
     factor = np.float32(np.sqrt(count / (count - 1) * (layer.count - 1) / layer.count))
     deltas = [factor * (matrix - mean) + lost for matrix in rows]
-    energy = _energy(rows)
+    energy = _energy(rows, of_experts)
 
     def errors(matrices: Sequence[NDArray[np.float32]]) -> dict[int, float]:
         result = {}
         for levels in TRIED:
             tried = BitsCode(levels, group)
-            left = _energy([matrix - tried.decode(tried.encode(matrix), shape) for matrix in matrices])
-            result[levels] = left / energy if energy else 0.0
+            left = [
+                matrix - tried.decode(tried.encode(matrix, weights=each), shape)
+                for matrix, each in zip(matrices, of_experts, strict=True)
+            ]
+            result[levels] = _energy(left, of_experts) / energy if energy else 0.0
         return result
 
-    share = _energy(deltas) / energy if energy else 0.0
+    share = _energy(deltas, of_experts) / energy if energy else 0.0
     return RoleTrial(layer.shape(role), layer.count, share, errors(deltas), errors(rows))
 
 
-def _energy(matrices: Sequence[NDArray[np.float32]]) -> float:
-    return sum(float(np.square(matrix, dtype=np.float64).sum()) for matrix in matrices)
+def _energy(matrices: Sequence[NDArray[np.float32]], weights: Sequence[NDArray[np.float32] | None]) -> float:
+    """The sum of squares, each column times its weight where there are weights."""
+    squares = (np.square(matrix, dtype=np.float64) for matrix in matrices)
+    return sum(
+        float((square if each is None else square * each).sum()) for square, each in zip(squares, weights, strict=True)
+    )
 
 
 class OverlayOptions(RankOptions, total=False):

@@ -13,19 +13,24 @@ from ..weights.expert_layer import ExpertLayer
 from .alignment import align_layer, mean_aligned
 from .codes import LayerCodes
 from .codes.code import Parts
+from .moments import LayerMoments
 
 
 class CodedLayer:
     """Codes the experts of a layer whose neurons are in the order that `alignment` says.
 
     `code_bases` comes first. Then `code` may be called from several threads. Experts without a base are coded without
-    bias, deltas for the least error: what shrinks a small delta hardly shrinks the expert.
+    bias, deltas for the least error: what shrinks a small delta hardly shrinks the expert. With `moments` errors of
+    weights count by the mean squares of what they are multiplied with.
     """
 
-    def __init__(self, layer: ExpertLayer, codes: LayerCodes, alignment: Alignment) -> None:
+    def __init__(
+        self, layer: ExpertLayer, codes: LayerCodes, alignment: Alignment, moments: LayerMoments | None = None
+    ) -> None:
         self.layer = layer
         self.codes = codes
         self.alignment = alignment
+        self.moments = moments
         self._bases: dict[str, NDArray[np.float32]] = {}
 
     def code_bases(self, pool: ThreadPoolExecutor) -> dict[str, dict[str, NDArray[Any]]]:
@@ -36,7 +41,8 @@ class CodedLayer:
                 continue
             for role, mean in mean_aligned(tensor, self.alignment, pool).items():
                 if code := self.codes[role].base:
-                    parts[role] = code.encode(mean.astype(np.float32))
+                    weights = self.moments.of_base(role, self.alignment) if self.moments else None
+                    parts[role] = code.encode(mean.astype(np.float32), weights=weights)
                     self._bases[role] = code.decode(parts[role], self.layer.shape(role))
         return parts
 
@@ -51,8 +57,9 @@ class CodedLayer:
         if has_base:
             delta = delta if is_moved else delta.copy()
             subtract_base(self.layer.number, role, delta, self._bases[role])
+        weights = self.moments.of_expert(role, expert, self.alignment) if self.moments else None
         try:
-            return self.codes[role].delta.encode(delta, unbiased=not has_base)
+            return self.codes[role].delta.encode(delta, unbiased=not has_base, weights=weights)
         except ValueError:
             refuse_not_finite(self.layer, expert, role)
 

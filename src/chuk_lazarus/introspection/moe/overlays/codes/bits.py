@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .code import PartLayout, Parts, Shape, check_finite
+from .code import PartLayout, Parts, Shape, check_finite, normalise_weights
 from .packing import bits_of, pack_levels, packed_bytes, unpack_levels
 from .scales import GREATEST, decode_scales, encode_scales
 
@@ -86,17 +86,23 @@ class BitsCode:
             "unit": PartLayout("F32", ()),
         }
 
-    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, weights: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
         exponent, energy = 0, float(np.vdot(matrix, matrix))
         if not LEAST_ENERGY < energy < GREATEST_ENERGY:  # a peak of about one keeps squares within float32
             exponent = int(np.frexp(check_finite(matrix))[1])
             matrix = np.ldexp(matrix, -exponent)
             energy = float(np.vdot(matrix, matrix))
         rows, columns = matrix.shape
+        of_columns = None if weights is None else normalise_weights(weights)
+        if of_columns is not None:
+            energy = float(np.vdot(matrix * of_columns, matrix))
         scales = np.zeros((rows, -(-columns // self.group)), np.float32)
         with_peaks = True
         for at, groups, block in self._blocks(matrix):
-            scales[at, groups], share = _fit(block, self.levels, with_peaks)
+            of_groups = None if of_columns is None else normalise_weights(self._of_groups(of_columns, groups))
+            scales[at, groups], share = _fit(block, self.levels, with_peaks, of_groups)
             with_peaks = with_peaks and share > FEW
         codes, unit = encode_scales(scales, rounding=0.5 if self.levels >= 64 else 0.0)
         scales = decode_scales(codes, np.asarray(unit, np.float32))
@@ -105,7 +111,8 @@ class BitsCode:
         for at, groups, block in self._blocks(matrix):
             steps = _round(block, scales[at, groups], self.levels)
             if unbiased:
-                product += float(np.vdot(np.vecdot(block, steps), scales[at, groups]))
+                weighted = block if of_columns is None else block * self._of_groups(of_columns, groups)
+                product += float(np.vdot(np.vecdot(weighted, steps), scales[at, groups]))
             steps += np.float32((self.levels - 1) / 2)
             start = groups.start * self.group
             levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
@@ -149,6 +156,10 @@ class BitsCode:
         biases = scales * np.float32((1 - self.levels) / 2)
         return Affine(np.ascontiguousarray(data).view("<u4"), scales, biases, group, bits)
 
+    def _of_groups(self, weights: NDArray[np.float32], groups: slice) -> NDArray[np.float32]:
+        """The weights of the columns of some groups: [in] -> [groups, n]."""
+        return weights[groups.start * self.group : groups.stop * self.group].reshape(groups.stop - groups.start, -1)
+
     def _blocks(self, matrix: NDArray[np.float32]) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
         """The matrix block by block: the rows, the groups, and float32 [rows, groups, n]."""
         rows, columns = matrix.shape
@@ -161,16 +172,26 @@ class BitsCode:
                 yield slice(row, row + step), slice(first, last), block.reshape(len(block), last - first, length)
 
 
-def _fit(block: NDArray[np.float32], levels: int, with_peaks: bool) -> tuple[NDArray[np.float32], float]:
+def _weigh(block: NDArray[np.float32], weights: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """[rows, groups, n] times the weights [groups, n]; without any, the block itself."""
+    return block if weights is None else block * weights
+
+
+def _fit(
+    block: NDArray[np.float32], levels: int, with_peaks: bool, weights: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32], float]:
     """The scale of each group with the least squared error: [rows, groups, n] -> [rows, groups].
+
+    `weights` [groups, n] are what the errors count, on average 1 in each group.
 
     With `with_peaks` the scale that puts the highest level on the peak is tried, too. Returns as well for what share of
     the groups that one is the best: it is for numbers that are levels already, and for many levels.
     """
     if levels == 2:
-        mean: NDArray[np.float32] = np.abs(block).mean(axis=-1)
+        mean: NDArray[np.float32] = _weigh(np.abs(block), weights).mean(axis=-1)
         return mean * np.float32(2.0), 0.0
-    rms = np.sqrt(np.vecdot(block, block) / np.float32(block.shape[-1]))
+    weighted = _weigh(block, weights)
+    rms = np.sqrt(np.vecdot(weighted, block) / np.float32(block.shape[-1]))
     peak = np.abs(block).max(axis=-1)
     top = np.float32((levels - 1) / 2)
     slope, offset, spread = (np.float32(number) for number in TRIES[levels])
@@ -183,7 +204,7 @@ def _fit(block: NDArray[np.float32], levels: int, with_peaks: bool) -> tuple[NDA
         tries = [usual] if levels >= 16 and with_peaks else [usual / shift, usual * shift]
         for place, scale in enumerate([peak / top, *tries] if with_peaks else tries):
             steps = _round(block, scale, levels)
-            product, square = np.vecdot(block, steps), np.vecdot(steps, steps)
+            product, square = np.vecdot(weighted, steps), np.vecdot(_weigh(steps, weights), steps)
             fitted = np.where(square > 0, product / square, np.float32(0.0))
             # by fitted * product the squared error falls; of equals the first one is exact where that is possible
             better = fitted * product > gain * ALIKE

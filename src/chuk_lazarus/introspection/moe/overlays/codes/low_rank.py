@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ...numerics.low_rank import Factors, factorise
 from .bits import BitsCode
-from .code import PartLayout, Parts, Shape, check_finite, inner
+from .code import PartLayout, Parts, Shape, check_finite, inner, normalise_weights
 
 MORE, ITERATIONS = 8, 2  # of the random start: vectors beside those of the rank, and iterations
 SMALL_SHARE = 6  # times so many vectors must fit into the shorter side, for it to be the faster way
@@ -36,18 +36,23 @@ class FactorsCode:
             for name, part in self.bits.layout(side_shape).items()
         }
 
-    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, weights: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """See `Code`; factors are never made unbiased, since what they leave out is no shrinkage.
 
-        Raises ValueError for a rank above min(out, in), too.
+        With weights the left factor is that of the matrix whose columns are scaled by their roots. Raises ValueError
+        for a rank above min(out, in), too.
         """
         exponent = int(np.frexp(check_finite(matrix))[1])
         matrix = np.ldexp(matrix, -exponent)
-        factors = _factorise(matrix, self.rank)
+        scaled = matrix if weights is None else matrix * np.sqrt(normalise_weights(weights))
+        factors = _factorise(scaled, self.rank)
         left = self.bits.encode(np.ascontiguousarray(factors.left.T) / _norm(factors.left))
         stored = self.bits.decode(left, (self.rank, matrix.shape[0]))
+        # each column of the right factor has a fit of its own, which its weight does not change
         right = np.linalg.lstsq(stored @ stored.T, stored @ matrix)[0] if self.rank else factors.right
-        coded = self.bits.encode(np.ldexp(right.astype(np.float32), exponent))
+        coded = self.bits.encode(np.ldexp(right.astype(np.float32), exponent), weights=weights)
         return {f"left.{name}": part for name, part in left.items()} | {
             f"right.{name}": part for name, part in coded.items()
         }
@@ -76,9 +81,12 @@ class SumCode:
             for name, part in code.layout(shape).items()
         }
 
-    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
-        factors = self.factors.encode(matrix)
-        rest = self.rest.encode(matrix - self.factors.decode(factors, _shape(matrix)), unbiased=unbiased)
+    def encode(
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, weights: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        factors = self.factors.encode(matrix, weights=weights)
+        left_over = matrix - self.factors.decode(factors, _shape(matrix))
+        rest = self.rest.encode(left_over, unbiased=unbiased, weights=weights)
         return {f"factors.{name}": part for name, part in factors.items()} | {
             f"rest.{name}": part for name, part in rest.items()
         }
