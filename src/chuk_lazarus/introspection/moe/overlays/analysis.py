@@ -38,7 +38,7 @@ from .layer import (
     ranked_bytes,
     total_bytes,
 )
-from .moments import Calibration, LayerMoments
+from .moments import Calibration, ExpertMoments, LayerInputs
 
 TOLERANCE = 0.05
 INPUTS = 256
@@ -188,6 +188,7 @@ class OverlayJob:
         self.layers = self.opened.layers
         self.progress = progress
         self.calibration: Calibration | None = None
+        self._gathering: ResumableLayers | None = None
         self._passes: list[ResumableLayers] = []
 
     def end(self) -> None:
@@ -206,10 +207,10 @@ class OverlayJob:
         return self.resumable(*work, *([self.calibration.digest] if self.calibration else []))
 
     def calibrate(self, text: Path | None, rule: RankRule | BitRule) -> None:
-        """Let the errors by which codes are chosen count as the model's inputs do while it reads a text, if any.
+        """Let errors of codes be measured by what enters the experts while the model reads a text, if there is one.
 
         Raises InvalidRequest for a rule of ranks, a text that can't be read, a model that is not on this machine, and
-        where MLX is not installed; see `gather_moments`, too.
+        where MLX is not installed; see `gather_inputs`, too.
         """
         if text is None:
             return
@@ -221,31 +222,42 @@ class OverlayJob:
             raise InvalidRequest(f"{name} is not on this machine", f"run: hf download {name}, and give its folder")
         folder = repository.path
         try:
-            from .runtime.calibrate import gather_moments, read_windows
+            from .runtime.calibrate import gather_inputs, read_windows
         except ImportError:
             raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
+        self.check_activation()
         windows = read_windows(folder, text)
         digest = hashlib.sha256(windows.tobytes()).hexdigest()[:16]
+        gathering = self.resumable("inputs", digest)
 
-        def gather(due: Sequence[ExpertLayer], watched: Sequence[Progress]) -> Iterator[tuple[int, LayerMoments]]:
+        def gather(due: Sequence[ExpertLayer], watched: Sequence[Progress]) -> Iterator[tuple[int, int]]:
             places = {layer.number: place for place, layer in enumerate(due)}
 
-            def tell(number: int) -> None:
-                if (place := places.get(number)) is not None:
-                    size = due[place].stored_bytes
-                    watched[place](f"calibrating layer {number}", size, size)
+            def keep(number: int, inputs: LayerInputs) -> None:
+                place = places[number]
+                try:
+                    inputs.write(gathering.file_of(due[place]))
+                except OSError as error:
+                    reason = f"what the experts get can't be kept: {error.strerror}"
+                    raise InvalidRequest(reason, "set LAZARUS_CACHE to a folder with room") from None
+                size = due[place].stored_bytes
+                watched[place](f"calibrating layer {number}", size, size)
 
-            sizes = {layer.number: (layer.count, layer.sizes["H"], layer.sizes["I"]) for layer in due}
-            for number, moments in gather_moments(folder, windows, sizes, tell).items():
-                yield places[number], moments
+            if due:
+                sizes = {layer.number: (layer.count, layer.sizes["H"], layer.sizes["I"]) for layer in due}
+                gather_inputs(folder, windows, sizes, keep)
+            yield from ((place, len(windows)) for place in places.values())
 
-        found = self.resumable("moments", digest).all(TypeAdapter(LayerMoments), gather)
-        moments = {layer.number: each for layer, each in zip(self.layers, found, strict=True)}
-        self.calibration = Calibration(windows.size, digest, moments)
+        gathering.all(TypeAdapter(int), gather)
+        self.calibration = Calibration(windows.size, digest)
+        self._gathering = gathering
 
-    def moments_of(self, layer: ExpertLayer) -> LayerMoments | None:
-        """The moments that weight the errors of a layer's codes, if any."""
-        return self.calibration.moments[layer.number] if self.calibration else None
+    def moments_of(self, layer: ExpertLayer) -> ExpertMoments | None:
+        """The moments by which the errors of a layer's codes are measured, if any."""
+        if self._gathering is None:
+            return None
+        inputs = LayerInputs.read(self._gathering.file_of(layer))
+        return ExpertMoments(layer, inputs, str(self.opened.experts.activation))
 
     def describe(self, rule: RankRule | BitRule) -> str:
         """The rule in words, with what was calibrated on."""

@@ -26,7 +26,7 @@ from .codes import LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
-from .moments import LayerMoments
+from .moments import ExpertMoments, permute_moments
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
@@ -68,12 +68,12 @@ def group_for(columns: int) -> int:
 
 
 def try_layer(
-    layer: ExpertLayer, alignment: Alignment, resources: Resources, moments: LayerMoments | None = None
+    layer: ExpertLayer, alignment: Alignment, resources: Resources, moments: ExpertMoments | None = None
 ) -> dict[str, RoleTrial]:
     """The trials of a layer by role, from a few experts.
 
     The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. With
-    `moments` all energies and errors are weighted by them. Raises ModelUnreadable where a weight is not finite.
+    `moments` all energies and errors are measured by them. Raises ModelUnreadable where a weight is not finite.
     """
     chosen = evenly_spaced(layer.count, min(4, max(2, layer.count // 8)))
     trials: dict[str, RoleTrial] = {}
@@ -81,8 +81,11 @@ def try_layer(
         rows: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
 
         def try_role(role: str, rows: dict[str, list[NDArray[np.float32]]] = rows) -> RoleTrial:
-            weights = [moments.of_expert(role, expert, alignment) for expert in chosen] if moments else None
-            return _try_rows(layer, role, rows[role], weights)
+            of_experts = [
+                permute_moments(role, moments.of(role, expert), alignment.permutations[expert]) if moments else None
+                for expert in chosen
+            ]
+            return _try_rows(layer, role, rows[role], of_experts)
 
         for expert in chosen:
             for role, matrix in tensor.matrices(expert).items():
@@ -100,42 +103,41 @@ def _try_rows(
     layer: ExpertLayer,
     role: str,
     rows: Sequence[NDArray[np.float32]],
-    weights: Sequence[NDArray[np.float32]] | None,
+    moments: Sequence[NDArray[np.float32] | None],
 ) -> RoleTrial:
-    """The trial of one role, from the same rows of a few experts and what an error counts in each column of theirs."""
+    """The trial of one role, from the same rows of a few experts and the moments of their inputs."""
     count, columns = len(rows), rows[0].shape[1]
     shape = rows[0].shape[0], columns
     group = group_for(columns)
     mean = np.stack(rows).mean(axis=0, dtype=np.float64).astype(np.float32)
     code = BitsCode(2 ** base_bits(layer.count), group)
-    of_experts = weights or [None] * count
-    of_base = np.mean(weights, axis=0) if weights else None
-    lost = mean - code.decode(code.encode(mean, weights=of_base), shape)
+    lost = mean - code.decode(code.encode(mean), shape)
     factor = np.float32(np.sqrt(count / (count - 1) * (layer.count - 1) / layer.count))
     deltas = [factor * (matrix - mean) + lost for matrix in rows]
-    energy = _energy(rows, of_experts)
+    energy = _energy(rows, moments)
 
     def errors(matrices: Sequence[NDArray[np.float32]]) -> dict[int, float]:
         result = {}
         for levels in TRIED:
             tried = BitsCode(levels, group)
             left = [
-                matrix - tried.decode(tried.encode(matrix, weights=each), shape)
-                for matrix, each in zip(matrices, of_experts, strict=True)
+                matrix - tried.decode(tried.encode(matrix, moments=each), shape)
+                for matrix, each in zip(matrices, moments, strict=True)
             ]
-            result[levels] = _energy(left, of_experts) / energy if energy else 0.0
+            result[levels] = _energy(left, moments) / energy if energy else 0.0
         return result
 
-    share = _energy(deltas, of_experts) / energy if energy else 0.0
+    share = _energy(deltas, moments) / energy if energy else 0.0
     return RoleTrial(layer.shape(role), layer.count, share, errors(deltas), errors(rows))
 
 
-def _energy(matrices: Sequence[NDArray[np.float32]], weights: Sequence[NDArray[np.float32] | None]) -> float:
-    """The sum of squares, each column times its weight where there are weights."""
-    squares = (np.square(matrix, dtype=np.float64) for matrix in matrices)
-    return sum(
-        float((square if each is None else square * each).sum()) for square, each in zip(squares, weights, strict=True)
-    )
+def _energy(matrices: Sequence[NDArray[np.float32]], moments: Sequence[NDArray[np.float32] | None]) -> float:
+    """The squared length of all rows, by the moments where there are any."""
+    energy = 0.0
+    for matrix, each in zip(matrices, moments, strict=True):
+        own = np.square(matrix, dtype=np.float64) if each is None else (matrix @ each) * matrix
+        energy += float(own.sum(dtype=np.float64))
+    return energy
 
 
 class OverlayOptions(RankOptions, total=False):

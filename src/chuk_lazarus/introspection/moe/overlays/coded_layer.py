@@ -12,25 +12,26 @@ from ..numerics.alignment import Alignment, keep_order, permute
 from ..weights.expert_layer import ExpertLayer
 from .alignment import align_layer, mean_aligned
 from .codes import LayerCodes
+from .codes.bf16 import Bf16Code
 from .codes.code import Parts
-from .moments import LayerMoments
+from .moments import ExpertMoments, permute_moments
 
 
 class CodedLayer:
     """Codes the experts of a layer whose neurons are in the order that `alignment` says.
 
     `code_bases` comes first. Then `code` may be called from several threads. Experts without a base are coded without
-    bias, deltas for the least error: what shrinks a small delta hardly shrinks the expert. With `moments` errors of
-    weights count by the mean squares of what they are multiplied with.
+    bias, deltas for the least error: what shrinks a small delta hardly shrinks the expert. With `moments` errors are
+    measured by those of the experts' inputs; the bases are coded without, since deltas make up for their errors.
     """
 
     def __init__(
-        self, layer: ExpertLayer, codes: LayerCodes, alignment: Alignment, moments: LayerMoments | None = None
+        self, layer: ExpertLayer, codes: LayerCodes, alignment: Alignment, moments: ExpertMoments | None = None
     ) -> None:
         self.layer = layer
         self.codes = codes
         self.alignment = alignment
-        self.moments = moments
+        self._moments = moments
         self._bases: dict[str, NDArray[np.float32]] = {}
 
     def code_bases(self, pool: ThreadPoolExecutor) -> dict[str, dict[str, NDArray[Any]]]:
@@ -41,8 +42,7 @@ class CodedLayer:
                 continue
             for role, mean in mean_aligned(tensor, self.alignment, pool).items():
                 if code := self.codes[role].base:
-                    weights = self.moments.of_base(role, self.alignment) if self.moments else None
-                    parts[role] = code.encode(mean.astype(np.float32), weights=weights)
+                    parts[role] = code.encode(mean.astype(np.float32))
                     self._bases[role] = code.decode(parts[role], self.layer.shape(role))
         return parts
 
@@ -57,9 +57,11 @@ class CodedLayer:
         if has_base:
             delta = delta if is_moved else delta.copy()
             subtract_base(self.layer.number, role, delta, self._bases[role])
-        weights = self.moments.of_expert(role, expert, self.alignment) if self.moments else None
+        moments = None
+        if self._moments and not isinstance(self.codes[role].delta, Bf16Code):
+            moments = permute_moments(role, self._moments.of(role, expert), permutation)
         try:
-            return self.codes[role].delta.encode(delta, unbiased=not has_base, weights=weights)
+            return self.codes[role].delta.encode(delta, unbiased=not has_base, moments=moments)
         except ValueError:
             refuse_not_finite(self.layer, expert, role)
 

@@ -87,8 +87,7 @@ def compress(
             parts = coded_bytes(job.layers, [codes[number] for number in numbers])
             options = f"--layers {format_ranges(numbers).replace(' ', '')} --bits {bits}"
             options += " --calibrate TEXT" if job.calibration else ""
-            moments_of_layers = job.calibration.moments if job.calibration else None
-            write = partial(write_coded_overlay, opened.experts, codes, options=options, moments=moments_of_layers)
+            write = partial(write_coded_overlay, opened.experts, codes, options=options, moments=job.moments_of)
         else:
             parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
             write = partial(write_overlay, opened.experts, ranks)

@@ -18,7 +18,7 @@ from ..weights.expert_layer import ExpertLayer
 from .coded_layer import CodedLayer, find_alignment
 from .codes import LayerCodes
 from .coding import split_delta
-from .moments import LayerMoments
+from .moments import ExpertMoments
 from .quantisation import as_stored, round_to_bits
 
 ROUNDING_BITS = (8, 4)  # the usual quantisations; their output errors are shown beside the overlay's
@@ -193,7 +193,7 @@ def check_coded_layer(
     check: FidelityCheck,
     resources: Resources,
     progress: Progress,
-    moments: LayerMoments | None = None,
+    moments: ExpertMoments | None = None,
 ) -> LayerFidelity:
     """As `check_layer`, of a layer in codes."""
     layer.prefetch(progress)
@@ -219,7 +219,7 @@ def measure_coded_layer(
     codes: LayerCodes,
     resources: Resources,
     progress: Progress,
-    moments: LayerMoments | None = None,
+    moments: ExpertMoments | None = None,
 ) -> float:
     """The relative Frobenius error of a layer's experts in codes, all roles together."""
     layer.prefetch(progress)

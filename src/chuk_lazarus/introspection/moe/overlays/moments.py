@@ -1,74 +1,96 @@
-"""Second moments of what enters the experts' projections, by which the errors of columns are weighted.
+"""Second moments of what enters the experts' projections: what the errors of codes are measured by.
 
-The squared error of an output is that of the weights, each column times the mean square of its input, where inputs are
-uncorrelated.
+The squared error of an expert's output on its inputs x is that of the weights, E, in the metric of their second moments
+H: the trace of E H Eᵀ (Frantar and others, 2023, for H from a text).
 """
 
+import io
+import threading
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
-from ..numerics.alignment import Alignment
+from ..files import write_whole
+from ..jobs.model import evenly_spaced
+from ..numerics.forward import run_gates
+from ..weights.expert_layer import ExpertLayer
 
-PRIOR = 32  # tokens' worth of the layer's mean moments that each expert is given
-LEAST = 0.01  # of the mean over all columns, which each column is given
-
-_rows_of_floats = TypeAdapter(list[list[float]])
-
-
-def _as_rows(value: Any) -> NDArray[np.float32]:
-    return np.array(_rows_of_floats.validate_python(value), np.float32)
-
-
-Rows = Annotated[NDArray[np.float32], PlainValidator(_as_rows), PlainSerializer(lambda array: array.tolist())]
-"""A matrix; in JSON it is a list of rows, which are read back exactly."""
+OTHERS = 128  # tokens of the layer that each expert is given beside its own
+DAMPING = 0.01  # of the mean over all columns, which each column is given: another text may use what this one does not
 
 
 @dataclass(frozen=True, slots=True)
-class LayerMoments:
-    """Mean squares by expert: of the `inputs` [experts, hidden] of gate and up, and of those of down, the `neurons`
-    [experts, intermediate] in the expert's own order."""
+class LayerInputs:
+    """What enters the experts of a layer while a model reads a text.
 
-    inputs: Rows
-    neurons: Rows
-
-    def of_role(self, role: str) -> NDArray[np.float32]:
-        """The mean squares of what enters a role's matrices: [experts, in]."""
-        return self.neurons if role == "down" else self.inputs
-
-    def of_expert(self, role: str, expert: int, alignment: Alignment) -> NDArray[np.float32]:
-        """Those of one expert [in], its neurons in the order of the base."""
-        moments = self.of_role(role)[expert]
-        return moments[alignment.permutations[expert]] if role == "down" else moments
-
-    def of_base(self, role: str, alignment: Alignment) -> NDArray[np.float32]:
-        """The mean of all experts' [in], their neurons in order."""
-        moments = [self.of_expert(role, expert, alignment) for expert in range(len(self.of_role(role)))]
-        return np.asarray(np.mean(moments, axis=0, dtype=np.float64), np.float32)
-
-
-def mean_squares(sums: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean squares [experts, n] from sums of squares and the numbers of tokens [experts].
-
-    An expert with few tokens is drawn to the layer's mean, as if PRIOR tokens had been seen of that; an input that is
-    always zero still counts a little, since another text may use it.
+    `x` are bfloat16 inputs [tokens, hidden], and `experts` int32 [tokens, k] those that each token goes to.
     """
-    total = counts.sum(dtype=np.float64)
-    mean = sums.sum(axis=0, dtype=np.float64) / total if total else np.ones(sums.shape[1])
-    moments = (sums + PRIOR * mean) / (counts[:, None] + PRIOR)
-    return np.asarray(moments + LEAST * moments.mean(axis=1, keepdims=True), np.float32)
+
+    x: NDArray[np.generic]
+    experts: NDArray[np.int32]
+
+    def of_expert(self, expert: int) -> NDArray[np.float32]:
+        """The inputs of one expert [n, hidden], and a few of all tokens, of which an expert without tokens lives."""
+        is_theirs = (self.experts == expert).any(axis=1)
+        is_theirs[list(evenly_spaced(len(self.x), OTHERS))] = True
+        return self.x[is_theirs].astype(np.float32)
+
+    def write(self, path: Path) -> None:
+        """Write a file that `read` reads; raises OSError."""
+        file = io.BytesIO()
+        np.savez(file, x=self.x.view(np.uint16), experts=self.experts)
+        write_whole(path, file.getbuffer())
+
+    @classmethod
+    def read(cls, path: Path) -> "LayerInputs":
+        """What `write` wrote; raises OSError."""
+        with np.load(path) as arrays:
+            return cls(arrays["x"].view(ml_dtypes.bfloat16), arrays["experts"])
+
+
+class ExpertMoments:
+    """The second moments of what enters the projections of a layer's experts; several threads may ask for them."""
+
+    def __init__(self, layer: ExpertLayer, inputs: LayerInputs, activation: str) -> None:
+        self._layer, self._inputs, self._activation = layer, inputs, activation
+        self._last = threading.local()  # gate and up follow each other, and have the same inputs
+
+    def of(self, role: str, expert: int) -> NDArray[np.float32]:
+        """The second moments [in, in] of what enters one matrix; neurons are in the expert's own order."""
+        key = role == "down", expert
+        if getattr(self._last, "key", None) != key:
+            x = self._inputs.of_expert(expert)
+            if role == "down":
+                matrices, biases = self._layer.matrices(expert), self._layer.biases(expert)
+                x = run_gates(x, matrices, biases, self._activation)
+            self._last.key, self._last.moments = key, second_moments(x)
+        moments: NDArray[np.float32] = self._last.moments
+        return moments
+
+
+def second_moments(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The mean of x xᵀ over the rows of `x` [n, d], with DAMPING on its diagonal: [d, d], positive definite."""
+    peak = np.abs(x).max(initial=0.0) or np.float32(1.0)
+    moments: NDArray[np.float32] = (x / peak).T @ (x / peak) / np.float32(len(x))
+    mean = moments.trace() / np.float32(len(moments))
+    np.fill_diagonal(moments, moments.diagonal() + np.float32(DAMPING) * (mean or np.float32(1.0)))
+    return moments
+
+
+def permute_moments(role: str, moments: NDArray[np.float32], permutation: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Those of a matrix whose neurons are in another order, see `permute`."""
+    return moments[np.ix_(permutation, permutation)] if role == "down" else moments
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The moments of some layers, by number, from so many `tokens`; `digest` tells them from any other tokens."""
+    """What was calibrated on: so many `tokens`, whose `digest` tells them from any other."""
 
     tokens: int
     digest: str
-    moments: dict[int, LayerMoments]
 
     def __str__(self) -> str:
         return f"calibrated on {self.tokens} tokens ({self.digest})"

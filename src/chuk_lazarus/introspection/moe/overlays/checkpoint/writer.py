@@ -33,7 +33,7 @@ from ..codes import LayerCodes
 from ..codes.low_rank import FactorsCode, SumCode
 from ..coding import split_delta
 from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
-from ..moments import LayerMoments
+from ..moments import ExpertMoments
 from ..quantisation import BF16
 from .auxiliary import read_auxiliary_files
 from .biases import permuted_biases
@@ -129,13 +129,13 @@ def write_coded_overlay(
     checks: Mapping[int, FidelityCheck] | None = None,
     card: Callable[[], str] = str,
     options: str = "",
-    moments: Mapping[int, LayerMoments] | None = None,
+    moments: Callable[[ExpertLayer], ExpertMoments | None] = lambda layer: None,
 ) -> None:
     """As `write_overlay`, with the layers in `codes` (layer -> role -> codes) as version 2 keeps them.
 
     The neurons of layers with a base are brought into its order, those of the experts' biases with them. `options` are
-    those of the command by which the card says that the experts can be verified. `moments`, by layer, weight the errors
-    that the codes are chosen by.
+    those of the command by which the card says that the experts can be verified. `moments` gives
+    those of a layer by which errors are measured.
     """
     layers = [_check_codes(experts, number, codes[number]) for number in sorted(codes)]
     coded = {
@@ -167,7 +167,7 @@ def write_coded_overlay(
                 coded[layer.number],
                 prefix,
                 find,
-                (moments or {}).get(layer.number),
+                moments,
                 check,
                 resources,
                 progress,
@@ -426,7 +426,7 @@ def _fill_coded(
     coded: CodedExperts,
     prefix: str,
     find: Callable[[], Alignment],
-    moments: LayerMoments | None,
+    moments: Callable[[ExpertLayer], ExpertMoments | None],
     check: FidelityCheck | None,
     resources: Resources,
     progress: Progress,
@@ -437,7 +437,7 @@ def _fill_coded(
     `find` gives the order of the neurons. Where there is a check, it compares as `_fill_layer` does.
     """
     layer.prefetch(progress)
-    coder = CodedLayer(layer, coded.codes, find(), moments)
+    coder = CodedLayer(layer, coded.codes, find(), moments(layer))
 
     def write(expert: int) -> ExpertErrors | None:
         exact, rebuilt = layer.matrices(expert), {}

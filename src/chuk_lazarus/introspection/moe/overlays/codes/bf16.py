@@ -21,7 +21,7 @@ class Bf16Code:
         return {"values": PartLayout("BF16", shape)}
 
     def encode(
-        self, matrix: NDArray[np.float32], *, unbiased: bool = False, weights: NDArray[np.float32] | None = None
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
         check_finite(matrix)
         return {"values": matrix.astype(ml_dtypes.bfloat16)}

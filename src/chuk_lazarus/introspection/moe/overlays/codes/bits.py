@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .code import PartLayout, Parts, Shape, check_finite, normalise_weights
+from .code import PartLayout, Parts, Shape, check_finite
 from .packing import bits_of, pack_levels, packed_bytes, unpack_levels
 from .scales import GREATEST, decode_scales, encode_scales
 
@@ -38,6 +38,7 @@ TRIES: dict[int, tuple[float, float, float]] = {
 LEAST_ENERGY, GREATEST_ENERGY = 1e-12, 1e24  # of a matrix whose numbers are coded as they are
 FEW = 0.1  # the share of the groups up to which the peaks are not worth a try
 ALIKE = np.float32(1 + 1e-6)
+FEEDBACK = 64  # columns after which the errors of rounding are handed on to all that follow
 SPREAD = 0.7  # of the two tries on either side, in spreads
 
 
@@ -87,7 +88,7 @@ class BitsCode:
         }
 
     def encode(
-        self, matrix: NDArray[np.float32], *, unbiased: bool = False, weights: NDArray[np.float32] | None = None
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
         exponent, energy = 0, float(np.vdot(matrix, matrix))
         if not LEAST_ENERGY < energy < GREATEST_ENERGY:  # a peak of about one keeps squares within float32
@@ -95,24 +96,28 @@ class BitsCode:
             matrix = np.ldexp(matrix, -exponent)
             energy = float(np.vdot(matrix, matrix))
         rows, columns = matrix.shape
-        of_columns = None if weights is None else normalise_weights(weights)
-        if of_columns is not None:
-            energy = float(np.vdot(matrix * of_columns, matrix))
+        weights = None if moments is None else moments.diagonal()
         scales = np.zeros((rows, -(-columns // self.group)), np.float32)
         with_peaks = True
         for at, groups, block in self._blocks(matrix):
-            of_groups = None if of_columns is None else normalise_weights(self._of_groups(of_columns, groups))
+            of_groups = None if weights is None else self._weights_of(weights, groups)
             scales[at, groups], share = _fit(block, self.levels, with_peaks, of_groups)
             with_peaks = with_peaks and share > FEW
         codes, unit = encode_scales(scales, rounding=0.5 if self.levels >= 64 else 0.0)
         scales = decode_scales(codes, np.asarray(unit, np.float32))
         levels = np.empty((rows, columns), np.uint8)
         product = 0.0
-        for at, groups, block in self._blocks(matrix):
+        if moments is not None:
+            of_columns = np.repeat(scales, self.group, axis=1)[:, :columns]
+            steps = _round_with_feedback(matrix, of_columns, self.levels, moments)
+            if unbiased:
+                measured = matrix @ moments
+                energy, product = float(np.vdot(measured, matrix)), float(np.vdot(measured, steps * of_columns))
+            levels[:] = steps + np.float32((self.levels - 1) / 2)
+        for at, groups, block in self._blocks(matrix) if moments is None else ():
             steps = _round(block, scales[at, groups], self.levels)
             if unbiased:
-                weighted = block if of_columns is None else block * self._of_groups(of_columns, groups)
-                product += float(np.vdot(np.vecdot(weighted, steps), scales[at, groups]))
+                product += float(np.vdot(np.vecdot(block, steps), scales[at, groups]))
             steps += np.float32((self.levels - 1) / 2)
             start = groups.start * self.group
             levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
@@ -156,9 +161,10 @@ class BitsCode:
         biases = scales * np.float32((1 - self.levels) / 2)
         return Affine(np.ascontiguousarray(data).view("<u4"), scales, biases, group, bits)
 
-    def _of_groups(self, weights: NDArray[np.float32], groups: slice) -> NDArray[np.float32]:
-        """The weights of the columns of some groups: [in] -> [groups, n]."""
-        return weights[groups.start * self.group : groups.stop * self.group].reshape(groups.stop - groups.start, -1)
+    def _weights_of(self, weights: NDArray[np.float32], groups: slice) -> NDArray[np.float32]:
+        """The weights [in] of the columns of some groups, with a mean of one in each: [groups, n]."""
+        own = weights[groups.start * self.group : groups.stop * self.group].reshape(groups.stop - groups.start, -1)
+        return np.asarray(own / own.mean(axis=-1, keepdims=True, dtype=np.float64), np.float32)
 
     def _blocks(self, matrix: NDArray[np.float32]) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
         """The matrix block by block: the rows, the groups, and float32 [rows, groups, n]."""
@@ -228,3 +234,37 @@ def _round(block: NDArray[np.float32], scales: NDArray[np.float32], levels: int)
     np.clip(steps, -half, half - 1, out=steps)
     steps += np.float32(0.5)
     return steps
+
+
+def _round_with_feedback(
+    matrix: NDArray[np.float32], scales: NDArray[np.float32], levels: int, moments: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """As `_round`, column by column: those that follow make up for the error of each, as far as inputs go together.
+
+    `scales` are those of each weight, `moments` [in, in]. This is GPTQ (Frantar and others, 2023), which is Babai's
+    nearest plane: with U the upper Cholesky factor of the inverse moments, the error of column j moves the later ones
+    by U[j, k] / U[j, j].
+    """
+    upper = _inverse_factor(moments)
+    left = matrix.copy()
+    steps = np.empty_like(matrix)
+    columns = matrix.shape[1]
+    for start in range(0, columns, FEEDBACK):
+        stop = min(columns, start + FEEDBACK)
+        errors = np.empty((len(matrix), stop - start), np.float32)
+        for column in range(start, stop):
+            scale = scales[:, column]
+            own = _round(left[:, column, None, None], scale[:, None], levels)[:, 0, 0]
+            steps[:, column] = own
+            error = (left[:, column] - own * scale) / upper[column, column]
+            errors[:, column - start] = error
+            left[:, column + 1 : stop] -= np.outer(error, upper[column, column + 1 : stop])
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    return steps
+
+
+def _inverse_factor(moments: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The upper triangular U with Uᵀ U = the inverse of the moments."""
+    # the reversed moments' lower factor L gives it: U is the inverse of L, turned around
+    lower = np.linalg.cholesky(moments[::-1, ::-1].astype(np.float64))
+    return np.asarray(np.linalg.inv(lower)[::-1, ::-1], np.float32)

@@ -39,13 +39,13 @@ class Code(Protocol):
         """The parts of a matrix of that shape."""
 
     def encode(
-        self, matrix: NDArray[np.float32], *, unbiased: bool = False, weights: NDArray[np.float32] | None = None
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
         """The parts of a matrix [out, in], which is not changed; raises ValueError where it is not finite.
 
         Least squares shrinks what it codes. `unbiased` undoes that: the decoded matrix then has the product with the
-        original that the original has with itself. `weights` [in], not negative, are what a squared error counts in
-        each column; products are weighted, too.
+        original that the original has with itself. `moments` [in, in], positive definite, are the second moments
+        of the inputs, by which errors and products are measured; without them all columns count alike.
         """
 
     def decode(self, parts: Parts, shape: Shape) -> NDArray[np.float32]:
@@ -65,13 +65,6 @@ def check_finite(matrix: NDArray[np.float32]) -> float:
     if not np.isfinite(peak):
         raise ValueError("the matrix holds NaN or infinity")
     return peak
-
-
-def normalise_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Weights [..., n] with a mean of one, so that equal ones are exactly 1; all 1 where none is above 0."""
-    mean = weights.mean(axis=-1, keepdims=True, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(mean > 0, weights / mean, 1.0).astype(np.float32)
 
 
 def inner(parts: Mapping[str, Array], prefix: str) -> dict[str, Array]:

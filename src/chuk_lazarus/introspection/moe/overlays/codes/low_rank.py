@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ...numerics.low_rank import Factors, factorise
 from .bits import BitsCode
-from .code import PartLayout, Parts, Shape, check_finite, inner, normalise_weights
+from .code import PartLayout, Parts, Shape, check_finite, inner
 
 MORE, ITERATIONS = 8, 2  # of the random start: vectors beside those of the rank, and iterations
 SMALL_SHARE = 6  # times so many vectors must fit into the shorter side, for it to be the faster way
@@ -19,7 +19,8 @@ class FactorsCode:
     """`left @ right` of a rank, both in the code `bits`: parts `left.*` of left transposed [rank, out], so that groups
     run along the outputs, and `right.*` of right [rank, in].
 
-    The right factor is fitted by least squares to the left one as it is stored.
+    The right factor is fitted by least squares to the left one as it is stored, which is the best fit whatever the
+    moments of the inputs.
     """
 
     rank: int
@@ -37,22 +38,21 @@ class FactorsCode:
         }
 
     def encode(
-        self, matrix: NDArray[np.float32], *, unbiased: bool = False, weights: NDArray[np.float32] | None = None
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
         """See `Code`; factors are never made unbiased, since what they leave out is no shrinkage.
 
-        With weights the left factor is that of the matrix whose columns are scaled by their roots. Raises ValueError
-        for a rank above min(out, in), too.
+        With moments the left factor is that of the matrix times their Cholesky factor. Raises ValueError for a rank
+        above min(out, in), too.
         """
         exponent = int(np.frexp(check_finite(matrix))[1])
         matrix = np.ldexp(matrix, -exponent)
-        scaled = matrix if weights is None else matrix * np.sqrt(normalise_weights(weights))
-        factors = _factorise(scaled, self.rank)
+        whitened = matrix if moments is None else matrix @ np.linalg.cholesky(moments)
+        factors = _factorise(whitened, self.rank)
         left = self.bits.encode(np.ascontiguousarray(factors.left.T) / _norm(factors.left))
         stored = self.bits.decode(left, (self.rank, matrix.shape[0]))
-        # each column of the right factor has a fit of its own, which its weight does not change
         right = np.linalg.lstsq(stored @ stored.T, stored @ matrix)[0] if self.rank else factors.right
-        coded = self.bits.encode(np.ldexp(right.astype(np.float32), exponent), weights=weights)
+        coded = self.bits.encode(np.ldexp(right.astype(np.float32), exponent), moments=moments)
         return {f"left.{name}": part for name, part in left.items()} | {
             f"right.{name}": part for name, part in coded.items()
         }
@@ -82,11 +82,11 @@ class SumCode:
         }
 
     def encode(
-        self, matrix: NDArray[np.float32], *, unbiased: bool = False, weights: NDArray[np.float32] | None = None
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
-        factors = self.factors.encode(matrix, weights=weights)
+        factors = self.factors.encode(matrix, moments=moments)
         left_over = matrix - self.factors.decode(factors, _shape(matrix))
-        rest = self.rest.encode(left_over, unbiased=unbiased, weights=weights)
+        rest = self.rest.encode(left_over, unbiased=unbiased, moments=moments)
         return {f"factors.{name}": part for name, part in factors.items()} | {
             f"rest.{name}": part for name, part in rest.items()
         }

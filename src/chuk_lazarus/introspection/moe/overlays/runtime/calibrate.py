@@ -1,4 +1,4 @@
-"""What enters the experts' projections while a model reads a text: the second moments of each expert's inputs.
+"""What enters the experts of a model while it reads a text.
 
 The model runs once, on all windows of the text side by side. Each decoder layer takes them a few at a time, and its
 weights are read when it is reached and let go when it is done: memory holds one layer, and one hidden vector for each
@@ -7,10 +7,10 @@ token.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from ...jobs.model import evenly_spaced
-from ..moments import LayerMoments, mean_squares
+from ..moments import LayerInputs
 from .evaluate import _tokenize
 from .load import check_files
 
@@ -52,39 +52,46 @@ def read_windows(folder: Path, text: Path) -> NDArray[np.int32]:
     return windows[list(evenly_spaced(len(windows), WINDOWS))]
 
 
-class _Sums:
-    """Sums of squares [experts, n] of what enters the experts' linear layers, and the numbers of tokens [experts].
+def gather_inputs(
+    folder: Path, windows: NDArray[np.int32], layers: Mapping[int, Sizes], keep: Callable[[int, LayerInputs], None]
+) -> None:
+    """Let mlx-lm's model in `folder` read `windows` [count, length]; `keep` is given what enters each layer's experts.
 
-    They are formed by a product, since sums in no certain order would give other codes when a stopped run goes on.
+    `layers` have their sizes, by number. Raises ModelUnreadable where mlx-lm can't load or run the model, UnknownFormat
+    where a layer has no such gated experts there.
     """
-
-    def __init__(self, linear: Module) -> None:
-        self.squares = mx.zeros((linear.num_experts, linear.input_dims))
-        self.counts = mx.zeros((linear.num_experts,))
-        _extend(linear, self._record)
-
-    def _record(self, call: Callable[..., mx.array], x: mx.array, indices: mx.array, *args: Any, **options: Any) -> Any:
-        rows = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:])).reshape(-1, x.shape[-1])
-        experts = mx.arange(len(self.counts))[:, None]
-        is_theirs = (indices.reshape(1, -1) == experts).astype(mx.float32)
-        self.squares = self.squares + is_theirs @ mx.square(rows.astype(mx.float32))
-        self.counts = self.counts + is_theirs.sum(axis=1)
-        return call(x, indices, *args, **options)
-
-    def mean_squares(self, what: str) -> NDArray[np.float32]:
-        """See `moments.mean_squares`; raises ModelUnreadable where a sum is not finite."""
-        squares = np.array(self.squares)
-        if not np.isfinite(squares).all():
-            raise ModelUnreadable(f"{what}: what enters the experts is not finite", "its weights are broken")
-        return mean_squares(squares, np.array(self.counts))
+    check_files(folder)
+    try:
+        model, config = load_model(folder, lazy=True)
+        if mx.default_device() == mx.cpu:  # where gather_mm takes float32 only
+            model.set_dtype(mx.float32)
+        _watch_layers(model, layers, str(config.get("model_type")), keep)
+        model(mx.array(windows))
+    except MoEError:
+        raise
+    except Exception as error:  # mlx-lm may raise anything, as in load_overlay
+        reason = " ".join(str(error).split())[:300]
+        raise ModelUnreadable(f"mlx-lm can't run it: {reason or type(error).__name__}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorded:
-    """The sums of one layer: of the inputs of gate and up, and of those of down."""
+class _Watch:
+    """What enters the experts of a block, as it is called."""
 
-    inputs: _Sums
-    neurons: _Sums
+    def __init__(self, block: SwitchGLU) -> None:
+        self.calls: list[tuple[mx.array, mx.array]] = []
+        _extend(block, self._note)
+
+    def _note(self, call: Callable[..., mx.array], x: mx.array, indices: mx.array) -> mx.array:
+        self.calls.append((x.reshape(-1, x.shape[-1]), indices.reshape(-1, indices.shape[-1])))
+        return call(x, indices)
+
+    def inputs(self, number: int) -> LayerInputs:
+        """All that was noted; raises ModelUnreadable where it is not finite."""
+        x = [np.array(x.astype(mx.float32)).astype(ml_dtypes.bfloat16) for x, _ in self.calls]
+        experts = [np.array(indices.astype(mx.int32)) for _, indices in self.calls]
+        if not all(np.isfinite(each.astype(np.float32)).all() for each in x):
+            raise ModelUnreadable(f"layer {number}: what enters the experts is not finite", "its weights are broken")
+        return LayerInputs(np.concatenate(x), np.concatenate(experts))
 
 
 def _extend(module: Module, call: Callable[..., Any]) -> None:
@@ -98,55 +105,25 @@ def _extend(module: Module, call: Callable[..., Any]) -> None:
     module.__class__ = Extended
 
 
-def gather_moments(
-    folder: Path, windows: NDArray[np.int32], layers: Mapping[int, Sizes], done: Callable[[int], None]
-) -> dict[int, LayerMoments]:
-    """The moments of the experts in `layers` while mlx-lm's model in `folder` reads `windows` [count, length].
-
-    `layers` have their sizes, by number, and `done` is told the number of each decoder layer that is done. Raises ModelUnreadable where mlx-lm can't load or run
-    the model, UnknownFormat where a layer has no gated experts there.
-    """
-    check_files(folder)
-    try:
-        model, config = load_model(folder, lazy=True)
-        if mx.default_device() == mx.cpu:  # where gather_mm takes float32 only
-            model.set_dtype(mx.float32)
-        recorded = _record_layers(model, layers, str(config.get("model_type")), done)
-        model(mx.array(windows))
-    except MoEError:
-        raise
-    except Exception as error:  # mlx-lm may raise anything, as in load_overlay
-        reason = " ".join(str(error).split())[:300]
-        raise ModelUnreadable(f"mlx-lm can't run it: {reason or type(error).__name__}") from error
-    return {
-        number: LayerMoments(
-            sums.inputs.mean_squares(f"layer {number}"), sums.neurons.mean_squares(f"layer {number}, in the experts")
-        )
-        for number, sums in recorded.items()
-    }
-
-
-def _record_layers(
-    model: Module, layers: Mapping[int, Sizes], model_type: str, done: Callable[[int], None]
-) -> Mapping[int, _Recorded]:
-    """Let decoder layers run batch by batch, and those in `layers` record what enters their experts.
+def _watch_layers(
+    model: Module, layers: Mapping[int, Sizes], model_type: str, keep: Callable[[int, LayerInputs], None]
+) -> None:
+    """Let decoder layers run batch by batch, and note what enters the experts of those in `layers`.
 
     Those after the last of these are left as they are: as MLX is lazy, they never run.
     """
-    modules = dict(model.named_modules())  # type: ignore[no-untyped-call]
-    recorded: dict[int, _Recorded] = {}
-    for path, module in modules.items():
+    missing = set(layers)
+    for path, module in list(model.named_modules()):  # type: ignore[no-untyped-call]
         match = _DECODER_LAYER.fullmatch(path)
         if not match or int(match[1]) > max(layers):
             continue
         number = int(match[1])
         blocks = [each for _, each in module.named_modules() if isinstance(each, SwitchGLU)]
-        if number in layers and len(blocks) == 1 and _sizes(blocks[0]) == layers[number]:
-            recorded[number] = _Recorded(_Sums(blocks[0].gate_proj), _Sums(blocks[0].down_proj))
-        _stream(module, number, recorded.get(number), done)
-    if missing := sorted(set(layers) - set(recorded)):
-        raise UnknownFormat(f"mlx-lm's {model_type} has no block of such experts in layer {missing[0]}")
-    return recorded
+        is_wanted = number in missing and len(blocks) == 1 and _sizes(blocks[0]) == layers[number]
+        missing -= {number} if is_wanted else set()
+        _stream(module, number, _Watch(blocks[0]) if is_wanted else None, keep)
+    if missing:
+        raise UnknownFormat(f"mlx-lm's {model_type} has no block of such gated experts in layer {min(missing)}")
 
 
 def _sizes(block: SwitchGLU) -> Sizes:
@@ -154,7 +131,7 @@ def _sizes(block: SwitchGLU) -> Sizes:
     return gate.num_experts, gate.input_dims, gate.output_dims
 
 
-def _stream(layer: Module, number: int, recorded: _Recorded | None, done: Callable[[int], None]) -> None:
+def _stream(layer: Module, number: int, watch: _Watch | None, keep: Callable[[int, LayerInputs], None]) -> None:
     """Let a decoder layer take BATCH windows at a time, and let its weights go when all are done."""
 
     def run(call: Callable[..., Any], x: mx.array, *args: Any, **options: Any) -> Any:
@@ -168,13 +145,12 @@ def _stream(layer: Module, number: int, recorded: _Recorded | None, done: Callab
                 return value[start:stop] if has_windows else value
 
             parts.append(call(x[start:stop], *tree_map(take, args), **tree_map(take, options)))
-            mx.eval(parts[-1])
-            if recorded:
-                mx.eval(recorded.inputs.squares, recorded.inputs.counts)
-                mx.eval(recorded.neurons.squares, recorded.neurons.counts)
+            mx.eval(parts[-1], watch.calls if watch else [])
         layer.clear()
         mx.clear_cache()
-        done(number)
+        if watch:
+            keep(number, watch.inputs(number))
+            watch.calls.clear()
         return tree_map(_join, parts[0], *parts[1:]) if len(parts) > 1 else parts[0]
 
     _extend(layer, run)
