@@ -38,7 +38,7 @@ TRIES: dict[int, tuple[float, float, float]] = {
 LEAST_ENERGY, GREATEST_ENERGY = 1e-12, 1e24  # of a matrix whose numbers are coded as they are
 FEW = 0.1  # the share of the groups up to which the peaks are not worth a try
 ALIKE = np.float32(1 + 1e-6)
-FEEDBACK = 64  # columns after which the errors of rounding are handed on to all that follow
+ROOM = 2.0  # times the largest scale is the unit, where what is left of a matrix grows by its feedback
 SPREAD = 0.7  # of the two tries on either side, in spreads
 
 
@@ -96,31 +96,33 @@ class BitsCode:
             matrix = np.ldexp(matrix, -exponent)
             energy = float(np.vdot(matrix, matrix))
         rows, columns = matrix.shape
-        weights = None if moments is None else moments.diagonal()
         scales = np.zeros((rows, -(-columns // self.group)), np.float32)
         with_peaks = True
         for at, groups, block in self._blocks(matrix):
-            of_groups = None if weights is None else self._weights_of(weights, groups)
-            scales[at, groups], share = _fit(block, self.levels, with_peaks, of_groups)
+            scales[at, groups], share = _fit(block, self.levels, with_peaks)
             with_peaks = with_peaks and share > FEW
-        codes, unit = encode_scales(scales, rounding=0.5 if self.levels >= 64 else 0.0)
-        scales = decode_scales(codes, np.asarray(unit, np.float32))
+        rounding = 0.5 if self.levels >= 64 else 0.0
+        codes, unit = encode_scales(scales, rounding)
         levels = np.empty((rows, columns), np.uint8)
         product = 0.0
         if moments is not None:
-            of_columns = np.repeat(scales, self.group, axis=1)[:, :columns]
-            steps = _round_with_feedback(matrix, of_columns, self.levels, moments)
-            if unbiased:
-                measured = matrix @ moments
-                energy, product = float(np.vdot(measured, matrix)), float(np.vdot(measured, steps * of_columns))
+            unit *= ROOM
+            steps = self._round_with_feedback(matrix, moments, codes, rounding, unit)
             levels[:] = steps + np.float32((self.levels - 1) / 2)
-        for at, groups, block in self._blocks(matrix) if moments is None else ():
-            steps = _round(block, scales[at, groups], self.levels)
             if unbiased:
-                product += float(np.vdot(np.vecdot(block, steps), scales[at, groups]))
-            steps += np.float32((self.levels - 1) / 2)
-            start = groups.start * self.group
-            levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
+                scales = decode_scales(codes, np.asarray(unit, np.float32))
+                decoded = steps * np.repeat(scales, self.group, axis=1)[:, :columns]
+                measured = matrix @ moments
+                energy, product = float(np.vdot(measured, matrix)), float(np.vdot(measured, decoded))
+        else:
+            scales = decode_scales(codes, np.asarray(unit, np.float32))
+            for at, groups, block in self._blocks(matrix):
+                steps = _round(block, scales[at, groups], self.levels)
+                if unbiased:
+                    product += float(np.vdot(np.vecdot(block, steps), scales[at, groups]))
+                steps += np.float32((self.levels - 1) / 2)
+                start = groups.start * self.group
+                levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
         if product > 0:
             unit *= energy / product
         unit = min(np.ldexp(unit, exponent), GREATEST / max(1.0, self.levels / 2))
@@ -161,10 +163,39 @@ class BitsCode:
         biases = scales * np.float32((1 - self.levels) / 2)
         return Affine(np.ascontiguousarray(data).view("<u4"), scales, biases, group, bits)
 
-    def _weights_of(self, weights: NDArray[np.float32], groups: slice) -> NDArray[np.float32]:
-        """The weights [in] of the columns of some groups, with a mean of one in each: [groups, n]."""
-        own = weights[groups.start * self.group : groups.stop * self.group].reshape(groups.stop - groups.start, -1)
-        return np.asarray(own / own.mean(axis=-1, keepdims=True, dtype=np.float64), np.float32)
+    def _round_with_feedback(
+        self,
+        matrix: NDArray[np.float32],
+        moments: NDArray[np.float32],
+        codes: NDArray[np.uint8],
+        rounding: float,
+        unit: float,
+    ) -> NDArray[np.float32]:
+        """As `_round`, column by column: those that follow make up for the error of each, as far as inputs go together.
+
+        The bytes of the scales, `codes`, are set group by group, from what is left of the matrix by then. This is GPTQ
+        (Frantar and others, 2023), which is Babai's nearest plane: with U the upper Cholesky factor of the inverse
+        moments, the error of column j moves column k by U[j, k] / U[j, j].
+        """
+        upper = _inverse_factor(moments)
+        weights = moments.diagonal()
+        left = matrix.copy()
+        steps = np.empty_like(matrix)
+        columns = matrix.shape[1]
+        for place, start in enumerate(range(0, columns, self.group)):
+            stop = min(columns, start + self.group)
+            own = weights[start:stop] / weights[start:stop].mean(dtype=np.float64)
+            scales, _ = _fit(left[:, None, start:stop], self.levels, True, own.astype(np.float32))
+            codes[:, place : place + 1], _ = encode_scales(scales, rounding, unit)
+            scales = decode_scales(codes[:, place : place + 1], np.asarray(unit, np.float32))
+            errors = np.empty((len(matrix), stop - start), np.float32)
+            for column in range(start, stop):
+                steps[:, column] = _round(left[:, column, None, None], scales, self.levels)[:, 0, 0]
+                error = (left[:, column] - steps[:, column] * scales[:, 0]) / upper[column, column]
+                errors[:, column - start] = error
+                left[:, column + 1 : stop] -= np.outer(error, upper[column, column + 1 : stop])
+            left[:, stop:] -= errors @ upper[start:stop, stop:]
+        return steps
 
     def _blocks(self, matrix: NDArray[np.float32]) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
         """The matrix block by block: the rows, the groups, and float32 [rows, groups, n]."""
@@ -184,7 +215,7 @@ def _weigh(block: NDArray[np.float32], weights: NDArray[np.float32] | None) -> N
 
 
 def _fit(
-    block: NDArray[np.float32], levels: int, with_peaks: bool, weights: NDArray[np.float32] | None
+    block: NDArray[np.float32], levels: int, with_peaks: bool, weights: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], float]:
     """The scale of each group with the least squared error: [rows, groups, n] -> [rows, groups].
 
@@ -233,33 +264,6 @@ def _round(block: NDArray[np.float32], scales: NDArray[np.float32], levels: int)
     np.floor(steps, out=steps)
     np.clip(steps, -half, half - 1, out=steps)
     steps += np.float32(0.5)
-    return steps
-
-
-def _round_with_feedback(
-    matrix: NDArray[np.float32], scales: NDArray[np.float32], levels: int, moments: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """As `_round`, column by column: those that follow make up for the error of each, as far as inputs go together.
-
-    `scales` are those of each weight, `moments` [in, in]. This is GPTQ (Frantar and others, 2023), which is Babai's
-    nearest plane: with U the upper Cholesky factor of the inverse moments, the error of column j moves the later ones
-    by U[j, k] / U[j, j].
-    """
-    upper = _inverse_factor(moments)
-    left = matrix.copy()
-    steps = np.empty_like(matrix)
-    columns = matrix.shape[1]
-    for start in range(0, columns, FEEDBACK):
-        stop = min(columns, start + FEEDBACK)
-        errors = np.empty((len(matrix), stop - start), np.float32)
-        for column in range(start, stop):
-            scale = scales[:, column]
-            own = _round(left[:, column, None, None], scale[:, None], levels)[:, 0, 0]
-            steps[:, column] = own
-            error = (left[:, column] - own * scale) / upper[column, column]
-            errors[:, column - start] = error
-            left[:, column + 1 : stop] -= np.outer(error, upper[column, column + 1 : stop])
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
     return steps
 
 
