@@ -73,7 +73,8 @@ def try_layer(
     """The trials of a layer by role, from a few experts.
 
     The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. With
-    `moments` all energies and errors are measured by them. Raises ModelUnreadable where a weight is not finite.
+    `moments` errors are measured by them; whether a base pays is told by the weights alone. Raises ModelUnreadable
+    where a weight is not finite.
     """
     chosen = evenly_spaced(layer.count, min(4, max(2, layer.count // 8)))
     trials: dict[str, RoleTrial] = {}
@@ -127,7 +128,9 @@ def _try_rows(
             result[levels] = _energy(left, moments) / energy if energy else 0.0
         return result
 
-    share = _energy(deltas, moments) / energy if energy else 0.0
+    by_weights: list[None] = [None] * count
+    whole = _energy(rows, by_weights)
+    share = _energy(deltas, by_weights) / whole if whole else 0.0
     return RoleTrial(layer.shape(role), layer.count, share, errors(deltas), errors(rows))
 
 
