@@ -16,6 +16,8 @@ from .codes.bf16 import Bf16Code
 from .codes.code import Parts
 from .moments import ExpertMoments, permute_moments
 
+SQUARES = 8  # moments [in, in] that rounding by them takes, their factors in float64 counted twice
+
 
 class CodedLayer:
     """Codes the experts of a layer whose neurons are in the order that `alignment` says.
@@ -33,6 +35,13 @@ class CodedLayer:
         self.alignment = alignment
         self._moments = moments
         self._bases: dict[str, NDArray[np.float32]] = {}
+
+    @property
+    def matrices_held(self) -> int:
+        """How many of the layer's matrices a thread holds while it codes one; with moments, those and their factors."""
+        hidden, intermediate = self.layer.sizes["H"], self.layer.sizes["I"]
+        sides = max(hidden, intermediate), min(hidden, intermediate)
+        return 2 + (-(-SQUARES * sides[0] // sides[1]) if self._moments else 0)
 
     def code_bases(self, pool: ThreadPoolExecutor) -> dict[str, dict[str, NDArray[Any]]]:
         """The parts of the bases, by role; reads all experts of the roles that have one."""

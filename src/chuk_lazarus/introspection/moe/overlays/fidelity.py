@@ -207,7 +207,7 @@ def check_coded_layer(
         done.add(layer.parameters // layer.count)
         return errors
 
-    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + 2) as pool:
+    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + coder.matrices_held) as pool:
         coder.code_bases(pool)
         for errors in pool.map(compare, range(layer.count)):
             check.add(errors)
@@ -236,7 +236,7 @@ def measure_coded_layer(
         done.add(layer.parameters // layer.count)
         return energy, lost
 
-    with resources.worker_threads(layer, matrices=6) as pool:
+    with resources.worker_threads(layer, matrices=4 + coder.matrices_held) as pool:
         coder.code_bases(pool)
         energies, losses = zip(*pool.map(measure, range(layer.count)), strict=True)
     return sqrt(sum(losses) / sum(energies)) if sum(energies) else 0.0

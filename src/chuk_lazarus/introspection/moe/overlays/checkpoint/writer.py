@@ -450,7 +450,7 @@ def _fill_coded(
                 shard.write(tensor_name(prefix, role, f"delta.{name}"), data, expert * len(data))
         return check.compare(expert, exact, rebuilt) if check else None
 
-    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + 2) as pool:
+    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + coder.matrices_held) as pool:
         for role, parts in coder.code_bases(pool).items():
             for name, array in parts.items():
                 shard.write(tensor_name(prefix, role, f"base.{name}"), array.tobytes())
