@@ -78,9 +78,9 @@ def test_it_errs_no_more_on_what_it_was_given(seed: int, rows: int, columns: int
 @pytest.mark.parametrize("code", [*CODES, SumCode(FactorsCode(3, BitsCode(8)), BitsCode(3))], ids=str)
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_inputs_that_are_all_alike_change_nothing(code: Any, unbiased: bool) -> None:
-    matrix = gaussian(20, 200)
+    matrix = gaussian(20, 256)
     plain = code.encode(matrix, unbiased=unbiased)
-    alike = code.encode(matrix, unbiased=unbiased, moments=np.eye(200, dtype=np.float32))
+    alike = code.encode(matrix, unbiased=unbiased, moments=np.eye(256, dtype=np.float32))
     decoded = [code.decode(parts, matrix.shape) for parts in (plain, alike)]
     np.testing.assert_allclose(*decoded, rtol=1e-5, atol=1e-6)
 
@@ -272,7 +272,7 @@ def test_held_out_text_is_predicted_better(demo: str, most: float, text: Path, t
         report = MoECompressionService.compress(demo, tmp_path / name, bits=2.25, **options)
         overlaid = predict(tmp_path / name, load_overlay)
         found.append(float((np.exp(original) * (original - overlaid)).sum(axis=-1).mean()))
-        assert report.bits_per_weight == pytest.approx(2.25, rel=0.005)
+        assert report.bits_per_weight == pytest.approx(2.25, rel=0.01)
     assert found[1] < most * found[0]
     rule = json.loads((tmp_path / "calibrated" / "config.json").read_text())["overlay_config"]["rule"]
     assert "calibrated on 8192 tokens" in rule

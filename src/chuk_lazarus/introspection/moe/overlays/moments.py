@@ -36,13 +36,13 @@ class LayerInputs:
         """The inputs of one expert [n, hidden], and a few of all tokens, of which an expert without tokens lives."""
         is_theirs = (self.experts == expert).any(axis=1)
         is_theirs[list(evenly_spaced(len(self.x), OTHERS))] = True
-        return self.x[is_theirs].astype(np.float32)
+        return np.asarray(self.x[is_theirs], np.float32)
 
     def write(self, path: Path) -> None:
         """Write a file that `read` reads; raises OSError."""
         file = io.BytesIO()
         np.savez(file, x=self.x.view(np.uint16), experts=self.experts)
-        write_whole(path, file.getbuffer())
+        write_whole(path, file.getvalue())
 
     @classmethod
     def read(cls, path: Path) -> "LayerInputs":
@@ -73,8 +73,8 @@ class ExpertMoments:
 
 def second_moments(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """The mean of x xᵀ over the rows of `x` [n, d], with DAMPING on its diagonal: [d, d], positive definite."""
-    peak = np.abs(x).max(initial=0.0) or np.float32(1.0)
-    moments: NDArray[np.float32] = (x / peak).T @ (x / peak) / np.float32(len(x))
+    scaled = x / np.float32(np.abs(x).max(initial=0.0) or 1.0)
+    moments: NDArray[np.float32] = scaled.T @ scaled / np.float32(len(x))
     mean = moments.trace() / np.float32(len(moments))
     np.fill_diagonal(moments, moments.diagonal() + np.float32(DAMPING) * (mean or np.float32(1.0)))
     return moments
