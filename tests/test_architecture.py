@@ -51,6 +51,7 @@ WITHIN: dict[str, set[str]] = {
         "overlays.coded_layer",
         "overlays.coding",
         "overlays.fidelity",
+        "overlays.moments",
         "overlays.quantisation",
     },
 }

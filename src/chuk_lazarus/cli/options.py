@@ -147,6 +147,17 @@ Bits = Annotated[
 Coded = Annotated[bool, typer.Option("--coded", help="With --target-ratio R: as --bits 16/R.")]
 
 
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate",
+        metavar="TEXT",
+        help="With --bits: run the model in MLX on this text file, and let errors count as the experts' inputs do.",
+        show_default=False,
+    ),
+]
+
+
 def rank_options(
     gate_rank: GateRank = None,
     up_rank: UpRank = None,

@@ -7,6 +7,7 @@ import typer
 
 from .command import JSON, MEMORY, OUTPUT, QUIET, VERBOSE, OptionGroup, Result, Run, command
 from .options import (
+    Calibrate,
     ExpertCount,
     Folder,
     Force,
@@ -43,6 +44,7 @@ def compute(
     layers: Layers = None,
     ranks: Codes,
     experts: ExpertCount = "all",
+    calibrate: Calibrate = None,
 ) -> "MoEOverlay":
     """Choose ranks for an overlay (one base and a low-rank delta per expert), and say what it keeps and takes.
 
@@ -59,7 +61,13 @@ def compute(
     from chuk_lazarus.introspection.moe import MoECompressionService
 
     return MoECompressionService.compute(
-        model, layer=layer, layers=layers, experts=parse_experts(experts), progress=run.progress, **ranks
+        model,
+        layer=layer,
+        layers=layers,
+        experts=parse_experts(experts),
+        calibrate=calibrate,
+        progress=run.progress,
+        **ranks,
     )
 
 
@@ -72,6 +80,7 @@ def verify(
     layers: Layers = None,
     ranks: Codes,
     experts: ExpertCount = "all",
+    calibrate: Calibrate = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="The worst expert's relative output error that still passes.")
     ] = 0.05,
@@ -98,6 +107,7 @@ def verify(
         tolerance=tolerance,
         inputs=inputs,
         seed=seed,
+        calibrate=calibrate,
         progress=run.progress,
         **ranks,
     )
@@ -149,6 +159,7 @@ def compress(
     ] = "all",
     ranks: Codes,
     experts: ExpertCount = "all",
+    calibrate: Calibrate = None,
     force: Force = False,
 ) -> "MoEOverlayCompression":
     """Write a model with its experts as overlays (base and low-rank factors) into a new folder, a complete checkpoint.
@@ -161,6 +172,7 @@ def compress(
       lazarus introspect moe-expert moe-overlay-compress -m demo:upcycled -O ./overlay
       lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --target-ratio 3
       lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --bits 2.25
+      lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --bits 2.25 --calibrate text.txt
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
 
@@ -170,6 +182,7 @@ def compress(
         layers=layers,
         experts=parse_experts(experts),
         force=force,
+        calibrate=calibrate,
         progress=run.progress,
         **ranks,
     )

@@ -28,7 +28,8 @@ class MoECompressionService:
     `max_error` (relative Frobenius error of the experts) or `target_ratio` (bytes) spread them over projections and
     layers where they buy the most; else each is the mean rank at `energy` (0.95) of the deltas. All but `estimate` also
     take `bits`, which chooses codes of so many bits for each weight of the experts, everything counted, or `coded` with
-    `target_ratio`. `model`, `layer`, `layers` and `progress` are as in MoETypeService. All raise a child of MoEError.
+    `target_ratio`, and `calibrate`, a text file: the model reads it in MLX, and errors of codes count as its experts'
+    inputs do. `model`, `layer`, `layers` and `progress` are as in MoETypeService. All raise a child of MoEError.
 
     >>> MoECompressionService.compute("demo:upcycled", target_ratio=2).layers[0].ranks
     {'gate': 23, 'up': 23, 'down': 24}
@@ -41,6 +42,7 @@ class MoECompressionService:
         layer: int | None = None,
         layers: Sequence[int] | str | None = None,
         experts: int | None = None,
+        calibrate: str | Path | None = None,
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlay:
@@ -48,7 +50,8 @@ class MoECompressionService:
 
         `experts` says of how many spectra are taken, None for all.
         """
-        return analysis.compute(model, layer, layers, overlay_rule(**options), experts, progress or no_progress)
+        rule, text = overlay_rule(**options), _as_path(calibrate)
+        return analysis.compute(model, layer, layers, rule, experts, text, progress or no_progress)
 
     @staticmethod
     def verify(
@@ -60,6 +63,7 @@ class MoECompressionService:
         tolerance: float = TOLERANCE,
         inputs: int = INPUTS,
         seed: int = 0,
+        calibrate: str | Path | None = None,
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlayVerification:
@@ -69,8 +73,9 @@ class MoECompressionService:
         The outputs are those of the whole expert function, on `inputs` seeded Gaussian vectors of the scale that the
         layer's norm gives. Passes when the worst expert's relative output error is within `tolerance`.
         """
-        rule = overlay_rule(**options)
-        return analysis.verify(model, layer, layers, rule, experts, tolerance, inputs, seed, progress or no_progress)
+        rule, text = overlay_rule(**options), _as_path(calibrate)
+        progress = progress or no_progress
+        return analysis.verify(model, layer, layers, rule, experts, tolerance, inputs, seed, text, progress)
 
     @staticmethod
     def estimate(
@@ -97,6 +102,7 @@ class MoECompressionService:
         layers: Sequence[int] | str = "all",
         experts: int | None = None,
         force: bool = False,
+        calibrate: str | Path | None = None,
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlayCompression:
@@ -105,8 +111,8 @@ class MoECompressionService:
         All MoE layers are overlaid unless `layers` says which; up to three of them are verified while they are written,
         for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
         """
-        rule, target = overlay_rule(**options), Path(folder).expanduser()
-        return compression.compress(model, target, layers, rule, experts, force, progress or no_progress)
+        rule, target, text = overlay_rule(**options), Path(folder).expanduser(), _as_path(calibrate)
+        return compression.compress(model, target, layers, rule, experts, force, text, progress or no_progress)
 
     @staticmethod
     def export(
@@ -138,3 +144,7 @@ class MoECompressionService:
         except ImportError:
             raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
         return evaluate_overlay(model, str(overlay), str(text), context, tokens, progress or no_progress)
+
+
+def _as_path(text: str | Path | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()

@@ -88,6 +88,10 @@ class ResumableLayers:
                 if is_ours and folder.stat().st_mtime < time.time() - LEFT:
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def file_of(self, layer: ExpertLayer) -> Path:
+        """Where the job may keep a file of its own for a layer, which goes with the rest."""
+        return self._folder / f"{layer.number}.data"
+
     @property
     def _is_kept(self) -> bool:
         """Whether results are kept: a single layer is soon measured again."""

@@ -53,14 +53,22 @@ def run_expert(x: Array, matrices: Mapping[str, Array], biases: Mapping[str, Arr
     `matrices` [out, in] and `biases` [out] are by role. Without a gate, the activation is applied to the up projection.
     """
 
-    def project(role: str, inputs: Array) -> Array:
-        return inputs @ matrices[role].T + biases.get(role, np.float32(0.0))
+    inner = run_gates(x, matrices, biases, activation)
+    return _project("down", inner, matrices, biases)
 
-    if "gate" in matrices:
-        inner = glu(project("gate", x), project("up", x), activation)
-    else:
-        inner = ACTIVATIONS[activation](project("up", x))
-    return project("down", inner)
+
+def run_gates(x: Array, matrices: Mapping[str, Array], biases: Mapping[str, Array], activation: str) -> Array:
+    """What enters the down projection [n, intermediate]; see `run_expert`."""
+    up = _project("up", x, matrices, biases)
+    return (
+        glu(_project("gate", x, matrices, biases), up, activation)
+        if "gate" in matrices
+        else ACTIVATIONS[activation](up)
+    )
+
+
+def _project(role: str, x: Array, matrices: Mapping[str, Array], biases: Mapping[str, Array]) -> Array:
+    return x @ matrices[role].T + biases.get(role, np.float32(0.0))
 
 
 def route(

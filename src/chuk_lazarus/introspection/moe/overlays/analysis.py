@@ -1,7 +1,9 @@
 """Overlays of a model, without writing one: ranks are chosen, experts verified, and the whole model estimated."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from ..numerics.rates import Rate, sharing_rates
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
 from ..weights.expert_layer import ExpertLayer
+from ..weights.repositories.local import Folder
 from .alignment import align_layer
 from .allocation import RankRule, check_ranks
 from .alternatives import Alternative, advise, compare_alternatives, sum_alternatives
@@ -35,6 +38,7 @@ from .layer import (
     ranked_bytes,
     total_bytes,
 )
+from .moments import Calibration, ExpertMoments, LayerInputs
 
 TOLERANCE = 0.05
 INPUTS = 256
@@ -46,12 +50,14 @@ def compute(
     layers: Sequence[int] | str | None,
     rule: RankRule | BitRule,
     experts: int | None,
+    calibrate: Path | None,
     progress: Progress,
 ) -> MoEOverlay:
     """The ranks or codes that the rule chooses, what they keep and the bytes that they take."""
     with name_model(model):
         job = OverlayJob(model, layer, layers, progress)
         curves: dict[int, LayerCurves] = {}
+        job.calibrate(calibrate, rule)
         if isinstance(rule, BitRule):
             codes = job.choose_codes(rule)
             errors = job.measure_codes(codes)
@@ -67,7 +73,7 @@ def compute(
         original, stored, overlay = total_bytes(results)
         return MoEOverlay(
             **job.opened.identity(),
-            rule=str(rule),
+            rule=job.describe(rule),
             layers=tuple(results),
             original_bytes=original,
             stored_bytes=stored,
@@ -90,6 +96,7 @@ def verify(
     tolerance: float,
     inputs: int,
     seed: int,
+    calibrate: Path | None,
     progress: Progress,
 ) -> MoEOverlayVerification:
     """The errors of experts that are rebuilt from an overlay, and whether the worst is within the tolerance.
@@ -102,6 +109,7 @@ def verify(
         job = OverlayJob(model, layer, layers, progress)
         job.check_activation()
         curves: dict[int, LayerCurves] = {}
+        job.calibrate(calibrate, rule)
         if isinstance(rule, BitRule):
             results = job.verify_codes(job.choose_codes(rule), inputs, seed)
         else:
@@ -115,7 +123,7 @@ def verify(
             **job.opened.identity(),
             passed=all(result.output_error.max <= tolerance for result in results),
             tolerance=tolerance,
-            rule=str(rule),
+            rule=job.describe(rule),
             activation=job.opened.experts.activation,
             inputs=inputs,
             seed=seed,
@@ -179,6 +187,8 @@ class OverlayJob:
         self.opened = OpenedModel(model, layer, layers, samples=samples, purpose="share")
         self.layers = self.opened.layers
         self.progress = progress
+        self.calibration: Calibration | None = None
+        self._gathering: ResumableLayers | None = None
         self._passes: list[ResumableLayers] = []
 
     def end(self) -> None:
@@ -191,6 +201,67 @@ class OverlayJob:
         key = [*work, self.opened.name]
         self._passes.append(ResumableLayers(self.opened.experts.checkpoint, key, self.layers, self.progress))
         return self._passes[-1]
+
+    def resumable_codes(self, *work: Any) -> ResumableLayers:
+        """As `resumable`, for work that depends on what was calibrated on."""
+        return self.resumable(*work, *([self.calibration.digest] if self.calibration else []))
+
+    def calibrate(self, text: Path | None, rule: RankRule | BitRule) -> None:
+        """Let errors of codes be measured by what enters the experts while the model reads a text, if there is one.
+
+        Raises InvalidRequest for a rule of ranks, a text that can't be read, a model that is not on this machine, and
+        where MLX is not installed; see `gather_inputs`, too.
+        """
+        if text is None:
+            return
+        if not isinstance(rule, BitRule):
+            raise InvalidRequest("a text to calibrate with is given, and ranks are wanted", "give it with codes")
+        repository = self.opened.experts.checkpoint.repository
+        if not isinstance(repository, Folder):
+            name = self.opened.name
+            raise InvalidRequest(f"{name} is not on this machine", f"run: hf download {name}, and give its folder")
+        folder = repository.path
+        try:
+            from .runtime.calibrate import gather_inputs, read_windows
+        except ImportError:
+            raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
+        self.check_activation()
+        windows = read_windows(folder, text)
+        digest = hashlib.sha256(windows.tobytes()).hexdigest()[:16]
+        gathering = self.resumable("inputs", digest)
+
+        def gather(due: Sequence[ExpertLayer], watched: Sequence[Progress]) -> Iterator[tuple[int, int]]:
+            places = {layer.number: place for place, layer in enumerate(due)}
+
+            def keep(number: int, inputs: LayerInputs) -> None:
+                place = places[number]
+                try:
+                    inputs.write(gathering.file_of(due[place]))
+                except OSError as error:
+                    reason = f"what the experts get can't be kept: {error.strerror}"
+                    raise InvalidRequest(reason, "set LAZARUS_CACHE to a folder with room") from None
+                size = due[place].stored_bytes
+                watched[place](f"calibrating layer {number}", size, size)
+
+            if due:
+                sizes = {layer.number: (layer.count, layer.sizes["H"], layer.sizes["I"]) for layer in due}
+                gather_inputs(folder, windows, sizes, keep)
+            yield from ((place, len(windows)) for place in places.values())
+
+        gathering.all(TypeAdapter(int), gather)
+        self.calibration = Calibration(windows.size, digest)
+        self._gathering = gathering
+
+    def moments_of(self, layer: ExpertLayer) -> ExpertMoments | None:
+        """The moments by which the errors of a layer's codes are measured, if any."""
+        if self._gathering is None:
+            return None
+        inputs = LayerInputs.read(self._gathering.file_of(layer))
+        return ExpertMoments(layer, inputs, str(self.opened.experts.activation))
+
+    def describe(self, rule: RankRule | BitRule) -> str:
+        """The rule in words, with what was calibrated on."""
+        return f"{rule}; {self.calibration}" if self.calibration else str(rule)
 
     def choose_ranks(self, rule: RankRule, experts: int | None) -> tuple[dict[int, Ranks], dict[int, LayerCurves]]:
         """The ranks of every layer by the rule, and the curves that were measured for it.
@@ -252,29 +323,30 @@ class OverlayJob:
         def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
             layer.prefetch(progress)
             resources = self.opened.resources
-            return try_layer(layer, align_layer(layer, resources), resources)
+            return try_layer(layer, align_layer(layer, resources), resources, self.moments_of(layer))
 
-        trials = self.resumable("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
+        trials = self.resumable_codes("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
         return rule.choose({layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)})
 
     def measure_codes(self, chosen: Mapping[int, LayerCodes]) -> list[float]:
         """The weight error that codes make in each layer."""
 
         def measure(layer: ExpertLayer, progress: Progress) -> float:
-            return measure_coded_layer(layer, chosen[layer.number], self.opened.resources, progress)
+            codes, moments = chosen[layer.number], self.moments_of(layer)
+            return measure_coded_layer(layer, codes, self.opened.resources, progress, moments)
 
-        return list(self.resumable("code", _codes_key(chosen)).each(TypeAdapter(float), measure))
+        return list(self.resumable_codes("code", _codes_key(chosen)).each(TypeAdapter(float), measure))
 
     def verify_codes(self, chosen: Mapping[int, LayerCodes], inputs: int, seed: int) -> list[LayerVerification]:
         """The errors that an overlay in these codes makes in each layer."""
 
         def verify(layer: ExpertLayer, progress: Progress) -> LayerVerification:
             codes, check = chosen[layer.number], self.fidelity_check(layer, inputs, seed)
-            fidelity = check_coded_layer(layer, codes, check, self.opened.resources, progress)
+            fidelity = check_coded_layer(layer, codes, check, self.opened.resources, progress, self.moments_of(layer))
             return layer_verification(layer.number, {}, fidelity, codes)
 
         key = _codes_key(chosen)
-        return self.resumable("verify", key, inputs, seed).each(TypeAdapter(LayerVerification), verify)
+        return self.resumable_codes("verify", key, inputs, seed).each(TypeAdapter(LayerVerification), verify)
 
     def fidelity_check(self, layer: ExpertLayer, inputs: int, seed: int) -> FidelityCheck:
         """The check of a layer's rebuilt experts against the originals, on `inputs` random inputs."""

@@ -12,21 +12,36 @@ from ..numerics.alignment import Alignment, keep_order, permute
 from ..weights.expert_layer import ExpertLayer
 from .alignment import align_layer, mean_aligned
 from .codes import LayerCodes
+from .codes.bf16 import Bf16Code
 from .codes.code import Parts
+from .moments import ExpertMoments, permute_moments
+
+SQUARES = 8  # moments [in, in] that rounding by them takes, their factors in float64 counted twice
 
 
 class CodedLayer:
     """Codes the experts of a layer whose neurons are in the order that `alignment` says.
 
     `code_bases` comes first. Then `code` may be called from several threads. Experts without a base are coded without
-    bias, deltas for the least error: what shrinks a small delta hardly shrinks the expert.
+    bias, deltas for the least error: what shrinks a small delta hardly shrinks the expert. With `moments` errors are
+    measured by those of the experts' inputs; the bases are coded without, since deltas make up for their errors.
     """
 
-    def __init__(self, layer: ExpertLayer, codes: LayerCodes, alignment: Alignment) -> None:
+    def __init__(
+        self, layer: ExpertLayer, codes: LayerCodes, alignment: Alignment, moments: ExpertMoments | None = None
+    ) -> None:
         self.layer = layer
         self.codes = codes
         self.alignment = alignment
+        self._moments = moments
         self._bases: dict[str, NDArray[np.float32]] = {}
+
+    @property
+    def matrices_held(self) -> int:
+        """How many of the layer's matrices a thread holds while it codes one; with moments, those and their factors."""
+        hidden, intermediate = self.layer.sizes["H"], self.layer.sizes["I"]
+        sides = max(hidden, intermediate), min(hidden, intermediate)
+        return 2 + (-(-SQUARES * sides[0] // sides[1]) if self._moments else 0)
 
     def code_bases(self, pool: ThreadPoolExecutor) -> dict[str, dict[str, NDArray[Any]]]:
         """The parts of the bases, by role; reads all experts of the roles that have one."""
@@ -51,8 +66,11 @@ class CodedLayer:
         if has_base:
             delta = delta if is_moved else delta.copy()
             subtract_base(self.layer.number, role, delta, self._bases[role])
+        moments = None
+        if self._moments and not isinstance(self.codes[role].delta, Bf16Code):
+            moments = permute_moments(role, self._moments.of(role, expert), permutation)
         try:
-            return self.codes[role].delta.encode(delta, unbiased=not has_base)
+            return self.codes[role].delta.encode(delta, unbiased=not has_base, moments=moments)
         except ValueError:
             refuse_not_finite(self.layer, expert, role)
 

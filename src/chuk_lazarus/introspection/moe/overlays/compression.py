@@ -36,6 +36,7 @@ def compress(
     rule: RankRule | BitRule,
     experts: int | None,
     force: bool,
+    calibrate: Path | None,
     progress: Progress,
 ) -> MoEOverlayCompression:
     """Write the model with its experts as an overlay into `folder`, and verify some of its layers."""
@@ -44,15 +45,16 @@ def compress(
         opened, numbers = job.opened, [layer.number for layer in job.layers]
         bits = rule.bits if isinstance(rule, BitRule) else None
         check_target(opened.experts, folder, numbers, force, bits)
+        job.calibrate(calibrate, rule)
         curves: dict[int, LayerCurves] = {}
         ranks: dict[int, Ranks] = {}
         codes: dict[int, LayerCodes] = {}
         if isinstance(rule, BitRule):
-            rule_text = f"{rule}; layers {format_ranges(numbers)}"
+            rule_text = f"{job.describe(rule)}; layers {format_ranges(numbers)}"
             planned_of_layers = planned_codes(opened.experts, folder, rule_text)
             codes = planned_of_layers or job.choose_codes(rule)
             if planned_of_layers:
-                job.resumable("trial")
+                job.resumable_codes("trial")
         else:
             rule_text = f"{rule}; {experts or 'all'} experts of layers {format_ranges(numbers)}"
             planned = planned_ranks(opened.experts, folder, rule_text)
@@ -73,7 +75,8 @@ def compress(
                 if check.is_complete:
                     fidelity = check.result()
                 elif codes:  # a stopped run has written the layer, and the check has not seen its experts
-                    fidelity = check_coded_layer(layer, codes[layer.number], check, opened.resources, progress)
+                    of_layer, moments = codes[layer.number], job.moments_of(layer)
+                    fidelity = check_coded_layer(layer, of_layer, check, opened.resources, progress, moments)
                 else:
                     fidelity = check_layer(layer, ranks[layer.number], check, opened.resources, progress)
                 number = layer.number
@@ -83,7 +86,8 @@ def compress(
         if codes:
             parts = coded_bytes(job.layers, [codes[number] for number in numbers])
             options = f"--layers {format_ranges(numbers).replace(' ', '')} --bits {bits}"
-            write = partial(write_coded_overlay, opened.experts, codes, options=options)
+            options += " --calibrate TEXT" if job.calibration else ""
+            write = partial(write_coded_overlay, opened.experts, codes, options=options, moments=job.moments_of)
         else:
             parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
             write = partial(write_overlay, opened.experts, ranks)
@@ -102,7 +106,7 @@ def compress(
         return MoEOverlayCompression(
             **opened.identity(),
             folder=printable(str(folder)),
-            rule=str(rule),
+            rule=job.describe(rule),
             ranks=ranks,
             codes={number: projection_codes(of_layer) for number, of_layer in codes.items()},
             bytes_before=before,

@@ -18,6 +18,7 @@ from ..weights.expert_layer import ExpertLayer
 from .coded_layer import CodedLayer, find_alignment
 from .codes import LayerCodes
 from .coding import split_delta
+from .moments import ExpertMoments
 from .quantisation import as_stored, round_to_bits
 
 ROUNDING_BITS = (8, 4)  # the usual quantisations; their output errors are shown beside the overlay's
@@ -187,11 +188,16 @@ def check_layer(
 
 
 def check_coded_layer(
-    layer: ExpertLayer, codes: LayerCodes, check: FidelityCheck, resources: Resources, progress: Progress
+    layer: ExpertLayer,
+    codes: LayerCodes,
+    check: FidelityCheck,
+    resources: Resources,
+    progress: Progress,
+    moments: ExpertMoments | None = None,
 ) -> LayerFidelity:
     """As `check_layer`, of a layer in codes."""
     layer.prefetch(progress)
-    coder = CodedLayer(layer, codes, find_alignment(layer, codes, resources))
+    coder = CodedLayer(layer, codes, find_alignment(layer, codes, resources), moments)
     done = expert_counter(progress, f"verifying layer {layer.number}", layer, layer.count)
 
     def compare(expert: int) -> ExpertErrors:
@@ -201,17 +207,23 @@ def check_coded_layer(
         done.add(layer.parameters // layer.count)
         return errors
 
-    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + 2) as pool:
+    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + coder.matrices_held) as pool:
         coder.code_bases(pool)
         for errors in pool.map(compare, range(layer.count)):
             check.add(errors)
     return check.result()
 
 
-def measure_coded_layer(layer: ExpertLayer, codes: LayerCodes, resources: Resources, progress: Progress) -> float:
+def measure_coded_layer(
+    layer: ExpertLayer,
+    codes: LayerCodes,
+    resources: Resources,
+    progress: Progress,
+    moments: ExpertMoments | None = None,
+) -> float:
     """The relative Frobenius error of a layer's experts in codes, all roles together."""
     layer.prefetch(progress)
-    coder = CodedLayer(layer, codes, find_alignment(layer, codes, resources))
+    coder = CodedLayer(layer, codes, find_alignment(layer, codes, resources), moments)
     done = expert_counter(progress, f"coding layer {layer.number}", layer, layer.count)
 
     def measure(expert: int) -> tuple[float, float]:
@@ -224,7 +236,7 @@ def measure_coded_layer(layer: ExpertLayer, codes: LayerCodes, resources: Resour
         done.add(layer.parameters // layer.count)
         return energy, lost
 
-    with resources.worker_threads(layer, matrices=6) as pool:
+    with resources.worker_threads(layer, matrices=4 + coder.matrices_held) as pool:
         coder.code_bases(pool)
         energies, losses = zip(*pool.map(measure, range(layer.count)), strict=True)
     return sqrt(sum(losses) / sum(energies)) if sum(energies) else 0.0

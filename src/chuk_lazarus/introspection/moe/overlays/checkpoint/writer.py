@@ -33,6 +33,7 @@ from ..codes import LayerCodes
 from ..codes.low_rank import FactorsCode, SumCode
 from ..coding import split_delta
 from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
+from ..moments import ExpertMoments
 from ..quantisation import BF16
 from .auxiliary import read_auxiliary_files
 from .biases import permuted_biases
@@ -129,11 +130,13 @@ def write_coded_overlay(
     checks: Mapping[int, FidelityCheck] | None = None,
     card: Callable[[], str] = str,
     options: str = "",
+    moments: Callable[[ExpertLayer], ExpertMoments | None] = lambda layer: None,
 ) -> None:
     """As `write_overlay`, with the layers in `codes` (layer -> role -> codes) as version 2 keeps them.
 
     The neurons of layers with a base are brought into its order, those of the experts' biases with them. `options` are
-    those of the command by which the card says that the experts can be verified.
+    those of the command by which the card says that the experts can be verified. `moments` gives
+    those of a layer by which errors are measured.
     """
     layers = [_check_codes(experts, number, codes[number]) for number in sorted(codes)]
     coded = {
@@ -159,7 +162,17 @@ def write_coded_overlay(
         check = (checks or {}).get(layer.number)
         return Shard(
             _coded_tensors(coded[layer.number], prefix),
-            partial(_fill_coded, layer, coded[layer.number], prefix, find, check, resources, progress),
+            partial(
+                _fill_coded,
+                layer,
+                coded[layer.number],
+                prefix,
+                find,
+                moments,
+                check,
+                resources,
+                progress,
+            ),
         )
 
     overlay = partial(_overlay_config, experts, source, rule, version=CODED_VERSION, coded=coded)
@@ -417,6 +430,7 @@ def _fill_coded(
     coded: CodedExperts,
     prefix: str,
     find: Callable[[], Alignment],
+    moments: Callable[[ExpertLayer], ExpertMoments | None],
     check: FidelityCheck | None,
     resources: Resources,
     progress: Progress,
@@ -427,7 +441,7 @@ def _fill_coded(
     `find` gives the order of the neurons. Where there is a check, it compares as `_fill_layer` does.
     """
     layer.prefetch(progress)
-    coder = CodedLayer(layer, coded.codes, find())
+    coder = CodedLayer(layer, coded.codes, find(), moments(layer))
 
     def write(expert: int) -> ExpertErrors | None:
         exact, rebuilt = layer.matrices(expert), {}
@@ -440,7 +454,7 @@ def _fill_coded(
                 shard.write(tensor_name(prefix, role, f"delta.{name}"), data, expert * len(data))
         return check.compare(expert, exact, rebuilt) if check else None
 
-    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + 2) as pool:
+    with resources.worker_threads(layer, matrices=MATRICES_COMPARED + coder.matrices_held) as pool:
         for role, parts in coder.code_bases(pool).items():
             for name, array in parts.items():
                 shard.write(tensor_name(prefix, role, f"base.{name}"), array.tobytes())

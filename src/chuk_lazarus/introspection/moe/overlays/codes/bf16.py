@@ -20,7 +20,9 @@ class Bf16Code:
     def layout(self, shape: Shape) -> dict[str, PartLayout]:
         return {"values": PartLayout("BF16", shape)}
 
-    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
         check_finite(matrix)
         return {"values": matrix.astype(ml_dtypes.bfloat16)}
 

@@ -38,6 +38,7 @@ TRIES: dict[int, tuple[float, float, float]] = {
 LEAST_ENERGY, GREATEST_ENERGY = 1e-12, 1e24  # of a matrix whose numbers are coded as they are
 FEW = 0.1  # the share of the groups up to which the peaks are not worth a try
 ALIKE = np.float32(1 + 1e-6)
+ROOM = 2.0  # times the largest scale is the unit, where what is left of a matrix grows by its feedback
 SPREAD = 0.7  # of the two tries on either side, in spreads
 
 
@@ -86,7 +87,9 @@ class BitsCode:
             "unit": PartLayout("F32", ()),
         }
 
-    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
         exponent, energy = 0, float(np.vdot(matrix, matrix))
         if not LEAST_ENERGY < energy < GREATEST_ENERGY:  # a peak of about one keeps squares within float32
             exponent = int(np.frexp(check_finite(matrix))[1])
@@ -98,17 +101,28 @@ class BitsCode:
         for at, groups, block in self._blocks(matrix):
             scales[at, groups], share = _fit(block, self.levels, with_peaks)
             with_peaks = with_peaks and share > FEW
-        codes, unit = encode_scales(scales, rounding=0.5 if self.levels >= 64 else 0.0)
-        scales = decode_scales(codes, np.asarray(unit, np.float32))
+        rounding = 0.5 if self.levels >= 64 else 0.0
+        codes, unit = encode_scales(scales, rounding)
         levels = np.empty((rows, columns), np.uint8)
         product = 0.0
-        for at, groups, block in self._blocks(matrix):
-            steps = _round(block, scales[at, groups], self.levels)
+        if moments is not None:
+            unit *= ROOM
+            steps = self._round_with_feedback(matrix, moments, codes, rounding, unit)
+            levels[:] = steps + np.float32((self.levels - 1) / 2)
             if unbiased:
-                product += float(np.vdot(np.vecdot(block, steps), scales[at, groups]))
-            steps += np.float32((self.levels - 1) / 2)
-            start = groups.start * self.group
-            levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
+                scales = decode_scales(codes, np.asarray(unit, np.float32))
+                decoded = steps * np.repeat(scales, self.group, axis=1)[:, :columns]
+                measured = matrix @ moments
+                energy, product = float(np.vdot(measured, matrix)), float(np.vdot(measured, decoded))
+        else:
+            scales = decode_scales(codes, np.asarray(unit, np.float32))
+            for at, groups, block in self._blocks(matrix):
+                steps = _round(block, scales[at, groups], self.levels)
+                if unbiased:
+                    product += float(np.vdot(np.vecdot(block, steps), scales[at, groups]))
+                steps += np.float32((self.levels - 1) / 2)
+                start = groups.start * self.group
+                levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
         if product > 0:
             unit *= energy / product
         unit = min(np.ldexp(unit, exponent), GREATEST / max(1.0, self.levels / 2))
@@ -149,6 +163,40 @@ class BitsCode:
         biases = scales * np.float32((1 - self.levels) / 2)
         return Affine(np.ascontiguousarray(data).view("<u4"), scales, biases, group, bits)
 
+    def _round_with_feedback(
+        self,
+        matrix: NDArray[np.float32],
+        moments: NDArray[np.float32],
+        codes: NDArray[np.uint8],
+        rounding: float,
+        unit: float,
+    ) -> NDArray[np.float32]:
+        """As `_round`, column by column: those that follow make up for the error of each, as far as inputs go together.
+
+        The bytes of the scales, `codes`, are set group by group, from what is left of the matrix by then. This is GPTQ
+        (Frantar and others, 2023), which is Babai's nearest plane: with U the upper Cholesky factor of the inverse
+        moments, the error of column j moves column k by U[j, k] / U[j, j].
+        """
+        upper = _inverse_factor(moments)
+        weights = moments.diagonal()
+        left = matrix.copy()
+        steps = np.empty_like(matrix)
+        columns = matrix.shape[1]
+        for place, start in enumerate(range(0, columns, self.group)):
+            stop = min(columns, start + self.group)
+            own = weights[start:stop] / weights[start:stop].mean(dtype=np.float64)
+            scales, _ = _fit(left[:, None, start:stop], self.levels, True, own.astype(np.float32))
+            codes[:, place : place + 1], _ = encode_scales(scales, rounding, unit)
+            scales = decode_scales(codes[:, place : place + 1], np.asarray(unit, np.float32))
+            errors = np.empty((len(matrix), stop - start), np.float32)
+            for column in range(start, stop):
+                steps[:, column] = _round(left[:, column, None, None], scales, self.levels)[:, 0, 0]
+                error = (left[:, column] - steps[:, column] * scales[:, 0]) / upper[column, column]
+                errors[:, column - start] = error
+                left[:, column + 1 : stop] -= np.outer(error, upper[column, column + 1 : stop])
+            left[:, stop:] -= errors @ upper[start:stop, stop:]
+        return steps
+
     def _blocks(self, matrix: NDArray[np.float32]) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
         """The matrix block by block: the rows, the groups, and float32 [rows, groups, n]."""
         rows, columns = matrix.shape
@@ -161,16 +209,26 @@ class BitsCode:
                 yield slice(row, row + step), slice(first, last), block.reshape(len(block), last - first, length)
 
 
-def _fit(block: NDArray[np.float32], levels: int, with_peaks: bool) -> tuple[NDArray[np.float32], float]:
+def _weigh(block: NDArray[np.float32], weights: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """[rows, groups, n] times the weights [groups, n]; without any, the block itself."""
+    return block if weights is None else block * weights
+
+
+def _fit(
+    block: NDArray[np.float32], levels: int, with_peaks: bool, weights: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.float32], float]:
     """The scale of each group with the least squared error: [rows, groups, n] -> [rows, groups].
+
+    `weights` [groups, n] are what the errors count, on average 1 in each group.
 
     With `with_peaks` the scale that puts the highest level on the peak is tried, too. Returns as well for what share of
     the groups that one is the best: it is for numbers that are levels already, and for many levels.
     """
     if levels == 2:
-        mean: NDArray[np.float32] = np.abs(block).mean(axis=-1)
+        mean: NDArray[np.float32] = _weigh(np.abs(block), weights).mean(axis=-1)
         return mean * np.float32(2.0), 0.0
-    rms = np.sqrt(np.vecdot(block, block) / np.float32(block.shape[-1]))
+    weighted = _weigh(block, weights)
+    rms = np.sqrt(np.vecdot(weighted, block) / np.float32(block.shape[-1]))
     peak = np.abs(block).max(axis=-1)
     top = np.float32((levels - 1) / 2)
     slope, offset, spread = (np.float32(number) for number in TRIES[levels])
@@ -183,7 +241,7 @@ def _fit(block: NDArray[np.float32], levels: int, with_peaks: bool) -> tuple[NDA
         tries = [usual] if levels >= 16 and with_peaks else [usual / shift, usual * shift]
         for place, scale in enumerate([peak / top, *tries] if with_peaks else tries):
             steps = _round(block, scale, levels)
-            product, square = np.vecdot(block, steps), np.vecdot(steps, steps)
+            product, square = np.vecdot(weighted, steps), np.vecdot(_weigh(steps, weights), steps)
             fitted = np.where(square > 0, product / square, np.float32(0.0))
             # by fitted * product the squared error falls; of equals the first one is exact where that is possible
             better = fitted * product > gain * ALIKE
@@ -207,3 +265,10 @@ def _round(block: NDArray[np.float32], scales: NDArray[np.float32], levels: int)
     np.clip(steps, -half, half - 1, out=steps)
     steps += np.float32(0.5)
     return steps
+
+
+def _inverse_factor(moments: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The upper triangular U with Uᵀ U = the inverse of the moments."""
+    # the reversed moments' lower factor L gives it: U is the inverse of L, turned around
+    lower = np.linalg.cholesky(moments[::-1, ::-1].astype(np.float64))
+    return np.asarray(np.linalg.inv(lower)[::-1, ::-1], np.float32)

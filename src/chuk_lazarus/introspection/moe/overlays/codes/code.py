@@ -38,11 +38,14 @@ class Code(Protocol):
     def layout(self, shape: Shape) -> dict[str, PartLayout]:
         """The parts of a matrix of that shape."""
 
-    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """The parts of a matrix [out, in], which is not changed; raises ValueError where it is not finite.
 
         Least squares shrinks what it codes. `unbiased` undoes that: the decoded matrix then has the product with the
-        original that the original has with itself.
+        original that the original has with itself. `moments` [in, in], positive definite, are the second moments
+        of the inputs, by which errors and products are measured; without them all columns count alike.
         """
 
     def decode(self, parts: Parts, shape: Shape) -> NDArray[np.float32]:

@@ -19,7 +19,8 @@ class FactorsCode:
     """`left @ right` of a rank, both in the code `bits`: parts `left.*` of left transposed [rank, out], so that groups
     run along the outputs, and `right.*` of right [rank, in].
 
-    The right factor is fitted by least squares to the left one as it is stored.
+    The right factor is fitted by least squares to the left one as it is stored, which is the best fit whatever the
+    moments of the inputs.
     """
 
     rank: int
@@ -36,18 +37,22 @@ class FactorsCode:
             for name, part in self.bits.layout(side_shape).items()
         }
 
-    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """See `Code`; factors are never made unbiased, since what they leave out is no shrinkage.
 
-        Raises ValueError for a rank above min(out, in), too.
+        With moments the left factor is that of the matrix times their Cholesky factor. Raises ValueError for a rank
+        above min(out, in), too.
         """
         exponent = int(np.frexp(check_finite(matrix))[1])
         matrix = np.ldexp(matrix, -exponent)
-        factors = _factorise(matrix, self.rank)
+        whitened = matrix if moments is None else matrix @ np.linalg.cholesky(moments)
+        factors = _factorise(whitened, self.rank)
         left = self.bits.encode(np.ascontiguousarray(factors.left.T) / _norm(factors.left))
         stored = self.bits.decode(left, (self.rank, matrix.shape[0]))
         right = np.linalg.lstsq(stored @ stored.T, stored @ matrix)[0] if self.rank else factors.right
-        coded = self.bits.encode(np.ldexp(right.astype(np.float32), exponent))
+        coded = self.bits.encode(np.ldexp(right.astype(np.float32), exponent), moments=moments)
         return {f"left.{name}": part for name, part in left.items()} | {
             f"right.{name}": part for name, part in coded.items()
         }
@@ -76,9 +81,12 @@ class SumCode:
             for name, part in code.layout(shape).items()
         }
 
-    def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
-        factors = self.factors.encode(matrix)
-        rest = self.rest.encode(matrix - self.factors.decode(factors, _shape(matrix)), unbiased=unbiased)
+    def encode(
+        self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        factors = self.factors.encode(matrix, moments=moments)
+        left_over = matrix - self.factors.decode(factors, _shape(matrix))
+        rest = self.rest.encode(left_over, unbiased=unbiased, moments=moments)
         return {f"factors.{name}": part for name, part in factors.items()} | {
             f"rest.{name}": part for name, part in rest.items()
         }

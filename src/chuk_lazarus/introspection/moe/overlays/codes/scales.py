@@ -14,13 +14,15 @@ GREATEST = float(np.finfo(np.float32).max)
 _GRID = np.concatenate([[0.0], np.exp2((np.arange(1, TOP + 1) - TOP) / STEPS)])
 
 
-def encode_scales(scales: NDArray[np.float32], rounding: float) -> tuple[NDArray[np.uint8], float]:
-    """Non-negative scales of any shape -> their bytes, and the unit: the largest of them.
+def encode_scales(
+    scales: NDArray[np.float32], rounding: float, unit: float | None = None
+) -> tuple[NDArray[np.uint8], float]:
+    """Non-negative scales of any shape -> their bytes, and the unit: the largest of them, or the one that is given.
 
     `rounding` steps are added before a scale is rounded to the nearest byte: 0.5 rounds up. A scale below the grid
     becomes zero.
     """
-    unit = float(scales.max(initial=0.0))
+    unit = float(scales.max(initial=0.0)) if unit is None else unit
     if not unit:
         return np.zeros(scales.shape, np.uint8), 0.0
     with np.errstate(divide="ignore"):
