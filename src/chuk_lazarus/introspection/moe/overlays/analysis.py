@@ -7,35 +7,48 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from ..errors import InvalidRequest, name_model
+from ..errors import InvalidRequest, name_model, printable
 from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.resume import ResumableLayers
-from ..numerics.alignment import align
+from ..numerics.alignment import Alignment, align
 from ..numerics.forward import ACTIVATIONS
 from ..numerics.rates import Rate, sharing_rates
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
+from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from .alignment import align_layer
 from .allocation import RankRule, check_ranks
 from .alternatives import Alternative, advise, compare_alternatives, sum_alternatives
-from .bit_budget import BitRule, RoleTrial, try_layer
+from .bit_budget import BitRule, RoleTrial, fit_bits, predict_error, spread_trials, try_layer
+from .checkpoint.card import card_table
 from .checkpoint.format import Ranks, codes_to_json
+from .checkpoint.writer import coded_folder_bytes
 from .codes import LayerCodes
 from .curves import LayerCurves, layer_curves
-from .fidelity import FidelityCheck, check_coded_layer, check_layer, draw_inputs, measure_coded_layer
+from .fidelity import (
+    ROUNDING_BITS,
+    FidelityCheck,
+    check_coded_layer,
+    check_layer,
+    draw_inputs,
+    measure_coded_layer,
+)
 from .layer import (
     coded_bytes,
+    coded_layer_estimate,
     coded_layer_overlay,
     interpolate_saved,
     layer_estimate,
     layer_overlay,
     layer_verification,
+    longest_verification,
     ranked_bytes,
     total_bytes,
 )
 
+VERIFIED = 3  # layers of a written overlay that are verified
 TOLERANCE = 0.05
 INPUTS = 256
 
@@ -103,7 +116,7 @@ def verify(
         job.check_activation()
         curves: dict[int, LayerCurves] = {}
         if isinstance(rule, BitRule):
-            results = job.verify_codes(job.choose_codes(rule), inputs, seed)
+            results = job.verify_codes(job.choose_codes(rule), inputs, seed, rounding_bits_beside(rule))
         else:
             chosen, curves = job.choose_ranks(rule, experts)
             results = job.verify_all(chosen, inputs, seed)
@@ -129,17 +142,29 @@ def estimate(
     model: str,
     layers: Sequence[int] | str | None,
     samples: int,
-    rule: RankRule,
+    rule: RankRule | BitRule,
     experts: int | None,
     progress: Progress,
 ) -> MoEOverlayEstimate:
     """The whole model as an overlay, estimated from some measured layers, and its alternatives at the same bytes."""
     with name_model(model):
         job = OverlayJob(model, None, layers, progress, samples)
-        curves, alternatives, rates = job.compare_all(rule, experts)
+        energy = rule.energy if isinstance(rule, RankRule) else RankRule({}).energy
+        curves, alternatives, rates, trials = job.compare_all(energy, experts)
+        opened = job.opened
+        all_layers = [opened.experts.layer(number) for number in opened.experts.layers]
+        if isinstance(rule, BitRule):
+            spread = spread_trials(trials, all_layers)
+            codes = job.count_bits(rule, trials).choose(spread)
+            results = [
+                coded_layer_estimate(layer, codes[n], predict_error(spread[n], codes[n]), rates)
+                for layer in all_layers
+                for n in (layer.number,)
+            ]
+        else:
+            chosen = rule.choose(curves)
+            results = [layer_estimate(layer, curves, chosen, rates) for layer in all_layers]
         job.end()
-        chosen, opened = rule.choose(curves), job.opened
-        results = [layer_estimate(opened.experts.layer(n), curves, chosen, rates) for n in opened.experts.layers]
         original, stored, overlay = total_bytes(results)
         same_bytes = sum_alternatives(alternatives)
         return MoEOverlayEstimate(
@@ -216,23 +241,31 @@ class OverlayJob:
         return {layer.number: curves for layer, curves in zip(self.layers, results, strict=True)}
 
     def compare_all(
-        self, rule: RankRule, experts: int | None
-    ) -> tuple[dict[int, LayerCurves], list[tuple[Alternative, ...]], dict[int, dict[str, Rate]]]:
-        """The curves of each layer, its alternatives at the same bytes, and what sharing saves of each role."""
-        Compared = tuple[LayerCurves, tuple[Alternative, ...], dict[str, Rate]]
+        self, energy: float, experts: int | None
+    ) -> tuple[
+        dict[int, LayerCurves],
+        list[tuple[Alternative, ...]],
+        dict[int, dict[str, Rate]],
+        dict[int, dict[str, RoleTrial]],
+    ]:
+        """The curves of each layer, its alternatives at the same bytes, what sharing saves of each role, and trials."""
+        Compared = tuple[LayerCurves, tuple[Alternative, ...], dict[str, Rate], dict[str, RoleTrial]]
 
         def compare(layer: ExpertLayer, progress: Progress) -> Compared:
             measures = self._measure_roles(layer, experts, progress, keep_vectors=True)
             alternatives = compare_alternatives(layer, measures, self.opened.resources, progress)
-            return layer_curves(measures, layer.count, rule.energy), alternatives, self._measure_rates(layer, measures)
+            rates, alignment = self._measure_rates(layer, measures)
+            trials = try_layer(layer, alignment, self.opened.resources)
+            return layer_curves(measures, layer.count, energy), alternatives, rates, trials
 
-        results = self.resumable("compare", rule.energy, experts).each(TypeAdapter(Compared), compare)
+        results = self.resumable("compare", energy, experts).each(TypeAdapter(Compared), compare)
         numbers = [layer.number for layer in self.layers]
-        curves, alternatives, rates = zip(*results, strict=True)
+        curves, alternatives, rates, trials = zip(*results, strict=True)
         return (
             dict(zip(numbers, curves, strict=True)),
             list(alternatives),
             dict(zip(numbers, rates, strict=True)),
+            dict(zip(numbers, trials, strict=True)),
         )
 
     def verify_all(self, chosen: Mapping[int, Ranks], inputs: int, seed: int) -> list[LayerVerification]:
@@ -246,8 +279,11 @@ class OverlayJob:
         by_layer = {str(number): ranks for number, ranks in chosen.items()}
         return self.resumable("verify", by_layer, inputs, seed).each(TypeAdapter(LayerVerification), verify)
 
-    def choose_codes(self, rule: BitRule) -> dict[int, LayerCodes]:
-        """The codes of every layer by the rule, from trials of a few experts of each."""
+    def choose_codes(self, rule: BitRule, overlaid: Sequence[int] | None = None) -> dict[int, LayerCodes]:
+        """The codes of every layer by the rule, from trials of a few experts of each.
+
+        A rule of a folder's size counts the layers that are `overlaid` in that folder, all MoE layers for None.
+        """
 
         def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
             layer.prefetch(progress)
@@ -255,7 +291,34 @@ class OverlayJob:
             return try_layer(layer, align_layer(layer, resources), resources)
 
         trials = self.resumable("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
-        return rule.choose({layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)})
+        by_layer = {layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)}
+        return self.count_bits(rule, by_layer, overlaid).choose(by_layer)
+
+    def count_bits(
+        self, rule: BitRule, trials: Mapping[int, Mapping[str, RoleTrial]], overlaid: Sequence[int] | None = None
+    ) -> BitRule:
+        """The rule; one of a folder's size as that of the bits a weight that the size leaves for the experts.
+
+        A layer that was not tried is taken to be as the nearest that was.
+        """
+        if rule.fit is None:
+            return rule
+        experts = self.opened.experts
+        numbers = tuple(overlaid or experts.layers)
+        words = describe_coded_folder(self.opened.name, rule, numbers)
+
+        def folder_bytes(codes: Mapping[int, LayerCodes]) -> int:
+            card = card_table([longest_verification(number, codes[number]) for number in self.verified_layers(numbers)])
+            resources = self.opened.resources
+            return coded_folder_bytes(experts, codes, resources=resources, progress=self.progress, card=card, **words)
+
+        spread = spread_trials(trials, [experts.layer(number) for number in numbers])
+        return BitRule(fit_bits(rule.fit, spread, folder_bytes))
+
+    def verified_layers(self, overlaid: Sequence[int]) -> list[int]:
+        """Which layers of a written overlay are verified."""
+        places = evenly_spaced(len(overlaid), VERIFIED) if self.knows_activation else ()
+        return [overlaid[place] for place in places]
 
     def measure_codes(self, chosen: Mapping[int, LayerCodes]) -> list[float]:
         """The weight error that codes make in each layer."""
@@ -265,18 +328,22 @@ class OverlayJob:
 
         return list(self.resumable("code", _codes_key(chosen)).each(TypeAdapter(float), measure))
 
-    def verify_codes(self, chosen: Mapping[int, LayerCodes], inputs: int, seed: int) -> list[LayerVerification]:
+    def verify_codes(
+        self, chosen: Mapping[int, LayerCodes], inputs: int, seed: int, rounding_bits: Sequence[int]
+    ) -> list[LayerVerification]:
         """The errors that an overlay in these codes makes in each layer."""
 
         def verify(layer: ExpertLayer, progress: Progress) -> LayerVerification:
-            codes, check = chosen[layer.number], self.fidelity_check(layer, inputs, seed)
+            codes, check = chosen[layer.number], self.fidelity_check(layer, inputs, seed, rounding_bits)
             fidelity = check_coded_layer(layer, codes, check, self.opened.resources, progress)
             return layer_verification(layer.number, {}, fidelity, codes)
 
         key = _codes_key(chosen)
-        return self.resumable("verify", key, inputs, seed).each(TypeAdapter(LayerVerification), verify)
+        return self.resumable("verify", key, inputs, seed, rounding_bits).each(TypeAdapter(LayerVerification), verify)
 
-    def fidelity_check(self, layer: ExpertLayer, inputs: int, seed: int) -> FidelityCheck:
+    def fidelity_check(
+        self, layer: ExpertLayer, inputs: int, seed: int, rounding_bits: Sequence[int] = ROUNDING_BITS
+    ) -> FidelityCheck:
         """The check of a layer's rebuilt experts against the originals, on `inputs` random inputs."""
         experts = self.opened.experts
         drawn_inputs = draw_inputs(
@@ -287,7 +354,7 @@ class OverlayJob:
             scoring=experts.scoring,
             normalise=experts.model_config.normalises_routing_weights,
         )
-        return FidelityCheck(layer, drawn_inputs, experts.activation)
+        return FidelityCheck(layer, drawn_inputs, experts.activation, rounding_bits)
 
     @property
     def knows_activation(self) -> bool:
@@ -308,12 +375,15 @@ class OverlayJob:
             f"errors and ranks are estimated from {sampled} of {count} experts" for sampled, count in sorted(samples)
         ]
 
-    def _measure_rates(self, layer: ExpertLayer, measures: Mapping[str, RoleMeasure]) -> dict[str, Rate]:
-        """What sharing saves of each role, after the experts' neurons were brought into one order."""
+    def _measure_rates(
+        self, layer: ExpertLayer, measures: Mapping[str, RoleMeasure]
+    ) -> tuple[dict[str, Rate], Alignment]:
+        """What sharing saves of each role, after the experts' neurons were brought into one order; and that order."""
         vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
         grams = {role: measure.gram for role, measure in measures.items()}
         with self.opened.resources.worker_threads(layer) as pool:
-            return sharing_rates(grams, vectors, align(vectors, run=pool.map))
+            alignment = align(vectors, run=pool.map)
+        return sharing_rates(grams, vectors, alignment), alignment
 
     def _measure_roles(
         self, layer: ExpertLayer, experts: int | None, progress: Progress, keep_vectors: bool = False
@@ -322,6 +392,22 @@ class OverlayJob:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
         chosen = evenly_spaced(layer.count, experts)
         return measure_layer(layer, chosen, self.opened.resources, progress, keep_vectors=keep_vectors)
+
+
+def describe_coded_folder(model: str, rule: BitRule, overlaid: Sequence[int]) -> dict[str, str]:
+    """What the folder of a coded model says of where it is from: source, rule, and the options that verify it."""
+    layers = format_ranges(overlaid)
+    return {
+        "source": printable(model),
+        "rule": f"{rule}; layers {layers}",
+        "options": f"--layers {layers.replace(' ', '')} {rule.options}",
+    }
+
+
+def rounding_bits_beside(rule: RankRule | BitRule) -> tuple[int, ...]:
+    """The bits of the plain quantisations that are compared beside an overlay: the usual ones, and the rule's."""
+    own = rule.as_good_as if isinstance(rule, BitRule) else None
+    return ROUNDING_BITS if own is None or own in ROUNDING_BITS else (*ROUNDING_BITS, own)
 
 
 def _codes_key(chosen: Mapping[int, LayerCodes]) -> dict[str, Any]:

@@ -114,6 +114,7 @@ class SharingRate(Report):
 class LayerEstimate(Report):
     """One layer of a whole-model estimate; where `measured` is false, the ranks lie between those of its neighbours.
 
+    A coded layer has `codes` by role and no ranks; one that was not measured is taken to be as the nearest that was.
     `sharing` is by role, and `bits_saved` what bases save over all roles, in bits a weight, 0 for those where they do
     not pay; both null where nothing was measured.
     """
@@ -125,6 +126,7 @@ class LayerEstimate(Report):
     original_bytes: int
     stored_bytes: int
     overlay_bytes: int
+    codes: dict[str, ProjectionCodes] = Field(default_factory=dict)
     sharing: dict[str, SharingRate] | None = None
     bits_saved: float | None = None
 
