@@ -117,14 +117,14 @@ def estimate(
     experts: ExpertCount = "8",
     plot: Plot = None,
 ) -> "MoEOverlayEstimate":
-    """Estimate an overlay of the whole model, beside plain quantisation and plain SVDs at the same bytes.
+    """Estimate an overlay of the whole model, and what bits buy: in codes, plainly quantised, of low rank.
 
-    Some layers are measured, the others interpolated.
+    Some layers are measured, the others interpolated, or, in codes, taken to be as the nearest that was measured.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled
-      lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled --as-good-as 4
+      lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled --as-good-as 4 --plot ladder.svg
       lazarus introspect moe-expert moe-overlay-estimate -m allenai/OLMoE-1B-7B-0924 --samples 4
     """
     from chuk_lazarus.introspection.moe import MoECompressionService, plots

@@ -1,6 +1,7 @@
 """Overlays of a model, without writing one: ranks are chosen, experts verified, and the whole model estimated."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Any
 
@@ -11,17 +12,17 @@ from ..errors import InvalidRequest, name_model, printable
 from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.resume import ResumableLayers
-from ..numerics.alignment import Alignment, align
+from ..numerics.alignment import align
 from ..numerics.forward import ACTIVATIONS
-from ..numerics.rates import Rate, sharing_rates
+from ..numerics.rates import Rate, align_grams, sharing_rate
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
 from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from .alignment import align_layer
 from .allocation import RankRule, check_ranks
-from .alternatives import Alternative, advise, compare_alternatives, sum_alternatives
-from .bit_budget import BitRule, RoleTrial, fit_bits, predict_error, spread_trials, try_layer
+from .alternatives import Alternative, Factored, compare_alternatives, sum_alternatives
+from .bit_budget import USUAL_BITS, BitRule, RoleTrial, fit_bits, predict_error, spread_trials, try_layer
 from .checkpoint.card import card_table
 from .checkpoint.format import Ranks, codes_to_json
 from .checkpoint.writer import coded_folder_bytes
@@ -35,6 +36,7 @@ from .fidelity import (
     draw_inputs,
     measure_coded_layer,
 )
+from .ladder import advise, bits_as_good, draw_ladder, list_variances
 from .layer import (
     coded_bytes,
     coded_layer_estimate,
@@ -150,7 +152,11 @@ def estimate(
     with name_model(model):
         job = OverlayJob(model, None, layers, progress, samples)
         energy = rule.energy if isinstance(rule, RankRule) else RankRule({}).energy
-        curves, alternatives, rates, trials = job.compare_all(energy, experts)
+        compared = job.compare_all(energy, experts)
+        curves, rates, trials = (
+            {number: getattr(layer, name) for number, layer in compared.items()}
+            for name in ("curves", "rates", "trials")
+        )
         opened = job.opened
         all_layers = [opened.experts.layer(number) for number in opened.experts.layers]
         if isinstance(rule, BitRule):
@@ -166,7 +172,14 @@ def estimate(
             results = [layer_estimate(layer, curves, chosen, rates) for layer in all_layers]
         job.end()
         original, stored, overlay = total_bytes(results)
-        same_bytes = sum_alternatives(alternatives)
+        same_bytes = sum_alternatives([layer.alternatives for layer in compared.values()])
+        ladder = draw_ladder(
+            trials,
+            [layer.factored for layer in compared.values()],
+            {number: layer.variances for number, layer in compared.items()},
+            original // 2,
+        )
+        usual_error = next(row.quantisation for row in same_bytes if row.bits == USUAL_BITS)
         return MoEOverlayEstimate(
             **opened.identity(),
             rule=str(rule),
@@ -181,10 +194,24 @@ def estimate(
             weight_error=sqrt(float(np.mean([result.weight_error**2 for result in results]))),
             bits_saved=interpolate_saved(results),
             same_bytes=same_bytes,
-            advice=advise(same_bytes, stored / original),
+            ladder=ladder,
+            advice=advise(ladder, usual_error, 16 * stored / original, bits_as_good(trials)),
             notes=tuple(job.notes(curves)),
             cost=opened.cost(),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerComparison:
+    """What an estimate measures of one layer: curves, alternatives at the same bytes, and by role what sharing saves,
+    the `list_variances` of the aligned experts, and trials."""
+
+    curves: LayerCurves
+    alternatives: tuple[Alternative, ...]
+    factored: tuple[Factored, ...]
+    rates: dict[str, Rate]
+    variances: dict[str, tuple[float, ...]]
+    trials: dict[str, RoleTrial]
 
 
 class OverlayJob:
@@ -240,33 +267,27 @@ class OverlayJob:
         results = self.resumable("measure", rule.energy, experts).each(TypeAdapter(LayerCurves), measure)
         return {layer.number: curves for layer, curves in zip(self.layers, results, strict=True)}
 
-    def compare_all(
-        self, energy: float, experts: int | None
-    ) -> tuple[
-        dict[int, LayerCurves],
-        list[tuple[Alternative, ...]],
-        dict[int, dict[str, Rate]],
-        dict[int, dict[str, RoleTrial]],
-    ]:
-        """The curves of each layer, its alternatives at the same bytes, what sharing saves of each role, and trials."""
-        Compared = tuple[LayerCurves, tuple[Alternative, ...], dict[str, Rate], dict[str, RoleTrial]]
+    def compare_all(self, energy: float, experts: int | None) -> "dict[int, LayerComparison]":
+        """What an estimate needs of each layer."""
 
-        def compare(layer: ExpertLayer, progress: Progress) -> Compared:
+        def compare(layer: ExpertLayer, progress: Progress) -> LayerComparison:
             measures = self._measure_roles(layer, experts, progress, keep_vectors=True)
-            alternatives = compare_alternatives(layer, measures, self.opened.resources, progress)
-            rates, alignment = self._measure_rates(layer, measures)
-            trials = try_layer(layer, alignment, self.opened.resources)
-            return layer_curves(measures, layer.count, energy), alternatives, rates, trials
+            alternatives, factored = compare_alternatives(layer, measures, self.opened.resources, progress)
+            vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
+            with self.opened.resources.worker_threads(layer) as pool:
+                alignment = align(vectors, run=pool.map)
+            grams = align_grams({role: measure.gram for role, measure in measures.items()}, vectors, alignment)
+            return LayerComparison(
+                layer_curves(measures, layer.count, energy),
+                alternatives,
+                factored,
+                {role: sharing_rate(gram, alignment.groups) for role, gram in grams.items()},
+                {role: list_variances(gram) for role, gram in grams.items()},
+                try_layer(layer, alignment, self.opened.resources),
+            )
 
-        results = self.resumable("compare", energy, experts).each(TypeAdapter(Compared), compare)
-        numbers = [layer.number for layer in self.layers]
-        curves, alternatives, rates, trials = zip(*results, strict=True)
-        return (
-            dict(zip(numbers, curves, strict=True)),
-            list(alternatives),
-            dict(zip(numbers, rates, strict=True)),
-            dict(zip(numbers, trials, strict=True)),
-        )
+        results = self.resumable("compare", energy, experts).each(TypeAdapter(LayerComparison), compare)
+        return {layer.number: compared for layer, compared in zip(self.layers, results, strict=True)}
 
     def verify_all(self, chosen: Mapping[int, Ranks], inputs: int, seed: int) -> list[LayerVerification]:
         """The errors that an overlay of these ranks makes in each layer."""
@@ -374,16 +395,6 @@ class OverlayJob:
         return self.opened.experts.notes + [
             f"errors and ranks are estimated from {sampled} of {count} experts" for sampled, count in sorted(samples)
         ]
-
-    def _measure_rates(
-        self, layer: ExpertLayer, measures: Mapping[str, RoleMeasure]
-    ) -> tuple[dict[str, Rate], Alignment]:
-        """What sharing saves of each role, after the experts' neurons were brought into one order; and that order."""
-        vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
-        grams = {role: measure.gram for role, measure in measures.items()}
-        with self.opened.resources.worker_threads(layer) as pool:
-            alignment = align(vectors, run=pool.map)
-        return sharing_rates(grams, vectors, alignment), alignment
 
     def _measure_roles(
         self, layer: ExpertLayer, experts: int | None, progress: Progress, keep_vectors: bool = False

@@ -17,7 +17,7 @@ from ...reports import (
 )
 from ...terms import ROLES
 from ...text import format_bytes, percent
-from ..words import explain_saving, format_bits, format_ratio
+from ..words import explain_saving, format_bits, format_ratio, name_layers
 from .grid import LEFT, Fact, draw_facts, draw_table, identity_facts, paint, stack
 
 if TYPE_CHECKING:
@@ -181,8 +181,36 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
         *_draw_sharing(report),
         draw_facts([*sharing, *_byte_facts(report), *errors]),
         draw_table(["As", "Bytes", "Quantised", "Overlay", "Plain SVD"], same_bytes),
+        *_draw_ladder(report),
         draw_facts([("Advice", report.advice)], report.notes),
     )
+
+
+def _draw_ladder(report: MoEOverlayEstimate) -> "list[RenderableType]":
+    """A row for each size: the errors of each way to spend it."""
+
+    def show(error: float | None) -> str:
+        return "" if error is None else percent(error)
+
+    rows = [
+        [
+            f"{row.bits:g}",
+            format_bytes(row.bytes),
+            show(row.rounding) + (f" ({row.rounding_bits})" if row.rounding_bits else ""),
+            show(row.plain),
+            show(row.coded),
+            show(row.low_rank),
+            show(row.svd),
+            show(row.bound),
+        ]
+        for row in report.ladder
+    ]
+    headings = ["Bits", "Bytes", "Quantised", "Codes", "On a base", "Low rank", "SVD", "Bound"]
+    about = (
+        f"weight errors of {name_layers(report.layers_measured)} by bits a weight, everything counted, "
+        "and bytes of all layers' experts; in brackets the bits of quantised weights without their scales"
+    )
+    return [draw_facts([("Ladder", about)]), draw_table(headings, rows)] if rows else []
 
 
 def _draw_sharing(report: MoEOverlayEstimate) -> "list[RenderableType]":
