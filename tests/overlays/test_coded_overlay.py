@@ -244,10 +244,9 @@ def test_coded_experts_err_less_than_factors_of_the_same_size() -> None:
     [
         ({"bits": 0.3}, r"0.3 bits a weight are out of reach \(the least is 0.82\)"),
         ({"bits": 9}, "9 bits a weight"),
-        ({"bits": 2, "target_ratio": 4}, "second size"),
+        ({"bits": 2, "target_ratio": 4}, "both bits and a ratio are given"),
         ({"bits": 2, "ranks": {"up": 3}}, "together with ranks"),
-        ({"bits": 2, "max_error": 0.1}, "an error"),
-        ({"coded": True}, "no size"),
+        ({"bits": 2, "max_error": 0.1}, "both bits and a greatest error are given"),
         ({"coded": True, "target_ratio": 1}, "16 bits a weight"),
     ],
 )

@@ -20,7 +20,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -168,9 +168,12 @@ def compare(*names: str) -> MoETypeComparison:
 def without_errors() -> MoEOverlayEstimate:
     """Of equal experts, where the base does not fit into the fewest bytes."""
     found = estimate("demo:upcycled")
-    rows = [changed(row, overlay=None if row.bits == 3 else 0.0) for row in found.same_bytes]
-    layers = [changed(layer, weight_error=0.0) for layer in found.layers]
-    same: MoEOverlayEstimate = changed(found, same_bytes=tuple(rows), layers=tuple(layers))
+    nothing = {"plain": 0.0, "coded": 0.0, "svd": 0.0, "bound": 0.0}
+    rows = [
+        changed(row, low_rank=None if row.bits < 2 else 0.0, rounding=row.rounding and 0.0, **nothing)
+        for row in found.ladder
+    ]
+    same: MoEOverlayEstimate = changed(found, ladder=tuple(rows), weight_error=0.0)
     return same
 
 
@@ -381,33 +384,63 @@ def test_comparison_names_every_model() -> None:
     assert len(styles) == 9
 
 
-def test_estimate_has_the_measured_errors_and_bytes() -> None:
-    report = estimate("demo:upcycled")
+LINES = {
+    "codes on a base": "coded",
+    "plain codes": "plain",
+    "quantised": "rounding",
+    "low rank, bf16": "low_rank",
+    "plain SVD, bf16": "svd",
+    "bound": "bound",
+}
+
+
+def test_estimate_has_the_ladder_and_labels_its_lines() -> None:
+    report = MoECompressionService.estimate("demo:upcycled", bits=2.25)
     ax = plot_estimate(report).axes[0]
-    rows = sorted(report.same_bytes, key=lambda row: row.bytes)
-    for label, name in (("overlay", "overlay"), ("quantised", "quantisation"), ("plain SVD", "svd")):
-        np.testing.assert_allclose(points(line(ax, label)), [(row.bytes, getattr(row, name)) for row in rows])
+    for label, name in LINES.items():
+        errors = [np.nan if getattr(row, name) is None else getattr(row, name) for row in report.ladder]
+        np.testing.assert_allclose(points(line(ax, label)), list(zip([1.5, 2, 2.5, 3, 4, 8], errors, strict=True)))
     (chosen,) = (points(one)[0] for one in ax.lines if one.get_marker() == "*")
-    assert tuple(chosen) == pytest.approx((report.overlay_bytes, report.weight_error))  # all layers are measured
-    (stored,) = (points(one) for one in ax.lines if str(one.get_label()).startswith("as stored"))
-    assert set(stored[:, 0]) == {report.stored_bytes}
+    assert tuple(chosen) == pytest.approx((16 * report.overlay_bytes / report.original_bytes, report.weight_error))
+    heights = {text.get_text(): text.xyann[1] for text in ax.texts if isinstance(text, Annotation)}
+    assert heights.keys() == LINES.keys()
+    assert min(np.diff(sorted(heights.values()))) > 0.04, "labels lie over each other"
+    lowest_first = [label for label, _ in sorted(heights.items(), key=lambda item: item[1])]
+    assert lowest_first == sorted(LINES, key=lambda label: float(points(line(ax, label))[-1, 1]))
 
 
-def test_estimate_is_of_the_measured_layers() -> None:
-    report = estimate("demo:upcycled")
-    first, second = report.layers
-    part = changed(report, layers=(first, changed(second, measured=False)), layers_measured=(0,))
-    ax = plot_estimate(part).axes[0]
-    (chosen,) = (points(one)[0] for one in ax.lines if one.get_marker() == "*")
-    assert tuple(chosen) == pytest.approx((first.overlay_bytes, first.weight_error))
+def test_what_is_out_of_sight_is_not_drawn() -> None:
+    """An estimate of 16 bits, and a line for bases where none pays."""
+    ax = plot_estimate(estimate("demo:native")).axes[0]
+    assert not any(one.get_marker() == "*" for one in ax.lines)
+    labels = {one.get_label() for one in ax.lines}
+    assert labels == LINES.keys() - {"codes on a base"}
+
+
+def test_estimate_of_a_file_in_few_bits_shows_what_it_takes() -> None:
+    report = estimate("demo:native")
+    ax = plot_estimate(changed(report, stored_bytes=report.original_bytes // 4)).axes[0]
+    assert set(points(line(ax, "as stored"))[:, 0]) == {4.0}
 
 
 def test_estimate_where_the_base_does_not_fit_and_nothing_is_lost() -> None:
     ax = plot_estimate(without_errors()).axes[0]
-    overlay = points(line(ax, "overlay"))[:, 1]
-    assert np.isnan(overlay[0])
-    assert list(overlay[1:]) == [0.0, 0.0]
+    low_rank = points(line(ax, "low rank, bf16"))[:, 1]
+    assert np.isnan(low_rank[0])
+    assert list(low_rank[1:]) == [0.0] * 5
     assert ax.get_ylim()[0] < 0.0
+
+
+def test_an_estimate_of_an_earlier_version_has_no_ladder() -> None:
+    with pytest.raises(InvalidRequest, match="has no ladder"):
+        plot_estimate(changed(estimate("demo:native"), ladder=()))
+
+
+def test_a_notebook_shows_an_estimate_with_its_figure() -> None:
+    html = estimate("demo:native")._repr_html_()
+    assert "MOE OVERLAY ESTIMATE" in html
+    assert "plain SVD, bf16" in html[html.index("<svg") :]
+    assert "<svg" not in changed(estimate("demo:native"), ladder=())._repr_html_()
 
 
 @pytest.mark.long

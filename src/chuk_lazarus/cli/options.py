@@ -9,7 +9,7 @@ import typer
 from .output import check_drawable, check_writable
 
 if TYPE_CHECKING:
-    from chuk_lazarus.introspection.moe import OverlayOptions, RankOptions
+    from chuk_lazarus.introspection.moe import OverlayOptions
 
 
 def parse_layer(text: str) -> int:
@@ -130,11 +130,18 @@ Energy = Annotated[
 ]
 MaxError = Annotated[
     float | None,
-    typer.Option("--max-error", help="Spread rank for this relative weight error of the experts, in the fewest bytes."),
+    typer.Option(
+        "--max-error",
+        help="Spread rank for this relative weight error of the experts, in the fewest bytes; with --coded, bits.",
+    ),
 ]
 TargetRatio = Annotated[
     float | None,
-    typer.Option("--target-ratio", help="Spread rank for this ratio of bytes, with the least weight error."),
+    typer.Option(
+        "--target-ratio",
+        metavar="R",
+        help="Spread rank for this ratio of bytes, with the least weight error; with --coded, as --bits 16/R.",
+    ),
 ]
 Bits = Annotated[
     float | None,
@@ -144,32 +151,39 @@ Bits = Annotated[
         show_default=False,
     ),
 ]
-Coded = Annotated[bool, typer.Option("--coded", help="With --target-ratio R: as --bits 16/R.")]
-
-
 Calibrate = Annotated[
     Path | None,
     typer.Option(
         "--calibrate",
         metavar="TEXT",
-        help="With --bits: run the model in MLX on this text file, and let errors count as the experts' inputs do.",
+        help="With codes: run the model in MLX on this text file, and let errors count as the experts' inputs do.",
         show_default=False,
     ),
 ]
-
-
-def rank_options(
-    gate_rank: GateRank = None,
-    up_rank: UpRank = None,
-    down_rank: DownRank = None,
-    energy: Energy = 0.95,
-    max_error: MaxError = None,
-    target_ratio: TargetRatio = None,
-) -> "RankOptions":
-    """How the ranks of an overlay are chosen, as the services take it."""
-    given = {"gate": gate_rank, "up": up_rank, "down": down_rank}
-    ranks = {role: rank for role, rank in given.items() if rank is not None}
-    return {"ranks": ranks, "energy": energy, "max_error": max_error, "target_ratio": target_ratio}
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="SIZE",
+        help="Code bases and deltas in the bits with which the whole folder takes at most so much, such as 24GB.",
+        show_default=False,
+    ),
+]
+AsGoodAs = Annotated[
+    int | None,
+    typer.Option(
+        "--as-good-as",
+        metavar="BITS",
+        help="Code bases and deltas in the fewest bits with which they err no more than plain quantisation at BITS.",
+        show_default=False,
+    ),
+]
+Coded = Annotated[
+    bool,
+    typer.Option(
+        "--coded", help="Codes in place of ranks for --max-error or --target-ratio; alone, as --as-good-as 4."
+    ),
+]
 
 
 def overlay_options(
@@ -180,8 +194,19 @@ def overlay_options(
     max_error: MaxError = None,
     target_ratio: TargetRatio = None,
     bits: Bits = None,
+    fit: Fit = None,
+    as_good_as: AsGoodAs = None,
     coded: Coded = False,
 ) -> "OverlayOptions":
     """How the ranks or codes of an overlay are chosen, as the services take it."""
-    ranks = rank_options(gate_rank, up_rank, down_rank, energy, max_error, target_ratio)
-    return {**ranks, "bits": bits, "coded": coded}
+    given = {"gate": gate_rank, "up": up_rank, "down": down_rank}
+    return {
+        "ranks": {role: rank for role, rank in given.items() if rank is not None},
+        "energy": energy,
+        "max_error": max_error,
+        "target_ratio": target_ratio,
+        "bits": bits,
+        "fit": fit,
+        "as_good_as": as_good_as,
+        "coded": coded,
+    }

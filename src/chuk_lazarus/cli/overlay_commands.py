@@ -17,7 +17,6 @@ from .options import (
     Plot,
     overlay_options,
     parse_experts,
-    rank_options,
 )
 
 if TYPE_CHECKING:
@@ -28,11 +27,9 @@ if TYPE_CHECKING:
         MoEOverlayEvaluation,
         MoEOverlayExport,
         OverlayOptions,
-        RankOptions,
     )
 
-Ranks = Annotated["RankOptions", OptionGroup(rank_options)]
-Codes = Annotated["OverlayOptions", OptionGroup(overlay_options)]
+Rule = Annotated["OverlayOptions", OptionGroup(overlay_options)]
 
 
 @command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
@@ -42,14 +39,14 @@ def compute(
     *,
     layer: Layer = None,
     layers: Layers = None,
-    ranks: Codes,
+    rule: Rule,
     experts: ExpertCount = "all",
     calibrate: Calibrate = None,
 ) -> "MoEOverlay":
     """Choose ranks for an overlay (one base and a low-rank delta per expert), and say what it keeps and takes.
 
-    Ranks are given, or chosen by the energy of the deltas, by error, or by size. With --bits base and deltas are coded
-    in few bits instead, and the error is measured.
+    Ranks are given, or chosen by the energy of the deltas, by error, or by size. With --bits, --fit, --as-good-as or
+    --coded base and deltas are coded in few bits instead, and the error is measured.
 
     \b
     Examples:
@@ -57,6 +54,7 @@ def compute(
       lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --layers all --target-ratio 2
       lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --max-error 0.05
       lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --layers all --bits 2.25
+      lazarus introspect moe-expert moe-overlay-compute -m demo:upcycled --layers all --max-error 0.05 --coded
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
 
@@ -67,7 +65,7 @@ def compute(
         experts=parse_experts(experts),
         calibrate=calibrate,
         progress=run.progress,
-        **ranks,
+        **rule,
     )
 
 
@@ -78,7 +76,7 @@ def verify(
     *,
     layer: Layer = None,
     layers: Layers = None,
-    ranks: Codes,
+    rule: Rule,
     experts: ExpertCount = "all",
     calibrate: Calibrate = None,
     tolerance: Annotated[
@@ -95,7 +93,7 @@ def verify(
     Examples:
       lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled
       lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled --max-error 0.02 --tolerance 0.03
-      lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled --layers all --bits 3 --tolerance 0.1
+      lazarus introspect moe-expert moe-overlay-verify -m demo:upcycled --layers all --as-good-as 4 --tolerance 0.15
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
 
@@ -109,7 +107,7 @@ def verify(
         seed=seed,
         calibrate=calibrate,
         progress=run.progress,
-        **ranks,
+        **rule,
     )
     return Result(report, hints=[report.cost.describe()], exit_code=0 if report.passed else 1)
 
@@ -125,23 +123,24 @@ def estimate(
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Without --layers: how many evenly spaced layers to measure.")
     ] = 3,
-    ranks: Ranks,
+    rule: Rule,
     experts: ExpertCount = "8",
     plot: Plot = None,
 ) -> "MoEOverlayEstimate":
-    """Estimate an overlay of the whole model, beside plain quantisation and plain SVDs at the same bytes.
+    """Estimate an overlay of the whole model, and what bits buy: in codes, plainly quantised, of low rank.
 
-    Some layers are measured, the others interpolated.
+    Some layers are measured, the others interpolated, or, in codes, taken to be as the nearest that was measured.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled
+      lazarus introspect moe-expert moe-overlay-estimate -m demo:upcycled --as-good-as 4 --plot ladder.svg
       lazarus introspect moe-expert moe-overlay-estimate -m allenai/OLMoE-1B-7B-0924 --samples 4
     """
     from chuk_lazarus.introspection.moe import MoECompressionService, plots
 
     report = MoECompressionService.estimate(
-        model, layers=layers, samples=samples, experts=parse_experts(experts), progress=run.progress, **ranks
+        model, layers=layers, samples=samples, experts=parse_experts(experts), progress=run.progress, **rule
     )
     if plot:
         plots.save(plots.plot_estimate(report, run.command_line), plot)
@@ -157,21 +156,22 @@ def compress(
     layers: Annotated[
         str, typer.Option("--layers", metavar="SPEC", help="Which layers to overlay: 0,5,10 or 0-23/6 or all.")
     ] = "all",
-    ranks: Codes,
+    rule: Rule,
     experts: ExpertCount = "all",
     calibrate: Calibrate = None,
     force: Force = False,
 ) -> "MoEOverlayCompression":
     """Write a model with its experts as overlays (base and low-rank factors) into a new folder, a complete checkpoint.
 
-    With --bits base and deltas are coded in few bits, and experts that share nothing are coded without a base. Killed
-    at any moment, the same command goes on where it was.
+    With --bits, --fit, --as-good-as or --coded base and deltas are coded in few bits, and experts that share nothing
+    are coded without a base. Killed at any moment, the same command goes on where it was.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-overlay-compress -m demo:upcycled -O ./overlay
       lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --target-ratio 3
-      lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --bits 2.25
+      lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --as-good-as 4
+      lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --fit 24GB
       lazarus introspect moe-expert moe-overlay-compress -m ./my-model -O ./overlay --bits 2.25 --calibrate text.txt
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
@@ -184,7 +184,7 @@ def compress(
         force=force,
         calibrate=calibrate,
         progress=run.progress,
-        **ranks,
+        **rule,
     )
 
 

@@ -7,7 +7,6 @@ from typing import Unpack
 from . import views  # noqa: F401  which registers how reports are shown
 from .errors import InvalidRequest
 from .overlays import analysis, compression
-from .overlays.allocation import RankOptions, rank_rule
 from .overlays.analysis import INPUTS, TOLERANCE
 from .overlays.bit_budget import OverlayOptions, overlay_rule
 from .progress import Progress, no_progress
@@ -26,10 +25,12 @@ class MoECompressionService:
 
     `options` say how ranks are chosen, the same in each method (see `RankOptions`): `ranks` gives them by role; else
     `max_error` (relative Frobenius error of the experts) or `target_ratio` (bytes) spread them over projections and
-    layers where they buy the most; else each is the mean rank at `energy` (0.95) of the deltas. All but `estimate` also
-    take `bits`, which chooses codes of so many bits for each weight of the experts, everything counted, or `coded` with
-    `target_ratio`, and `calibrate`, a text file: the model reads it in MLX, and errors of codes count as its experts'
-    inputs do. `model`, `layer`, `layers` and `progress` are as in MoETypeService. All raise a child of MoEError.
+    layers where they buy the most; else each is the mean rank at `energy` (0.95) of the deltas. Codes are chosen by
+    `bits` for each weight of the experts, everything counted, by the bytes of the whole folder, `fit`, or as those of
+    the fewest bytes that are `as_good_as` plain quantisation at so many bits; `coded` makes `max_error` and
+    `target_ratio` choose codes, and means `as_good_as` 4 alone (see `OverlayOptions`). All but `estimate` also take
+    `calibrate`, a text file: the model reads it in MLX, and errors of codes count as its experts' inputs do. `model`,
+    `layer`, `layers` and `progress` are as in MoETypeService. All raise a child of MoEError.
 
     >>> MoECompressionService.compute("demo:upcycled", target_ratio=2).layers[0].ranks
     {'gate': 23, 'up': 23, 'down': 24}
@@ -85,14 +86,14 @@ class MoECompressionService:
         samples: int = 3,
         experts: int | None = 8,
         progress: Progress | None = None,
-        **options: Unpack[RankOptions],
+        **options: Unpack[OverlayOptions],
     ) -> MoEOverlayEstimate:
         """The whole model as an overlay, and what plain quantisation and plain SVDs do with the same bytes.
 
-        `layers` are measured, or `samples` evenly spaced ones; the others' ranks are interpolated, and labelled so.
-        Ranks are spread over the measured layers.
+        `layers` are measured, or `samples` evenly spaced ones; the others' ranks are interpolated, and labelled so; in
+        codes a layer is taken to be as the nearest that was measured. Ranks are spread over the measured layers.
         """
-        return analysis.estimate(model, layers, samples, rank_rule(**options), experts, progress or no_progress)
+        return analysis.estimate(model, layers, samples, overlay_rule(**options), experts, progress or no_progress)
 
     @staticmethod
     def compress(

@@ -66,9 +66,17 @@ def sharing_rates(
     Where all experts keep their order it is by `grams` [experts, experts] of the whole matrices; else by the `vectors`
     [experts, neurons, d] that are known of the neurons.
     """
-    if not alignment.is_identity:
-        grams = {role: _gram(permute_vectors(vectors[role], alignment)) for role in grams}
-    return {role: sharing_rate(gram, alignment.groups) for role, gram in grams.items()}
+    aligned = align_grams(grams, vectors, alignment)
+    return {role: sharing_rate(gram, alignment.groups) for role, gram in aligned.items()}
+
+
+def align_grams(
+    grams: Mapping[str, NDArray[np.floating]], vectors: Mapping[str, Array], alignment: Alignment
+) -> Mapping[str, NDArray[np.floating]]:
+    """The scalar products of the aligned experts, by role, as `sharing_rates` takes them."""
+    if alignment.is_identity:
+        return grams
+    return {role: _gram(permute_vectors(vectors[role], alignment)) for role in grams}
 
 
 def _gram(vectors: Array) -> NDArray[np.floating]:
@@ -98,6 +106,22 @@ def saving_bound(cosine: float, experts: int, bits: float = QUALITY) -> float:
     if own >= error:
         return -0.5 * (log2(common) + (experts - 1) * log2(own)) / experts
     return bits - 0.5 * log2(common / (experts * error - (experts - 1) * own)) / experts
+
+
+def least_error(variances: NDArray[np.float64], counts: NDArray[np.float64], bits: float) -> float:
+    """The least summed squared error of independent Gaussian numbers at `bits` bits for each, on average.
+
+    There are `counts` numbers of each of the `variances`; all keep the error of one level, or their own variance where
+    that is less (reverse water-filling; Cover and Thomas, Elements of Information Theory, 10.3.3).
+    """
+    order = np.argsort(-variances)
+    order = order[variances[order] > 0]
+    if not len(order):
+        return 0.0
+    logs, numbers = np.log2(variances[order]), counts[order]
+    levels = (np.cumsum(numbers * logs) - 2 * bits * counts.sum()) / np.cumsum(numbers)  # of the first 1, 2, ...
+    level = levels[np.flatnonzero(levels <= logs)[-1]]
+    return float(numbers @ np.exp2(np.minimum(logs, level)))
 
 
 def mean_saved(rates: Iterable[tuple[float, int]]) -> float:

@@ -1,8 +1,9 @@
-"""What an overlay competes with at the same bytes: plain quantisation, and a plain SVD per expert."""
+"""What an overlay of low rank competes with at the same bytes: plain quantisation, and a plain SVD per expert."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, prod, sqrt
+from math import prod, sqrt
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from .curves import RateCurve, energy_left, rate_curves
 from .quantisation import quantised_bytes, round_to_bits
 
 BITS = (8, 4, 3)
+LADDER = (1.5, 2.0, 2.5, 3.0, 4.0, 8.0)  # bits for each weight of the experts, everything counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,21 @@ class Alternative:
     svd: float
 
 
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """Relative weight errors of one layer's experts at `bits` bits a weight: as an overlay, None where not even its
+    base fits, and as SVDs, both in bf16."""
+
+    bits: float
+    overlay: float | None
+    svd: float
+
+
 def compare_alternatives(
     layer: ExpertLayer, measures: Mapping[str, RoleMeasure], resources: Resources, progress: Progress
-) -> tuple[Alternative, ...]:
-    """The weight errors of plain quantisation, overlay and SVD at the bytes that 8, 4 and 3 bits per weight take.
+) -> tuple[tuple[Alternative, ...], tuple[Factored, ...]]:
+    """The weight errors of plain quantisation, overlay and SVD at the bytes that 8, 4 and 3 bits per weight take with
+    their scales; and those of overlay and SVD at each size of the LADDER.
 
     They are estimated from the experts that `measures` sampled, whose matrices are read again.
     """
@@ -68,16 +81,20 @@ def compare_alternatives(
     }
     base = BYTES_PER_NUMBER * sum(prod(measure.shape) for measure in measures.values())
 
-    def error_within(budget: int, curves: Mapping[str, RateCurve]) -> float:
+    def error_within(budget: float, curves: Mapping[str, RateCurve]) -> float:
         return float(np.sqrt(energy_left(curves, allocate(curves, budget=budget)) / energy / scale))
+
+    def overlay_within(budget: float) -> float | None:
+        return None if budget < base else error_within(budget - base, overlays)
 
     result = []
     for bits in BITS:
         budget = layer.count * sum(quantised_bytes(layer.shape(role), bits) for role in layer.roles)
         quantisation = float(np.sqrt(sum(lost[bits] for _, lost, _ in probes) / energy))
-        overlay = None if budget < base else error_within(budget - base, overlays)
-        result.append(Alternative(bits, budget, quantisation, overlay, error_within(budget, svds)))
-    return tuple(result)
+        result.append(Alternative(bits, budget, quantisation, overlay_within(budget), error_within(budget, svds)))
+    budgets = {size: size / 8 * layer.parameters for size in LADDER}
+    factored = (Factored(size, overlay_within(free), error_within(free, svds)) for size, free in budgets.items())
+    return tuple(result), tuple(factored)
 
 
 def sum_alternatives(layers: Sequence[Sequence[Alternative]]) -> tuple[SameBytes, ...]:
@@ -86,45 +103,25 @@ def sum_alternatives(layers: Sequence[Sequence[Alternative]]) -> tuple[SameBytes
     The overlay's error is None where it is in any layer.
     """
 
-    def mean(errors: Sequence[float]) -> float:
-        return sqrt(sum(error**2 for error in errors) / len(errors))
-
     rows = []
     for by_layer in zip(*layers, strict=True):
-        overlays = [layer.overlay for layer in by_layer if layer.overlay is not None]
         rows.append(
             SameBytes(
                 bits=by_layer[0].bits,
                 bytes=sum(layer.bytes for layer in by_layer),
-                quantisation=mean([layer.quantisation for layer in by_layer]),
-                overlay=mean(overlays) if len(overlays) == len(by_layer) else None,
-                svd=mean([layer.svd for layer in by_layer]),
+                quantisation=mean_error([layer.quantisation for layer in by_layer]),
+                overlay=mean_error([layer.overlay for layer in by_layer]),
+                svd=mean_error([layer.svd for layer in by_layer]),
             )
         )
     return tuple(rows)
 
 
-def advise(rows: Sequence[SameBytes], stored_share: float) -> str:
-    """Whether the overlay, quantisation or neither is worthwhile, by the measured errors.
-
-    `stored_share` is the file's size over that at two bytes a weight. Only sizes below the file's count, and only
-    errors that are not much above that of plain 4-bit rounding.
-    """
-    usable = 1.2 * next(row.quantisation for row in rows if row.bits == 4)
-    for row in rows:
-        if (row.bits + 0.5) / 16 >= stored_share:
-            continue
-        overlay = inf if row.overlay is None else row.overlay
-        if min(overlay, row.quantisation) > usable:
-            break
-        overlay_result = "does not even fit its base" if row.overlay is None else f"errs by {100 * overlay:.1f} %"
-        if overlay < row.quantisation:
-            return (
-                f"the overlay: at {row.bits}-bit size its weight error is {100 * overlay:.1f} %, "
-                f"and plain quantisation errs by {100 * row.quantisation:.1f} %"
-            )
-        return (
-            f"quantisation: at {row.bits}-bit size its weight error is {100 * row.quantisation:.1f} %, "
-            f"and an overlay {overlay_result}"
-        )
-    return "nothing: at fewer bytes than the file's, overlay and quantisation both err by more than 4-bit rounding does"
+@overload
+def mean_error(errors: Sequence[float]) -> float: ...
+@overload
+def mean_error(errors: Sequence[float | None]) -> float | None: ...
+def mean_error(errors: Sequence[float | None]) -> float | None:
+    """The root mean square of the layers' errors; None where it is None in any layer."""
+    known = [error for error in errors if error is not None]
+    return sqrt(sum(error**2 for error in known) / len(known)) if len(known) == len(errors) else None

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -9,37 +10,51 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from ..errors import InvalidRequest, name_model
+from ..errors import InvalidRequest, name_model, printable
 from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.resume import ResumableLayers
 from ..numerics.alignment import align
 from ..numerics.forward import ACTIVATIONS
-from ..numerics.rates import Rate, sharing_rates
+from ..numerics.rates import Rate, align_grams, sharing_rate
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
+from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from ..weights.repositories.local import Folder
 from .alignment import align_layer
 from .allocation import RankRule, check_ranks
-from .alternatives import Alternative, advise, compare_alternatives, sum_alternatives
-from .bit_budget import BitRule, RoleTrial, try_layer
+from .alternatives import Alternative, Factored, compare_alternatives, sum_alternatives
+from .bit_budget import USUAL_BITS, BitRule, RoleTrial, fit_bits, predict_error, spread_trials, try_layer
+from .checkpoint.card import card_table
 from .checkpoint.format import Ranks, codes_to_json
+from .checkpoint.writer import coded_folder_bytes
 from .codes import LayerCodes
 from .curves import LayerCurves, layer_curves
-from .fidelity import FidelityCheck, check_coded_layer, check_layer, draw_inputs, measure_coded_layer
+from .fidelity import (
+    ROUNDING_BITS,
+    FidelityCheck,
+    check_coded_layer,
+    check_layer,
+    draw_inputs,
+    measure_coded_layer,
+)
+from .ladder import advise, bits_as_good, draw_ladder, list_variances
 from .layer import (
     coded_bytes,
+    coded_layer_estimate,
     coded_layer_overlay,
     interpolate_saved,
     layer_estimate,
     layer_overlay,
     layer_verification,
+    longest_verification,
     ranked_bytes,
     total_bytes,
 )
 from .moments import Calibration, ExpertMoments, LayerInputs
 
+VERIFIED = 3  # layers of a written overlay that are verified
 TOLERANCE = 0.05
 INPUTS = 256
 
@@ -111,7 +126,7 @@ def verify(
         curves: dict[int, LayerCurves] = {}
         job.calibrate(calibrate, rule)
         if isinstance(rule, BitRule):
-            results = job.verify_codes(job.choose_codes(rule), inputs, seed)
+            results = job.verify_codes(job.choose_codes(rule), inputs, seed, rounding_bits_beside(rule))
         else:
             chosen, curves = job.choose_ranks(rule, experts)
             results = job.verify_all(chosen, inputs, seed)
@@ -137,19 +152,42 @@ def estimate(
     model: str,
     layers: Sequence[int] | str | None,
     samples: int,
-    rule: RankRule,
+    rule: RankRule | BitRule,
     experts: int | None,
     progress: Progress,
 ) -> MoEOverlayEstimate:
     """The whole model as an overlay, estimated from some measured layers, and its alternatives at the same bytes."""
     with name_model(model):
         job = OverlayJob(model, None, layers, progress, samples)
-        curves, alternatives, rates = job.compare_all(rule, experts)
+        energy = rule.energy if isinstance(rule, RankRule) else RankRule({}).energy
+        compared = job.compare_all(energy, experts)
+        curves, rates, trials = (
+            {number: getattr(layer, name) for number, layer in compared.items()}
+            for name in ("curves", "rates", "trials")
+        )
+        opened = job.opened
+        all_layers = [opened.experts.layer(number) for number in opened.experts.layers]
+        if isinstance(rule, BitRule):
+            spread = spread_trials(trials, all_layers)
+            codes = job.count_bits(rule, trials).choose(spread)
+            results = [
+                coded_layer_estimate(layer, codes[n], predict_error(spread[n], codes[n]), rates)
+                for layer in all_layers
+                for n in (layer.number,)
+            ]
+        else:
+            chosen = rule.choose(curves)
+            results = [layer_estimate(layer, curves, chosen, rates) for layer in all_layers]
         job.end()
-        chosen, opened = rule.choose(curves), job.opened
-        results = [layer_estimate(opened.experts.layer(n), curves, chosen, rates) for n in opened.experts.layers]
         original, stored, overlay = total_bytes(results)
-        same_bytes = sum_alternatives(alternatives)
+        same_bytes = sum_alternatives([layer.alternatives for layer in compared.values()])
+        ladder = draw_ladder(
+            trials,
+            [layer.factored for layer in compared.values()],
+            {number: layer.variances for number, layer in compared.items()},
+            original // 2,
+        )
+        usual_error = next(row.quantisation for row in same_bytes if row.bits == USUAL_BITS)
         return MoEOverlayEstimate(
             **opened.identity(),
             rule=str(rule),
@@ -164,10 +202,24 @@ def estimate(
             weight_error=sqrt(float(np.mean([result.weight_error**2 for result in results]))),
             bits_saved=interpolate_saved(results),
             same_bytes=same_bytes,
-            advice=advise(same_bytes, stored / original),
+            ladder=ladder,
+            advice=advise(ladder, usual_error, 16 * stored / original, bits_as_good(trials)),
             notes=tuple(job.notes(curves)),
             cost=opened.cost(),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerComparison:
+    """What an estimate measures of one layer: curves, alternatives at the same bytes, and by role what sharing saves,
+    the `list_variances` of the aligned experts, and trials."""
+
+    curves: LayerCurves
+    alternatives: tuple[Alternative, ...]
+    factored: tuple[Factored, ...]
+    rates: dict[str, Rate]
+    variances: dict[str, tuple[float, ...]]
+    trials: dict[str, RoleTrial]
 
 
 class OverlayJob:
@@ -263,6 +315,16 @@ class OverlayJob:
         """The rule in words, with what was calibrated on."""
         return f"{rule}; {self.calibration}" if self.calibration else str(rule)
 
+    def describe_folder(self, rule: BitRule, overlaid: Sequence[int]) -> dict[str, str]:
+        """What the folder of a coded model says of where it is from: source, rule, and the options that verify it."""
+        layers = format_ranges(overlaid)
+        calibrated = " --calibrate TEXT" if self.calibration else ""
+        return {
+            "source": printable(self.opened.name),
+            "rule": f"{self.describe(rule)}; layers {layers}",
+            "options": f"--layers {layers.replace(' ', '')} {rule.options}{calibrated}",
+        }
+
     def choose_ranks(self, rule: RankRule, experts: int | None) -> tuple[dict[int, Ranks], dict[int, LayerCurves]]:
         """The ranks of every layer by the rule, and the curves that were measured for it.
 
@@ -286,25 +348,27 @@ class OverlayJob:
         results = self.resumable("measure", rule.energy, experts).each(TypeAdapter(LayerCurves), measure)
         return {layer.number: curves for layer, curves in zip(self.layers, results, strict=True)}
 
-    def compare_all(
-        self, rule: RankRule, experts: int | None
-    ) -> tuple[dict[int, LayerCurves], list[tuple[Alternative, ...]], dict[int, dict[str, Rate]]]:
-        """The curves of each layer, its alternatives at the same bytes, and what sharing saves of each role."""
-        Compared = tuple[LayerCurves, tuple[Alternative, ...], dict[str, Rate]]
+    def compare_all(self, energy: float, experts: int | None) -> "dict[int, LayerComparison]":
+        """What an estimate needs of each layer."""
 
-        def compare(layer: ExpertLayer, progress: Progress) -> Compared:
+        def compare(layer: ExpertLayer, progress: Progress) -> LayerComparison:
             measures = self._measure_roles(layer, experts, progress, keep_vectors=True)
-            alternatives = compare_alternatives(layer, measures, self.opened.resources, progress)
-            return layer_curves(measures, layer.count, rule.energy), alternatives, self._measure_rates(layer, measures)
+            alternatives, factored = compare_alternatives(layer, measures, self.opened.resources, progress)
+            vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
+            with self.opened.resources.worker_threads(layer) as pool:
+                alignment = align(vectors, run=pool.map)
+            grams = align_grams({role: measure.gram for role, measure in measures.items()}, vectors, alignment)
+            return LayerComparison(
+                layer_curves(measures, layer.count, energy),
+                alternatives,
+                factored,
+                {role: sharing_rate(gram, alignment.groups) for role, gram in grams.items()},
+                {role: list_variances(gram) for role, gram in grams.items()},
+                try_layer(layer, alignment, self.opened.resources),
+            )
 
-        results = self.resumable("compare", rule.energy, experts).each(TypeAdapter(Compared), compare)
-        numbers = [layer.number for layer in self.layers]
-        curves, alternatives, rates = zip(*results, strict=True)
-        return (
-            dict(zip(numbers, curves, strict=True)),
-            list(alternatives),
-            dict(zip(numbers, rates, strict=True)),
-        )
+        results = self.resumable("compare", energy, experts).each(TypeAdapter(LayerComparison), compare)
+        return {layer.number: compared for layer, compared in zip(self.layers, results, strict=True)}
 
     def verify_all(self, chosen: Mapping[int, Ranks], inputs: int, seed: int) -> list[LayerVerification]:
         """The errors that an overlay of these ranks makes in each layer."""
@@ -317,8 +381,11 @@ class OverlayJob:
         by_layer = {str(number): ranks for number, ranks in chosen.items()}
         return self.resumable("verify", by_layer, inputs, seed).each(TypeAdapter(LayerVerification), verify)
 
-    def choose_codes(self, rule: BitRule) -> dict[int, LayerCodes]:
-        """The codes of every layer by the rule, from trials of a few experts of each."""
+    def choose_codes(self, rule: BitRule, overlaid: Sequence[int] | None = None) -> dict[int, LayerCodes]:
+        """The codes of every layer by the rule, from trials of a few experts of each.
+
+        A rule of a folder's size counts the layers that are `overlaid` in that folder, all MoE layers for None.
+        """
 
         def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
             layer.prefetch(progress)
@@ -326,7 +393,34 @@ class OverlayJob:
             return try_layer(layer, align_layer(layer, resources), resources, self.moments_of(layer))
 
         trials = self.resumable_codes("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
-        return rule.choose({layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)})
+        by_layer = {layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)}
+        return self.count_bits(rule, by_layer, overlaid).choose(by_layer)
+
+    def count_bits(
+        self, rule: BitRule, trials: Mapping[int, Mapping[str, RoleTrial]], overlaid: Sequence[int] | None = None
+    ) -> BitRule:
+        """The rule; one of a folder's size as that of the bits a weight that the size leaves for the experts.
+
+        A layer that was not tried is taken to be as the nearest that was.
+        """
+        if rule.fit is None:
+            return rule
+        experts = self.opened.experts
+        numbers = tuple(overlaid or experts.layers)
+        words = self.describe_folder(rule, numbers)
+
+        def folder_bytes(codes: Mapping[int, LayerCodes]) -> int:
+            card = card_table([longest_verification(number, codes[number]) for number in self.verified_layers(numbers)])
+            resources = self.opened.resources
+            return coded_folder_bytes(experts, codes, resources=resources, progress=self.progress, card=card, **words)
+
+        spread = spread_trials(trials, [experts.layer(number) for number in numbers])
+        return BitRule(fit_bits(rule.fit, spread, folder_bytes))
+
+    def verified_layers(self, overlaid: Sequence[int]) -> list[int]:
+        """Which layers of a written overlay are verified."""
+        places = evenly_spaced(len(overlaid), VERIFIED) if self.knows_activation else ()
+        return [overlaid[place] for place in places]
 
     def measure_codes(self, chosen: Mapping[int, LayerCodes]) -> list[float]:
         """The weight error that codes make in each layer."""
@@ -337,18 +431,23 @@ class OverlayJob:
 
         return list(self.resumable_codes("code", _codes_key(chosen)).each(TypeAdapter(float), measure))
 
-    def verify_codes(self, chosen: Mapping[int, LayerCodes], inputs: int, seed: int) -> list[LayerVerification]:
+    def verify_codes(
+        self, chosen: Mapping[int, LayerCodes], inputs: int, seed: int, rounding_bits: Sequence[int]
+    ) -> list[LayerVerification]:
         """The errors that an overlay in these codes makes in each layer."""
 
         def verify(layer: ExpertLayer, progress: Progress) -> LayerVerification:
-            codes, check = chosen[layer.number], self.fidelity_check(layer, inputs, seed)
+            codes, check = chosen[layer.number], self.fidelity_check(layer, inputs, seed, rounding_bits)
             fidelity = check_coded_layer(layer, codes, check, self.opened.resources, progress, self.moments_of(layer))
             return layer_verification(layer.number, {}, fidelity, codes)
 
         key = _codes_key(chosen)
-        return self.resumable_codes("verify", key, inputs, seed).each(TypeAdapter(LayerVerification), verify)
+        work = self.resumable_codes("verify", key, inputs, seed, rounding_bits)
+        return work.each(TypeAdapter(LayerVerification), verify)
 
-    def fidelity_check(self, layer: ExpertLayer, inputs: int, seed: int) -> FidelityCheck:
+    def fidelity_check(
+        self, layer: ExpertLayer, inputs: int, seed: int, rounding_bits: Sequence[int] = ROUNDING_BITS
+    ) -> FidelityCheck:
         """The check of a layer's rebuilt experts against the originals, on `inputs` random inputs."""
         experts = self.opened.experts
         drawn_inputs = draw_inputs(
@@ -359,7 +458,7 @@ class OverlayJob:
             scoring=experts.scoring,
             normalise=experts.model_config.normalises_routing_weights,
         )
-        return FidelityCheck(layer, drawn_inputs, experts.activation)
+        return FidelityCheck(layer, drawn_inputs, experts.activation, rounding_bits)
 
     @property
     def knows_activation(self) -> bool:
@@ -380,13 +479,6 @@ class OverlayJob:
             f"errors and ranks are estimated from {sampled} of {count} experts" for sampled, count in sorted(samples)
         ]
 
-    def _measure_rates(self, layer: ExpertLayer, measures: Mapping[str, RoleMeasure]) -> dict[str, Rate]:
-        """What sharing saves of each role, after the experts' neurons were brought into one order."""
-        vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
-        grams = {role: measure.gram for role, measure in measures.items()}
-        with self.opened.resources.worker_threads(layer) as pool:
-            return sharing_rates(grams, vectors, align(vectors, run=pool.map))
-
     def _measure_roles(
         self, layer: ExpertLayer, experts: int | None, progress: Progress, keep_vectors: bool = False
     ) -> dict[str, RoleMeasure]:
@@ -394,6 +486,12 @@ class OverlayJob:
             raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
         chosen = evenly_spaced(layer.count, experts)
         return measure_layer(layer, chosen, self.opened.resources, progress, keep_vectors=keep_vectors)
+
+
+def rounding_bits_beside(rule: RankRule | BitRule) -> tuple[int, ...]:
+    """The bits of the plain quantisations that are compared beside an overlay: the usual ones, and the rule's."""
+    own = rule.as_good_as if isinstance(rule, BitRule) else None
+    return ROUNDING_BITS if own is None or own in ROUNDING_BITS else (*ROUNDING_BITS, own)
 
 
 def _codes_key(chosen: Mapping[int, LayerCodes]) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Which code each projection of each layer gets, for a budget of bits a weight.
+"""Which code each projection of each layer gets, for a budget of bits a weight, or for an error.
 
 The law: an expert's delta, whose energy is the share d of the expert's, needs 0.5 log2(1 / d) bits a weight less than
 the expert, and the base costs its own bits over the number of experts. Where that does not pay (`numerics.rates`),
 experts are coded without a base. All deltas have the same width, or one of two that are neighbours.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from math import ceil, log2, prod
+from math import ceil, inf, log2, prod, sqrt
 from typing import NamedTuple, Unpack
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
 from ..numerics.alignment import Alignment, permute
 from ..numerics.rates import PAYS, base_bits, net_bits
+from ..text import parse_size
 from ..weights.expert_layer import ExpertLayer
 from .allocation import RankOptions, RankRule, rank_rule
 from .codes import LayerCodes, MatrixCode, RoleCodes
@@ -27,13 +28,20 @@ from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
 from .moments import ExpertMoments, permute_moments
+from .quantisation import round_to_bits
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
+FEWER_LEVELS = (4, 2)  # of factors that only fill what is left
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
 MOST_BITS = 8.0
 ROWS = 128  # of each matrix that are coded to measure an error
 LITTLE = 0.004  # the share of a budget that may be left
-TRIED = (2, 3, 4, 8, 16)  # levels whose errors are measured
+TRIED = (2, 3, 4, 8, 16, 64, 256)  # levels whose errors are measured
+PLAIN_BITS = (2, 3, 4, 5, 6, 8)  # of the plain quantisation that codes can be as good as
+USUAL_BITS = 4  # of the plain quantisation that codes are as good as where nothing else is said
+MARGIN = 0.97  # the share of an allowed squared error that is used, since it is measured on a part
+LEAST_ERROR = 1e-30  # squared; what is less is taken for this
+ROUNDS = 12  # of looking for the bits that fill a folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,8 @@ class RoleTrial:
     """What some rows of some experts show of one projection of one layer.
 
     `delta_share` is d, the share of the experts' energy that their deltas from the coded base have. The errors are of
-    deltas and of whole experts, by levels: squared, relative to the experts' energy.
+    deltas and of whole experts, by levels, and of plain quantisation, by bits: squared, relative to the experts'
+    `energy`.
     """
 
     shape: Shape
@@ -49,6 +58,8 @@ class RoleTrial:
     delta_share: float
     delta_errors: dict[int, float]
     plain_errors: dict[int, float]
+    rounding_errors: dict[int, float] = field(default_factory=dict)
+    energy: float = 1.0
 
     @property
     def has_base(self) -> bool:
@@ -56,10 +67,22 @@ class RoleTrial:
         return net_bits(self.delta_share, self.experts) >= PAYS
 
     def error(self, code: MatrixCode) -> float:
-        """The measured error of a code, or that of the nearest one that was measured."""
+        """The error of a code, by the bits that it takes.
+
+        Between measured codes errors fall geometrically, as those of all codes do, below the least one linearly.
+        """
         errors = self.delta_errors if self.has_base else self.plain_errors
-        levels = code.levels if isinstance(code, BitsCode) else TRIED[0]
-        return errors[min(TRIED, key=lambda tried: abs(tried - levels))]
+        group = group_for(self.shape[1])
+        bits = [code_bits(BitsCode(levels, group), self.shape) for levels in TRIED]
+        taken, lost = code_bits(code, self.shape), [errors[levels] for levels in TRIED]
+        if taken < bits[0]:
+            return float(np.interp(taken, [0.0, bits[0]], [self.delta_share if self.has_base else 1.0, lost[0]]))
+        return float(np.exp(np.interp(taken, bits, np.log(np.maximum(lost, LEAST_ERROR))))) if lost[0] else 0.0
+
+
+def code_bits(code: MatrixCode, shape: Shape) -> float:
+    """Bits a weight that a coded matrix of that shape takes."""
+    return 8 * code_bytes(code, shape) / prod(shape)
 
 
 def group_for(columns: int) -> int:
@@ -117,21 +140,33 @@ def _try_rows(
     deltas = [factor * (matrix - mean) + lost for matrix in rows]
     energy = _energy(rows, moments)
 
-    def errors(matrices: Sequence[NDArray[np.float32]]) -> dict[int, float]:
-        result = {}
-        for levels in TRIED:
-            tried = BitsCode(levels, group)
-            left = [
-                matrix - tried.decode(tried.encode(matrix, moments=each), shape)
-                for matrix, each in zip(matrices, moments, strict=True)
-            ]
-            result[levels] = _energy(left, moments) / energy if energy else 0.0
-        return result
-
     by_weights: list[None] = [None] * count
     whole = _energy(rows, by_weights)
-    share = _energy(deltas, by_weights) / whole if whole else 0.0
-    return RoleTrial(layer.shape(role), layer.count, share, errors(deltas), errors(rows))
+
+    def share_of(left: Sequence[NDArray[np.float32]]) -> float:
+        return _energy(left, moments) / energy if energy else 0.0
+
+    def errors(matrices: Sequence[NDArray[np.float32]], unbiased: bool) -> dict[int, float]:
+        codes = {levels: BitsCode(levels, group) for levels in TRIED}
+        return {
+            levels: share_of(
+                [
+                    matrix - code.decode(code.encode(matrix, unbiased=unbiased, moments=each), shape)
+                    for matrix, each in zip(matrices, moments, strict=True)
+                ]
+            )
+            for levels, code in codes.items()
+        }
+
+    return RoleTrial(
+        layer.shape(role),
+        layer.count,
+        _energy(deltas, by_weights) / whole if whole else 0.0,
+        errors(deltas, unbiased=False),
+        errors(rows, unbiased=True),  # as `CodedLayer` codes experts without a base
+        {bits: share_of([matrix - round_to_bits(matrix, bits) for matrix in rows]) for bits in PLAIN_BITS},
+        energy * layer.count / count * layer.shape(role)[0] / shape[0],
+    )
 
 
 def _energy(matrices: Sequence[NDArray[np.float32]], moments: Sequence[NDArray[np.float32] | None]) -> float:
@@ -146,28 +181,46 @@ def _energy(matrices: Sequence[NDArray[np.float32]], moments: Sequence[NDArray[n
 class OverlayOptions(RankOptions, total=False):
     """How ranks or codes are chosen, as options of the services: `RankOptions`, or codes.
 
-    `bits` are the bits for each weight of the experts, everything counted, of an overlay in codes. `coded` makes
-    `target_ratio` mean such an overlay, of 16 / ratio bits.
+    `bits` are the bits for each weight of the experts, everything counted, of an overlay in codes; `fit` the bytes of
+    the whole folder, a number or a text such as "24GB"; `as_good_as` the bits of the plain quantisation that codes
+    shall err no more than, in the fewest bytes. `coded` makes `max_error` and `target_ratio` mean codes, and is
+    `as_good_as` 4 where no other is given.
     """
 
     bits: float | None
+    fit: int | str | None
+    as_good_as: int | None
     coded: bool
 
 
 def overlay_rule(
-    *, bits: float | None = None, coded: bool = False, **options: Unpack[RankOptions]
+    *,
+    bits: float | None = None,
+    fit: int | str | None = None,
+    as_good_as: int | None = None,
+    coded: bool = False,
+    **options: Unpack[RankOptions],
 ) -> "RankRule | BitRule":
     """The rule that `OverlayOptions` describe; raises InvalidRequest for options that contradict each other."""
     rule = rank_rule(**options)
-    if bits is None and not coded:
+    if not coded and bits is None and fit is None and as_good_as is None:
         return rule
-    if rule.given or rule.max_error is not None or (bits is not None and rule.target_ratio is not None):
-        raise InvalidRequest("codes are wanted together with ranks, an error or a second size", "give bits alone")
-    if bits is None:
-        if rule.target_ratio is None:
-            raise InvalidRequest("codes are wanted, and no size", "give bits, or a ratio")
-        bits = 16 / rule.target_ratio
-    return BitRule(bits)
+    if rule.given:
+        raise InvalidRequest("codes are wanted together with ranks", "give one of the two")
+    targets = {
+        "bits": bits,
+        "the size of a folder": fit,
+        "the bits to be as good as": as_good_as,
+        "a greatest error": rule.max_error,
+        "a ratio": rule.target_ratio,
+    }
+    given = [name for name, target in targets.items() if target is not None]
+    if len(given) > 1:
+        raise InvalidRequest(f"both {given[0]} and {given[1]} are given", "give one of the two")
+    if rule.target_ratio is not None:
+        return BitRule(16 / rule.target_ratio)
+    size = parse_size(fit, "the size of the folder") if isinstance(fit, str) else fit
+    return BitRule(bits, rule.max_error, as_good_as if given else USUAL_BITS, size)
 
 
 class _Unit(NamedTuple):
@@ -186,60 +239,220 @@ class _Unit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BitRule:
-    """Codes within `bits` bits for each weight of the experts, everything counted.
+    """How codes are chosen: by exactly one of four targets.
 
-    Raises InvalidRequest for a number that is not above 0 and at most MOST_BITS.
+    `bits` for each weight of the experts, everything counted; the greatest relative weight error of the experts of each
+    layer, `max_error`; the bits of the plain quantisation that each layer shall be `as_good_as`; or the bytes of the
+    whole folder, to `fit`. Raises InvalidRequest for a number out of range.
     """
 
-    bits: float
+    bits: float | None = None
+    max_error: float | None = None
+    as_good_as: int | None = None
+    fit: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.bits <= MOST_BITS:
+        if self.bits is not None and not 0 < self.bits <= MOST_BITS:
             raise InvalidRequest(f"{self.bits:g} bits a weight", f"give a number above 0 and up to {MOST_BITS:g}")
+        if self.max_error is not None and not 0 < self.max_error < 1:
+            raise InvalidRequest(f"the greatest error is {self.max_error:g}", "give a share between 0 and 1")
+        if self.as_good_as is not None and self.as_good_as not in PLAIN_BITS:
+            known = ", ".join(map(str, PLAIN_BITS[:-1]))
+            raise InvalidRequest(
+                f"as good as {self.as_good_as:g} bits of plain quantisation", f"give {known} or {PLAIN_BITS[-1]}"
+            )
+        if self.fit is not None and not 0 < self.fit < inf:
+            raise InvalidRequest(f"a folder of {self.fit:,} bytes", "give a size such as 20GB")
 
     def __str__(self) -> str:
+        if self.max_error is not None:
+            return f"relative weight error of the experts at most {self.max_error:g}, fewest bits"
+        if self.as_good_as is not None:
+            return f"as good as plain quantisation at {self.as_good_as} bits, fewest bits"
+        if self.fit is not None:
+            return f"a folder of at most {self.fit:,} bytes"
         return f"{self.bits:g} bits a weight of the experts, everything counted"
 
+    @property
+    def options(self) -> str:
+        """The rule as a command has it."""
+        if self.max_error is not None:
+            return f"--max-error {self.max_error} --coded"
+        if self.as_good_as is not None:
+            return f"--as-good-as {self.as_good_as}"
+        return f"--bits {self.bits}" if self.fit is None else f"--fit {self.fit}"
+
     def choose(self, trials: Mapping[int, Mapping[str, RoleTrial]]) -> dict[int, LayerCodes]:
-        """The codes of every layer; raises InvalidRequest where even the least take more.
+        """The codes of every layer; raises InvalidRequest where even the least take more, or the finest err more.
 
-        All units climb from stage to stage, those of the largest error first. When no whole step fits, those that would
-        come next get scales for shorter groups, and where much is left even then, one gets factors beside its code.
+        What is to `fit` has no choice of its own: `fit_bits` says which bits a weight that is.
         """
-        units = _open_units(trials)
-        weights = sum(unit.trial.experts * prod(unit.trial.shape) for unit in units)
-        budget = int(self.bits * weights / 8)
+        if self.bits is not None:
+            return _within(self.bits, trials)
+        chosen: dict[int, LayerCodes] = {}
+        for number, roles in trials.items():
+            chosen |= self._reach(number, roles)
+        return chosen
+
+    def _reach(self, number: int, roles: Mapping[str, RoleTrial]) -> dict[int, LayerCodes]:
+        """The fewest bits with which a layer meets the rule.
+
+        Its units climb as in `_within`, but for factors, whose errors are not measured. Before each step scales for
+        shorter groups are tried in its place.
+        """
+        units = _open_units({number: roles}, with_factors=False)
+        prices = self._prices(roles)
+
+        def loss(codes: Sequence[MatrixCode]) -> float:
+            return sum(prices[unit.role] * unit.trial.error(code) for unit, code in zip(units, codes, strict=True))
+
         chosen = [unit.ladder[0] for unit in units]
-        total = sum(unit.nbytes(code) for unit, code in zip(units, chosen, strict=True))
-        if total > budget:
-            least = ceil(800 * total / weights) / 100
-            raise InvalidRequest(f"{self.bits:g} bits a weight are out of reach", f"the least is {least:.2f}")
         steps = _list_steps(units)
-        taken = 0
-        for place, lower, higher in steps:
-            step = units[place].nbytes(higher) - units[place].nbytes(lower)
-            if step > budget - total:
-                break
-            chosen[place] = higher
-            total += step
-            taken += 1
-        next_units = list(dict.fromkeys(place for place, _, _ in steps[taken:]))
-        for place in next_units:
-            code = chosen[place]
-            finer = BitsCode(code.levels, 64) if isinstance(code, BitsCode) else code
-            step = units[place].nbytes(finer) - units[place].nbytes(code)
-            if step <= budget - total:
-                chosen[place] = finer
-                total += step
-        if next_units and budget - total > LITTLE * budget:
-            chosen[next_units[0]] = _fill(units[next_units[0]], chosen[next_units[0]], budget - total)
-        result: dict[int, dict[str, RoleCodes]] = {}
-        for unit, code in zip(units, chosen, strict=True):
-            result.setdefault(unit.layer, {})[unit.role] = RoleCodes(unit.base, code)
-        return {**result}
+        for taken in range(len(steps) + 1):
+            finer = list(chosen)
+            for place in [None, *(_next_places(steps[taken:]) or range(len(units)))]:
+                if place is not None:
+                    finer[place] = _shorten(finer[place])
+                if loss(finer) <= MARGIN:
+                    return _by_layer(units, finer)
+            for place, _, higher in steps[taken : taken + 1]:
+                chosen[place] = higher
+        goal = (
+            f"within a weight error of {self.max_error:g}"
+            if self.max_error is not None
+            else f"as good as plain quantisation at {self.as_good_as} bits"
+        )
+        factor = sqrt(loss(finer) / MARGIN)
+        raise InvalidRequest(f"layer {number}: no codes are {goal}", f"the finest err {factor:.3g} times as much")
+
+    def _prices(self, roles: Mapping[str, RoleTrial]) -> dict[str, float]:
+        """By role, the share of the loss that a layer may have which a unit of the role's relative error takes.
+
+        A greatest error is that of all weights together. What shall be as good as plain quantisation is measured in
+        units of that, role by role, since the outputs depend on each role's relative error.
+        """
+        if self.max_error is not None:
+            allowed = self.max_error**2 * sum(trial.energy for trial in roles.values())
+            return {role: trial.energy / allowed if allowed else 0.0 for role, trial in roles.items()}
+        assert self.as_good_as is not None
+        return {
+            role: 1 / len(roles) / max(trial.rounding_errors[self.as_good_as], LEAST_ERROR)
+            for role, trial in roles.items()
+        }
 
 
-def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]]) -> list[_Unit]:
+def _within(bits: float, trials: Mapping[int, Mapping[str, RoleTrial]]) -> dict[int, LayerCodes]:
+    """The best codes of at most so many bits a weight; raises InvalidRequest where even the least take more.
+
+    All units climb from stage to stage, those of the largest error first. When no whole step fits, those that would
+    come next get scales for shorter groups, and as long as much is left even then, factors beside their code.
+    """
+    units = _open_units(trials)
+    weights = _count_weights(units)
+    budget = int(bits * weights / 8)
+    chosen = [unit.ladder[0] for unit in units]
+    free = budget - _count_bytes(units, chosen)
+    if free < 0:
+        least = ceil(800 * (budget - free) / weights) / 100
+        raise InvalidRequest(f"{bits:g} bits a weight are out of reach", f"the least is {least:.2f}")
+    steps = _list_steps(units)
+    taken = 0
+
+    def replace_code(place: int, code: MatrixCode) -> bool:
+        """Whether the code fits in the place of the unit's; if so, it has it."""
+        nonlocal free
+        more = units[place].nbytes(code) - units[place].nbytes(chosen[place])
+        if more > free:
+            return False
+        chosen[place] = code
+        free -= more
+        return True
+
+    while taken < len(steps) and replace_code(steps[taken][0], steps[taken][2]):
+        taken += 1
+    next_places = _next_places(steps[taken:])
+    for place in next_places:
+        replace_code(place, _shorten(chosen[place]))
+    for place in next_places:
+        if free > LITTLE * budget:
+            replace_code(place, _fill(units[place], chosen[place], free))
+    return _by_layer(units, chosen)
+
+
+def fit_bits(
+    size: int,
+    trials: Mapping[int, Mapping[str, RoleTrial]],
+    folder_bytes: Callable[[Mapping[int, LayerCodes]], int],
+) -> float:
+    """The bits a weight with which a whole folder takes at most `size` bytes, and nearly as many.
+
+    `trials` are those of all layers that are overlaid, and `folder_bytes` says what a folder with such codes takes.
+    Raises InvalidRequest where even the least codes take more.
+    """
+    units = _open_units(trials)
+    weights = _count_weights(units)
+    least = [unit.ladder[0] for unit in units]
+    taken = folder_bytes(_by_layer(units, least))
+    if taken > size:
+        raise InvalidRequest(f"a folder of {size:,} bytes is out of reach", f"the least takes {taken:,}")
+    best = bits = 8 * (_count_bytes(units, least) + 0.5) / weights
+    most, too_many = taken, inf
+    for _ in range(ROUNDS):  # names and texts of other codes take other bytes, so that one step is not enough
+        bits = min(MOST_BITS, bits + 8 * (size - taken) / weights)
+        if not best < bits < too_many:
+            bits = (best + min(MOST_BITS, too_many)) / 2
+        taken = folder_bytes(_within(bits, trials))
+        if taken > size:
+            too_many = min(too_many, bits)
+        elif taken > most:
+            best, most = bits, taken
+        if best == MOST_BITS or 0 <= size - most < LITTLE * size:
+            break
+    return best
+
+
+def spread_trials(
+    trials: Mapping[int, Mapping[str, RoleTrial]], layers: Iterable[ExpertLayer]
+) -> dict[int, Mapping[str, RoleTrial]]:
+    """Trials of all these layers: one that was not tried is taken to be as the nearest that was."""
+    spread: dict[int, Mapping[str, RoleTrial]] = {}
+    for layer in layers:
+        nearest = trials[min(trials, key=lambda number: abs(number - layer.number))]
+        spread[layer.number] = {
+            role: replace(
+                nearest[role],
+                shape=layer.shape(role),
+                experts=layer.count,
+                energy=nearest[role].energy * layer.count / nearest[role].experts,
+            )
+            for role in layer.roles
+        }
+    return spread
+
+
+def predict_error(trials: Mapping[str, RoleTrial], codes: LayerCodes) -> float:
+    """The relative Frobenius error of a layer's experts in these codes, by its trials."""
+    energy = sum(trial.energy for trial in trials.values())
+    lost = sum(trial.energy * trial.error(codes[role].delta) for role, trial in trials.items())
+    return sqrt(lost / energy) if energy else 0.0
+
+
+def _count_weights(units: Sequence[_Unit]) -> int:
+    return sum(unit.trial.experts * prod(unit.trial.shape) for unit in units)
+
+
+def _count_bytes(units: Sequence[_Unit], codes: Sequence[MatrixCode]) -> int:
+    return sum(unit.nbytes(code) for unit, code in zip(units, codes, strict=True))
+
+
+def _by_layer(units: Sequence[_Unit], codes: Sequence[MatrixCode]) -> dict[int, LayerCodes]:
+    result: dict[int, dict[str, RoleCodes]] = {}
+    for unit, code in zip(units, codes, strict=True):
+        result.setdefault(unit.layer, {})[unit.role] = RoleCodes(unit.base, code)
+    return {**result}
+
+
+def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]], *, with_factors: bool = True) -> list[_Unit]:
     """The units of all layers.
 
     Those without a base are ahead of the others by the bits that a delta needs less, so that errors are alike.
@@ -253,7 +466,7 @@ def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]]) -> list[_Unit]:
             group = group_for(trial.shape[1])
             bits = tuple(BitsCode(levels, group) for levels in LEVELS)
             if trial.has_base:
-                factors = _factor_rungs(trial.shape, bits[0])
+                factors = _factor_rungs(trial.shape, bits[0]) if with_factors else []
                 base = BitsCode(2 ** base_bits(trial.experts), group)
                 units.append(_Unit(number, role, trial, base, (*factors, *bits), -len(factors)))
             else:
@@ -279,16 +492,40 @@ def _list_steps(units: Sequence[_Unit]) -> list[tuple[int, MatrixCode, MatrixCod
     return [(place, lower, higher) for _, _, place, lower, higher in steps]
 
 
+def _next_places(steps: Sequence[tuple[int, MatrixCode, MatrixCode]]) -> list[int]:
+    """The places of the units that these steps take further, each once, in order."""
+    return list(dict.fromkeys(place for place, _, _ in steps))
+
+
+def _shorten(code: MatrixCode) -> MatrixCode:
+    """The code with a scale for each 64 weights, where it can have that."""
+    return BitsCode(code.levels, 64) if isinstance(code, BitsCode) else code
+
+
 def _fill(unit: _Unit, code: MatrixCode, free: int) -> MatrixCode:
-    """The unit's code with factors of the greatest rank that takes at most `free` bytes more."""
-    shape, bits = unit.trial.shape, BitsCode(FACTOR_LEVELS)
+    """The unit's code with factors of the greatest rank that takes at most `free` bytes more.
+
+    They are in FACTOR_LEVELS, or fewer where so little is free.
+    """
     room = free + unit.nbytes(code)
-    least = code.rank if isinstance(code, FactorsCode) else 0
-    best = code
-    for rank in range(least + 1, min(shape) + 1):
-        factors = FactorsCode(rank, bits)
-        filled = SumCode(factors, code) if isinstance(code, BitsCode) else factors
-        if unit.nbytes(filled) > room:
+    if isinstance(code, FactorsCode):
+        return _raise_rank(unit, code, room)
+    if isinstance(code, BitsCode):
+        for levels in (FACTOR_LEVELS, *FEWER_LEVELS):
+            filled = SumCode(FactorsCode(1, BitsCode(levels)), code)
+            if unit.nbytes(filled) <= room:
+                return _raise_rank(unit, filled, room)
+    return code
+
+
+def _raise_rank(unit: _Unit, code: FactorsCode | SumCode, room: int) -> MatrixCode:
+    """The code with the greatest rank of its factors, from that which it has on, that takes at most `room` bytes."""
+    best: MatrixCode = code
+    factors = code if isinstance(code, FactorsCode) else code.factors
+    for rank in range(factors.rank + 1, min(unit.trial.shape) + 1):
+        higher = replace(factors, rank=rank)
+        raised = higher if isinstance(code, FactorsCode) else replace(code, factors=higher)
+        if unit.nbytes(raised) > room:
             break
-        best = filled
+        best = raised
     return best

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import name_model, printable
-from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlayCompression, MoEOverlayExport
@@ -14,7 +13,7 @@ from ..text import format_ranges
 from ..weights.checkpoint import Checkpoint
 from ..weights.repositories.local import Folder
 from .allocation import RankRule
-from .analysis import INPUTS, TOLERANCE, OverlayJob
+from .analysis import INPUTS, TOLERANCE, OverlayJob, rounding_bits_beside
 from .bit_budget import BitRule
 from .checkpoint.card import card_table
 from .checkpoint.export import export_overlay
@@ -26,7 +25,7 @@ from .curves import LayerCurves
 from .fidelity import check_coded_layer, check_layer
 from .layer import coded_bytes, layer_verification, projection_codes, ranked_bytes, sum_parts
 
-VERIFIED = 3  # layers of a written overlay that are verified
+LEAST_BITS = 1.0  # a weight that a coded overlay is taken to need on disk, where its rule does not say it
 
 
 def compress(
@@ -43,16 +42,17 @@ def compress(
     with name_model(model):
         job = OverlayJob(model, None, layers, progress)
         opened, numbers = job.opened, [layer.number for layer in job.layers]
-        bits = rule.bits if isinstance(rule, BitRule) else None
+        bits = (rule.bits or LEAST_BITS) if isinstance(rule, BitRule) else None
         check_target(opened.experts, folder, numbers, force, bits)
         job.calibrate(calibrate, rule)
         curves: dict[int, LayerCurves] = {}
         ranks: dict[int, Ranks] = {}
         codes: dict[int, LayerCodes] = {}
         if isinstance(rule, BitRule):
-            rule_text = f"{job.describe(rule)}; layers {format_ranges(numbers)}"
+            words = job.describe_folder(rule, numbers)
+            rule_text = words["rule"]
             planned_of_layers = planned_codes(opened.experts, folder, rule_text)
-            codes = planned_of_layers or job.choose_codes(rule)
+            codes = planned_of_layers or job.choose_codes(rule, numbers)
             if planned_of_layers:
                 job.resumable_codes("trial")
         else:
@@ -64,9 +64,9 @@ def compress(
                 # a stopped run chose the ranks; what it kept of its measurements is deleted when this job ends
                 ranks = planned
                 job.resumable("measure", rule.energy, experts)
-        places = evenly_spaced(len(job.layers), VERIFIED) if job.knows_activation else ()
-        checked = [job.layers[place] for place in places]
-        checks = {layer.number: job.fidelity_check(layer, INPUTS, 0) for layer in checked}
+        checked = [opened.experts.layer(number) for number in job.verified_layers(numbers)]
+        rounding_bits = rounding_bits_beside(rule)
+        checks = {layer.number: job.fidelity_check(layer, INPUTS, 0, rounding_bits) for layer in checked}
         verified: list[LayerVerification] = []
 
         def verify() -> str:
@@ -85,9 +85,9 @@ def compress(
 
         if codes:
             parts = coded_bytes(job.layers, [codes[number] for number in numbers])
-            options = f"--layers {format_ranges(numbers).replace(' ', '')} --bits {bits}"
-            options += " --calibrate TEXT" if job.calibration else ""
-            write = partial(write_coded_overlay, opened.experts, codes, options=options, moments=job.moments_of)
+            write = partial(
+                write_coded_overlay, opened.experts, codes, options=words["options"], moments=job.moments_of
+            )
         else:
             parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
             write = partial(write_overlay, opened.experts, ranks)

@@ -1,6 +1,6 @@
 """What an overlay costs in accuracy: the errors of the experts' weights, and of their outputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -85,11 +85,15 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
 class FidelityCheck:
     """Compares the rebuilt experts of one layer with the originals, in their weights and in their outputs.
 
-    `compare` may be called from several threads; its results are then added in the order of the experts.
+    The same experts, plainly quantised to each of `rounding_bits`, are compared, too. `compare` may be called from
+    several threads; its results are then added in the order of the experts.
     """
 
-    def __init__(self, layer: ExpertLayer, inputs: Inputs, activation: str) -> None:
+    def __init__(
+        self, layer: ExpertLayer, inputs: Inputs, activation: str, rounding_bits: Sequence[int] = ROUNDING_BITS
+    ) -> None:
         self.layer = layer
+        self._rounding_bits = rounding_bits
         self._inputs, self._activation = inputs, activation
         self._weight_errors: list[dict[str, float]] = []
         self._output_errors: list[float] = []
@@ -116,7 +120,7 @@ class FidelityCheck:
             rounded = {role: round_to_bits(matrix, bits) for role, matrix in exact.items()}
             return run_expert(x, rounded, biases, self._activation)
 
-        rounding = {bits: relative_error(run_rounded(bits), exact_output) for bits in ROUNDING_BITS}
+        rounding = {bits: relative_error(run_rounded(bits), exact_output) for bits in self._rounding_bits}
         weights = {role: relative_error(rebuilt[role], matrix) for role, matrix in exact.items()}
         return ExpertErrors(weights, rounding, exact_output, output)
 
@@ -140,7 +144,7 @@ class FidelityCheck:
             {role: tuple(errors[role] for errors in self._weight_errors) for role in self.layer.roles},
             tuple(self._output_errors),
             None if self._inputs.routing_weights is None else relative_error(self._mixed[1], self._mixed[0]),
-            {bits: float(np.mean([errors[bits] for errors in self._rounding_errors])) for bits in ROUNDING_BITS},
+            {bits: float(np.mean([errors[bits] for errors in self._rounding_errors])) for bits in self._rounding_bits},
         )
 
 

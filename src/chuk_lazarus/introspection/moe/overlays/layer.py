@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod, sqrt
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from .checkpoint.format import Ranks
 from .codes import LayerCodes
 from .curves import LayerCurves
 from .fidelity import LayerFidelity
+
+LONGEST_ERROR = 99.999  # relative; no error of an expert's outputs takes more digits
 
 
 def total_bytes(layers: Sequence[LayerOverlay] | Sequence[LayerEstimate]) -> tuple[int, int, int]:
@@ -125,6 +128,11 @@ def layer_verification(
     )
 
 
+def longest_verification(number: int, codes: LayerCodes) -> LayerVerification:
+    """A verification whose text is as long as that of a coded layer can be, before it is verified."""
+    return layer_verification(number, {}, LayerFidelity({}, (LONGEST_ERROR,), None, {}), codes)
+
+
 def layer_estimate(
     layer: ExpertLayer,
     measured: Mapping[int, LayerCurves],
@@ -153,11 +161,34 @@ def layer_estimate(
         original_bytes=original_bytes(shapes, layer.count),
         stored_bytes=layer.stored_bytes,
         overlay_bytes=overlay_bytes(shapes, ranks, layer.count),
-        sharing=_describe_rates(rates[layer.number]) if layer.number in rates else None,
-        bits_saved=mean_saved((rates[layer.number][role].bits_saved, prod(shapes[role])) for role in shapes)
-        if layer.number in rates
-        else None,
+        **_describe_sharing(layer, rates),
     )
+
+
+def coded_layer_estimate(
+    layer: ExpertLayer, codes: LayerCodes, weight_error: float, rates: Mapping[int, Mapping[str, Rate]]
+) -> LayerEstimate:
+    """The estimate of one layer in codes; it was measured where `rates` has it."""
+    return LayerEstimate(
+        layer=layer.number,
+        measured=layer.number in rates,
+        ranks={},
+        weight_error=weight_error,
+        original_bytes=original_bytes({role: layer.shape(role) for role in layer.roles}, layer.count),
+        stored_bytes=layer.stored_bytes,
+        overlay_bytes=sum_parts(coded_bytes([layer], [codes])),
+        codes=projection_codes(codes),
+        **_describe_sharing(layer, rates),
+    )
+
+
+def _describe_sharing(layer: ExpertLayer, rates: Mapping[int, Mapping[str, Rate]]) -> dict[str, Any]:
+    """What the experts of a measured layer share, and what that saves."""
+    if layer.number not in rates:
+        return {}
+    of_layer = rates[layer.number]
+    saved = mean_saved((of_layer[role].bits_saved, prod(layer.shape(role))) for role in layer.roles)
+    return {"sharing": _describe_rates(of_layer), "bits_saved": saved}
 
 
 def _describe_rates(rates: Mapping[str, Rate]) -> dict[str, SharingRate]:

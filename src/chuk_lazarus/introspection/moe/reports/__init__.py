@@ -4,6 +4,7 @@ from .layout import LayerLayout, MoELayout, SharedExperts
 from .overlays import (
     ErrorSpread,
     Evaluation,
+    LadderRow,
     LayerEstimate,
     LayerOverlay,
     LayerVerification,
@@ -50,6 +51,7 @@ __all__ = [
     "ErrorSpread",
     "Evaluation",
     "Identity",
+    "LadderRow",
     "LayerAnalysis",
     "LayerEstimate",
     "LayerLayout",

@@ -114,6 +114,7 @@ class SharingRate(Report):
 class LayerEstimate(Report):
     """One layer of a whole-model estimate; where `measured` is false, the ranks lie between those of its neighbours.
 
+    A coded layer has `codes` by role and no ranks; one that was not measured is taken to be as the nearest that was.
     `sharing` is by role, and `bits_saved` what bases save over all roles, in bits a weight, 0 for those where they do
     not pay; both null where nothing was measured.
     """
@@ -125,6 +126,7 @@ class LayerEstimate(Report):
     original_bytes: int
     stored_bytes: int
     overlay_bytes: int
+    codes: dict[str, ProjectionCodes] = Field(default_factory=dict)
     sharing: dict[str, SharingRate] | None = None
     bits_saved: float | None = None
 
@@ -143,11 +145,31 @@ class SameBytes(Report):
     svd: float
 
 
+class LadderRow(Report):
+    """Relative weight errors at `bits` bits for each weight of the experts, everything counted, over the measured
+    layers; `bytes` are of the experts of all MoE layers.
+
+    `rounding` is that of plain quantisation at `rounding_bits`, the most whose scales fit, too; `plain` that of our
+    codes without bases, `coded` of an overlay in codes, `low_rank` of one in bf16, `svd` of plain SVDs. Null is what
+    does not fit. `bound` is the least error of any code, were the weights Gaussian.
+    """
+
+    bits: float
+    bytes: int
+    rounding: float | None
+    rounding_bits: int | None
+    plain: float | None
+    coded: float | None
+    low_rank: float | None
+    svd: float
+    bound: float
+
+
 class MoEOverlayEstimate(Identity):
     """What an overlay would take for the whole model, and what pays at the same bytes.
 
-    `bits_saved` is what bases save over all layers, as in LayerEstimate, between the measured ones interpolated; null
-    in reports of earlier versions.
+    `ladder` is empty in reports of earlier versions. `bits_saved` is what bases save over all layers, as in
+    LayerEstimate, between the measured ones interpolated; null in reports of earlier versions.
     """
 
     schema_: Literal["moe-overlay-estimate/1"] = Field(default="moe-overlay-estimate/1", alias="schema")
@@ -163,6 +185,7 @@ class MoEOverlayEstimate(Identity):
     weight_error: float
     bits_saved: float | None = None
     same_bytes: tuple[SameBytes, ...]
+    ladder: tuple[LadderRow, ...] = ()
     advice: str
     notes: tuple[str, ...]
     cost: Cost

@@ -20,7 +20,7 @@ from ..reports import (
     as_html,
     as_rich,
 )
-from .page import to_fragment
+from .page import show_estimate, to_fragment
 from .tables.layout import render_layout
 from .tables.overlays import (
     render_compression,
@@ -51,3 +51,4 @@ as_details.register(MoETypeSurvey, render_survey_summary)
 
 as_html.register(MoETypeAnalysis, to_fragment)
 as_html.register(MoETypeComparison, to_fragment)
+as_html.register(MoEOverlayEstimate, show_estimate)

@@ -12,10 +12,19 @@ from chuk_lazarus import __version__
 
 from ..errors import printable
 from ..provenance.classifier import LINEAGE
-from ..reports import LayerAnalysis, MoETypeAnalysis, MoETypeComparison
+from ..reports import LayerAnalysis, MoEOverlayEstimate, MoETypeAnalysis, MoETypeComparison, as_html
 from ..text import format_bytes, format_ranges, percent
 from . import facts
-from .figures import plot_comparison, plot_decay, plot_depth, plot_matches, plot_parents, plot_similarity, to_svg
+from .figures import (
+    plot_comparison,
+    plot_decay,
+    plot_depth,
+    plot_estimate,
+    plot_matches,
+    plot_parents,
+    plot_similarity,
+    to_svg,
+)
 from .words import (
     describe_family,
     explain,
@@ -123,6 +132,15 @@ def to_page(report: MoETypeAnalysis | MoETypeComparison, command: str | None = N
 def to_fragment(report: MoETypeAnalysis | MoETypeComparison) -> str:
     """The report's verdict, figures and tables as HTML for a notebook: the page without its frame."""
     return _render(report, None, whole=False)
+
+
+def show_estimate(report: MoEOverlayEstimate) -> str:
+    """An estimate as HTML for a notebook: as in a terminal, and its figure where matplotlib is installed."""
+    text = as_html.dispatch(object)(report)
+    try:
+        return text + to_svg(plot_estimate(report)) if report.ladder else text
+    except ImportError:
+        return text
 
 
 def _render(report: MoETypeAnalysis | MoETypeComparison, command: str | None, whole: bool) -> str:

@@ -15,7 +15,7 @@ from ...weights.layouts import Layout, load_table
 from ..quantisation import BF16
 from .auxiliary import read_auxiliary_files
 from .dequantise import dequantise
-from .folder import Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
+from .folder import Contents, Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
 from .model_file import MODEL_FILE, forget_model_file
 from .reader import OverlayCheckpoint, read_overlay
 
@@ -57,9 +57,7 @@ def export_overlay(
     files.pop(MODEL_FILE, None)
     write_model(
         target,
-        shards,
-        encode_json(config),
-        files,
+        Contents(shards, encode_json(config), files),
         {"writes": "export", "version": overlay.overlay_config.version, **fingerprint(checkpoint)},
         checkpoint.repository.folder,
         force,

@@ -90,6 +90,38 @@ class Shard:
         return list(zip(ordered, accumulate(tensor.nbytes for tensor in ordered), strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a model's folder holds: its shards, the config, and other files by name.
+
+    A function among `files` is called once all shards are written.
+    """
+
+    shards: Sequence[Shard]
+    config: bytes
+    files: Mapping[str, bytes | Callable[[], bytes]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the folder; calls the functions among them."""
+        files = (data if isinstance(data, bytes) else data() for data in self.files.values())
+        shards = sum(len(shard.header) + shard.nbytes for shard in self.shards)
+        return shards + sum(map(len, (self.config, self.index, *files)))
+
+    @property
+    def shard_names(self) -> list[str]:
+        count = len(self.shards)
+        return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+    @property
+    def index(self) -> bytes:
+        """The content of the file that says which shard has which tensor."""
+        placed = zip(self.shard_names, self.shards, strict=True)
+        weight_map = {tensor.name: name for name, shard in placed for tensor in shard.tensors}
+        total = sum(shard.nbytes for shard in self.shards)
+        return encode_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
 class ShardFile:
     """A shard while it is written; threads may write its tensors side by side and in any order."""
 
@@ -204,9 +236,7 @@ def _check_unfinished(unfinished: Path) -> None:
 
 def write_model(
     target: Path,
-    shards: Sequence[Shard],
-    config: bytes,
-    files: Mapping[str, bytes | Callable[[], bytes]],
+    contents: Contents,
     plan: Mapping[str, Any],
     source: Path | None,
     force: bool,
@@ -214,15 +244,13 @@ def write_model(
 ) -> None:
     """Write shards, their index, the other files and at last the config into `target`, by way of `<target>.partial`.
 
-    A function among `files` is called once all shards are written. `plan` (JSON) tells this work from any other;
-    `source` is the model's own folder, which is never touched. Raises InvalidRequest where the folder can't be written.
+    `plan` (JSON) tells this work from any other; `source` is the model's own folder, which is never touched. Raises
+    InvalidRequest where the folder can't be written.
     """
     folder, unfinished, replaced = _find_paths(target, source)
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
+    names, shards, config = contents.shard_names, contents.shards, contents.config
     total = sum(shard.nbytes for shard in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    files = {INDEX: encode_json(index), **files, CONFIG: config}
+    files = {INDEX: contents.index, **contents.files, CONFIG: config}
     small = sum(len(data) for data in files.values() if isinstance(data, bytes))
     written = Counter(progress, f"writing {printable(folder.name)}", total)
     with _explain_errors(unfinished):

@@ -40,6 +40,7 @@ from .biases import permuted_biases
 from .card import CARD, write_card
 from .folder import (
     PLAN,
+    Contents,
     Shard,
     ShardFile,
     Tensor,
@@ -100,21 +101,12 @@ def write_overlay(
         )
 
     overlay = partial(_overlay_config, experts, source, rule, version=VERSION, layers=layer_ranks)
-    first, options = (layers[0], layer_ranks[layers[0].number]) if layers else (None, {})
-    _write(
-        experts,
-        layers,
-        overlay,
-        make_shard,
-        {},
-        folder,
-        force=force,
-        progress=progress,
-        card=card,
-        options=" ".join(
-            [f"--layer {first.number}" if first else "", *(f"--{role}-rank {rank}" for role, rank in options.items())]
-        ),
+    first, of_first = (layers[0], layer_ranks[layers[0].number]) if layers else (None, {})
+    options = " ".join(
+        [f"--layer {first.number}" if first else "", *(f"--{role}-rank {rank}" for role, rank in of_first.items())]
     )
+    contents, plan = _compose(experts, layers, overlay, make_shard, {}, progress=progress, card=card, options=options)
+    write_model(folder, contents, plan, experts.checkpoint.repository.folder, force, progress)
 
 
 def write_coded_overlay(
@@ -135,9 +127,48 @@ def write_coded_overlay(
     """As `write_overlay`, with the layers in `codes` (layer -> role -> codes) as version 2 keeps them.
 
     The neurons of layers with a base are brought into its order, those of the experts' biases with them. `options` are
-    those of the command by which the card says that the experts can be verified. `moments` gives
-    those of a layer by which errors are measured.
+    those of the command by which the card says that the experts can be verified. `moments` gives those of a layer by
+    which errors are measured.
     """
+    contents, plan = _compose_coded(
+        experts, codes, resources, progress, source, rule, checks or {}, card, options, moments
+    )
+    write_model(folder, contents, plan, experts.checkpoint.repository.folder, force, progress)
+
+
+def coded_folder_bytes(
+    experts: Experts,
+    codes: Mapping[int, LayerCodes],
+    *,
+    resources: Resources,
+    progress: Progress,
+    source: str = "",
+    rule: str = "",
+    card: str = "",
+    options: str = "",
+) -> int:
+    """Bytes of all files of the folder that `write_coded_overlay` writes, where its card has the further text `card`.
+
+    Raises UnknownFormat for a model whose other tensors can't be copied.
+    """
+    _check_copyable(experts)
+    contents, _ = _compose_coded(experts, codes, resources, progress, source, rule, {}, lambda: card, options)
+    return contents.nbytes
+
+
+def _compose_coded(
+    experts: Experts,
+    codes: Mapping[int, LayerCodes],
+    resources: Resources,
+    progress: Progress,
+    source: str,
+    rule: str,
+    checks: Mapping[int, FidelityCheck],
+    card: Callable[[], str],
+    options: str,
+    moments: Callable[[ExpertLayer], ExpertMoments | None] = lambda layer: None,
+) -> tuple[Contents, dict[str, Any]]:
+    """The contents of the folder of `write_coded_overlay`, and its plan."""
     layers = [_check_codes(experts, number, codes[number]) for number in sorted(codes)]
     coded = {
         layer.number: CodedExperts(
@@ -159,7 +190,7 @@ def write_coded_overlay(
     def make_shard(layer: ExpertLayer, prefix: str) -> Shard:
         # an alignment is kept only where it is needed twice
         find = partial(alignment_of if layer.biases(0) else alignment_of.__wrapped__, layer)
-        check = (checks or {}).get(layer.number)
+        check = checks.get(layer.number)
         return Shard(
             _coded_tensors(coded[layer.number], prefix),
             partial(
@@ -176,36 +207,23 @@ def write_coded_overlay(
         )
 
     overlay = partial(_overlay_config, experts, source, rule, version=CODED_VERSION, coded=coded)
-    _write(
-        experts,
-        layers,
-        overlay,
-        make_shard,
-        biases,
-        folder,
-        force=force,
-        progress=progress,
-        card=card,
-        options=options,
-    )
+    return _compose(experts, layers, overlay, make_shard, biases, progress=progress, card=card, options=options)
 
 
-def _write(
+def _compose(
     experts: Experts,
     layers: Sequence[ExpertLayer],
     make_overlay: Callable[[dict[str, str]], OverlayConfig],
     make_shard: Callable[[ExpertLayer, str], Shard],
     writers: Mapping[str, TensorWriter],
-    folder: Path,
     *,
-    force: bool,
     progress: Progress,
     card: Callable[[], str],
     options: str,
-) -> None:
-    """Write a model with overlaid layers: `make_shard` gives the shard of a layer and its prefix.
+) -> tuple[Contents, dict[str, Any]]:
+    """The contents of the folder of a model with overlaid layers, and the plan that tells this work from any other.
 
-    `writers` replace those that copy a tensor, by its name.
+    `make_shard` gives the shard of a layer and its prefix; `writers` replace those that copy a tensor, by its name.
     """
     checkpoint = experts.checkpoint
     if OVERLAY_CONFIG in checkpoint.config:
@@ -228,8 +246,7 @@ def _write(
     overlay_json = overlay.to_json()
     before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     after = sum(shard.nbytes for shard in shards)
-    write_model(
-        folder,
+    contents = Contents(
         shards,
         encode_json({**name_model_file(config), OVERLAY_CONFIG: overlay_json}),
         {
@@ -237,18 +254,16 @@ def _write(
             MODEL_FILE: CONTENT,
             CARD: lambda: write_card(overlay, layers, before, after, options, card()).encode(),
         },
-        {
-            "writes": "overlay",
-            "rule": overlay.rule,
-            "ranks": overlay_json["layers"],
-            "checksum": _checksum(overlay_json["layers"]),
-            "version": overlay.version,
-            **fingerprint(checkpoint),
-        },
-        checkpoint.repository.folder,
-        force,
-        progress,
     )
+    plan = {
+        "writes": "overlay",
+        "rule": overlay.rule,
+        "ranks": overlay_json["layers"],
+        "checksum": _checksum(overlay_json["layers"]),
+        "version": overlay.version,
+        **fingerprint(checkpoint),
+    }
+    return contents, plan
 
 
 def _overlay_config(experts: Experts, source: str, rule: str, names: dict[str, str], **layers: Any) -> OverlayConfig:
@@ -269,12 +284,8 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
     Raises InvalidRequest for a folder that must not be written, or a disk without room for an overlay of rank 0, or of
     about `bits` bits a weight, and UnknownFormat for a model whose other tensors can't be copied.
     """
+    _check_copyable(experts)
     checkpoint = experts.checkpoint
-    if checkpoint.is_gguf or checkpoint.is_split:
-        what = "a GGUF" if checkpoint.is_gguf else "split over files for tensor parallelism"
-        raise UnknownFormat(
-            f"the model is {what}: an overlay of it can't be written", "use a plain safetensors version of it"
-        )
     opened = [experts.layer(number) for number in layers]
     replaced = sum(checkpoint.info(name).nbytes for name in _replaced_names(opened))
     if bits is None:
@@ -283,6 +294,16 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
         least = int(0.9 * bits / 8 * sum(layer.parameters for layer in opened))
     model_bytes = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
     check_folder(folder, checkpoint.repository.folder, force, model_bytes - replaced + least)
+
+
+def _check_copyable(experts: Experts) -> None:
+    """Raise UnknownFormat for a model whose other tensors can't be copied."""
+    checkpoint = experts.checkpoint
+    if checkpoint.is_gguf or checkpoint.is_split:
+        what = "a GGUF" if checkpoint.is_gguf else "split over files for tensor parallelism"
+        raise UnknownFormat(
+            f"the model is {what}: an overlay of it can't be written", "use a plain safetensors version of it"
+        )
 
 
 def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, Ranks] | None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ...errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from ...jobs.model import evenly_spaced
 from ..moments import LayerInputs
-from .evaluate import _tokenize
+from .evaluate import tokenize
 from .load import check_files
 
 CONTEXT, WINDOWS = 512, 32  # tokens of a window, and how many windows of a text are taken
@@ -44,7 +44,7 @@ def read_windows(folder: Path, text: Path) -> NDArray[np.int32]:
         content = text.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"can't read {text}: {error}", "give a text file in UTF-8") from None
-    _, tokens = _tokenize(folder, content, None)
+    _, tokens = tokenize(folder, content)
     if not tokens:
         raise InvalidRequest(f"{text} is empty", "give a text like those that the model will read")
     length = min(CONTEXT, len(tokens))

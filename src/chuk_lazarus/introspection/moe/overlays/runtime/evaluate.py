@@ -123,8 +123,8 @@ def evaluate_overlay(
         raise InvalidRequest(f"{model} is not on this machine", f"run: hf download {model}, and give its folder")
     folders = (repository.path, Path(overlay).expanduser())
     _check_pair(*folders)
-    tokens_from, tokens = _tokenize(folders[0], content)
-    if _has_tokenizer(folders[1]) and _tokenize(folders[1], content)[1] != tokens:
+    tokens_from, tokens = tokenize(folders[0], content)
+    if _has_tokenizer(folders[1]) and tokenize(folders[1], content)[1] != tokens:
         raise InvalidRequest(
             f"{folders[1]} and {folders[0]} make different tokens of {text}", "compare models with the same tokenizer"
         )
@@ -345,7 +345,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return not TOKENIZER_FILES.isdisjoint(path.name for path in folder.iterdir())
 
 
-def _tokenize(folder: Path, text: str) -> tuple[TokensFrom, list[int]]:
+def tokenize(folder: Path, text: str) -> tuple[TokensFrom, list[int]]:
     """What turns the text into tokens, the model's tokenizer or bytes, and the tokens."""
     if _has_tokenizer(folder):
         from mlx_lm.utils import load_tokenizer

@@ -17,7 +17,7 @@ from ...reports import (
 )
 from ...terms import ROLES
 from ...text import format_bytes, percent
-from ..words import explain_saving, format_bits, format_ratio
+from ..words import explain_saving, format_bits, format_ratio, name_layers
 from .grid import LEFT, Fact, draw_facts, draw_table, identity_facts, paint, stack
 
 if TYPE_CHECKING:
@@ -139,15 +139,19 @@ def render_verification(report: MoEOverlayVerification) -> "RenderableType":
 
 def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
     """The whole model's bytes, its layers, and what the same bytes would buy otherwise."""
-    roles = _roles(report.layers[0].ranks)
+    is_coded = bool(report.layers[0].codes)
+    chosen, size = ("code", "Bits") if is_coded else ("rank", "Ratio")
+    roles = _roles(report.layers[0].codes or report.layers[0].ranks)
     rows = [
         [
             str(layer.layer),
-            *(f"{layer.ranks[role]}" for role in roles),
+            *(_how(layer.codes, role) if is_coded else str(layer.ranks[role]) for role in roles),
             percent(layer.weight_error),
-            format_ratio(layer.original_bytes / layer.overlay_bytes),
+            f"{16 * layer.overlay_bytes / layer.original_bytes:.2f}"
+            if is_coded
+            else format_ratio(layer.original_bytes / layer.overlay_bytes),
             "" if layer.bits_saved is None else format_bits(layer.bits_saved),
-            "measured" if layer.measured else "interpolated",
+            "measured" if layer.measured else "as its neighbour" if is_coded else "interpolated",
         ]
         for layer in report.layers
     ]
@@ -169,13 +173,44 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
     ]
     return stack(
         "MOE OVERLAY ESTIMATE",
-        draw_facts([*identity_facts(report), ("Ranks", report.rule)]),
-        draw_table(["Layer", *(f"{role} rank" for role in roles), "Error", "Ratio", "Bits saved", "How"], rows),
+        draw_facts([*identity_facts(report), ("Codes" if is_coded else "Ranks", report.rule)]),
+        draw_table(
+            ["Layer", *(f"{role} {chosen}" for role in roles), "Error", size, "Bits saved", "How"],
+            rows,
+        ),
         *_draw_sharing(report),
         draw_facts([*sharing, *_byte_facts(report), *errors]),
         draw_table(["As", "Bytes", "Quantised", "Overlay", "Plain SVD"], same_bytes),
+        *_draw_ladder(report),
         draw_facts([("Advice", report.advice)], report.notes),
     )
+
+
+def _draw_ladder(report: MoEOverlayEstimate) -> "list[RenderableType]":
+    """A row for each size: the errors of each way to spend it."""
+
+    def show(error: float | None) -> str:
+        return "" if error is None else percent(error)
+
+    rows = [
+        [
+            f"{row.bits:g}",
+            format_bytes(row.bytes),
+            show(row.rounding) + (f" ({row.rounding_bits})" if row.rounding_bits else ""),
+            show(row.plain),
+            show(row.coded),
+            show(row.low_rank),
+            show(row.svd),
+            show(row.bound),
+        ]
+        for row in report.ladder
+    ]
+    headings = ["Bits", "Bytes", "Quantised", "Codes", "On a base", "Low rank", "SVD", "Bound"]
+    about = (
+        f"weight errors of {name_layers(report.layers_measured)} by bits a weight, everything counted, "
+        "and bytes of all layers' experts; in brackets the bits of quantised weights without their scales"
+    )
+    return [draw_facts([("Ladder", about)]), draw_table(headings, rows)] if rows else []
 
 
 def _draw_sharing(report: MoEOverlayEstimate) -> "list[RenderableType]":

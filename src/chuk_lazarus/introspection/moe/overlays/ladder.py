@@ -1,0 +1,160 @@
+"""What bits buy: from few bits a weight to many, the errors of codes, of low rank, and of any code at best."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from math import prod, sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidRequest
+from ..numerics.rates import least_error
+from ..reports import LadderRow
+from .alternatives import Factored, mean_error
+from .bit_budget import PLAIN_BITS, USUAL_BITS, BitRule, RoleTrial, predict_error
+from .quantisation import quantised_bytes
+
+Trials = Mapping[int, Mapping[str, RoleTrial]]
+
+# what is compared, the simplest first: another must err by the share CLEARLY less to be the best
+WAYS = {
+    "rounding": "plain quantisation",
+    "plain": "plain codes",
+    "coded": "codes on a base",
+    "low_rank": "a low-rank overlay",
+    "svd": "plain SVDs",
+}
+CLEARLY = 0.98
+USABLE = 1.2  # times the error of 4-bit quantisation: what errs by more is no use
+
+
+def list_variances(gram: NDArray[np.floating]) -> tuple[float, ...]:
+    """The eigenvalues of the experts' scalar products [experts, experts], as shares of their sum, largest first."""
+    values: NDArray[np.float64] = np.maximum(np.linalg.eigvalsh(np.asarray(gram, np.float64)), 0.0)[::-1]
+    return tuple((values / (values.sum() or 1.0)).tolist())
+
+
+def draw_ladder(
+    trials: Trials,
+    factored: Sequence[Sequence[Factored]],
+    variances: Mapping[int, Mapping[str, Sequence[float]]],
+    weights: int,
+) -> tuple[LadderRow, ...]:
+    """A row for each size in `factored`, which is of the layers in `trials`; `weights` are those of all MoE layers.
+
+    `variances` are those of `list_variances`, by layer and role.
+    """
+    without_bases = {
+        number: {role: replace(trial, delta_share=1.0) for role, trial in roles.items()}
+        for number, roles in trials.items()
+    }
+    rows = []
+    for by_layer in zip(*factored, strict=True):
+        bits = by_layer[0].bits
+        rounding_bits = _widest(bits, trials)
+        rows.append(
+            LadderRow(
+                bits=bits,
+                bytes=int(bits / 8 * weights),
+                rounding=_rounding_error(rounding_bits, trials) if rounding_bits else None,
+                rounding_bits=rounding_bits,
+                plain=_coded_error(bits, without_bases),
+                coded=_coded_error(bits, trials),
+                low_rank=mean_error([layer.overlay for layer in by_layer]),
+                svd=mean_error([layer.svd for layer in by_layer]),
+                bound=_bound(bits, trials, variances),
+            )
+        )
+    return tuple(rows)
+
+
+def bits_as_good(trials: Trials) -> float | None:
+    """The bits a weight of codes that err no more than plain 4-bit quantisation; None where there are none."""
+    try:
+        codes = BitRule(as_good_as=USUAL_BITS).choose(trials)
+    except InvalidRequest:
+        return None
+    size = sum(codes[number][role].nbytes(trial.shape, trial.experts) for number, role, trial in _each(trials))
+    return 8 * size / _count_weights(trials)
+
+
+def advise(rows: Sequence[LadderRow], usual_error: float, stored_bits: float, as_good: float | None) -> str:
+    """What errs least at which size, and what is as good as plain 4-bit quantisation, whose error is `usual_error`.
+
+    `stored_bits` are those of the file for each weight: only sizes below it count. Nothing is worthwhile where all
+    errors are much above the usual one. `as_good` is from `bits_as_good`.
+    """
+    best = {row.bits: _best(row) for row in rows if row.bits < stored_bits}
+    if not any(error <= USABLE * usual_error for _, error in best.values()):
+        return f"nothing: at fewer bytes than the file's, all err by more than {USUAL_BITS}-bit quantisation does"
+    runs = [(WAYS[way], [*run]) for way, run in groupby(best, key=lambda bits: best[bits][0])]
+    advice = f"{', '.join(f'{way} at {_span(sizes)} bits a weight' for way, sizes in runs)} err least"
+    if as_good is None or as_good >= stored_bits:
+        return advice
+    return (
+        f"{advice}; codes of {as_good:.2f} bits are as good as {USUAL_BITS}-bit quantisation: "
+        f"moe-overlay-compress {BitRule(as_good_as=USUAL_BITS).options}"
+    )
+
+
+def _best(row: LadderRow) -> tuple[str, float]:
+    """The way that errs least, and its error."""
+    best, least = "svd", row.svd
+    for way in reversed(WAYS):
+        error = getattr(row, way)
+        if error is not None and CLEARLY * error <= least:
+            best, least = way, error
+    return best, least
+
+
+def _span(sizes: Sequence[float]) -> str:
+    return f"{sizes[0]:g}" if len(sizes) == 1 else f"{sizes[0]:g} to {sizes[-1]:g}"
+
+
+def _each(trials: Trials) -> Iterable[tuple[int, str, RoleTrial]]:
+    return ((number, role, trial) for number, roles in trials.items() for role, trial in roles.items())
+
+
+def _count_weights(trials: Trials) -> int:
+    return sum(trial.experts * prod(trial.shape) for _, _, trial in _each(trials))
+
+
+def _widest(bits: float, trials: Trials) -> int | None:
+    """The most bits of plain quantisation that take no more than `bits` a weight with their scales, None for none."""
+    room = bits / 8 * _count_weights(trials)
+    sizes = {
+        width: sum(trial.experts * quantised_bytes(trial.shape, width) for _, _, trial in _each(trials))
+        for width in PLAIN_BITS
+    }
+    return max((width for width, size in sizes.items() if size <= room), default=None)
+
+
+def _rounding_error(bits: int, trials: Trials) -> float:
+    errors = []
+    for roles in trials.values():
+        energy = sum(trial.energy for trial in roles.values())
+        lost = sum(trial.energy * trial.rounding_errors[bits] for trial in roles.values())
+        errors.append(sqrt(lost / energy) if energy else 0.0)
+    return mean_error(errors)
+
+
+def _coded_error(bits: float, trials: Trials) -> float | None:
+    """The error of the best codes of so many bits, None where even the least take more."""
+    try:
+        codes = BitRule(bits).choose(trials)
+    except InvalidRequest:
+        return None
+    return mean_error([predict_error(roles, codes[number]) for number, roles in trials.items()])
+
+
+def _bound(bits: float, trials: Trials, variances: Mapping[int, Mapping[str, Sequence[float]]]) -> float:
+    """The least root mean square over the layers of the relative error of any code, were the weights Gaussian."""
+    values, counts = [], []
+    for number, roles in trials.items():
+        energy = sum(trial.energy for trial in roles.values()) or 1.0
+        for role, trial in roles.items():
+            size = prod(trial.shape)
+            values += [trial.energy / energy * share / size for share in variances[number][role]]
+            counts += [size] * trial.experts
+    return sqrt(least_error(np.array(values), np.array(counts, float), bits) / len(trials))
