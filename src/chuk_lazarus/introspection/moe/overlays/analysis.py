@@ -323,9 +323,9 @@ class OverlayJob:
         def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
             layer.prefetch(progress)
             resources = self.opened.resources
-            return try_layer(layer, align_layer(layer, resources), resources, self.moments_of(layer))
+            return try_layer(layer, align_layer(layer, resources), resources)
 
-        trials = self.resumable_codes("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
+        trials = self.resumable("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
         return rule.choose({layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)})
 
     def measure_codes(self, chosen: Mapping[int, LayerCodes]) -> list[float]:

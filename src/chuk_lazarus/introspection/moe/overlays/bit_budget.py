@@ -26,7 +26,6 @@ from .codes import LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
-from .moments import ExpertMoments, permute_moments
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
@@ -67,14 +66,11 @@ def group_for(columns: int) -> int:
     return 64 if columns % 128 and columns % 64 == 0 else 128
 
 
-def try_layer(
-    layer: ExpertLayer, alignment: Alignment, resources: Resources, moments: ExpertMoments | None = None
-) -> dict[str, RoleTrial]:
+def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) -> dict[str, RoleTrial]:
     """The trials of a layer by role, from a few experts.
 
-    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. With
-    `moments` errors are measured by them; whether a base pays is told by the weights alone. Raises ModelUnreadable
-    where a weight is not finite.
+    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Raises
+    ModelUnreadable where a weight is not finite.
     """
     chosen = evenly_spaced(layer.count, min(4, max(2, layer.count // 8)))
     trials: dict[str, RoleTrial] = {}
@@ -82,11 +78,7 @@ def try_layer(
         rows: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
 
         def try_role(role: str, rows: dict[str, list[NDArray[np.float32]]] = rows) -> RoleTrial:
-            of_experts = [
-                permute_moments(role, moments.of(role, expert), alignment.permutations[expert]) if moments else None
-                for expert in chosen
-            ]
-            return _try_rows(layer, role, rows[role], of_experts)
+            return _try_rows(layer, role, rows[role])
 
         for expert in chosen:
             for role, matrix in tensor.matrices(expert).items():
@@ -100,13 +92,8 @@ def try_layer(
     return {role: trials[role] for role in layer.roles}
 
 
-def _try_rows(
-    layer: ExpertLayer,
-    role: str,
-    rows: Sequence[NDArray[np.float32]],
-    moments: Sequence[NDArray[np.float32] | None],
-) -> RoleTrial:
-    """The trial of one role, from the same rows of a few experts and the moments of their inputs."""
+def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]) -> RoleTrial:
+    """The trial of one role, from the same rows of a few experts."""
     count, columns = len(rows), rows[0].shape[1]
     shape = rows[0].shape[0], columns
     group = group_for(columns)
@@ -115,32 +102,22 @@ def _try_rows(
     lost = mean - code.decode(code.encode(mean), shape)
     factor = np.float32(np.sqrt(count / (count - 1) * (layer.count - 1) / layer.count))
     deltas = [factor * (matrix - mean) + lost for matrix in rows]
-    energy = _energy(rows, moments)
+    energy = _energy(rows)
 
     def errors(matrices: Sequence[NDArray[np.float32]]) -> dict[int, float]:
         result = {}
         for levels in TRIED:
             tried = BitsCode(levels, group)
-            left = [
-                matrix - tried.decode(tried.encode(matrix, moments=each), shape)
-                for matrix, each in zip(matrices, moments, strict=True)
-            ]
-            result[levels] = _energy(left, moments) / energy if energy else 0.0
+            left = _energy([matrix - tried.decode(tried.encode(matrix), shape) for matrix in matrices])
+            result[levels] = left / energy if energy else 0.0
         return result
 
-    by_weights: list[None] = [None] * count
-    whole = _energy(rows, by_weights)
-    share = _energy(deltas, by_weights) / whole if whole else 0.0
+    share = _energy(deltas) / energy if energy else 0.0
     return RoleTrial(layer.shape(role), layer.count, share, errors(deltas), errors(rows))
 
 
-def _energy(matrices: Sequence[NDArray[np.float32]], moments: Sequence[NDArray[np.float32] | None]) -> float:
-    """The squared length of all rows, by the moments where there are any."""
-    energy = 0.0
-    for matrix, each in zip(matrices, moments, strict=True):
-        own = np.square(matrix, dtype=np.float64) if each is None else (matrix @ each) * matrix
-        energy += float(own.sum(dtype=np.float64))
-    return energy
+def _energy(matrices: Sequence[NDArray[np.float32]]) -> float:
+    return sum(float(np.square(matrix, dtype=np.float64).sum()) for matrix in matrices)
 
 
 class OverlayOptions(RankOptions, total=False):
