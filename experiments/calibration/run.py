@@ -6,7 +6,7 @@
 Each model is written in codes with and without `--calibrate`, and the mean KL of the next byte from the original is
 measured on held-out text. The text to calibrate with is from the part that the model was trained on: for the demo
 models other files of the standard library than those that validate, for a model of `04_unseen_histories` the pages of
-its corpus that it was trained on. Some of these rows are also measured with fewer tokens to calibrate with.
+its corpus that it was trained on.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from chuk_lazarus.introspection.moe.weights.repositories.find import find_reposi
 HERE = Path(__file__).resolve().parent
 DEMO_MODELS = ("demo:upcycled", "demo:native")
 BITS = (1.65, 2.25, 3.1)
-CALIBRATED, TOKENS, CONTEXT = 16_384, 16_384, 128
+CALIBRATED, TOKENS, CONTEXT = 16_384, 8_192, 128
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 PARTS = {  # as in 04_unseen_histories/zoo.py
     "modules": ["."],
@@ -97,7 +97,7 @@ def measure(model: str) -> dict[str, Any]:
     exact = predict(load_model(folder)[0], windows)
     rows: dict[str, Any] = {}
     for bits in BITS:
-        for tokens in (0, 1024, CALIBRATED) if bits == 2.25 else (0, CALIBRATED):
+        for tokens in (0, CALIBRATED):
             with tempfile.TemporaryDirectory() as scratch:
                 text, target = Path(scratch, "text"), Path(scratch, "overlay")
                 text.write_bytes(spread(training, tokens))

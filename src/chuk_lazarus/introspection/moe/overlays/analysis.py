@@ -390,9 +390,9 @@ class OverlayJob:
         def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
             layer.prefetch(progress)
             resources = self.opened.resources
-            return try_layer(layer, align_layer(layer, resources), resources, self.moments_of(layer))
+            return try_layer(layer, align_layer(layer, resources), resources)
 
-        trials = self.resumable_codes("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
+        trials = self.resumable("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
         by_layer = {layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)}
         return self.count_bits(rule, by_layer, overlaid).choose(by_layer)
 

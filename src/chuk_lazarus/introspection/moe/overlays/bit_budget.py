@@ -27,7 +27,6 @@ from .codes import LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
-from .moments import ExpertMoments, permute_moments
 from .quantisation import round_to_bits
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
@@ -90,14 +89,11 @@ def group_for(columns: int) -> int:
     return 64 if columns % 128 and columns % 64 == 0 else 128
 
 
-def try_layer(
-    layer: ExpertLayer, alignment: Alignment, resources: Resources, moments: ExpertMoments | None = None
-) -> dict[str, RoleTrial]:
+def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) -> dict[str, RoleTrial]:
     """The trials of a layer by role, from a few experts.
 
-    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. With
-    `moments` errors are measured by them; whether a base pays is told by the weights alone. Raises ModelUnreadable
-    where a weight is not finite.
+    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Raises
+    ModelUnreadable where a weight is not finite.
     """
     chosen = evenly_spaced(layer.count, min(4, max(2, layer.count // 8)))
     trials: dict[str, RoleTrial] = {}
@@ -105,11 +101,7 @@ def try_layer(
         rows: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
 
         def try_role(role: str, rows: dict[str, list[NDArray[np.float32]]] = rows) -> RoleTrial:
-            of_experts = [
-                permute_moments(role, moments.of(role, expert), alignment.permutations[expert]) if moments else None
-                for expert in chosen
-            ]
-            return _try_rows(layer, role, rows[role], of_experts)
+            return _try_rows(layer, role, rows[role])
 
         for expert in chosen:
             for role, matrix in tensor.matrices(expert).items():
@@ -123,13 +115,8 @@ def try_layer(
     return {role: trials[role] for role in layer.roles}
 
 
-def _try_rows(
-    layer: ExpertLayer,
-    role: str,
-    rows: Sequence[NDArray[np.float32]],
-    moments: Sequence[NDArray[np.float32] | None],
-) -> RoleTrial:
-    """The trial of one role, from the same rows of a few experts and the moments of their inputs."""
+def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]) -> RoleTrial:
+    """The trial of one role, from the same rows of a few experts."""
     count, columns = len(rows), rows[0].shape[1]
     shape = rows[0].shape[0], columns
     group = group_for(columns)
@@ -138,30 +125,22 @@ def _try_rows(
     lost = mean - code.decode(code.encode(mean), shape)
     factor = np.float32(np.sqrt(count / (count - 1) * (layer.count - 1) / layer.count))
     deltas = [factor * (matrix - mean) + lost for matrix in rows]
-    energy = _energy(rows, moments)
-
-    by_weights: list[None] = [None] * count
-    whole = _energy(rows, by_weights)
+    energy = _energy(rows)
 
     def share_of(left: Sequence[NDArray[np.float32]]) -> float:
-        return _energy(left, moments) / energy if energy else 0.0
+        return _energy(left) / energy if energy else 0.0
 
     def errors(matrices: Sequence[NDArray[np.float32]], unbiased: bool) -> dict[int, float]:
         codes = {levels: BitsCode(levels, group) for levels in TRIED}
         return {
-            levels: share_of(
-                [
-                    matrix - code.decode(code.encode(matrix, unbiased=unbiased, moments=each), shape)
-                    for matrix, each in zip(matrices, moments, strict=True)
-                ]
-            )
+            levels: share_of([m - code.decode(code.encode(m, unbiased=unbiased), shape) for m in matrices])
             for levels, code in codes.items()
         }
 
     return RoleTrial(
         layer.shape(role),
         layer.count,
-        _energy(deltas, by_weights) / whole if whole else 0.0,
+        share_of(deltas),
         errors(deltas, unbiased=False),
         errors(rows, unbiased=True),  # as `CodedLayer` codes experts without a base
         {bits: share_of([matrix - round_to_bits(matrix, bits) for matrix in rows]) for bits in PLAIN_BITS},
@@ -169,13 +148,8 @@ def _try_rows(
     )
 
 
-def _energy(matrices: Sequence[NDArray[np.float32]], moments: Sequence[NDArray[np.float32] | None]) -> float:
-    """The squared length of all rows, by the moments where there are any."""
-    energy = 0.0
-    for matrix, each in zip(matrices, moments, strict=True):
-        own = np.square(matrix, dtype=np.float64) if each is None else (matrix @ each) * matrix
-        energy += float(own.sum(dtype=np.float64))
-    return energy
+def _energy(matrices: Sequence[NDArray[np.float32]]) -> float:
+    return sum(float(np.square(matrix, dtype=np.float64).sum()) for matrix in matrices)
 
 
 class OverlayOptions(RankOptions, total=False):

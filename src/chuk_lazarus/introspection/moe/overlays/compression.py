@@ -54,7 +54,7 @@ def compress(
             planned_of_layers = planned_codes(opened.experts, folder, rule_text)
             codes = planned_of_layers or job.choose_codes(rule, numbers)
             if planned_of_layers:
-                job.resumable_codes("trial")
+                job.resumable("trial")
         else:
             rule_text = f"{rule}; {experts or 'all'} experts of layers {format_ranges(numbers)}"
             planned = planned_ranks(opened.experts, folder, rule_text)

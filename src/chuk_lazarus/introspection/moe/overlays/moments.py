@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ModelUnreadable
 from ..files import write_whole
 from ..jobs.model import evenly_spaced
 from ..numerics.forward import run_gates
@@ -59,13 +60,22 @@ class ExpertMoments:
         self._last = threading.local()  # gate and up follow each other, and have the same inputs
 
     def of(self, role: str, expert: int) -> NDArray[np.float32]:
-        """The second moments [in, in] of what enters one matrix; neurons are in the expert's own order."""
+        """The second moments [in, in] of what enters one matrix; neurons are in the expert's own order.
+
+        Raises ModelUnreadable where they are not finite.
+        """
         key = role == "down", expert
         if getattr(self._last, "key", None) != key:
             x = self._inputs.of_expert(expert)
             if role == "down":
                 matrices, biases = self._layer.matrices(expert), self._layer.biases(expert)
-                x = run_gates(x, matrices, biases, self._activation)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    x = run_gates(x, matrices, biases, self._activation)
+                if not np.isfinite(x).all():
+                    where = f"layer {self._layer.number}, expert {expert}"
+                    raise ModelUnreadable(
+                        f"{where}: its activations are too large for float32", "it can't be calibrated"
+                    )
             self._last.key, self._last.moments = key, second_moments(x)
         moments: NDArray[np.float32] = self._last.moments
         return moments
