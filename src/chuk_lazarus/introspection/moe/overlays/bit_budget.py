@@ -26,6 +26,7 @@ from .codes import LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
+from .codes.trellis import WIDTHS, TrellisCode, check_encoder
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
@@ -33,6 +34,7 @@ MOST_BITS = 8.0
 ROWS = 128  # of each matrix that are coded to measure an error
 LITTLE = 0.004  # the share of a budget that may be left
 TRIED = (2, 3, 4, 8, 16)  # levels whose errors are measured
+TRELLIS_ERRORS = {1: 0.74, 2: 0.60, 3: 0.50, 4: 0.47}  # of trellises, by bits, over those of as many levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class RoleTrial:
     def error(self, code: MatrixCode) -> float:
         """The measured error of a code, or that of the nearest one that was measured."""
         errors = self.delta_errors if self.has_base else self.plain_errors
+        if isinstance(code, TrellisCode):
+            return TRELLIS_ERRORS[code.bits] * errors[1 << code.bits]
         levels = code.levels if isinstance(code, BitsCode) else TRIED[0]
         return errors[min(TRIED, key=lambda tried: abs(tried - levels))]
 
@@ -124,27 +128,33 @@ class OverlayOptions(RankOptions, total=False):
     """How ranks or codes are chosen, as options of the services: `RankOptions`, or codes.
 
     `bits` are the bits for each weight of the experts, everything counted, of an overlay in codes. `coded` makes
-    `target_ratio` mean such an overlay, of 16 / ratio bits.
+    `target_ratio` mean such an overlay, of 16 / ratio bits. `trellis` keeps what has one to four bits in trellises,
+    which err less and take longer to be made.
     """
 
     bits: float | None
     coded: bool
+    trellis: bool
 
 
 def overlay_rule(
-    *, bits: float | None = None, coded: bool = False, **options: Unpack[RankOptions]
+    *, bits: float | None = None, coded: bool = False, trellis: bool = False, **options: Unpack[RankOptions]
 ) -> "RankRule | BitRule":
     """The rule that `OverlayOptions` describe; raises InvalidRequest for options that contradict each other."""
     rule = rank_rule(**options)
     if bits is None and not coded:
+        if trellis:
+            raise InvalidRequest("trellises are wanted, and no size", "give bits, or a ratio of coded experts")
         return rule
+    if trellis:
+        check_encoder()
     if rule.given or rule.max_error is not None or (bits is not None and rule.target_ratio is not None):
         raise InvalidRequest("codes are wanted together with ranks, an error or a second size", "give bits alone")
     if bits is None:
         if rule.target_ratio is None:
             raise InvalidRequest("codes are wanted, and no size", "give bits, or a ratio")
         bits = 16 / rule.target_ratio
-    return BitRule(bits)
+    return BitRule(bits, trellis)
 
 
 class _Unit(NamedTuple):
@@ -163,19 +173,21 @@ class _Unit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BitRule:
-    """Codes within `bits` bits for each weight of the experts, everything counted.
+    """Codes within `bits` bits for each weight of the experts, everything counted; with `trellis`, deltas and experts
+    without a base are in trellises where these have so many bits.
 
     Raises InvalidRequest for a number that is not above 0 and at most MOST_BITS.
     """
 
     bits: float
+    trellis: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.bits <= MOST_BITS:
             raise InvalidRequest(f"{self.bits:g} bits a weight", f"give a number above 0 and up to {MOST_BITS:g}")
 
     def __str__(self) -> str:
-        return f"{self.bits:g} bits a weight of the experts, everything counted"
+        return f"{self.bits:g} bits a weight of the experts, everything counted{', trellis' if self.trellis else ''}"
 
     def choose(self, trials: Mapping[int, Mapping[str, RoleTrial]]) -> dict[int, LayerCodes]:
         """The codes of every layer; raises InvalidRequest where even the least take more.
@@ -183,7 +195,7 @@ class BitRule:
         All units climb from stage to stage, those of the largest error first. When no whole step fits, those that would
         come next get scales for shorter groups, and where much is left even then, one gets factors beside its code.
         """
-        units = _open_units(trials)
+        units = _open_units(trials, self.trellis)
         weights = sum(unit.trial.experts * prod(unit.trial.shape) for unit in units)
         budget = int(self.bits * weights / 8)
         chosen = [unit.ladder[0] for unit in units]
@@ -216,7 +228,7 @@ class BitRule:
         return {**result}
 
 
-def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]]) -> list[_Unit]:
+def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]], trellis: bool) -> list[_Unit]:
     """The units of all layers.
 
     Those without a base are ahead of the others by the bits that a delta needs less, so that errors are alike.
@@ -228,7 +240,7 @@ def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]]) -> list[_Unit]:
     for number, roles in trials.items():
         for role, trial in roles.items():
             group = group_for(trial.shape[1])
-            bits = tuple(BitsCode(levels, group) for levels in LEVELS)
+            bits = _bit_rungs(group, trellis)
             if trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0])
                 base = BitsCode(2 ** base_bits(trial.experts), group)
@@ -236,6 +248,13 @@ def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]]) -> list[_Unit]:
             else:
                 units.append(_Unit(number, role, trial, None, bits, -ahead))
     return units
+
+
+def _bit_rungs(group: int, trellis: bool) -> tuple[MatrixCode, ...]:
+    """The codes of ascending bits, trellises where these have so many."""
+    trellises = [TrellisCode(width) for width in WIDTHS] if trellis else []
+    above = 1 << WIDTHS[-1] if trellis else 0
+    return (*trellises, *(BitsCode(levels, group) for levels in LEVELS if levels > above))
 
 
 def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
@@ -264,7 +283,7 @@ def _fill(unit: _Unit, code: MatrixCode, free: int) -> MatrixCode:
     best = code
     for rank in range(least + 1, min(shape) + 1):
         factors = FactorsCode(rank, bits)
-        filled = SumCode(factors, code) if isinstance(code, BitsCode) else factors
+        filled = SumCode(factors, code) if isinstance(code, BitsCode | TrellisCode) else factors
         if unit.nbytes(filled) > room:
             break
         best = filled
