@@ -145,6 +145,10 @@ Bits = Annotated[
     ),
 ]
 Coded = Annotated[bool, typer.Option("--coded", help="With --target-ratio R: as --bits 16/R.")]
+Trellis = Annotated[
+    bool,
+    typer.Option("--trellis", help="With --bits: code by trellises, which err less, and take longer to be made."),
+]
 
 
 def rank_options(
@@ -170,7 +174,8 @@ def overlay_options(
     target_ratio: TargetRatio = None,
     bits: Bits = None,
     coded: Coded = False,
+    trellis: Trellis = False,
 ) -> "OverlayOptions":
     """How the ranks or codes of an overlay are chosen, as the services take it."""
     ranks = rank_options(gate_rank, up_rank, down_rank, energy, max_error, target_ratio)
-    return {**ranks, "bits": bits, "coded": coded}
+    return {**ranks, "bits": bits, "coded": coded, "trellis": trellis}

@@ -28,7 +28,8 @@ class MoECompressionService:
     `max_error` (relative Frobenius error of the experts) or `target_ratio` (bytes) spread them over projections and
     layers where they buy the most; else each is the mean rank at `energy` (0.95) of the deltas. All but `estimate` also
     take `bits`, which chooses codes of so many bits for each weight of the experts, everything counted, or `coded` with
-    `target_ratio`. `model`, `layer`, `layers` and `progress` are as in MoETypeService. All raise a child of MoEError.
+    `target_ratio`; with `trellis` these are trellises, which need numba to be made. `model`, `layer`, `layers` and
+    `progress` are as in MoETypeService. All raise a child of MoEError.
 
     >>> MoECompressionService.compute("demo:upcycled", target_ratio=2).layers[0].ranks
     {'gate': 23, 'up': 23, 'down': 24}

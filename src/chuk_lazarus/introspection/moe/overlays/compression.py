@@ -43,6 +43,7 @@ def compress(
         job = OverlayJob(model, None, layers, progress)
         opened, numbers = job.opened, [layer.number for layer in job.layers]
         bits = rule.bits if isinstance(rule, BitRule) else None
+        trellis = " --trellis" if isinstance(rule, BitRule) and rule.trellis else ""
         check_target(opened.experts, folder, numbers, force, bits)
         curves: dict[int, LayerCurves] = {}
         ranks: dict[int, Ranks] = {}
@@ -82,7 +83,7 @@ def compress(
 
         if codes:
             parts = coded_bytes(job.layers, [codes[number] for number in numbers])
-            options = f"--layers {format_ranges(numbers).replace(' ', '')} --bits {bits}"
+            options = f"--layers {format_ranges(numbers).replace(' ', '')} --bits {bits}{trellis}"
             write = partial(write_coded_overlay, opened.experts, codes, options=options)
         else:
             parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
