@@ -43,7 +43,7 @@ WITHIN: dict[str, set[str]] = {
     "weights.repositories": GROUND,
     "weights.codecs": {"errors", "numerics.device"},
     "weights.layouts": GROUND,
-    "overlays.codes": {"numerics", "weights.codecs"},
+    "overlays.codes": {"errors", "numerics", "weights.codecs"},
     "overlays.checkpoint": BELOW
     | {
         "jobs",
@@ -71,11 +71,29 @@ LIBRARIES: dict[str, set[str]] = {
     "httpx2": {"weights.repositories.hub"},
     "jinja2": {"views.page"},
     "matplotlib": {"views.figures"},
+    "numba": {"overlays.codes.viterbi"},
     "mlx": {"numerics.device", "overlays.runtime"},
     "mlx_lm": {"overlays.runtime"},
 }
-LATE = {"dask", "distributed", "gguf", "huggingface_hub", "httpx2", "jinja2", "matplotlib", "mlx", "mlx_lm", "rich"}
-IMPORTED_LATE = ("weights.repositories.hub", "overlays.runtime", "views.terminal")  # which import theirs at once
+LATE = {
+    "dask",
+    "distributed",
+    "gguf",
+    "huggingface_hub",
+    "httpx2",
+    "jinja2",
+    "matplotlib",
+    "mlx",
+    "mlx_lm",
+    "numba",
+    "rich",
+}
+IMPORTED_LATE = (
+    "weights.repositories.hub",
+    "overlays.codes.viterbi",
+    "overlays.runtime",
+    "views.terminal",
+)  # which import theirs at once
 
 
 def short(module: str) -> str:

@@ -29,6 +29,7 @@ from chuk_lazarus.introspection.moe.overlays.codes import LayerCodes, MatrixCode
 from chuk_lazarus.introspection.moe.overlays.codes.bf16 import Bf16Code
 from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
+from chuk_lazarus.introspection.moe.overlays.codes.trellis import TrellisCode
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.stored import BIAS
 from places import FIXTURES
@@ -136,6 +137,9 @@ CODES: list[tuple[MatrixCode | None, MatrixCode]] = [
     (BitsCode(16), FactorsCode(0, BitsCode(8))),
     (None, Bf16Code()),
     (BitsCode(256), BitsCode(128)),
+    (BitsCode(16), TrellisCode(2)),
+    (BitsCode(16), SumCode(FactorsCode(2, BitsCode(8)), TrellisCode(1))),
+    (None, TrellisCode(3)),
 ]
 
 
@@ -284,12 +288,14 @@ def test_a_model_that_shares_nothing_is_read_once_and_stays_in_order(tmp_path: P
 # Interrupted
 
 
-@pytest.mark.parametrize("calls", [0, 1, 20, 30, 47])
+@pytest.mark.parametrize(
+    ("calls", "trellis"), [(0, False), (1, False), (20, False), (20, True), (30, False), (47, False)]
+)
 def test_stopped_and_resumed_it_ends_with_the_same_bytes(
-    calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calls: int, trellis: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compress(folder: str) -> Any:
-        return MoECompressionService.compress("demo:permuted", tmp_path / folder, bits=2.25)
+        return MoECompressionService.compress("demo:permuted", tmp_path / folder, bits=2.25, trellis=trellis)
 
     compress("whole")
     code, left = coded_layer.CodedLayer.code, [calls]

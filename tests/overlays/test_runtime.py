@@ -19,6 +19,7 @@ from chuk_lazarus.introspection.moe.overlays.codes import RoleCodes, parse_code
 from chuk_lazarus.introspection.moe.overlays.codes.bf16 import Bf16Code
 from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
+from chuk_lazarus.introspection.moe.overlays.codes.trellis import TrellisCode
 from chuk_lazarus.introspection.moe.overlays.quantisation import BF16, as_stored
 from chuk_lazarus.introspection.moe.reports import Evaluation
 from places import FIXTURES
@@ -371,6 +372,11 @@ CODES: dict[str, RoleCodes] = {
     "factors and signs on 4 bits": RoleCodes(BitsCode(16), SumCode(FactorsCode(2, BitsCode(16)), BitsCode(2))),
     "nothing on 8 bits": RoleCodes(BitsCode(256), FactorsCode(0, BitsCode(8))),
     "bf16 plain": RoleCodes(None, Bf16Code()),
+    "trellis on 4 bits": RoleCodes(BitsCode(16), TrellisCode(2)),
+    "trellis plain": RoleCodes(None, TrellisCode(3)),
+    "factors and a trellis on a trellis": RoleCodes(
+        TrellisCode(4), SumCode(FactorsCode(2, BitsCode(16)), TrellisCode(1))
+    ),
 }
 every_coding = pytest.mark.parametrize("codes", CODES.values(), ids=CODES.keys())
 

@@ -184,6 +184,10 @@ Coded = Annotated[
         "--coded", help="Codes in place of ranks for --max-error or --target-ratio; alone, as --as-good-as 4."
     ),
 ]
+Trellis = Annotated[
+    bool,
+    typer.Option("--trellis", help="With codes: code by trellises, which err less, and take longer to be made."),
+]
 
 
 def overlay_options(
@@ -197,6 +201,7 @@ def overlay_options(
     fit: Fit = None,
     as_good_as: AsGoodAs = None,
     coded: Coded = False,
+    trellis: Trellis = False,
 ) -> "OverlayOptions":
     """How the ranks or codes of an overlay are chosen, as the services take it."""
     given = {"gate": gate_rank, "up": up_rank, "down": down_rank}
@@ -209,4 +214,5 @@ def overlay_options(
         "fit": fit,
         "as_good_as": as_good_as,
         "coded": coded,
+        "trellis": trellis,
     }

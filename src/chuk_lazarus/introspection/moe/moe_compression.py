@@ -28,9 +28,10 @@ class MoECompressionService:
     layers where they buy the most; else each is the mean rank at `energy` (0.95) of the deltas. Codes are chosen by
     `bits` for each weight of the experts, everything counted, by the bytes of the whole folder, `fit`, or as those of
     the fewest bytes that are `as_good_as` plain quantisation at so many bits; `coded` makes `max_error` and
-    `target_ratio` choose codes, and means `as_good_as` 4 alone (see `OverlayOptions`). All but `estimate` also take
-    `calibrate`, a text file: the model reads it in MLX, and errors of codes count as its experts' inputs do. `model`,
-    `layer`, `layers` and `progress` are as in MoETypeService. All raise a child of MoEError.
+    `target_ratio` choose codes, and means `as_good_as` 4 alone; with `trellis` these are trellises, which need numba to
+    be made (see `OverlayOptions`). All but `estimate` also take `calibrate`, a text file: the model reads it in MLX,
+    and errors of codes count as its experts' inputs do. `model`, `layer`, `layers` and `progress` are as in
+    MoETypeService. All raise a child of MoEError.
 
     >>> MoECompressionService.compute("demo:upcycled", target_ratio=2).layers[0].ranks
     {'gate': 23, 'up': 23, 'down': 24}

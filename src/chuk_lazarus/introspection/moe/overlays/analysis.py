@@ -268,6 +268,8 @@ class OverlayJob:
             return
         if not isinstance(rule, BitRule):
             raise InvalidRequest("a text to calibrate with is given, and ranks are wanted", "give it with codes")
+        if rule.trellis:
+            raise InvalidRequest("trellises can't be calibrated", "give the text or trellis, and not both")
         repository = self.opened.experts.checkpoint.repository
         if not isinstance(repository, Folder):
             name = self.opened.name
@@ -415,7 +417,7 @@ class OverlayJob:
             return coded_folder_bytes(experts, codes, resources=resources, progress=self.progress, card=card, **words)
 
         spread = spread_trials(trials, [experts.layer(number) for number in numbers])
-        return BitRule(fit_bits(rule.fit, spread, folder_bytes))
+        return BitRule(fit_bits(rule.fit, spread, folder_bytes, rule.trellis), trellis=rule.trellis)
 
     def verified_layers(self, overlaid: Sequence[int]) -> list[int]:
         """Which layers of a written overlay are verified."""

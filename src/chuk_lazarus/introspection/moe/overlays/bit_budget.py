@@ -27,6 +27,7 @@ from .codes import LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
+from .codes.trellis import WIDTHS, TrellisCode, check_encoder
 from .quantisation import round_to_bits
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
@@ -39,6 +40,7 @@ TRIED = (2, 3, 4, 8, 16, 64, 256)  # levels whose errors are measured
 PLAIN_BITS = (2, 3, 4, 5, 6, 8)  # of the plain quantisation that codes can be as good as
 USUAL_BITS = 4  # of the plain quantisation that codes are as good as where nothing else is said
 MARGIN = 0.97  # the share of an allowed squared error that is used, since it is measured on a part
+TRELLIS_ERRORS = {1: 0.74, 2: 0.60, 3: 0.50, 4: 0.47}  # of trellises, by bits, over those of as many levels
 LEAST_ERROR = 1e-30  # squared; what is less is taken for this
 ROUNDS = 12  # of looking for the bits that fill a folder
 
@@ -71,6 +73,10 @@ class RoleTrial:
         Between measured codes errors fall geometrically, as those of all codes do, below the least one linearly.
         """
         errors = self.delta_errors if self.has_base else self.plain_errors
+        if isinstance(code, SumCode) and isinstance(code.rest, TrellisCode):
+            code = code.rest
+        if isinstance(code, TrellisCode):
+            return TRELLIS_ERRORS[code.bits] * errors[1 << code.bits]
         group = group_for(self.shape[1])
         bits = [code_bits(BitsCode(levels, group), self.shape) for levels in TRIED]
         taken, lost = code_bits(code, self.shape), [errors[levels] for levels in TRIED]
@@ -158,13 +164,15 @@ class OverlayOptions(RankOptions, total=False):
     `bits` are the bits for each weight of the experts, everything counted, of an overlay in codes; `fit` the bytes of
     the whole folder, a number or a text such as "24GB"; `as_good_as` the bits of the plain quantisation that codes
     shall err no more than, in the fewest bytes. `coded` makes `max_error` and `target_ratio` mean codes, and is
-    `as_good_as` 4 where no other is given.
+    `as_good_as` 4 where no other is given. `trellis` keeps what has one to four bits in trellises, which err less and
+    take longer to be made.
     """
 
     bits: float | None
     fit: int | str | None
     as_good_as: int | None
     coded: bool
+    trellis: bool
 
 
 def overlay_rule(
@@ -173,12 +181,17 @@ def overlay_rule(
     fit: int | str | None = None,
     as_good_as: int | None = None,
     coded: bool = False,
+    trellis: bool = False,
     **options: Unpack[RankOptions],
 ) -> "RankRule | BitRule":
     """The rule that `OverlayOptions` describe; raises InvalidRequest for options that contradict each other."""
     rule = rank_rule(**options)
     if not coded and bits is None and fit is None and as_good_as is None:
+        if trellis:
+            raise InvalidRequest("trellises are wanted, and no codes", "give bits, a size or coded, too")
         return rule
+    if trellis:
+        check_encoder()
     if rule.given:
         raise InvalidRequest("codes are wanted together with ranks", "give one of the two")
     targets = {
@@ -192,9 +205,9 @@ def overlay_rule(
     if len(given) > 1:
         raise InvalidRequest(f"both {given[0]} and {given[1]} are given", "give one of the two")
     if rule.target_ratio is not None:
-        return BitRule(16 / rule.target_ratio)
+        return BitRule(16 / rule.target_ratio, trellis=trellis)
     size = parse_size(fit, "the size of the folder") if isinstance(fit, str) else fit
-    return BitRule(bits, rule.max_error, as_good_as if given else USUAL_BITS, size)
+    return BitRule(bits, rule.max_error, as_good_as if given else USUAL_BITS, size, trellis)
 
 
 class _Unit(NamedTuple):
@@ -217,13 +230,15 @@ class BitRule:
 
     `bits` for each weight of the experts, everything counted; the greatest relative weight error of the experts of each
     layer, `max_error`; the bits of the plain quantisation that each layer shall be `as_good_as`; or the bytes of the
-    whole folder, to `fit`. Raises InvalidRequest for a number out of range.
+    whole folder, to `fit`. With `trellis`, deltas and experts without a base are in trellises where these have so many
+    bits. Raises InvalidRequest for a number out of range.
     """
 
     bits: float | None = None
     max_error: float | None = None
     as_good_as: int | None = None
     fit: int | None = None
+    trellis: bool = False
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 0 < self.bits <= MOST_BITS:
@@ -239,6 +254,10 @@ class BitRule:
             raise InvalidRequest(f"a folder of {self.fit:,} bytes", "give a size such as 20GB")
 
     def __str__(self) -> str:
+        return f"{self._goal}{', trellises' if self.trellis else ''}"
+
+    @property
+    def _goal(self) -> str:
         if self.max_error is not None:
             return f"relative weight error of the experts at most {self.max_error:g}, fewest bits"
         if self.as_good_as is not None:
@@ -250,11 +269,12 @@ class BitRule:
     @property
     def options(self) -> str:
         """The rule as a command has it."""
+        trellis = " --trellis" if self.trellis else ""
         if self.max_error is not None:
-            return f"--max-error {self.max_error} --coded"
+            return f"--max-error {self.max_error} --coded{trellis}"
         if self.as_good_as is not None:
-            return f"--as-good-as {self.as_good_as}"
-        return f"--bits {self.bits}" if self.fit is None else f"--fit {self.fit}"
+            return f"--as-good-as {self.as_good_as}{trellis}"
+        return f"--bits {self.bits}{trellis}" if self.fit is None else f"--fit {self.fit}{trellis}"
 
     def choose(self, trials: Mapping[int, Mapping[str, RoleTrial]]) -> dict[int, LayerCodes]:
         """The codes of every layer; raises InvalidRequest where even the least take more, or the finest err more.
@@ -262,7 +282,7 @@ class BitRule:
         What is to `fit` has no choice of its own: `fit_bits` says which bits a weight that is.
         """
         if self.bits is not None:
-            return _within(self.bits, trials)
+            return _within(self.bits, trials, self.trellis)
         chosen: dict[int, LayerCodes] = {}
         for number, roles in trials.items():
             chosen |= self._reach(number, roles)
@@ -274,7 +294,7 @@ class BitRule:
         Its units climb as in `_within`, but for factors, whose errors are not measured. Before each step scales for
         shorter groups are tried in its place.
         """
-        units = _open_units({number: roles}, with_factors=False)
+        units = _open_units({number: roles}, self.trellis, with_factors=False)
         prices = self._prices(roles)
 
         def loss(codes: Sequence[MatrixCode]) -> float:
@@ -315,13 +335,13 @@ class BitRule:
         }
 
 
-def _within(bits: float, trials: Mapping[int, Mapping[str, RoleTrial]]) -> dict[int, LayerCodes]:
+def _within(bits: float, trials: Mapping[int, Mapping[str, RoleTrial]], trellis: bool) -> dict[int, LayerCodes]:
     """The best codes of at most so many bits a weight; raises InvalidRequest where even the least take more.
 
     All units climb from stage to stage, those of the largest error first. When no whole step fits, those that would
     come next get scales for shorter groups, and as long as much is left even then, factors beside their code.
     """
-    units = _open_units(trials)
+    units = _open_units(trials, trellis)
     weights = _count_weights(units)
     budget = int(bits * weights / 8)
     chosen = [unit.ladder[0] for unit in units]
@@ -357,13 +377,14 @@ def fit_bits(
     size: int,
     trials: Mapping[int, Mapping[str, RoleTrial]],
     folder_bytes: Callable[[Mapping[int, LayerCodes]], int],
+    trellis: bool,
 ) -> float:
     """The bits a weight with which a whole folder takes at most `size` bytes, and nearly as many.
 
     `trials` are those of all layers that are overlaid, and `folder_bytes` says what a folder with such codes takes.
     Raises InvalidRequest where even the least codes take more.
     """
-    units = _open_units(trials)
+    units = _open_units(trials, trellis)
     weights = _count_weights(units)
     least = [unit.ladder[0] for unit in units]
     taken = folder_bytes(_by_layer(units, least))
@@ -375,7 +396,7 @@ def fit_bits(
         bits = min(MOST_BITS, bits + 8 * (size - taken) / weights)
         if not best < bits < too_many:
             bits = (best + min(MOST_BITS, too_many)) / 2
-        taken = folder_bytes(_within(bits, trials))
+        taken = folder_bytes(_within(bits, trials, trellis))
         if taken > size:
             too_many = min(too_many, bits)
         elif taken > most:
@@ -426,7 +447,9 @@ def _by_layer(units: Sequence[_Unit], codes: Sequence[MatrixCode]) -> dict[int, 
     return {**result}
 
 
-def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]], *, with_factors: bool = True) -> list[_Unit]:
+def _open_units(
+    trials: Mapping[int, Mapping[str, RoleTrial]], trellis: bool, *, with_factors: bool = True
+) -> list[_Unit]:
     """The units of all layers.
 
     Those without a base are ahead of the others by the bits that a delta needs less, so that errors are alike.
@@ -438,7 +461,7 @@ def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]], *, with_factors: 
     for number, roles in trials.items():
         for role, trial in roles.items():
             group = group_for(trial.shape[1])
-            bits = tuple(BitsCode(levels, group) for levels in LEVELS)
+            bits = _bit_rungs(group, trellis)
             if trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0]) if with_factors else []
                 base = BitsCode(2 ** base_bits(trial.experts), group)
@@ -446,6 +469,13 @@ def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]], *, with_factors: 
             else:
                 units.append(_Unit(number, role, trial, None, bits, -ahead))
     return units
+
+
+def _bit_rungs(group: int, trellis: bool) -> tuple[MatrixCode, ...]:
+    """The codes of ascending bits, trellises where these have so many."""
+    trellises = [TrellisCode(width) for width in WIDTHS] if trellis else []
+    above = 1 << WIDTHS[-1] if trellis else 0
+    return (*trellises, *(BitsCode(levels, group) for levels in LEVELS if levels > above))
 
 
 def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
@@ -484,7 +514,7 @@ def _fill(unit: _Unit, code: MatrixCode, free: int) -> MatrixCode:
     room = free + unit.nbytes(code)
     if isinstance(code, FactorsCode):
         return _raise_rank(unit, code, room)
-    if isinstance(code, BitsCode):
+    if isinstance(code, BitsCode | TrellisCode):
         for levels in (FACTOR_LEVELS, *FEWER_LEVELS):
             filled = SumCode(FactorsCode(1, BitsCode(levels)), code)
             if unit.nbytes(filled) <= room:

@@ -1,7 +1,8 @@
 """How one matrix is kept: a closed set of codes, each with its text in an overlay's config.
 
-`bf16`; `3bit:128`, levels with a scale for each 128 weights (1, 1.6 and 2 to 8 bits); `rank8:3bit:128`, factors in such
-a code; `rank8:3bit:128+2bit:128`, factors and the rest.
+`bf16`; `3bit:128`, levels with a scale for each 128 weights (1, 1.6 and 2 to 8 bits); `2trellis`, a trellis with a
+scale for each row (1 to 4 bits); `rank8:3bit:128`, factors in levels; `rank8:3bit:128+2bit:128`, factors and the rest,
+which may be a trellis.
 """
 
 import re
@@ -12,10 +13,12 @@ from .bf16 import Bf16Code
 from .bits import BitsCode
 from .code import PartLayout, Shape, code_bytes
 from .low_rank import FactorsCode, SumCode
+from .trellis import TrellisCode
 
-MatrixCode = Bf16Code | BitsCode | FactorsCode | SumCode
+MatrixCode = Bf16Code | BitsCode | TrellisCode | FactorsCode | SumCode
 
 _BITS = re.compile(r"(1|1\.6|[2-8])bit:(64|128)")
+_TRELLIS = re.compile(r"([1-4])trellis")
 _FACTORS = re.compile(r"rank(\d{1,6}):(.*)")
 
 
@@ -50,12 +53,12 @@ class RoleCodes:
 class StoredMatrix:
     """One matrix among a projection's parts, or a stack of one for each expert.
 
-    `part` is what the names of its parts begin with ("delta.factors.left"), `code` its code, which is bits or bf16, and
-    `shape` (out, in) its shape there; left factors are transposed.
+    `part` is what the names of its parts begin with ("delta.factors.left"), `code` its code, which is bits, a trellis
+    or bf16, and `shape` (out, in) its shape there; left factors are transposed.
     """
 
     part: str
-    code: Bf16Code | BitsCode
+    code: Bf16Code | BitsCode | TrellisCode
     shape: Shape
     experts: int | None
 
@@ -67,7 +70,7 @@ def list_matrices(codes: RoleCodes, shape: Shape, experts: int) -> dict[str, Sto
     """
     matrices = {}
     if codes.base is not None:
-        if not isinstance(codes.base, Bf16Code | BitsCode):
+        if not isinstance(codes.base, Bf16Code | BitsCode | TrellisCode):
             raise ValueError(f"a base in the code {codes.base}")
         matrices["base"] = StoredMatrix("base", codes.base, shape, None)
     delta, factors = codes.delta, "delta"
@@ -93,8 +96,13 @@ def parse_code(text: str) -> MatrixCode:
     factors, plus, rest = text.partition("+")
     if match := _FACTORS.fullmatch(factors):
         code = FactorsCode(int(match[1]), _parse_bits(match[2]))
-        return SumCode(code, _parse_bits(rest)) if plus else code
-    return _parse_bits(text)
+        return SumCode(code, _parse_rest(rest)) if plus else code
+    return _parse_rest(text)
+
+
+def _parse_rest(text: str) -> BitsCode | TrellisCode:
+    match = _TRELLIS.fullmatch(text)
+    return TrellisCode(int(match[1])) if match else _parse_bits(text)
 
 
 def _parse_bits(text: str) -> BitsCode:

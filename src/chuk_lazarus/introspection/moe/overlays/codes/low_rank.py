@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ...numerics.low_rank import Factors, factorise
 from .bits import BitsCode
 from .code import PartLayout, Parts, Shape, check_finite, inner
+from .trellis import TrellisCode
 
 MORE, ITERATIONS = 8, 2  # of the random start: vectors beside those of the rank, and iterations
 SMALL_SHARE = 6  # times so many vectors must fit into the shorter side, for it to be the faster way
@@ -69,7 +70,7 @@ class SumCode:
     """Factors, and the rest in few bits: parts `factors.*` and `rest.*`."""
 
     factors: FactorsCode
-    rest: BitsCode
+    rest: BitsCode | TrellisCode
 
     def __str__(self) -> str:
         return f"{self.factors}+{self.rest}"

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 STEPS = 16  # scales in an octave
 TOP = 255
 GREATEST = float(np.finfo(np.float32).max)
-
-_GRID = np.concatenate([[0.0], np.exp2((np.arange(1, TOP + 1) - TOP) / STEPS)])
+GRID = np.concatenate([[0.0], np.exp2((np.arange(1, TOP + 1) - TOP) / STEPS)])  # scales of the bytes, over the unit
 
 
 def encode_scales(
@@ -32,6 +31,6 @@ def encode_scales(
 
 def decode_scales(codes: NDArray[np.uint8], units: NDArray[np.float32]) -> NDArray[np.float32]:
     """The scales [..., rows, groups] of bytes of that shape, whose units are [...]."""
-    grids = (units.astype(np.float64)[..., None] * _GRID).astype(np.float32)  # the scales that each matrix can have
+    grids = (units.astype(np.float64)[..., None] * GRID).astype(np.float32)  # the scales that each matrix can have
     scales = np.take_along_axis(grids, codes.reshape(*units.shape, -1), axis=-1)
     return scales.reshape(codes.shape)

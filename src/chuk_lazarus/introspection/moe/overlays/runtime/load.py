@@ -21,7 +21,9 @@ from ..checkpoint.format import READ, CodedExperts, OverlayConfig, OverlayConfig
 from ..codes import list_matrices
 from ..codes.bits import BitsCode
 from ..codes.code import inner
+from ..codes.trellis import TrellisCode
 from .modules import CodedGLU, OverlayGLU, affine_arrays
+from .trellis import trellis_arrays
 
 Layers = Mapping[int, Ranks | CodedExperts]
 """What overlay_config says of each layer: ranks by role, or sizes and codes."""
@@ -36,7 +38,8 @@ _ROUTED = re.compile(r"\.experts\.\d+\.|\.experts\.(?:gate_up_proj|down_proj)")
 def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
     """The mlx-lm model of an overlay checkpoint, its experts left as base and deltas, and its config.
 
-    Codes stay in few bits, in MLX's affine form, whose scales are float32 on a CPU and bfloat16 elsewhere. The model's
+    Codes stay in few bits, in MLX's affine form, whose scales are float32 on a CPU and bfloat16 elsewhere, or as the
+    streams of trellises. The model's
     class is derived from mlx-lm's own, so that all code for mlx-lm's models takes it. Every parameter must be in the
     folder, and every tensor there must belong to a parameter, except those that mlx-lm itself drops. Raises
     ModelUnreadable for a folder that is no overlay or is broken, UnknownFormat for a family that mlx-lm has no class
@@ -242,6 +245,10 @@ def _as_modules(layer: CodedExperts, role: str, parts: Mapping[str, mx.array]) -
     arrays: dict[str, mx.array] = {}
     for name, matrix in list_matrices(layer.codes[role], layer.shape(role), layer.experts).items():
         own = inner(parts, matrix.part)
+        if isinstance(matrix.code, TrellisCode):
+            trellis = trellis_arrays(matrix, {part: np.array(array) for part, array in own.items()})
+            arrays |= {f"{name}.{part}": array for part, array in trellis.items()}
+            continue
         if not isinstance(matrix.code, BitsCode):
             arrays[f"{name}.matrix"] = own["values"]
             continue

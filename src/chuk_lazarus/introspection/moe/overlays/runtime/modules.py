@@ -1,8 +1,8 @@
 """The overlay at work, in MLX: experts that stay base and factors, in mlx-lm's models or in a block to train.
 
 An overlaid projection computes `W x = base x + left (right x)`, or, where it is in codes, `base x + delta x` with
-quantised matrices. No expert's matrix is ever rebuilt: the base product is computed once for a token, and serves all
-experts that the token is routed to.
+quantised matrices. No expert's matrix is rebuilt, except that a delta in a trellis is decoded for its product. The base
+product is computed once for a token, and serves all experts that the token is routed to.
 """
 
 import math
@@ -18,6 +18,8 @@ from ...terms import ROLES
 from ..codes import LayerCodes, RoleCodes, StoredMatrix, list_matrices, parse_code
 from ..codes.bits import BitsCode
 from ..codes.code import Parts, Shape
+from ..codes.trellis import TrellisCode
+from .trellis import TrellisMatrix
 
 SORT_FROM = 64  # rows from which sorting them by expert is faster; mlx-lm's own number
 
@@ -193,6 +195,17 @@ def _stacked(matrix: StoredMatrix, shape: tuple[int, int]) -> tuple[int, ...]:
     return shape if matrix.experts is None else (matrix.experts, *shape)
 
 
+def _make_matrix(name: str, matrix: StoredMatrix) -> Module:
+    """The module that keeps a matrix, which is empty yet."""
+    match matrix.code:
+        case BitsCode():
+            return AffineMatrix(matrix, transposed=name == "left")
+        case TrellisCode():
+            return TrellisMatrix(matrix)
+        case _:
+            return DenseMatrix(matrix)
+
+
 class CodedLinear(Module):
     """A linear layer per expert in codes; it replaces mlx-lm's SwitchLinear.
 
@@ -206,8 +219,7 @@ class CodedLinear(Module):
         super().__init__()  # type: ignore[no-untyped-call]
         self._output_dims = output_dims
         for name, matrix in list_matrices(codes, (output_dims, input_dims), num_experts).items():
-            is_affine = isinstance(matrix.code, BitsCode)
-            self[name] = AffineMatrix(matrix, transposed=name == "left") if is_affine else DenseMatrix(matrix)
+            self[name] = _make_matrix(name, matrix)
         if bias:
             self.bias = mx.zeros((num_experts, output_dims))
 
