@@ -37,7 +37,7 @@ from places import DEMO as DEMOS
 from places import FIXTURES
 
 Array = NDArray[np.float32]
-FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v2", "gpt_oss", "hunyuan_v1_moe", "granitemoehybrid", "llama4_text"]
+FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v2", "gpt_oss", "hunyuan_v1_moe", "granitemoehybrid"]
 CODES = [BitsCode(2, 64), BitsCode(3), BitsCode(8, 64), BitsCode(128, 64), FactorsCode(4, BitsCode(8, 64))]
 DEMO = DEMOS / "upcycled"
 
@@ -338,8 +338,7 @@ def test_the_command_line(text: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "calibrated on 8192 tokens" in json.loads(done.stdout)["rule"]
     refused = CliRunner().invoke(app, [*command, "--calibrate", str(text)])
-    assert refused.exit_code == 2
-    assert "Traceback" not in refused.output
+    assert isinstance(refused.exception, InvalidRequest)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
