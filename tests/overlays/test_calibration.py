@@ -37,7 +37,7 @@ from places import DEMO as DEMOS
 from places import FIXTURES
 
 Array = NDArray[np.float32]
-FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v2", "gpt_oss", "hunyuan_v1_moe", "granitemoehybrid", "llama4_text"]
+FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v2", "gpt_oss", "hunyuan_v1_moe", "granitemoehybrid"]
 CODES = [BitsCode(2, 64), BitsCode(3), BitsCode(8, 64), BitsCode(128, 64), FactorsCode(4, BitsCode(8, 64))]
 DEMO = DEMOS / "upcycled"
 

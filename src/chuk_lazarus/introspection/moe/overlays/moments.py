@@ -83,8 +83,8 @@ class ExpertMoments:
 
 def second_moments(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """The mean of x xᵀ over the rows of `x` [n, d], with DAMPING on its diagonal: [d, d], positive definite."""
-    scaled: NDArray[np.float32] = x / np.float32(np.abs(x).max(initial=0.0) or 1.0)
-    moments: NDArray[np.float32] = scaled.T @ scaled / np.float32(len(x))
+    scaled = x / np.float32(np.abs(x).max(initial=0.0) or 1.0)
+    moments = np.asarray(scaled.T @ scaled / np.float32(len(x)), np.float32)
     mean = moments.trace() / np.float32(len(moments))
     np.fill_diagonal(moments, moments.diagonal() + np.float32(DAMPING) * (mean or np.float32(1.0)))
     return moments
