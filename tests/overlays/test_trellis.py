@@ -319,7 +319,7 @@ def test_the_command_line_says_what_it_wants() -> None:
     run = CliRunner().invoke(app, [*start, "--bits", "2.2", "--trellis"])
     assert run.exit_code == 0, run.output
     assert "trellis" in run.output
-    with pytest.raises(InvalidRequest, match="no size"):
+    with pytest.raises(InvalidRequest, match="no codes"):
         MoECompressionService.compute("demo:native", trellis=True)
     by_ratio = MoECompressionService.compute("demo:native", target_ratio=5, coded=True, trellis=True)
     assert by_ratio.layers == MoECompressionService.compute("demo:native", bits=3.2, trellis=True).layers

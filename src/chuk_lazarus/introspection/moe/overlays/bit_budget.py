@@ -377,7 +377,7 @@ def fit_bits(
     size: int,
     trials: Mapping[int, Mapping[str, RoleTrial]],
     folder_bytes: Callable[[Mapping[int, LayerCodes]], int],
-    trellis: bool,
+    trellis: bool = False,
 ) -> float:
     """The bits a weight with which a whole folder takes at most `size` bytes, and nearly as many.
 
