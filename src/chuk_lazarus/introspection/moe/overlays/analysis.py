@@ -252,7 +252,7 @@ class OverlayJob:
         def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
             layer.prefetch(progress)
             resources = self.opened.resources
-            return try_layer(layer, align_layer(layer, resources), resources)
+            return try_layer(layer, align_layer(layer, resources, with_bank=True), resources)
 
         trials = self.resumable("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
         return rule.choose({layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)})

@@ -2,12 +2,13 @@
 
 The law: an expert's delta, whose energy is the share d of the expert's, needs 0.5 log2(1 / d) bits a weight less than
 the expert, and the base costs its own bits over the number of experts. Where that does not pay (`numerics.rates`),
-experts are coded without a base. All deltas have the same width, or one of two that are neighbours.
+experts are coded without a base. All deltas have the same width, or one of two that are neighbours. Where neurons refer
+to a bank, its width, that of the deltas and that of the strangers are chosen together.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from math import ceil, log2, prod
 from typing import NamedTuple, Unpack
 
@@ -18,17 +19,20 @@ from ..errors import InvalidRequest
 from ..jobs.measure import refuse_not_finite
 from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
-from ..numerics.alignment import Alignment, permute
-from ..numerics.rates import PAYS, base_bits, net_bits
+from ..numerics.alignment import Alignment, Bank, permute
+from ..numerics.neurons import as_neurons
+from ..numerics.rates import PAYS, bank_bits, base_bits, net_bits
 from ..weights.expert_layer import ExpertLayer
 from .allocation import RankOptions, RankRule, rank_rule
-from .codes import LayerCodes, MatrixCode, RoleCodes
+from .codes import BankShape, LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
+NOTHING = FactorsCode(0, BitsCode(FACTOR_LEVELS))  # no delta: neurons are those of the bank
+MOST_BANK_LEVELS = 64  # of a bank, as more buy nothing
 MOST_BITS = 8.0
 ROWS = 128  # of each matrix that are coded to measure an error
 LITTLE = 0.004  # the share of a budget that may be left
@@ -40,7 +44,8 @@ class RoleTrial:
     """What some rows of some experts show of one projection of one layer.
 
     `delta_share` is d, the share of the experts' energy that their deltas from the coded base have. The errors are of
-    deltas and of whole experts, by levels: squared, relative to the experts' energy.
+    deltas and of whole experts, by levels: squared, relative to the experts' energy. With a `bank`, d is that of the
+    matched neurons' deltas from the exact means, and no errors of deltas are measured.
     """
 
     shape: Shape
@@ -48,17 +53,34 @@ class RoleTrial:
     delta_share: float
     delta_errors: dict[int, float]
     plain_errors: dict[int, float]
+    bank: BankShape | None = None
 
     @property
     def has_base(self) -> bool:
         """Whether a base pays, by the law."""
+        if self.bank:
+            neurons = self.shape[self.bank.axis]
+            saved = bank_bits(self.delta_share, self.experts, neurons, self.bank.matched, self.bank.size)
+            return saved >= PAYS
         return net_bits(self.delta_share, self.experts) >= PAYS
 
-    def error(self, code: MatrixCode) -> float:
-        """The measured error of a code, or that of the nearest one that was measured."""
+    def error(self, codes: RoleCodes) -> float:
+        """The measured error of codes, or that of the nearest ones that were measured."""
+        if codes.bank:
+            share = codes.bank.matched / self.shape[codes.bank.axis]
+            deltas = self.delta_share + self.plain_error(codes.base)
+            return share * deltas * self.plain_error(codes.delta) + (1 - share) * self.plain_error(codes.rest)
         errors = self.delta_errors if self.has_base else self.plain_errors
-        levels = code.levels if isinstance(code, BitsCode) else TRIED[0]
+        levels = codes.delta.levels if isinstance(codes.delta, BitsCode) else TRIED[0]
         return errors[min(TRIED, key=lambda tried: abs(tried - levels))]
+
+    def plain_error(self, code: MatrixCode | None) -> float:
+        """The error of a code relative to what it codes: a code of more levels errs less as their square."""
+        if not isinstance(code, BitsCode):
+            return 1.0
+        if code.levels <= TRIED[-1]:
+            return self.plain_errors[code.levels]
+        return self.plain_errors[TRIED[-1]] * (TRIED[-1] / code.levels) ** 2
 
 
 def group_for(columns: int) -> int:
@@ -69,16 +91,29 @@ def group_for(columns: int) -> int:
 def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) -> dict[str, RoleTrial]:
     """The trials of a layer by role, from a few experts.
 
-    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Raises
-    ModelUnreadable where a weight is not finite.
+    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Where
+    there is a bank, the experts are some that share many of its neurons. Raises ModelUnreadable where a weight is not
+    finite.
     """
-    chosen = evenly_spaced(layer.count, min(4, max(2, layer.count // 8)))
+    count = min(4, max(2, layer.count // 8))
+    bank = alignment.bank
+    chosen = evenly_spaced(layer.count, count) if bank is None else _sharing_experts(bank.index, count)
     trials: dict[str, RoleTrial] = {}
     for tensor in layer.tensors:
         rows: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
+        matched: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
 
-        def try_role(role: str, rows: dict[str, list[NDArray[np.float32]]] = rows) -> RoleTrial:
-            return _try_rows(layer, role, rows[role])
+        def try_role(
+            role: str,
+            rows: dict[str, list[NDArray[np.float32]]] = rows,
+            matched: dict[str, list[NDArray[np.float32]]] = matched,
+        ) -> RoleTrial:
+            trial = _try_rows(layer, role, rows[role])
+            if bank is None:
+                return trial
+            share = _bank_delta_share(matched[role], bank, chosen)
+            shape = BankShape(bank.size, bank.index.shape[1], int(role == "down"))
+            return replace(trial, delta_share=share, delta_errors={}, bank=shape)
 
         for expert in chosen:
             for role, matrix in tensor.matrices(expert).items():
@@ -87,9 +122,41 @@ def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) ->
                 if not np.isfinite(taken).all():
                     refuse_not_finite(layer, expert, role)
                 rows[role].append(np.ascontiguousarray(taken))
+                if bank is not None:
+                    matched[role].append(as_neurons(role, ordered)[: bank.index.shape[1]])
         with resources.worker_threads(layer) as pool:
             trials |= zip(rows, pool.map(try_role, rows), strict=True)
     return {role: trials[role] for role in layer.roles}
+
+
+def _sharing_experts(index: NDArray[np.intp], count: int) -> list[int]:
+    """Experts that share many neurons of a bank: one, and in turn the one that shares the most with those before it."""
+    chosen = [0]
+    while len(chosen) < count:
+        known = np.unique(index[chosen])
+        shared = [-1 if e in chosen else int(np.isin(own, known).sum()) for e, own in enumerate(index)]
+        chosen.append(int(np.argmax(shared)))
+    return chosen
+
+
+def _bank_delta_share(matched: Sequence[NDArray[np.float32]], bank: Bank, chosen: Sequence[int]) -> float:
+    """d of the experts' matched neurons [matched, inputs], from those neurons of the bank that several of them share.
+
+    A neuron's users differ from their mean by less than from the mean of all users; that is made up for. 1 where none
+    is shared.
+    """
+    users = np.bincount(bank.index.ravel(), minlength=bank.size)
+    places = np.concatenate([bank.index[expert] for expert in chosen])
+    vectors = np.concatenate(matched)
+    order = np.argsort(places, kind="stable")
+    names, starts, counts = np.unique(places[order], return_index=True, return_counts=True)
+    sums = np.add.reduceat(vectors[order].astype(np.float64), starts, axis=0)
+    energies = np.add.reduceat(np.square(vectors[order], dtype=np.float64).sum(axis=1), starts)
+    several = counts > 1
+    left = (energies - np.square(sums).sum(axis=1) / counts)[several] / (counts[several] - 1)
+    left *= (counts * (1 - 1 / users[names]))[several]
+    energy = float(energies[several].sum())
+    return min(1.0, max(0.0, float(left.sum()) / energy)) if energy else 1.0
 
 
 def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]) -> RoleTrial:
@@ -148,17 +215,16 @@ def overlay_rule(
 
 
 class _Unit(NamedTuple):
-    """One projection of one layer, and its codes from the fewest bytes on; `first` is the stage of the first one."""
+    """One projection of one layer, and its codes from the fewest bytes on, each with the stage at which it is left."""
 
     layer: int
     role: str
     trial: RoleTrial
-    base: BitsCode | None
-    ladder: tuple[MatrixCode, ...]
-    first: int
+    ladder: tuple[RoleCodes, ...]
+    stages: tuple[float, ...]
 
-    def nbytes(self, code: MatrixCode) -> int:
-        return RoleCodes(self.base, code).nbytes(self.trial.shape, self.trial.experts)
+    def nbytes(self, codes: RoleCodes) -> int:
+        return codes.nbytes(self.trial.shape, self.trial.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +253,7 @@ class BitRule:
         weights = sum(unit.trial.experts * prod(unit.trial.shape) for unit in units)
         budget = int(self.bits * weights / 8)
         chosen = [unit.ladder[0] for unit in units]
-        total = sum(unit.nbytes(code) for unit, code in zip(units, chosen, strict=True))
+        total = sum(unit.nbytes(codes) for unit, codes in zip(units, chosen, strict=True)) + _index_bytes(trials)
         if total > budget:
             least = ceil(800 * total / weights) / 100
             raise InvalidRequest(f"{self.bits:g} bits a weight are out of reach", f"the least is {least:.2f}")
@@ -202,17 +268,18 @@ class BitRule:
             taken += 1
         next_units = list(dict.fromkeys(place for place, _, _ in steps[taken:]))
         for place in next_units:
-            code = chosen[place]
-            finer = BitsCode(code.levels, 64) if isinstance(code, BitsCode) else code
-            step = units[place].nbytes(finer) - units[place].nbytes(code)
+            codes = chosen[place]
+            delta = codes.delta
+            finer = replace(codes, delta=BitsCode(delta.levels, 64)) if isinstance(delta, BitsCode) else codes
+            step = units[place].nbytes(finer) - units[place].nbytes(codes)
             if step <= budget - total:
                 chosen[place] = finer
                 total += step
         if next_units and budget - total > LITTLE * budget:
             chosen[next_units[0]] = _fill(units[next_units[0]], chosen[next_units[0]], budget - total)
         result: dict[int, dict[str, RoleCodes]] = {}
-        for unit, code in zip(units, chosen, strict=True):
-            result.setdefault(unit.layer, {})[unit.role] = RoleCodes(unit.base, code)
+        for unit, codes in zip(units, chosen, strict=True):
+            result.setdefault(unit.layer, {})[unit.role] = codes
         return {**result}
 
 
@@ -221,21 +288,70 @@ def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]]) -> list[_Unit]:
 
     Those without a base are ahead of the others by the bits that a delta needs less, so that errors are alike.
     """
-    shares = [trial.delta_share for roles in trials.values() for trial in roles.values() if trial.has_base]
-    saved = [0.5 * log2(1 / share) for share in shares if share]
+    all_trials = [trial for roles in trials.values() for trial in roles.values()]
+    saved = [0.5 * log2(1 / t.delta_share) for t in all_trials if t.has_base and not t.bank and t.delta_share]
     ahead = round(float(np.mean(saved))) if saved else 0
     units = []
     for number, roles in trials.items():
         for role, trial in roles.items():
             group = group_for(trial.shape[1])
             bits = tuple(BitsCode(levels, group) for levels in LEVELS)
-            if trial.has_base:
+            if trial.has_base and trial.bank:
+                ladder = _bank_ladder(trial)
+                stages = [_plain_stage(trial, trial.error(codes)) - ahead for codes in ladder]
+            elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0])
                 base = BitsCode(2 ** base_bits(trial.experts), group)
-                units.append(_Unit(number, role, trial, base, (*factors, *bits), -len(factors)))
+                ladder = [RoleCodes(base, code) for code in (*factors, *bits)]
+                stages = [float(rung - len(factors)) for rung in range(len(ladder))]
             else:
-                units.append(_Unit(number, role, trial, None, bits, -ahead))
+                ladder = [RoleCodes(None, code) for code in bits]
+                stages = [float(rung - ahead) for rung in range(len(ladder))]
+            units.append(_Unit(number, role, trial, tuple(ladder), tuple(stages)))
     return units
+
+
+def _index_bytes(trials: Mapping[int, Mapping[str, RoleTrial]]) -> int:
+    """Bytes of the indices of all banks."""
+    of_layers = [[t for t in roles.values() if t.bank and t.has_base] for roles in trials.values()]
+    return sum(found[0].bank.index(found[0].experts).nbytes for found in of_layers if found and found[0].bank)
+
+
+def _bank_ladder(trial: RoleTrial) -> list[RoleCodes]:
+    """The codes of bank, deltas and strangers that err the least for their bytes, from the fewest bytes on.
+
+    These are on the lower convex hull of all that could be: as long as the deltas from a wider bank would take more
+    than they save, there are none.
+    """
+    assert trial.bank is not None
+    of_bank, of_deltas, of_rest = (group_for(shape[1]) for shape in trial.bank.cut(trial.shape))
+    has_rest = trial.bank.matched < trial.shape[trial.bank.axis]
+    rests = [BitsCode(levels, of_rest) for levels in LEVELS] if has_rest else [None]
+    deltas: list[MatrixCode] = [NOTHING, *(BitsCode(levels, of_deltas) for levels in LEVELS)]
+    bases = [BitsCode(levels, of_bank) for levels in LEVELS if levels <= MOST_BANK_LEVELS]
+    every = [RoleCodes(*sides, trial.bank) for sides in product(bases, deltas, rests)]
+    points = sorted((each.nbytes(trial.shape, trial.experts), trial.error(each), n) for n, each in enumerate(every))
+    hull: list[tuple[int, float, int]] = []
+    for size, error, n in points:
+        if hull and error >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (size, error, n)):
+            hull.pop()
+        if hull and hull[-1][0] == size:
+            hull.pop()
+        hull.append((size, error, n))
+    return [every[n] for _, _, n in hull]
+
+
+def _slope(first: tuple[int, float, int], second: tuple[int, float, int]) -> float:
+    """By how much the error changes for a byte, between two points of bytes and errors."""
+    return (second[1] - first[1]) / max(1, second[0] - first[0])
+
+
+def _plain_stage(trial: RoleTrial, error: float) -> float:
+    """The stage of a plain code that errs as much, between those of two codes where there is none."""
+    errors = [log2(trial.plain_error(BitsCode(levels)) or 1e-30) for levels in LEVELS]
+    return float(np.interp(-log2(error or 1e-30), [-each for each in errors], range(len(errors))))
 
 
 def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
@@ -246,25 +362,26 @@ def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
     return [code for code in codes if code_bytes(code, shape) < code_bytes(above, shape)]
 
 
-def _list_steps(units: Sequence[_Unit]) -> list[tuple[int, MatrixCode, MatrixCode]]:
+def _list_steps(units: Sequence[_Unit]) -> list[tuple[int, RoleCodes, RoleCodes]]:
     """All steps from a unit's code to its next, as (place, from, to), in the order in which they are taken."""
     steps = []
     for place, unit in enumerate(units):
         for rung, (lower, higher) in enumerate(pairwise(unit.ladder)):
-            steps.append((unit.first + rung, -unit.trial.error(lower), place, lower, higher))
-    steps.sort(key=lambda step: step[:3])
-    return [(place, lower, higher) for _, _, place, lower, higher in steps]
+            steps.append((unit.stages[rung], -unit.trial.error(lower), place, rung, lower, higher))
+    steps.sort(key=lambda step: step[:4])
+    return [(place, lower, higher) for _, _, place, _, lower, higher in steps]
 
 
-def _fill(unit: _Unit, code: MatrixCode, free: int) -> MatrixCode:
-    """The unit's code with factors of the greatest rank that takes at most `free` bytes more."""
-    shape, bits = unit.trial.shape, BitsCode(FACTOR_LEVELS)
-    room = free + unit.nbytes(code)
-    least = code.rank if isinstance(code, FactorsCode) else 0
-    best = code
+def _fill(unit: _Unit, codes: RoleCodes, free: int) -> RoleCodes:
+    """The unit's codes with factors of the greatest rank that takes at most `free` bytes more."""
+    delta, bits = codes.delta, BitsCode(FACTOR_LEVELS)
+    _, shape = codes.sides(unit.trial.shape)["delta"]
+    room = free + unit.nbytes(codes)
+    least = delta.rank if isinstance(delta, FactorsCode) else 0
+    best = codes
     for rank in range(least + 1, min(shape) + 1):
         factors = FactorsCode(rank, bits)
-        filled = SumCode(factors, code) if isinstance(code, BitsCode) else factors
+        filled = replace(codes, delta=SumCode(factors, delta) if isinstance(delta, BitsCode) else factors)
         if unit.nbytes(filled) > room:
             break
         best = filled

@@ -28,7 +28,9 @@ def write_card(
         layers_by_codes.setdefault(listing, []).append(layer)
     for layer, coded in overlay.coded.items():
         listing = ", ".join(
-            f"{role} {of_role.delta}" + (f" on {of_role.base}" if of_role.base else "")
+            f"{role} {of_role.delta}"
+            + (f" on {of_role.base}" if of_role.base else "")
+            + (f" and {of_role.rest}" if of_role.rest else "")
             for role, of_role in coded.codes.items()
         )
         layers_by_codes.setdefault(listing, []).append(layer)

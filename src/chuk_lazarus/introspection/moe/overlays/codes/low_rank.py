@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ...numerics.low_rank import Factors, factorise
 from .bits import BitsCode
-from .code import PartLayout, Parts, Shape, check_finite, inner
+from .code import PartLayout, Parts, Shape, as_shape, check_finite, inner
 
 MORE, ITERATIONS = 8, 2  # of the random start: vectors beside those of the rank, and iterations
 SMALL_SHARE = 6  # times so many vectors must fit into the shorter side, for it to be the faster way
@@ -78,7 +78,7 @@ class SumCode:
 
     def encode(self, matrix: NDArray[np.float32], *, unbiased: bool = False) -> dict[str, NDArray[Any]]:
         factors = self.factors.encode(matrix)
-        rest = self.rest.encode(matrix - self.factors.decode(factors, _shape(matrix)), unbiased=unbiased)
+        rest = self.rest.encode(matrix - self.factors.decode(factors, as_shape(matrix)), unbiased=unbiased)
         return {f"factors.{name}": part for name, part in factors.items()} | {
             f"rest.{name}": part for name, part in rest.items()
         }
@@ -105,8 +105,3 @@ def _factorise(matrix: NDArray[np.float32], rank: int) -> Factors:
 def _norm(left: NDArray[np.float32]) -> np.float32:
     """A length by which the left factor's numbers become about one."""
     return np.float32(np.sqrt(np.mean(left**2)) or 1.0) if left.size else np.float32(1.0)
-
-
-def _shape(matrix: NDArray[np.float32]) -> Shape:
-    out, inputs = matrix.shape
-    return out, inputs
