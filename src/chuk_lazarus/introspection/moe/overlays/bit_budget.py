@@ -32,6 +32,7 @@ from .codes.low_rank import FactorsCode, SumCode
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
 NOTHING = FactorsCode(0, BitsCode(FACTOR_LEVELS))  # no delta: neurons are those of the bank
+MISSING = 8.0  # times as much as noise of its energy, what is missing of a delta harms: training has put it there
 MOST_BANK_LEVELS = 64  # of a bank, as more buy nothing
 MOST_BITS = 8.0
 ROWS = 128  # of each matrix that are coded to measure an error
@@ -67,12 +68,20 @@ class RoleTrial:
     def error(self, codes: RoleCodes) -> float:
         """The measured error of codes, or that of the nearest ones that were measured."""
         if codes.bank:
-            share = codes.bank.matched / self.shape[codes.bank.axis]
-            deltas = self.delta_share + self.plain_error(codes.base)
-            return share * deltas * self.plain_error(codes.delta) + (1 - share) * self.plain_error(codes.rest)
+            return self.bank_error(codes, 1.0)
         errors = self.delta_errors if self.has_base else self.plain_errors
         levels = codes.delta.levels if isinstance(codes.delta, BitsCode) else TRIED[0]
         return errors[min(TRIED, key=lambda tried: abs(tried - levels))]
+
+    def bank_error(self, codes: RoleCodes, weight: float) -> float:
+        """The error of codes with a bank, where what is missing of the deltas along themselves has that weight.
+
+        A code of least squares with the error e keeps 1 - e of a delta along it; the rest of its error is noise.
+        """
+        assert codes.bank is not None
+        share, left = codes.bank.matched / self.shape[codes.bank.axis], self.plain_error(codes.delta)
+        of_deltas = self.delta_share * left * (1 - left + weight * left) + self.plain_error(codes.base) * left
+        return share * of_deltas + (1 - share) * self.plain_error(codes.rest)
 
     def plain_error(self, code: MatrixCode | None) -> float:
         """The error of a code relative to what it codes: a code of more levels errs less as their square."""
@@ -298,7 +307,7 @@ def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]]) -> list[_Unit]:
             bits = tuple(BitsCode(levels, group) for levels in LEVELS)
             if trial.has_base and trial.bank:
                 ladder = _bank_ladder(trial)
-                stages = [_plain_stage(trial, trial.error(codes)) - ahead for codes in ladder]
+                stages = [_plain_stage(trial, trial.bank_error(codes, MISSING)) - ahead for codes in ladder]
             elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0])
                 base = BitsCode(2 ** base_bits(trial.experts), group)
@@ -330,7 +339,9 @@ def _bank_ladder(trial: RoleTrial) -> list[RoleCodes]:
     deltas: list[MatrixCode] = [NOTHING, *(BitsCode(levels, of_deltas) for levels in LEVELS)]
     bases = [BitsCode(levels, of_bank) for levels in LEVELS if levels <= MOST_BANK_LEVELS]
     every = [RoleCodes(*sides, trial.bank) for sides in product(bases, deltas, rests)]
-    points = sorted((each.nbytes(trial.shape, trial.experts), trial.error(each), n) for n, each in enumerate(every))
+    points = sorted(
+        (each.nbytes(trial.shape, trial.experts), trial.bank_error(each, MISSING), n) for n, each in enumerate(every)
+    )
     hull: list[tuple[int, float, int]] = []
     for size, error, n in points:
         if hull and error >= hull[-1][1]:

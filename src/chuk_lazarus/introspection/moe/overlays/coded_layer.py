@@ -82,7 +82,7 @@ class CodedLayer:
         base, bank = self._bases[role], self.codes[role].bank
         if bank is None or self.alignment.bank is None:
             return base
-        return base.take(self.alignment.bank.index[expert], axis=bank.axis)
+        return np.asarray(base.take(self.alignment.bank.index[expert], axis=bank.axis))
 
 
 def _stands_alone(codes: RoleCodes) -> bool:

@@ -124,7 +124,7 @@ def list_matrices(codes: RoleCodes, shape: Shape, experts: int) -> dict[str, Sto
     A matrix that is not there is left out; the delta is what is coded beside its factors. Raises ValueError for a base
     or a rest in factors.
     """
-    matrices = {}
+    matrices: dict[str, StoredMatrix] = {}
     sides = codes.sides(shape)
     for side in ("base", "rest"):
         if side in sides:

@@ -6,7 +6,7 @@ experts that the token is routed to.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -203,11 +203,10 @@ class CodedLinear(Module):
 
     def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """What each expert adds to the base product, its bias included; shapes as in OverlayLinear."""
-        products: list[mx.array] = []
         referring, strangers = x, x
         if self._bank and self._bank.axis:
             referring, strangers = mx.split(x, [self._bank.matched], axis=-1)
-            products.append(self["base"](_take(x, self.places[indices])))
+        products: list[mx.array] = []
         if "delta" in self:
             products.append(self["delta"].gather(referring, indices, sorted_indices))
         if "left" in self:
@@ -215,24 +214,31 @@ class CodedLinear(Module):
             products.append(self["left"].gather(inner, indices, sorted_indices))
         if "rest" in self:
             rest = self["rest"].gather(strangers, indices, sorted_indices)
-            if self._bank and not self._bank.axis:
-                delta = sum(products) if products else mx.zeros((*rest.shape[:-1], self._bank.matched), rest.dtype)
-                products, rest = [], mx.concatenate([delta, rest], axis=-1)
-            products.append(rest)
+            if self._bank and not self._bank.axis:  # strangers are further outputs
+                zeros = mx.zeros((*rest.shape[:-1], self._bank.matched), rest.dtype)
+                products = [mx.concatenate([_sum(products) if products else zeros, rest], axis=-1)]
+            else:
+                products.append(rest)
+        if self._bank and self._bank.axis:
+            products.append(self["base"](_take(x, self.places[indices])))
         if "bias" in self:
             products.append(mx.expand_dims(self.bias[indices], -2))
         if not products:
             leading = mx.broadcast_shapes(x.shape[:-2], indices.shape)
             return mx.zeros((*leading, x.shape[-2], self._output_dims), x.dtype)
-        total = products[0]
-        for product in products[1:]:
-            total = total + product
-        return total.astype(x.dtype)
+        return _sum(products).astype(x.dtype)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """As OverlayLinear."""
         delta, base = self.delta_product(x, indices, sorted_indices), self.base_product(x)
         return delta if base is None else self.select(base, indices) + delta
+
+
+def _sum(products: Sequence[mx.array]) -> mx.array:
+    total = products[0]
+    for product in products[1:]:
+        total = total + product
+    return total
 
 
 def _take(x: mx.array, places: mx.array) -> mx.array:
