@@ -20,7 +20,7 @@ from chuk_lazarus.introspection.moe import MoECompressionService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest, ModelUnreadable
 from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.numerics.alignment import Alignment, Bank, align, keep_order, permute
-from chuk_lazarus.introspection.moe.numerics.bank import bank_delta_energy, may_share, share_neurons
+from chuk_lazarus.introspection.moe.numerics.bank import bank_delta_energy, may_share, rate_sharing, share_neurons
 from chuk_lazarus.introspection.moe.numerics.forward import ACTIVATIONS, run_expert
 from chuk_lazarus.introspection.moe.numerics.low_rank import relative_error
 from chuk_lazarus.introspection.moe.overlays import coded_layer
@@ -98,6 +98,18 @@ def test_strangers_and_copies_get_no_bank() -> None:
     copies, _ = plant(draw, EXPERTS, NEURONS, EXPERTS, 0.1)
     assert may_share(copies)
     assert share_neurons(copies, align(copies)).bank is None  # one base holds them
+
+
+@pytest.mark.parametrize("matched", [NEURONS // 2, NEURONS])
+def test_the_law_counts_what_a_bank_saves(matched: int) -> None:
+    """Against the law by hand: two of eight experts share each neuron."""
+    vectors, _ = plant(np.random.default_rng(3), EXPERTS, matched, 2, 0.1)
+    grams = {role: np.einsum("eni,fni->ef", each, each) for role, each in vectors.items()}
+    share, own = matched / NEURONS, 0.5 * 0.01 / 1.01
+    for rate in rate_sharing(grams, vectors, align(vectors)).values():
+        assert rate.bits_saved == pytest.approx(share * (0.5 * np.log2(1 / (own + 4.0**-4)) - 4 / 2), abs=0.05)
+        assert rate.delta_energy == pytest.approx(1 - share * (1 - own), abs=0.05)
+        assert rate.bits_saved <= rate.bound
 
 
 def test_natives_and_copies_are_coded_as_before() -> None:
@@ -314,7 +326,7 @@ def test_mlx_computes_what_the_decoded_experts_do(
     config = json.loads((tmp_path / "overlay/config.json").read_text())
     config |= {"rope_theta": 10000.0, "num_experts": overlay.count(overlay.layers[0])} if "qwen" in name else {}
     (tmp_path / "overlay/config.json").write_text(json.dumps(config))
-    model, _ = load_overlay(tmp_path / "overlay")
+    model: Any = load_overlay(tmp_path / "overlay")[0]
     model.set_dtype(mx.float32)
     blocks = [module for _, module in model.named_modules() if isinstance(module, CodedGLU)]
     assert len(blocks) == len(overlay.layers)
@@ -335,7 +347,7 @@ def test_mlx_computes_what_the_decoded_experts_do(
 
 
 def order_of(model: Any, block: Any) -> str:
-    return next(path for path, module in model.named_modules() if module is block)
+    return next(str(path) for path, module in model.named_modules() if module is block)
 
 
 def read_biases(overlay: OverlayCheckpoint, experts: Experts) -> Callable[[int, int], dict[str, NDArray[np.float32]]]:

@@ -26,7 +26,7 @@ from .alignment import (
 )
 from .neurons import Array, unit_rows
 from .pairs import prepare_neurons
-from .rates import PAYS, bank_bits, net_bits
+from .rates import PAYS, Rate, bank_bits, net_bits, saving_bound, sharing_rates
 
 CHANCE = 5.0  # deviations of the cosines of strangers, above which a cosine is no chance
 
@@ -127,6 +127,37 @@ def _arrangements(directions: Array, clusters: NDArray[np.intp], cosines: Array)
         counts.add(neurons)
     banks = (arrange(directions, clusters, cosines, matched) for matched in sorted(counts - {0}))
     return [bank for bank in banks if bank is not None]
+
+
+def rate_sharing(
+    grams: Mapping[str, NDArray[np.floating]], vectors: Mapping[str, Array], alignment: Alignment, run: Run = map
+) -> dict[str, Rate]:
+    """As `sharing_rates`, or what a bank saves of each role where that is more."""
+    rates = sharing_rates(grams, vectors, alignment)
+    if not may_share(vectors, run):
+        return rates
+    banked = share_neurons(vectors, alignment)
+    if banked.bank is None:
+        return rates
+    by_bank = {role: _bank_rate(vectors[role], banked) for role in rates}
+    saved, saved_by_bank = (sum(max(0.0, rate.bits_saved) for rate in each.values()) for each in (rates, by_bank))
+    return by_bank if saved_by_bank >= saved + PAYS * len(rates) else rates
+
+
+def _bank_rate(vectors: Array, alignment: Alignment) -> Rate:
+    """The rate of one role's vectors [experts, neurons, d]: strangers are their own deltas, and save nothing."""
+    assert alignment.bank is not None
+    (experts, neurons, _), matched = vectors.shape, alignment.bank.index.shape[1]
+    energies = np.square(permute_vectors(vectors, alignment), dtype=np.float64).sum(axis=(0, 2))
+    own, users = bank_delta_energy(vectors, alignment), experts * matched / alignment.bank.size
+    common = max(0.0, 1 - own * users / (users - 1)) if users > 1 else 0.0
+    bound = matched / neurons * saving_bound(common, round(users))
+    total, of_matched = float(energies.sum()), float(energies[:matched].sum())
+    return Rate(
+        (total - (1 - own) * of_matched) / total if total else 0.0,
+        min(bound, bank_saving(vectors, alignment)),
+        bound,
+    )
 
 
 def bank_saving(vectors: Array, alignment: Alignment) -> float:

@@ -12,8 +12,9 @@ from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.resume import ResumableLayers
 from ..numerics.alignment import align
+from ..numerics.bank import rate_sharing
 from ..numerics.forward import ACTIVATIONS
-from ..numerics.rates import Rate, sharing_rates
+from ..numerics.rates import Rate
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
 from ..weights.expert_layer import ExpertLayer
@@ -313,7 +314,7 @@ class OverlayJob:
         vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
         grams = {role: measure.gram for role, measure in measures.items()}
         with self.opened.resources.worker_threads(layer) as pool:
-            return sharing_rates(grams, vectors, align(vectors, run=pool.map))
+            return rate_sharing(grams, vectors, align(vectors, run=pool.map), pool.map)
 
     def _measure_roles(
         self, layer: ExpertLayer, experts: int | None, progress: Progress, keep_vectors: bool = False
