@@ -398,6 +398,9 @@ def test_shared_neurons_save_bits(bits: float, tmp_path: Path) -> None:
     size = sum(overlay.checkpoint.info(name).nbytes for name in overlay.names)
     assert report.bits_per_weight == pytest.approx(8 * size / (2 * 8 * 3 * 64 * 128))
     assert 0.99 * bits <= report.bits_per_weight <= bits
+    assert "in layers 0-1 96 neurons of each expert are deltas from 384 that experts share, the others are coded" in (
+        " ".join(report.notes)
+    )
     parts = report.bytes_by_part
     assert parts.bases + parts.deltas + parts.scales == size
     computed = MoECompressionService.compute(str(model), layers="all", bits=bits)

@@ -27,6 +27,7 @@ from .codes import LayerCodes
 from .curves import LayerCurves, layer_curves
 from .fidelity import FidelityCheck, check_coded_layer, check_layer, draw_inputs, measure_coded_layer
 from .layer import (
+    bank_notes,
     coded_bytes,
     coded_layer_overlay,
     interpolate_saved,
@@ -53,6 +54,7 @@ def compute(
     with name_model(model):
         job = OverlayJob(model, layer, layers, progress)
         curves: dict[int, LayerCurves] = {}
+        codes: dict[int, LayerCodes] = {}
         if isinstance(rule, BitRule):
             codes = job.choose_codes(rule)
             errors = job.measure_codes(codes)
@@ -77,7 +79,7 @@ def compute(
             ratio_vs_stored=stored / overlay,
             bits_per_weight=16 * overlay / original,
             bytes_by_part=parts,
-            notes=tuple(job.notes(curves)),
+            notes=(*job.notes(curves), *bank_notes(codes)),
             cost=job.opened.cost(),
         )
 

@@ -1,6 +1,7 @@
 """The results of one layer, in the form that reports have."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod, sqrt
 
 import numpy as np
@@ -16,9 +17,10 @@ from ..reports import (
     ProjectionCodes,
     SharingRate,
 )
+from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from .checkpoint.format import Ranks
-from .codes import LayerCodes, index_layout
+from .codes import BankShape, LayerCodes, index_layout
 from .curves import LayerCurves
 from .fidelity import LayerFidelity
 
@@ -82,6 +84,19 @@ def projection_codes(codes: LayerCodes) -> dict[str, ProjectionCodes]:
         )
         for role, each in codes.items()
     }
+
+
+def bank_notes(codes: Mapping[int, LayerCodes]) -> list[str]:
+    """Which layers have a bank, by its sizes."""
+    layers: dict[BankShape, list[int]] = {}
+    for number, of_layer in codes.items():
+        if bank := next((each.bank for each in of_layer.values() if each.bank), None):
+            layers.setdefault(replace(bank, axis=0), []).append(number)
+    return [
+        f"in layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)} {bank.matched} neurons of each expert are "
+        f"deltas from {bank.size} that experts share, the others are coded by themselves"
+        for bank, numbers in layers.items()
+    ]
 
 
 def ranked_bytes(layers: Iterable[ExpertLayer], ranks: Iterable[Ranks]) -> OverlayBytes:

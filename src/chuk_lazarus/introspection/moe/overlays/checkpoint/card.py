@@ -34,7 +34,9 @@ def write_card(
             for role, of_role in coded.codes.items()
         )
         layers_by_codes.setdefault(listing, []).append(layer)
-    if overlay.coded:
+    if any(coded.index for coded in overlay.coded.values()):
+        what, kept = "codes", "neurons that they share, deltas from these, and all other neurons, in few bits a weight."
+    elif overlay.coded:
         what, kept = "codes", "one base and a delta for each expert, each in few bits a weight: expert = base + delta."
     else:
         what, kept = "ranks", "one base and low-rank factors: expert = base + left @ right."
