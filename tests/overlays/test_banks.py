@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from chuk_lazarus.introspection.moe.numerics.forward import ACTIVATIONS, run_exp
 from chuk_lazarus.introspection.moe.numerics.low_rank import relative_error
 from chuk_lazarus.introspection.moe.overlays import coded_layer
 from chuk_lazarus.introspection.moe.overlays.alignment import find_places
+from chuk_lazarus.introspection.moe.overlays.bank_budget import bank_delta_share, bank_ladder, sharing_experts
+from chuk_lazarus.introspection.moe.overlays.bit_budget import RoleTrial
 from chuk_lazarus.introspection.moe.overlays.checkpoint import writer
 from chuk_lazarus.introspection.moe.overlays.checkpoint.export import export_overlay
 from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import OverlayCheckpoint, read_overlay
@@ -116,6 +119,41 @@ def test_natives_and_copies_are_coded_as_before() -> None:
     for name in ("native", "upcycled", "permuted"):
         written = MoECompressionService.compute(f"demo:{name}", layers="all", bits=2.5)
         assert not any(codes.bank for layer in written.layers for codes in layer.codes.values())
+
+
+@pytest.mark.parametrize("users", [2, 4])
+def test_d_is_told_by_a_few_experts(users: int) -> None:
+    """Those that share the most of the bank; on average, what all of a neuron's users say."""
+    shares, energies = [], []
+    for seed in range(8):
+        vectors, _ = plant(np.random.default_rng(seed), EXPERTS, NEURONS, users, 0.2)
+        found = share_neurons(vectors, align(vectors))
+        assert found.bank is not None
+        chosen = sharing_experts(found.bank.index, 2)
+        for own in vectors.values():
+            matched = [permute("up", own[expert], found.permutations[expert]) for expert in chosen]
+            shares.append(bank_delta_share(matched, found.bank, chosen))
+            energies.append(bank_delta_energy(own, found))
+    assert np.mean(shares) == pytest.approx(np.mean(energies), rel=0.03)
+
+
+@given(matched=st.integers(1, 96), more=st.integers(0, 96), d=st.floats(1e-4, 0.5), axis=st.sampled_from([0, 1]))
+@settings(max_examples=20, deadline=None)
+def test_codes_of_a_bank_err_less_from_step_to_step(matched: int, more: int, d: float, axis: int) -> None:
+    """Against all that could be: none takes fewer bytes and does less harm."""
+    bank, shape = BankShape(matched + more, matched, axis), ((96, 64), (64, 96))[axis]
+    errors = {2: 0.36, 3: 0.19, 4: 0.12, 8: 0.034, 16: 0.009}
+    trial = RoleTrial(shape, 8, d, {}, errors, bank)
+    ladder = bank_ladder(bank, shape, 8, (64, 64, 64), trial.harm)
+    sizes, harms = zip(*((codes.nbytes(shape, 8), trial.harm(codes)) for codes in ladder), strict=True)
+    assert all(np.diff(sizes) > 0)
+    assert all(np.diff(harms) < 0)
+    assert all((codes.rest is None) == (matched == 96) for codes in ladder)
+    for base, levels in product((4, 16), (2, 8)):
+        other = RoleCodes(BitsCode(base, 64), BitsCode(levels, 64), ladder[0].rest, bank)
+        size, harm = other.nbytes(shape, 8), trial.harm(other)
+        on_hull = float(np.interp(size, sizes, harms))
+        assert harm >= on_hull * (1 - 1e-9) or size > sizes[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

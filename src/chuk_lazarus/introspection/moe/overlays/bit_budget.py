@@ -8,7 +8,7 @@ to a bank, its width, that of the deltas and that of the strangers are chosen to
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import pairwise
 from math import ceil, log2, prod
 from typing import NamedTuple, Unpack
 
@@ -19,11 +19,12 @@ from ..errors import InvalidRequest
 from ..jobs.measure import refuse_not_finite
 from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
-from ..numerics.alignment import Alignment, Bank, permute
+from ..numerics.alignment import Alignment, permute
 from ..numerics.neurons import as_neurons
 from ..numerics.rates import PAYS, bank_bits, base_bits, net_bits
 from ..weights.expert_layer import ExpertLayer
 from .allocation import RankOptions, RankRule, rank_rule
+from .bank_budget import bank_delta_share, bank_ladder, sharing_experts
 from .codes import BankShape, LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
@@ -31,9 +32,7 @@ from .codes.low_rank import FactorsCode, SumCode
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
-NOTHING = FactorsCode(0, BitsCode(FACTOR_LEVELS))  # no delta: neurons are those of the bank
 MISSING = 8.0  # times as much as noise of its energy, what is missing of a delta harms: training has put it there
-MOST_BANK_LEVELS = 64  # of a bank, as more buy nothing
 MOST_BITS = 8.0
 ROWS = 128  # of each matrix that are coded to measure an error
 LITTLE = 0.004  # the share of a budget that may be left
@@ -68,19 +67,20 @@ class RoleTrial:
     def error(self, codes: RoleCodes) -> float:
         """The measured error of codes, or that of the nearest ones that were measured."""
         if codes.bank:
-            return self.bank_error(codes, 1.0)
+            return self._bank_error(codes, missing=1.0)
         errors = self.delta_errors if self.has_base else self.plain_errors
         levels = codes.delta.levels if isinstance(codes.delta, BitsCode) else TRIED[0]
         return errors[min(TRIED, key=lambda tried: abs(tried - levels))]
 
-    def bank_error(self, codes: RoleCodes, weight: float) -> float:
-        """The error of codes with a bank, where what is missing of the deltas along themselves has that weight.
+    def harm(self, codes: RoleCodes) -> float:
+        """The error of codes with a bank, where what is missing of the deltas along themselves counts more."""
+        return self._bank_error(codes, MISSING)
 
-        A code of least squares with the error e keeps 1 - e of a delta along it; the rest of its error is noise.
-        """
+    def _bank_error(self, codes: RoleCodes, missing: float) -> float:
+        """A code of least squares with the error e keeps 1 - e of a delta along it; the rest of its error is noise."""
         assert codes.bank is not None
         share, left = codes.bank.matched / self.shape[codes.bank.axis], self.plain_error(codes.delta)
-        of_deltas = self.delta_share * left * (1 - left + weight * left) + self.plain_error(codes.base) * left
+        of_deltas = self.delta_share * left * (1 - left + missing * left) + self.plain_error(codes.base) * left
         return share * of_deltas + (1 - share) * self.plain_error(codes.rest)
 
     def plain_error(self, code: MatrixCode | None) -> float:
@@ -106,7 +106,7 @@ def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) ->
     """
     count = min(4, max(2, layer.count // 8))
     bank = alignment.bank
-    chosen = evenly_spaced(layer.count, count) if bank is None else _sharing_experts(bank.index, count)
+    chosen = evenly_spaced(layer.count, count) if bank is None else sharing_experts(bank.index, count)
     trials: dict[str, RoleTrial] = {}
     for tensor in layer.tensors:
         rows: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
@@ -120,7 +120,7 @@ def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) ->
             trial = _try_rows(layer, role, rows[role])
             if bank is None:
                 return trial
-            share = _bank_delta_share(matched[role], bank, chosen)
+            share = bank_delta_share(matched[role], bank, chosen)
             shape = BankShape(bank.size, bank.index.shape[1], int(role == "down"))
             return replace(trial, delta_share=share, delta_errors={}, bank=shape)
 
@@ -136,36 +136,6 @@ def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) ->
         with resources.worker_threads(layer) as pool:
             trials |= zip(rows, pool.map(try_role, rows), strict=True)
     return {role: trials[role] for role in layer.roles}
-
-
-def _sharing_experts(index: NDArray[np.intp], count: int) -> list[int]:
-    """Experts that share many neurons of a bank: one, and in turn the one that shares the most with those before it."""
-    chosen = [0]
-    while len(chosen) < count:
-        known = np.unique(index[chosen])
-        shared = [-1 if e in chosen else int(np.isin(own, known).sum()) for e, own in enumerate(index)]
-        chosen.append(int(np.argmax(shared)))
-    return chosen
-
-
-def _bank_delta_share(matched: Sequence[NDArray[np.float32]], bank: Bank, chosen: Sequence[int]) -> float:
-    """d of the experts' matched neurons [matched, inputs], from those neurons of the bank that several of them share.
-
-    A neuron's users differ from their mean by less than from the mean of all users; that is made up for. 1 where none
-    is shared.
-    """
-    users = np.bincount(bank.index.ravel(), minlength=bank.size)
-    places = np.concatenate([bank.index[expert] for expert in chosen])
-    vectors = np.concatenate(matched)
-    order = np.argsort(places, kind="stable")
-    names, starts, counts = np.unique(places[order], return_index=True, return_counts=True)
-    sums = np.add.reduceat(vectors[order].astype(np.float64), starts, axis=0)
-    energies = np.add.reduceat(np.square(vectors[order], dtype=np.float64).sum(axis=1), starts)
-    several = counts > 1
-    left = (energies - np.square(sums).sum(axis=1) / counts)[several] / (counts[several] - 1)
-    left *= (counts * (1 - 1 / users[names]))[several]
-    energy = float(energies[several].sum())
-    return min(1.0, max(0.0, float(left.sum()) / energy)) if energy else 1.0
 
 
 def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]) -> RoleTrial:
@@ -306,8 +276,9 @@ def _open_units(trials: Mapping[int, Mapping[str, RoleTrial]]) -> list[_Unit]:
             group = group_for(trial.shape[1])
             bits = tuple(BitsCode(levels, group) for levels in LEVELS)
             if trial.has_base and trial.bank:
-                ladder = _bank_ladder(trial)
-                stages = [_plain_stage(trial, trial.bank_error(codes, MISSING)) - ahead for codes in ladder]
+                groups = [group_for(shape[1]) for shape in trial.bank.cut(trial.shape)]
+                ladder = bank_ladder(trial.bank, trial.shape, trial.experts, groups, trial.harm)
+                stages = [_plain_stage(trial, trial.harm(codes)) - ahead for codes in ladder]
             elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0])
                 base = BitsCode(2 ** base_bits(trial.experts), group)
@@ -324,39 +295,6 @@ def _index_bytes(trials: Mapping[int, Mapping[str, RoleTrial]]) -> int:
     """Bytes of the indices of all banks."""
     of_layers = [[t for t in roles.values() if t.bank and t.has_base] for roles in trials.values()]
     return sum(found[0].bank.index(found[0].experts).nbytes for found in of_layers if found and found[0].bank)
-
-
-def _bank_ladder(trial: RoleTrial) -> list[RoleCodes]:
-    """The codes of bank, deltas and strangers that err the least for their bytes, from the fewest bytes on.
-
-    These are on the lower convex hull of all that could be: as long as the deltas from a wider bank would take more
-    than they save, there are none.
-    """
-    assert trial.bank is not None
-    of_bank, of_deltas, of_rest = (group_for(shape[1]) for shape in trial.bank.cut(trial.shape))
-    has_rest = trial.bank.matched < trial.shape[trial.bank.axis]
-    rests = [BitsCode(levels, of_rest) for levels in LEVELS] if has_rest else [None]
-    deltas: list[MatrixCode] = [NOTHING, *(BitsCode(levels, of_deltas) for levels in LEVELS)]
-    bases = [BitsCode(levels, of_bank) for levels in LEVELS if levels <= MOST_BANK_LEVELS]
-    every = [RoleCodes(*sides, trial.bank) for sides in product(bases, deltas, rests)]
-    points = sorted(
-        (each.nbytes(trial.shape, trial.experts), trial.bank_error(each, MISSING), n) for n, each in enumerate(every)
-    )
-    hull: list[tuple[int, float, int]] = []
-    for size, error, n in points:
-        if hull and error >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (size, error, n)):
-            hull.pop()
-        if hull and hull[-1][0] == size:
-            hull.pop()
-        hull.append((size, error, n))
-    return [every[n] for _, _, n in hull]
-
-
-def _slope(first: tuple[int, float, int], second: tuple[int, float, int]) -> float:
-    """By how much the error changes for a byte, between two points of bytes and errors."""
-    return (second[1] - first[1]) / max(1, second[0] - first[0])
 
 
 def _plain_stage(trial: RoleTrial, error: float) -> float:
