@@ -1,6 +1,7 @@
 """Does a bank of neurons keep more of a model than plain codes, or one base, at the same bits?
 
     python experiments/neuron_banks/run.py ZOO [MODEL ...]      # adds to results.json beside this file
+    python experiments/neuron_banks/run.py ZOO --natives        # how many natives of the zoo are given a bank
 
 ZOO is what experiments/04_unseen_histories/zoo.py trained; a MODEL is FAMILY/NAME there. Each is written three ways at
 the same bits a weight: plainly, with one base in the order that alignment finds, and as the program chooses. All run in
@@ -130,12 +131,30 @@ def measure(model: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def count_natives(zoo: Path) -> dict[str, int]:
+    """Of the natives and the untrained models of the zoo, as they were trained, how many get a bank in some layer."""
+    folders = [
+        folder for kind in ("native", "untrained") for folder in zoo.glob(f"*/{kind}*") if "+" not in folder.name
+    ]
+    count = 0
+    for folder in folders:
+        job = analysis.OverlayJob(str(folder), None, "all", lambda *_: None)
+        alignments = [align_layer(layer, job.opened.resources, with_bank=True) for layer in job.layers]
+        count += any(alignment.bank for alignment in alignments)
+    return {"models": len(folders), "with_bank": count}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--natives", action="store_true")
     parser.add_argument("zoo", type=Path)
     parser.add_argument("models", nargs="*", default=MODELS)
     arguments = parser.parse_args()
     mx.set_default_device(mx.cpu)
+    if arguments.natives:
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(results | {"natives": count_natives(arguments.zoo)}, indent=1) + "\n")
+        return
     for name in arguments.models:
         rows = measure(arguments.zoo / name)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
