@@ -39,6 +39,7 @@ MODELS = (  # of families that were not looked at while this was written
     "09/drop50-240",
     "04/drop50-120",
     "04/granular-S8E64-turns-150",
+    "21/drop50-240",
 )
 PARTS = {
     "modules": ["."],
