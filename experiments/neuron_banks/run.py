@@ -7,7 +7,7 @@ ZOO is what experiments/04_unseen_histories/zoo.py trained; a MODEL is FAMILY/NA
 the same bits a weight: plainly, with one base in the order that alignment finds, and as the program chooses. All run in
 MLX, in float32, on held-out text of the family (every 20th page of 4096 bytes, as in zoo.py); KL is the mean of the
 next token's, from the original, in nats. MISSING in bit_budget was chosen on 00/drop50-160 alone; families 00 and 02
-were looked at for the rest.
+were looked at for the rest, and 09 for which neurons are found.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from chuk_lazarus.introspection.moe.overlays.bit_budget import RoleTrial
 RESULTS = Path(__file__).with_name("results.json")
 BITS = (1.6, 2.0, 3.0)
 WINDOWS, LENGTH = 64, 128
-MODELS = (  # of families that were not looked at while this was written
+MODELS = (  # of families whose codes were not looked at while this was written
     "09/slice4-shuffle-240",
     "09/groups-240",
     "09/drop50-240",
