@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .neurons import Array, unit_rows
-from .pairs import BLOCK, LEAD, group_partners, match_neurons, prepare_neurons
+from .pairs import BLOCK, LEAD, PairMatches, group_partners, match_neurons, prepare_neurons
 
 Group = tuple[int, ...]  # experts, in ascending order
 Run = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
@@ -28,15 +28,29 @@ ASSIGNED = 1024  # neurons that are assigned to places at once
 
 
 @dataclass(frozen=True, slots=True)
+class Bank:
+    """Shared neurons, `size` of them, and which of these each expert's first neurons are near to.
+
+    `index` [experts, matched] has numbers from 0 on, ascending for each expert and none twice. The rest of an expert's
+    neurons are like no other's.
+    """
+
+    size: int
+    index: NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
 class Alignment:
-    """Each expert's neurons in the order of the base of its group.
+    """Each expert's neurons in the order of the base of its group, or of a bank.
 
     `permutations` [experts, neurons] has for each place which of the expert's own neurons belongs there. `groups` are
-    the experts that share a base; each expert is in one of them.
+    the experts that share a base; each expert is in one of them. Where there is a bank (`numerics.bank`), it says which
+    neurons belong together, and places mean nothing.
     """
 
     permutations: NDArray[np.intp]
     groups: tuple[Group, ...]
+    bank: Bank | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -92,16 +106,27 @@ def _complete(groups: Sequence[Group], experts: int) -> tuple[Group, ...]:
     return tuple(sorted([*map(tuple, groups), *((e,) for e in range(experts) if e not in grouped)]))
 
 
-def _find_groups(prepared: Mapping[str, Array], run: Run) -> tuple[Group, ...]:
-    """Experts that share neurons, in groups of two or more, by a sample of their neurons."""
+def sample_matches(prepared: Mapping[str, Array], run: Run) -> PairMatches:
+    """Where a sample of neurons is found in the other experts, [experts * n, experts], in the order of the experts."""
     experts, neurons = next(iter(prepared.values())).shape[:2]
     sampled = min(neurons, max(LEAST_PAIRS, PAIRS // experts))
     rng = np.random.default_rng(0)
     positions = np.stack([rng.permutation(neurons)[:sampled] for _ in range(experts)])
-    matches = match_neurons(prepared, positions, run)
-    is_found = ((matches.neuron >= 0) & (matches.lead >= LEAD)).reshape(experts, sampled, experts)
-    pairs = is_found.mean(axis=1)
-    np.fill_diagonal(pairs, 0.0)
+    return match_neurons(prepared, positions, run)
+
+
+def is_found(matches: PairMatches) -> NDArray[np.bool_]:
+    """Whether neurons of a sample are found in other experts; none is in its own."""
+    found = (matches.neuron >= 0) & (matches.lead >= LEAD)
+    experts = found.shape[1]
+    found.reshape(experts, -1, experts)[np.arange(experts), :, np.arange(experts)] = False
+    return np.asarray(found)
+
+
+def _find_groups(prepared: Mapping[str, Array], run: Run) -> tuple[Group, ...]:
+    """Experts that share neurons, in groups of two or more, by a sample of their neurons."""
+    experts = len(next(iter(prepared.values())))
+    pairs = is_found(sample_matches(prepared, run)).reshape(experts, -1, experts).mean(axis=1)
     if pairs.max(axis=1).mean() < FOUND:
         return ()
     return tuple(group for group in group_partners(pairs) if len(group) > 1)
@@ -141,7 +166,7 @@ def _align_group(roles: Sequence[Array], group: Group, permutations: NDArray[np.
 def _look(base: Array, expert: Array) -> tuple[bool, bool]:
     """By a sample of the base's neurons: whether they are found in an expert, and whether at other places."""
     asked = np.linspace(0, len(base) - 1, min(SAMPLE, len(base))).round().astype(np.intp)
-    there = _nearest(base[asked], expert)
+    there = nearest_neurons(base[asked], expert)
     is_found = there.is_mutual & (there.lead >= LEAD)
     moved = is_found & (there.neuron != asked)
     is_known = bool(is_found.mean() >= FOUND)
@@ -166,7 +191,8 @@ class _Nearest:
         return np.asarray(self.query[self.neuron] == np.arange(len(self.neuron)))
 
 
-def _nearest(queries: Array, neurons: Array) -> _Nearest:
+def nearest_neurons(queries: Array, neurons: Array) -> _Nearest:
+    """The nearest of `neurons` for each of the queries, both unit rows of all roles side by side."""
     step = max(1, BLOCK // len(neurons))
     blocks = []
     query, highest = np.zeros(len(neurons), np.intp), np.full(len(neurons), -np.inf, np.float32)
@@ -190,7 +216,7 @@ def _order(expert: Array, base: Array) -> tuple[NDArray[np.intp], float]:
     Neurons that are each other's nearest go first, the rest where the cosines are greatest in sum.
     """
     neurons = len(base)
-    there = _nearest(base, expert)
+    there = nearest_neurons(base, expert)
     is_found = there.is_mutual & ((there.lead >= LEAD) | (there.cosine >= CLOSE))
     permutation = np.arange(neurons)
     if is_found.mean() < FOUND:
@@ -200,11 +226,11 @@ def _order(expert: Array, base: Array) -> tuple[NDArray[np.intp], float]:
     rest = np.setdiff1d(np.arange(neurons), permutation[is_found], assume_unique=True)
     for start in range(0, len(places), ASSIGNED):
         asked, pool = places[start : start + ASSIGNED], rest[start : start + ASSIGNED]
-        permutation[asked] = pool[_assign(base[asked] @ expert[pool].T)]
+        permutation[asked] = pool[assign_neurons(base[asked] @ expert[pool].T)]
     return permutation, float(is_found.mean())
 
 
-def _assign(cosines: Array) -> NDArray[np.intp]:
+def assign_neurons(cosines: Array) -> NDArray[np.intp]:
     """Which column each row is given, so that the cosines are greatest in sum."""
     from scipy.optimize import linear_sum_assignment  # here, because it takes long to load
 

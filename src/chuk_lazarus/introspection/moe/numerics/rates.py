@@ -94,6 +94,13 @@ def net_bits(delta_energy: float, experts: int) -> float:
     return gain - base_bits(experts) / experts
 
 
+def bank_bits(delta_energy: float, experts: int, neurons: int, matched: int, size: int) -> float:
+    """As `net_bits`, where `matched` of an expert's `neurons` are deltas from neurons of a bank of `size`."""
+    bits = base_bits(round(experts * matched / size))
+    gain = net_bits(delta_energy + 4.0**-bits, experts) + base_bits(experts) / experts
+    return matched / neurons * gain - bits * size / (experts * neurons)
+
+
 def saving_bound(cosine: float, experts: int, bits: float = QUALITY) -> float:
     """The most that sharing can save of E Gaussian experts of this mean cosine c, in bits a weight.
 

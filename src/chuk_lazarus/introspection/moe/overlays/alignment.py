@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from ..jobs.measure import WINDOW, mean_experts, refuse_not_finite
 from ..jobs.resources import Resources
 from ..numerics.alignment import Alignment, align, keep_order
+from ..numerics.bank import may_share, share_neurons
 from ..numerics.neurons import as_neurons
 from ..weights.expert_layer import ExpertLayer, ExpertTensor
 
@@ -15,12 +16,13 @@ NUMBERS, LEAST_NUMBERS = 256, 16  # of each neuron's vector in a role, fewer whe
 RUN = 32  # neighbouring stored rows that are read together
 
 
-def align_layer(layer: ExpertLayer, resources: Resources) -> Alignment:
+def align_layer(layer: ExpertLayer, resources: Resources, *, with_bank: bool = False) -> Alignment:
     """The order of each expert's neurons in which the layer's base is formed.
 
-    Neurons are compared by the roles whose stored rows hold a number of every neuron, usually down, since a few rows of
-    these tell them apart; only where there is no such role, all weights are read. Raises ModelUnreadable where a number
-    is not finite.
+    With `with_bank` it is that of a bank where only some neurons are shared. Neurons are compared by the roles whose
+    stored rows hold a number of every neuron, usually down, since a few rows of these tell them apart; only where there
+    is no such role, or its vectors are short and a bank may be made, all weights are read. Raises ModelUnreadable where
+    a number is not finite.
     """
     experts, neurons = layer.count, layer.sizes["I"]
     numbers = max(LEAST_NUMBERS, min(NUMBERS, resources.memory // (6 * 4 * experts * neurons)))
@@ -31,7 +33,14 @@ def align_layer(layer: ExpertLayer, resources: Resources) -> Alignment:
             vectors |= _sample_vectors(tensor, numbers, pool)
         if any(not matrices.any() for matrices in vectors.values()):
             return keep_order(experts, neurons)
-        return align(vectors, run=pool.map)
+        alignment = align(vectors, run=pool.map)
+        if not with_bank or not may_share(vectors, run=pool.map):
+            return alignment
+        if layer.sizes["H"] < NUMBERS:
+            for tensor in layer.tensors:
+                if not vectors.keys() & set(tensor.spec.roles):
+                    vectors |= _sample_vectors(tensor, numbers, pool)
+        return share_neurons(vectors, alignment)
 
 
 def _sample_vectors(tensor: ExpertTensor, numbers: int, pool: ThreadPoolExecutor) -> dict[str, NDArray[np.float32]]:
@@ -69,26 +78,45 @@ def _sample_vectors(tensor: ExpertTensor, numbers: int, pool: ThreadPoolExecutor
 def mean_aligned(
     tensor: ExpertTensor, alignment: Alignment, pool: ThreadPoolExecutor
 ) -> dict[str, NDArray[np.float64]]:
-    """The mean of all experts by role, [out, in], with their neurons in order; as `mean_experts`."""
-    if alignment.is_identity:
+    """The mean of all experts by role, [out, in], with their neurons in order; as `mean_experts`.
+
+    Of a bank, each of its neurons is the mean of those that refer to it.
+    """
+    if alignment.is_identity and alignment.bank is None:
         return mean_experts(tensor, pool)
     layer = tensor.layer
-    sums = {role: np.zeros(layer.shape(role)) for role in tensor.spec.roles}
-    for expert, permutation in enumerate(alignment.permutations):
-        places = np.argsort(permutation)  # where each of the expert's neurons belongs
+    size = alignment.bank.size if alignment.bank else layer.sizes["I"]
+    shapes = {role: (layer.sizes["H"], size) if role == "down" else (size, layer.sizes["H"]) for role in layer.roles}
+    sums = {role: np.zeros(shapes[role]) for role in tensor.spec.roles}
+    users = np.zeros(size, np.intp)
+    for expert, places in enumerate(find_places(alignment)):
+        users[places[places >= 0]] += 1
 
         def add(window: tuple[int, int], expert: int = expert, places: NDArray[np.intp] = places) -> None:
             for piece in tensor.read([expert], *window):
                 rows, columns = piece.index
+                total, values = sums[piece.role], piece.values[0]
+                of_piece = places[columns if piece.role == "down" else rows]
+                is_shared = of_piece >= 0
                 if piece.role == "down":
-                    sums[piece.role][rows, places[columns]] += piece.values[0]
+                    total[rows, of_piece[is_shared]] += values[:, is_shared]
                 else:
-                    sums[piece.role][places[rows], columns] += piece.values[0]
+                    total[of_piece[is_shared], columns] += values[is_shared]
 
         for _ in pool.map(add, tensor.windows(WINDOW, 1)):  # windows of one expert hold different neurons
             pass
     for role, total in sums.items():
-        total /= layer.count
+        total /= users if role == "down" else users[:, None]
         if not np.isfinite(total).all():
             refuse_not_finite(layer, 0, role)
     return sums
+
+
+def find_places(alignment: Alignment) -> NDArray[np.intp]:
+    """Where each of the experts' neurons belongs, in the base or in the bank, [experts, neurons]; -1 for strangers."""
+    if alignment.bank is None:
+        return np.argsort(alignment.permutations, axis=1)
+    places = np.full(alignment.permutations.shape, -1)
+    matched = alignment.bank.index.shape[1]
+    np.put_along_axis(places, alignment.permutations[:, :matched], alignment.bank.index, axis=1)
+    return places

@@ -15,8 +15,9 @@ from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.resume import ResumableLayers
 from ..numerics.alignment import align
+from ..numerics.bank import bank_variances, may_share, rate_sharing, share_neurons
 from ..numerics.forward import ACTIVATIONS
-from ..numerics.rates import Rate, align_grams, sharing_rate
+from ..numerics.rates import Rate, align_grams
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
 from ..text import format_ranges
@@ -41,6 +42,7 @@ from .fidelity import (
 )
 from .ladder import advise, bits_as_good, draw_ladder, list_variances
 from .layer import (
+    bank_notes,
     coded_bytes,
     coded_layer_estimate,
     coded_layer_overlay,
@@ -73,6 +75,7 @@ def compute(
         job = OverlayJob(model, layer, layers, progress)
         curves: dict[int, LayerCurves] = {}
         job.calibrate(calibrate, rule)
+        codes: dict[int, LayerCodes] = {}
         if isinstance(rule, BitRule):
             codes = job.choose_codes(rule)
             errors = job.measure_codes(codes)
@@ -97,7 +100,7 @@ def compute(
             ratio_vs_stored=stored / overlay,
             bits_per_weight=16 * overlay / original,
             bytes_by_part=parts,
-            notes=tuple(job.notes(curves)),
+            notes=(*job.notes(curves), *bank_notes(codes)),
             cost=job.opened.cost(),
         )
 
@@ -218,7 +221,7 @@ class LayerComparison:
     alternatives: tuple[Alternative, ...]
     factored: tuple[Factored, ...]
     rates: dict[str, Rate]
-    variances: dict[str, tuple[float, ...]]
+    variances: dict[str, tuple[tuple[float, float], ...]]
     trials: dict[str, RoleTrial]
 
 
@@ -357,16 +360,21 @@ class OverlayJob:
             measures = self._measure_roles(layer, experts, progress, keep_vectors=True)
             alternatives, factored = compare_alternatives(layer, measures, self.opened.resources, progress)
             vectors = {role: measure.vectors for role, measure in measures.items() if measure.vectors is not None}
+            grams = {role: measure.gram for role, measure in measures.items()}
             with self.opened.resources.worker_threads(layer) as pool:
                 alignment = align(vectors, run=pool.map)
-            grams = align_grams({role: measure.gram for role, measure in measures.items()}, vectors, alignment)
+                rates = rate_sharing(grams, vectors, alignment, pool.map)
+                shared = share_neurons(vectors, alignment) if may_share(vectors, pool.map) else alignment
+            variances = {role: list_variances(gram) for role, gram in align_grams(grams, vectors, alignment).items()}
+            if shared.bank:
+                variances = {role: bank_variances(vectors[role], shared) for role in variances}
             return LayerComparison(
                 layer_curves(measures, layer.count, energy),
                 alternatives,
                 factored,
-                {role: sharing_rate(gram, alignment.groups) for role, gram in grams.items()},
-                {role: list_variances(gram) for role, gram in grams.items()},
-                try_layer(layer, alignment, self.opened.resources),
+                rates,
+                variances,
+                try_layer(layer, shared, self.opened.resources),
             )
 
         results = self.resumable("compare", energy, experts).each(TypeAdapter(LayerComparison), compare)
@@ -392,7 +400,7 @@ class OverlayJob:
         def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
             layer.prefetch(progress)
             resources = self.opened.resources
-            return try_layer(layer, align_layer(layer, resources), resources)
+            return try_layer(layer, align_layer(layer, resources, with_bank=True), resources)
 
         trials = self.resumable("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
         by_layer = {layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)}

@@ -2,7 +2,8 @@
 
 The law: an expert's delta, whose energy is the share d of the expert's, needs 0.5 log2(1 / d) bits a weight less than
 the expert, and the base costs its own bits over the number of experts. Where that does not pay (`numerics.rates`),
-experts are coded without a base. All deltas have the same width, or one of two that are neighbours.
+experts are coded without a base. All deltas have the same width, or one of two that are neighbours. Where neurons refer
+to a bank, its width, that of the deltas and that of the strangers are chosen together.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,11 +20,13 @@ from ..jobs.measure import refuse_not_finite
 from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
 from ..numerics.alignment import Alignment, permute
-from ..numerics.rates import PAYS, base_bits, net_bits
+from ..numerics.neurons import as_neurons
+from ..numerics.rates import PAYS, bank_bits, base_bits, net_bits
 from ..text import parse_size
 from ..weights.expert_layer import ExpertLayer
 from .allocation import RankOptions, RankRule, rank_rule
-from .codes import LayerCodes, MatrixCode, RoleCodes
+from .bank_budget import bank_delta_share, bank_ladder, sharing_experts
+from .codes import BankShape, LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
@@ -33,6 +36,7 @@ from .quantisation import round_to_bits
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 FEWER_LEVELS = (4, 2)  # of factors that only fill what is left
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
+MISSING = 8.0  # times as much as noise of its energy, what is missing of a delta harms: training has put it there
 MOST_BITS = 8.0
 ROWS = 128  # of each matrix that are coded to measure an error
 LITTLE = 0.004  # the share of a budget that may be left
@@ -51,7 +55,8 @@ class RoleTrial:
 
     `delta_share` is d, the share of the experts' energy that their deltas from the coded base have. The errors are of
     deltas and of whole experts, by levels, and of plain quantisation, by bits: squared, relative to the experts'
-    `energy`.
+    `energy`. With a `bank`, d is that of the matched neurons' deltas from the exact means, and no errors of deltas are
+    measured.
     """
 
     shape: Shape
@@ -61,18 +66,49 @@ class RoleTrial:
     plain_errors: dict[int, float]
     rounding_errors: dict[int, float] = field(default_factory=dict)
     energy: float = 1.0
+    bank: BankShape | None = None
 
     @property
     def has_base(self) -> bool:
         """Whether a base pays, by the law."""
+        if self.bank:
+            neurons = self.shape[self.bank.axis]
+            saved = bank_bits(self.delta_share, self.experts, neurons, self.bank.matched, self.bank.size)
+            return saved >= PAYS
         return net_bits(self.delta_share, self.experts) >= PAYS
 
-    def error(self, code: MatrixCode) -> float:
-        """The error of a code, by the bits that it takes.
+    def error(self, codes: RoleCodes) -> float:
+        """The error of codes, by the bits that they take."""
+        if codes.bank:
+            return self._bank_error(codes, missing=1.0)
+        if self.has_base:
+            return self._between(self.delta_errors, self.delta_share, codes.delta)
+        return self._between(self.plain_errors, 1.0, codes.delta)
 
-        Between measured codes errors fall geometrically, as those of all codes do, below the least one linearly.
+    def harm(self, codes: RoleCodes) -> float:
+        """The error of codes with a bank, where what is missing of the deltas along themselves counts more."""
+        return self._bank_error(codes, MISSING)
+
+    def _bank_error(self, codes: RoleCodes, missing: float) -> float:
+        """A code of least squares with the error e keeps 1 - e of a delta along it; the rest of its error is noise."""
+        assert codes.bank is not None
+        share, left = codes.bank.matched / self.shape[codes.bank.axis], self.plain_error(codes.delta)
+        of_deltas = self.delta_share * left * (1 - left + missing * left) + self.plain_error(codes.base) * left
+        return share * of_deltas + (1 - share) * self.plain_error(codes.rest)
+
+    def plain_error(self, code: MatrixCode | None) -> float:
+        """The squared error of a code of least squares, relative to what it codes.
+
+        One that was made unbiased, as those that are measured, errs by e / (1 - e).
         """
-        errors = self.delta_errors if self.has_base else self.plain_errors
+        error = 1.0 if code is None else self._between(self.plain_errors, 1.0, code)
+        return error / (1 + error) if isinstance(code, BitsCode) else min(1.0, error)
+
+    def _between(self, errors: Mapping[int, float], most: float, code: MatrixCode) -> float:
+        """The error of a code that takes so many bits, where those of some `errors` are measured, by levels.
+
+        Between them errors fall geometrically, as those of all codes do, below the least one linearly from `most`.
+        """
         if isinstance(code, SumCode) and isinstance(code.rest, TrellisCode):
             code = code.rest
         if isinstance(code, TrellisCode):
@@ -81,7 +117,7 @@ class RoleTrial:
         bits = [code_bits(BitsCode(levels, group), self.shape) for levels in TRIED]
         taken, lost = code_bits(code, self.shape), [errors[levels] for levels in TRIED]
         if taken < bits[0]:
-            return float(np.interp(taken, [0.0, bits[0]], [self.delta_share if self.has_base else 1.0, lost[0]]))
+            return float(np.interp(taken, [0.0, bits[0]], [most, lost[0]]))
         return float(np.exp(np.interp(taken, bits, np.log(np.maximum(lost, LEAST_ERROR))))) if lost[0] else 0.0
 
 
@@ -98,16 +134,29 @@ def group_for(columns: int) -> int:
 def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) -> dict[str, RoleTrial]:
     """The trials of a layer by role, from a few experts.
 
-    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Raises
-    ModelUnreadable where a weight is not finite.
+    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Where
+    there is a bank, the experts are some that share many of its neurons. Raises ModelUnreadable where a weight is not
+    finite.
     """
-    chosen = evenly_spaced(layer.count, min(4, max(2, layer.count // 8)))
+    count = min(4, max(2, layer.count // 8))
+    bank = alignment.bank
+    chosen = evenly_spaced(layer.count, count) if bank is None else sharing_experts(bank.index, count)
     trials: dict[str, RoleTrial] = {}
     for tensor in layer.tensors:
         rows: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
+        matched: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
 
-        def try_role(role: str, rows: dict[str, list[NDArray[np.float32]]] = rows) -> RoleTrial:
-            return _try_rows(layer, role, rows[role])
+        def try_role(
+            role: str,
+            rows: dict[str, list[NDArray[np.float32]]] = rows,
+            matched: dict[str, list[NDArray[np.float32]]] = matched,
+        ) -> RoleTrial:
+            trial = _try_rows(layer, role, rows[role])
+            if bank is None:
+                return trial
+            share = bank_delta_share(matched[role], bank, chosen)
+            shape = BankShape(bank.size, bank.index.shape[1], int(role == "down"))
+            return replace(trial, delta_share=share, delta_errors={}, bank=shape)
 
         for expert in chosen:
             for role, matrix in tensor.matrices(expert).items():
@@ -116,6 +165,8 @@ def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) ->
                 if not np.isfinite(taken).all():
                     refuse_not_finite(layer, expert, role)
                 rows[role].append(np.ascontiguousarray(taken))
+                if bank is not None:
+                    matched[role].append(as_neurons(role, ordered)[: bank.index.shape[1]])
         with resources.worker_threads(layer) as pool:
             trials |= zip(rows, pool.map(try_role, rows), strict=True)
     return {role: trials[role] for role in layer.roles}
@@ -211,17 +262,16 @@ def overlay_rule(
 
 
 class _Unit(NamedTuple):
-    """One projection of one layer, and its codes from the fewest bytes on; `first` is the stage of the first one."""
+    """One projection of one layer, and its codes from the fewest bytes on, each with the stage at which it is left."""
 
     layer: int
     role: str
     trial: RoleTrial
-    base: BitsCode | None
-    ladder: tuple[MatrixCode, ...]
-    first: int
+    ladder: tuple[RoleCodes, ...]
+    stages: tuple[float, ...]
 
-    def nbytes(self, code: MatrixCode) -> int:
-        return RoleCodes(self.base, code).nbytes(self.trial.shape, self.trial.experts)
+    def nbytes(self, codes: RoleCodes) -> int:
+        return codes.nbytes(self.trial.shape, self.trial.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,8 +347,8 @@ class BitRule:
         units = _open_units({number: roles}, self.trellis, with_factors=False)
         prices = self._prices(roles)
 
-        def loss(codes: Sequence[MatrixCode]) -> float:
-            return sum(prices[unit.role] * unit.trial.error(code) for unit, code in zip(units, codes, strict=True))
+        def loss(codes: Sequence[RoleCodes]) -> float:
+            return sum(prices[unit.role] * unit.trial.error(each) for unit, each in zip(units, codes, strict=True))
 
         chosen = [unit.ladder[0] for unit in units]
         steps = _list_steps(units)
@@ -345,31 +395,31 @@ def _within(bits: float, trials: Mapping[int, Mapping[str, RoleTrial]], trellis:
     weights = _count_weights(units)
     budget = int(bits * weights / 8)
     chosen = [unit.ladder[0] for unit in units]
-    free = budget - _count_bytes(units, chosen)
+    free = budget - _count_bytes(units, chosen) - _index_bytes(trials)
     if free < 0:
         least = ceil(800 * (budget - free) / weights) / 100
         raise InvalidRequest(f"{bits:g} bits a weight are out of reach", f"the least is {least:.2f}")
     steps = _list_steps(units)
     taken = 0
 
-    def replace_code(place: int, code: MatrixCode) -> bool:
-        """Whether the code fits in the place of the unit's; if so, it has it."""
+    def replace_codes(place: int, codes: RoleCodes) -> bool:
+        """Whether the codes fit in the place of the unit's; if so, it has them."""
         nonlocal free
-        more = units[place].nbytes(code) - units[place].nbytes(chosen[place])
+        more = units[place].nbytes(codes) - units[place].nbytes(chosen[place])
         if more > free:
             return False
-        chosen[place] = code
+        chosen[place] = codes
         free -= more
         return True
 
-    while taken < len(steps) and replace_code(steps[taken][0], steps[taken][2]):
+    while taken < len(steps) and replace_codes(steps[taken][0], steps[taken][2]):
         taken += 1
     next_places = _next_places(steps[taken:])
     for place in next_places:
-        replace_code(place, _shorten(chosen[place]))
+        replace_codes(place, _shorten(chosen[place]))
     for place in next_places:
         if free > LITTLE * budget:
-            replace_code(place, _fill(units[place], chosen[place], free))
+            replace_codes(place, _fill(units[place], chosen[place], free))
     return _by_layer(units, chosen)
 
 
@@ -390,7 +440,7 @@ def fit_bits(
     taken = folder_bytes(_by_layer(units, least))
     if taken > size:
         raise InvalidRequest(f"a folder of {size:,} bytes is out of reach", f"the least takes {taken:,}")
-    best = bits = 8 * (_count_bytes(units, least) + 0.5) / weights
+    best = bits = 8 * (_count_bytes(units, least) + _index_bytes(trials) + 0.5) / weights
     most, too_many = taken, inf
     for _ in range(ROUNDS):  # names and texts of other codes take other bytes, so that one step is not enough
         bits = min(MOST_BITS, bits + 8 * (size - taken) / weights)
@@ -428,7 +478,7 @@ def spread_trials(
 def predict_error(trials: Mapping[str, RoleTrial], codes: LayerCodes) -> float:
     """The relative Frobenius error of a layer's experts in these codes, by its trials."""
     energy = sum(trial.energy for trial in trials.values())
-    lost = sum(trial.energy * trial.error(codes[role].delta) for role, trial in trials.items())
+    lost = sum(trial.energy * trial.error(codes[role]) for role, trial in trials.items())
     return sqrt(lost / energy) if energy else 0.0
 
 
@@ -436,14 +486,14 @@ def _count_weights(units: Sequence[_Unit]) -> int:
     return sum(unit.trial.experts * prod(unit.trial.shape) for unit in units)
 
 
-def _count_bytes(units: Sequence[_Unit], codes: Sequence[MatrixCode]) -> int:
-    return sum(unit.nbytes(code) for unit, code in zip(units, codes, strict=True))
+def _count_bytes(units: Sequence[_Unit], codes: Sequence[RoleCodes]) -> int:
+    return sum(unit.nbytes(each) for unit, each in zip(units, codes, strict=True))
 
 
-def _by_layer(units: Sequence[_Unit], codes: Sequence[MatrixCode]) -> dict[int, LayerCodes]:
+def _by_layer(units: Sequence[_Unit], codes: Sequence[RoleCodes]) -> dict[int, LayerCodes]:
     result: dict[int, dict[str, RoleCodes]] = {}
-    for unit, code in zip(units, codes, strict=True):
-        result.setdefault(unit.layer, {})[unit.role] = RoleCodes(unit.base, code)
+    for unit, each in zip(units, codes, strict=True):
+        result.setdefault(unit.layer, {})[unit.role] = each
     return {**result}
 
 
@@ -454,20 +504,28 @@ def _open_units(
 
     Those without a base are ahead of the others by the bits that a delta needs less, so that errors are alike.
     """
-    shares = [trial.delta_share for roles in trials.values() for trial in roles.values() if trial.has_base]
-    saved = [0.5 * log2(1 / share) for share in shares if share]
+    all_trials = [trial for roles in trials.values() for trial in roles.values()]
+    saved = [0.5 * log2(1 / t.delta_share) for t in all_trials if t.has_base and not t.bank and t.delta_share]
     ahead = round(float(np.mean(saved))) if saved else 0
     units = []
     for number, roles in trials.items():
         for role, trial in roles.items():
             group = group_for(trial.shape[1])
             bits = _bit_rungs(group, trellis)
-            if trial.has_base:
+            if trial.has_base and trial.bank:
+                groups = [group_for(shape[1]) for shape in trial.bank.cut(trial.shape)]
+                rungs = [_bit_rungs(each, trellis) for each in groups[1:]]
+                ladder = bank_ladder(trial.bank, trial.shape, trial.experts, groups[0], rungs, trial.harm)
+                stages = [_plain_stage(trial, trial.harm(codes)) - ahead for codes in ladder]
+            elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0]) if with_factors else []
                 base = BitsCode(2 ** base_bits(trial.experts), group)
-                units.append(_Unit(number, role, trial, base, (*factors, *bits), -len(factors)))
+                ladder = [RoleCodes(base, code) for code in (*factors, *bits)]
+                stages = [float(rung - len(factors)) for rung in range(len(ladder))]
             else:
-                units.append(_Unit(number, role, trial, None, bits, -ahead))
+                ladder = [RoleCodes(None, code) for code in bits]
+                stages = [float(rung - ahead) for rung in range(len(ladder))]
+            units.append(_Unit(number, role, trial, tuple(ladder), tuple(stages)))
     return units
 
 
@@ -478,6 +536,18 @@ def _bit_rungs(group: int, trellis: bool) -> tuple[MatrixCode, ...]:
     return (*trellises, *(BitsCode(levels, group) for levels in LEVELS if levels > above))
 
 
+def _index_bytes(trials: Mapping[int, Mapping[str, RoleTrial]]) -> int:
+    """Bytes of the indices of all banks."""
+    of_layers = [[t for t in roles.values() if t.bank and t.has_base] for roles in trials.values()]
+    return sum(found[0].bank.index(found[0].experts).nbytes for found in of_layers if found and found[0].bank)
+
+
+def _plain_stage(trial: RoleTrial, error: float) -> float:
+    """The stage of a plain code that errs as much, between those of two codes where there is none."""
+    errors = [log2(trial.plain_error(BitsCode(levels)) or 1e-30) for levels in LEVELS]
+    return float(np.interp(-log2(error or 1e-30), [-each for each in errors], range(len(errors))))
+
+
 def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
     """Factors that take fewer bytes than the lowest rung of bits, of ascending rank."""
     numbers, weights = sum(shape), prod(shape)
@@ -486,49 +556,51 @@ def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
     return [code for code in codes if code_bytes(code, shape) < code_bytes(above, shape)]
 
 
-def _list_steps(units: Sequence[_Unit]) -> list[tuple[int, MatrixCode, MatrixCode]]:
+def _list_steps(units: Sequence[_Unit]) -> list[tuple[int, RoleCodes, RoleCodes]]:
     """All steps from a unit's code to its next, as (place, from, to), in the order in which they are taken."""
     steps = []
     for place, unit in enumerate(units):
         for rung, (lower, higher) in enumerate(pairwise(unit.ladder)):
-            steps.append((unit.first + rung, -unit.trial.error(lower), place, lower, higher))
-    steps.sort(key=lambda step: step[:3])
-    return [(place, lower, higher) for _, _, place, lower, higher in steps]
+            steps.append((unit.stages[rung], -unit.trial.error(lower), place, rung, lower, higher))
+    steps.sort(key=lambda step: step[:4])
+    return [(place, lower, higher) for _, _, place, _, lower, higher in steps]
 
 
-def _next_places(steps: Sequence[tuple[int, MatrixCode, MatrixCode]]) -> list[int]:
+def _next_places(steps: Sequence[tuple[int, RoleCodes, RoleCodes]]) -> list[int]:
     """The places of the units that these steps take further, each once, in order."""
     return list(dict.fromkeys(place for place, _, _ in steps))
 
 
-def _shorten(code: MatrixCode) -> MatrixCode:
-    """The code with a scale for each 64 weights, where it can have that."""
-    return BitsCode(code.levels, 64) if isinstance(code, BitsCode) else code
+def _shorten(codes: RoleCodes) -> RoleCodes:
+    """The codes with a scale for each 64 weights of the deltas, where they can have that."""
+    delta = codes.delta
+    return replace(codes, delta=BitsCode(delta.levels, 64)) if isinstance(delta, BitsCode) else codes
 
 
-def _fill(unit: _Unit, code: MatrixCode, free: int) -> MatrixCode:
-    """The unit's code with factors of the greatest rank that takes at most `free` bytes more.
+def _fill(unit: _Unit, codes: RoleCodes, free: int) -> RoleCodes:
+    """The unit's codes with factors of the deltas, of the greatest rank that takes at most `free` bytes more.
 
     They are in FACTOR_LEVELS, or fewer where so little is free.
     """
-    room = free + unit.nbytes(code)
-    if isinstance(code, FactorsCode):
-        return _raise_rank(unit, code, room)
-    if isinstance(code, BitsCode | TrellisCode):
+    delta, room = codes.delta, free + unit.nbytes(codes)
+    if isinstance(delta, FactorsCode):
+        return _raise_rank(unit, codes, delta, room)
+    if isinstance(delta, BitsCode | TrellisCode):
         for levels in (FACTOR_LEVELS, *FEWER_LEVELS):
-            filled = SumCode(FactorsCode(1, BitsCode(levels)), code)
-            if unit.nbytes(filled) <= room:
-                return _raise_rank(unit, filled, room)
-    return code
+            filled = SumCode(FactorsCode(1, BitsCode(levels)), delta)
+            if unit.nbytes(replace(codes, delta=filled)) <= room:
+                return _raise_rank(unit, codes, filled, room)
+    return codes
 
 
-def _raise_rank(unit: _Unit, code: FactorsCode | SumCode, room: int) -> MatrixCode:
-    """The code with the greatest rank of its factors, from that which it has on, that takes at most `room` bytes."""
-    best: MatrixCode = code
-    factors = code if isinstance(code, FactorsCode) else code.factors
-    for rank in range(factors.rank + 1, min(unit.trial.shape) + 1):
+def _raise_rank(unit: _Unit, codes: RoleCodes, delta: FactorsCode | SumCode, room: int) -> RoleCodes:
+    """The codes with the greatest rank of the delta's factors, from its own on, that takes at most `room` bytes."""
+    best = replace(codes, delta=delta)
+    factors = delta if isinstance(delta, FactorsCode) else delta.factors
+    _, shape = codes.sides(unit.trial.shape)["delta"]
+    for rank in range(factors.rank + 1, min(shape) + 1):
         higher = replace(factors, rank=rank)
-        raised = higher if isinstance(code, FactorsCode) else replace(code, factors=higher)
+        raised = replace(codes, delta=higher if isinstance(delta, FactorsCode) else replace(delta, factors=higher))
         if unit.nbytes(raised) > room:
             break
         best = raised

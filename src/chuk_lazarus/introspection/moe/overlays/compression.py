@@ -23,7 +23,7 @@ from .checkpoint.writer import check_target, planned_codes, planned_ranks, write
 from .codes import LayerCodes
 from .curves import LayerCurves
 from .fidelity import check_coded_layer, check_layer
-from .layer import coded_bytes, layer_verification, projection_codes, ranked_bytes, sum_parts
+from .layer import bank_notes, coded_bytes, layer_verification, projection_codes, ranked_bytes, sum_parts
 
 LEAST_BITS = 1.0  # a weight that a coded overlay is taken to need on disk, where its rule does not say it
 
@@ -115,7 +115,7 @@ def compress(
             bits_per_weight=8 * sum_parts(parts) / sum(layer.parameters for layer in job.layers),
             bytes_by_part=parts,
             verification=tuple(verified),
-            notes=(*job.notes(curves), *_notes(verified, before, after)),
+            notes=(*job.notes(curves), *bank_notes(codes), *_notes(verified, before, after)),
             cost=opened.cost(),
         )
 

@@ -16,6 +16,7 @@ from .bit_budget import PLAIN_BITS, USUAL_BITS, BitRule, RoleTrial, predict_erro
 from .quantisation import quantised_bytes
 
 Trials = Mapping[int, Mapping[str, RoleTrial]]
+Variances = Sequence[tuple[float, float]]
 
 # what is compared, the simplest first: another must err by the share CLEARLY less to be the best
 WAYS = {
@@ -29,21 +30,22 @@ CLEARLY = 0.98
 USABLE = 1.2  # times the error of 4-bit quantisation: what errs by more is no use
 
 
-def list_variances(gram: NDArray[np.floating]) -> tuple[float, ...]:
-    """The eigenvalues of the experts' scalar products [experts, experts], as shares of their sum, largest first."""
+def list_variances(gram: NDArray[np.floating]) -> tuple[tuple[float, float], ...]:
+    """The eigenvalues of the experts' scalar products [experts, experts], largest first: each as a share of their sum,
+    and the share of the weights that has it."""
     values: NDArray[np.float64] = np.maximum(np.linalg.eigvalsh(np.asarray(gram, np.float64)), 0.0)[::-1]
-    return tuple((values / (values.sum() or 1.0)).tolist())
+    return tuple((float(value), 1 / len(values)) for value in values / (values.sum() or 1.0))
 
 
 def draw_ladder(
     trials: Trials,
     factored: Sequence[Sequence[Factored]],
-    variances: Mapping[int, Mapping[str, Sequence[float]]],
+    variances: Mapping[int, Mapping[str, Variances]],
     weights: int,
 ) -> tuple[LadderRow, ...]:
     """A row for each size in `factored`, which is of the layers in `trials`; `weights` are those of all MoE layers.
 
-    `variances` are those of `list_variances`, by layer and role.
+    `variances` are those of `list_variances`, or of `bank_variances`, by layer and role.
     """
     without_bases = {
         number: {role: replace(trial, delta_share=1.0) for role, trial in roles.items()}
@@ -148,13 +150,14 @@ def _coded_error(bits: float, trials: Trials) -> float | None:
     return mean_error([predict_error(roles, codes[number]) for number, roles in trials.items()])
 
 
-def _bound(bits: float, trials: Trials, variances: Mapping[int, Mapping[str, Sequence[float]]]) -> float:
+def _bound(bits: float, trials: Trials, variances: Mapping[int, Mapping[str, Variances]]) -> float:
     """The least root mean square over the layers of the relative error of any code, were the weights Gaussian."""
     values, counts = [], []
     for number, roles in trials.items():
         energy = sum(trial.energy for trial in roles.values()) or 1.0
         for role, trial in roles.items():
-            size = prod(trial.shape)
-            values += [trial.energy / energy * share / size for share in variances[number][role]]
-            counts += [size] * trial.experts
+            for share, weights in variances[number][role]:
+                count = weights * trial.experts * prod(trial.shape)
+                values.append(trial.energy / energy * share / count)
+                counts.append(count)
     return sqrt(least_error(np.array(values), np.array(counts, float), bits) / len(trials))

@@ -1,6 +1,7 @@
 """The results of one layer, in the form that reports have."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
 
@@ -17,9 +18,10 @@ from ..reports import (
     ProjectionCodes,
     SharingRate,
 )
+from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from .checkpoint.format import Ranks
-from .codes import LayerCodes
+from .codes import BankShape, LayerCodes, index_layout
 from .curves import LayerCurves
 from .fidelity import LayerFidelity
 
@@ -76,9 +78,28 @@ def coded_layer_overlay(layer: ExpertLayer, codes: LayerCodes, weight_error: flo
 def projection_codes(codes: LayerCodes) -> dict[str, ProjectionCodes]:
     """The texts of a layer's codes, by role."""
     return {
-        role: ProjectionCodes(base=str(each.base) if each.base else None, delta=str(each.delta))
+        role: ProjectionCodes(
+            base=str(each.base) if each.base else None,
+            delta=str(each.delta),
+            rest=str(each.rest) if each.rest else None,
+            bank=each.bank.size if each.bank else None,
+            matched=each.bank.matched if each.bank else None,
+        )
         for role, each in codes.items()
     }
+
+
+def bank_notes(codes: Mapping[int, LayerCodes]) -> list[str]:
+    """Which layers have a bank, by its sizes."""
+    layers: dict[BankShape, list[int]] = {}
+    for number, of_layer in codes.items():
+        if bank := next((each.bank for each in of_layer.values() if each.bank), None):
+            layers.setdefault(replace(bank, axis=0), []).append(number)
+    return [
+        f"in layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)} {bank.matched} neurons of each expert are "
+        f"deltas from {bank.size} that experts share, the others are coded by themselves"
+        for bank, numbers in layers.items()
+    ]
 
 
 def ranked_bytes(layers: Iterable[ExpertLayer], ranks: Iterable[Ranks]) -> OverlayBytes:
@@ -94,13 +115,15 @@ def ranked_bytes(layers: Iterable[ExpertLayer], ranks: Iterable[Ranks]) -> Overl
 
 def coded_bytes(layers: Iterable[ExpertLayer], codes: Iterable[LayerCodes]) -> OverlayBytes:
     """Bytes of the codes of these layers, by what they hold."""
-    sums = {"base": 0, "delta": 0, "scales": 0}
+    sums = {"base": 0, "delta": 0, "rest": 0, "scales": 0}
     for layer, of_layer in zip(layers, codes, strict=True):
         for role, each in of_layer.items():
             for name, part in each.layout(layer.shape(role), layer.count).items():
                 is_scale = name.rpartition(".")[2] in ("scales", "unit")
                 sums["scales" if is_scale else name.partition(".")[0]] += part.nbytes
-    return OverlayBytes(bases=sums["base"], deltas=sums["delta"], scales=sums["scales"])
+        if index := index_layout(of_layer, layer.count):
+            sums["base"] += index.nbytes
+    return OverlayBytes(bases=sums["base"], deltas=sums["delta"] + sums["rest"], scales=sums["scales"])
 
 
 def sum_parts(parts: OverlayBytes) -> int:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
-from ..numerics.alignment import Alignment, Run, align, keep_order
+from ..numerics.alignment import FOUND, Alignment, Run, align, keep_order
+from ..numerics.bank import rate_sharing
 from ..numerics.gram import pairwise_cosines
 from ..numerics.low_rank import original_bytes, overlay_bytes
 from ..numerics.neurons import Array
@@ -55,7 +56,11 @@ def analyze_layer(
     grams = {role: measure.gram for role, measure in measures.items()}
     with resources.worker_threads(layer) as pool:
         sharing = pair_evidence(vectors, sample.queries, pool.map, grams=tuple(grams.values()))
-        rates = sharing_rates(grams, vectors, _align(layer, vectors, sharing, pool.map))
+        alignment = _align(layer, vectors, sharing, pool.map)
+        if sharing.anywhere >= FOUND:
+            rates = rate_sharing(grams, vectors, alignment, pool.map)
+        else:
+            rates = sharing_rates(grams, vectors, alignment)
     ranks = {role: mean_rank(measure.spectra, 0.95) for role, measure in measures.items()}
     cosines = {role: pairwise_cosines(measure.gram) for role, measure in measures.items()}
     projections = {

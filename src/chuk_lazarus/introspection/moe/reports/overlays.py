@@ -10,14 +10,24 @@ TokensFrom = Literal["tokenizer", "bytes"]
 
 
 class ProjectionCodes(Report):
-    """The codes of a coded projection: of its base, null where it has none, and of each expert's delta from it."""
+    """The codes of a coded projection: of its base, null where it has none, and of each expert's delta from it.
+
+    Where only some neurons are shared, `base` is the code of a bank of `bank` neurons; `matched` of each expert's are
+    deltas from these, and `rest` is the code of the others.
+    """
 
     base: str | None
     delta: str
+    rest: str | None = None
+    bank: int | None = None
+    matched: int | None = None
 
 
 class OverlayBytes(Report):
-    """Bytes by what they hold: bases and deltas without their scales, and the scales of both."""
+    """Bytes by what they hold: bases and deltas without their scales, and the scales of both.
+
+    The index of a bank counts among the bases, neurons that refer to none among the deltas.
+    """
 
     bases: int
     deltas: int

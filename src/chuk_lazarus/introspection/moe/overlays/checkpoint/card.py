@@ -28,11 +28,15 @@ def write_card(
         layers_by_codes.setdefault(listing, []).append(layer)
     for layer, coded in overlay.coded.items():
         listing = ", ".join(
-            f"{role} {of_role.delta}" + (f" on {of_role.base}" if of_role.base else "")
+            f"{role} {of_role.delta}"
+            + (f" on {of_role.base}" if of_role.base else "")
+            + (f" and {of_role.rest}" if of_role.rest else "")
             for role, of_role in coded.codes.items()
         )
         layers_by_codes.setdefault(listing, []).append(layer)
-    if overlay.coded:
+    if any(coded.index for coded in overlay.coded.values()):
+        what, kept = "codes", "neurons that they share, deltas from these, and all other neurons, in few bits a weight."
+    elif overlay.coded:
         what, kept = "codes", "one base and a delta for each expert, each in few bits a weight: expert = base + delta."
     else:
         what, kept = "ranks", "one base and low-rank factors: expert = base + left @ right."

@@ -13,13 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...terms import OVERLAY_CONFIG, ROLES
-from ..codes import LayerCodes, RoleCodes, list_matrices, parse_code
+from ..codes import BankShape, LayerCodes, RoleCodes, index_layout, list_matrices, parse_code
 from ..codes.code import PartLayout
 from ..codes.low_rank import FactorsCode
 
 VERSION, CODED_VERSION = 1, 2
 READ = "1 and 2"  # the versions, for messages
+INDEX = "index"  # which neurons of a layer's bank the experts' refer to
 AXES = {"base": 2, "left": 3, "right": 3}  # the parts of a role, with the number of axes that their tensors have
 
 Ranks = dict[str, int]
@@ -27,8 +31,8 @@ Ranks = dict[str, int]
 
 _NUMBER = r"\d{1,9}"
 _TENSOR_NAME = re.compile(
-    rf"(?P<prefix>.+\.(?P<layer>{_NUMBER}))\.overlay\.(?P<role>{'|'.join(ROLES)})\.(?P<part>{'|'.join(AXES)}"
-    r"|(?:base|delta)(?:\.[a-z]+)+)"
+    rf"(?P<prefix>.+\.(?P<layer>{_NUMBER}))\.overlay\.(?:(?P<role>{'|'.join(ROLES)})\.(?P<part>{'|'.join(AXES)}"
+    rf"|(?:base|delta|rest)(?:\.[a-z]+)+)|{INDEX})"
 )
 
 
@@ -36,7 +40,8 @@ _TENSOR_NAME = re.compile(
 class OverlayTensor:
     """What the name of an overlay's tensor says: the layer's `prefix` ("model.layers.3") and number, role and part.
 
-    The part is "base", "left" or "right" in version 1, and a code's, such as "delta.levels", in version 2.
+    The part is "base", "left" or "right" in version 1, and a code's, such as "delta.levels", in version 2. The index of
+    a layer's bank is the part "index" of the role "".
     """
 
     prefix: str
@@ -50,10 +55,17 @@ def tensor_name(prefix: str, role: str, part: str) -> str:
     return f"{prefix}.overlay.{role}.{part}"
 
 
+def index_name(prefix: str) -> str:
+    """The name of the index of a layer's bank, such as "model.layers.3.overlay.index"."""
+    return f"{prefix}.overlay.{INDEX}"
+
+
 def parse_tensor_name(name: str) -> OverlayTensor | None:
     """What a tensor's name says, or None for a tensor that is not the overlay's."""
     match = _TENSOR_NAME.fullmatch(name)
-    return OverlayTensor(match["prefix"], int(match["layer"]), match["role"], match["part"]) if match else None
+    if not match:
+        return None
+    return OverlayTensor(match["prefix"], int(match["layer"]), match["role"] or "", match["part"] or INDEX)
 
 
 def part_shapes(shape: tuple[int, int], experts: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -79,31 +91,57 @@ class CodedExperts:
         """The parts of a role by name, such as "delta.levels"."""
         return self.codes[role].layout(self.shape(role), self.experts)
 
+    @property
+    def index(self) -> PartLayout | None:
+        """The index of the layer's bank, None where it has none."""
+        return index_layout(self.codes, self.experts)
+
     def to_json(self) -> dict[str, Any]:
         """The layer's entry in config.json."""
-        return {
-            "experts": self.experts,
-            "hidden": self.hidden,
-            "intermediate": self.intermediate,
-            "codes": codes_to_json(self.codes),
-        }
+        sizes = {"experts": self.experts, "hidden": self.hidden, "intermediate": self.intermediate}
+        return sizes | codes_to_json(self.codes)
 
 
-def codes_to_json(codes: LayerCodes) -> dict[str, dict[str, str | None]]:
-    """Role -> the texts of the codes of its base and its deltas."""
-    return {
-        role: {"base": str(each.base) if each.base else None, "delta": str(each.delta)} for role, each in codes.items()
+def codes_to_json(codes: LayerCodes) -> dict[str, Any]:
+    """`codes`: role -> the texts of the codes of its base, its deltas and its strangers; and the sizes of a bank."""
+    texts = {
+        role: {"base": str(each.base) if each.base else None, "delta": str(each.delta)}
+        | ({"rest": str(each.rest)} if each.rest else {})
+        for role, each in codes.items()
     }
+    bank = next((each.bank for each in codes.values() if each.bank), None)
+    return ({"bank": bank.size, "matched": bank.matched} if bank else {}) | {"codes": texts}
 
 
-def parse_codes(codes: Mapping[str, Any]) -> dict[str, RoleCodes]:
+def parse_codes(facts: Mapping[str, Any]) -> dict[str, RoleCodes]:
     """The inverse of `codes_to_json`; raises ValueError, KeyError or TypeError for what is none."""
-    if any(not isinstance(text, str) for texts in codes.values() for text in (texts["delta"], texts["base"] or "")):
-        raise TypeError("a code is a text")
-    return {
-        role: RoleCodes(None if texts["base"] is None else parse_code(texts["base"]), parse_code(texts["delta"]))
-        for role, texts in codes.items()
-    }
+    sizes = {name: facts[name] for name in ("bank", "matched") if name in facts}
+    if sizes and not (len(sizes) == 2 and all(type(size) is int for size in sizes.values())):
+        raise TypeError("a bank has two sizes")
+    if sizes and not 0 < sizes["matched"] <= sizes["bank"] < 2**31:
+        raise ValueError(f"{sizes['matched']} neurons refer to a bank of {sizes['bank']}")
+    codes = {}
+    for role, texts in facts["codes"].items():
+        sides = (texts["base"], texts["delta"], texts.get("rest"))
+        if sides[1] is None or not all(text is None or isinstance(text, str) for text in sides):
+            raise TypeError("a code is a text")
+        base, delta, rest = (None if text is None else parse_code(text) for text in sides)
+        assert delta is not None
+        bank = BankShape(sizes["bank"], sizes["matched"], int(role == "down")) if sizes and base else None
+        if rest and not bank:
+            raise ValueError("strangers without a bank")
+        codes[role] = RoleCodes(base, delta, rest, bank)
+    return codes
+
+
+def check_index(index: NDArray[np.integer], size: int) -> str | None:
+    """What is wrong with the index [experts, matched] of a bank of `size` neurons, None where it is sound."""
+    ordered = np.sort(index, axis=1)
+    if ordered[:, -1].max() >= size:
+        return f"it names neuron {ordered[:, -1].max()} of a bank of {size}"
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        return "it names a neuron twice for one expert"
+    return None
 
 
 class OverlayConfigError(Exception):
@@ -221,16 +259,21 @@ def _read_coded(listed: Any, roles: Sequence[str]) -> dict[int, CodedExperts]:
             raise OverlayConfigError("roles", key, roles)
         sizes: list[Any] = [facts.get(name) for name in ("experts", "hidden", "intermediate")]
         try:
-            codes = parse_codes({role: facts["codes"][role] for role in roles})
+            codes = parse_codes({**facts, "codes": {role: facts["codes"][role] for role in roles}})
             for each in codes.values():
                 list_matrices(each, (1, 1), 1)
                 if each.base is None and isinstance(each.delta, FactorsCode):
                     raise ValueError("a few bytes would stand for a matrix of any size")
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise OverlayConfigError("code", key, roles) from None
         if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
             raise OverlayConfigError("code", key, roles)
         experts, hidden, intermediate = sizes
+        for each in codes.values():
+            if each.bank and (
+                each.bank.matched > intermediate or bool(each.rest) != (each.bank.matched < intermediate)
+            ):
+                raise OverlayConfigError("code", key, roles)
         layers[int(key)] = CodedExperts(experts, hidden, intermediate, codes)
     if not layers:
         raise OverlayConfigError("no layers")

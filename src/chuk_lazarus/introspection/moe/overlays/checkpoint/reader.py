@@ -17,6 +17,7 @@ from ...weights.checkpoint import Checkpoint, TensorInfo
 from ...weights.expert_layer import MAX_EXPERTS, MAX_SIDE
 from ...weights.layouts import load_table
 from ...weights.repositories.local import Folder
+from ..codes.code import inner
 from ..quantisation import BF16
 from .format import (
     AXES,
@@ -24,6 +25,8 @@ from .format import (
     CodedExperts,
     OverlayConfig,
     OverlayConfigError,
+    check_index,
+    index_name,
     parse_tensor_name,
     part_shapes,
     tensor_name,
@@ -52,6 +55,7 @@ class OverlayCheckpoint:
         self.layers = self.overlay_config.numbers
         tensors = {name: tensor for name in checkpoint.names if (tensor := parse_tensor_name(name))}
         self.names = frozenset(tensors)
+        self._indices: dict[int, NDArray[np.intp]] = {}
         self._prefixes = {tensor.layer: tensor.prefix for tensor in tensors.values()}
         if len({tensor.prefix for tensor in tensors.values()}) > len(self._prefixes):
             raise ModelUnreadable("two tensors have the same layer and different names before it")
@@ -82,11 +86,13 @@ class OverlayCheckpoint:
         return self._info(layer, "down", "left").shape[0]
 
     def base(self, layer: int, role: str) -> NDArray[np.float32]:
-        """The base [out, in], as stored; zeros where a coded layer has none."""
+        """The base [out, in], as stored, or the neurons of a bank; zeros where a coded layer has none."""
         if layer in self.coded:
-            shape, code = self.shape(layer, role), self.coded[layer].codes[role].base
+            shape = self.shape(layer, role)
+            code, of_base = self.coded[layer].codes[role].sides(shape).get("base", (None, shape))
+            parts = inner(self._parts(layer, role), "base") if code else {}
             with np.errstate(over="ignore", invalid="ignore"):  # `rebuild` refuses what is not finite
-                return code.decode(self._parts(layer, role, "base"), shape) if code else np.zeros(shape, np.float32)
+                return code.decode(parts, of_base) if code else np.zeros(shape, np.float32)
         return self._rows(layer, role, "base", 0, self.shape(layer, role)[0])
 
     def factors(self, layer: int, role: str, expert: int) -> Factors:
@@ -102,14 +108,32 @@ class OverlayCheckpoint:
         )
 
     def delta(self, layer: int, role: str, expert: int) -> NDArray[np.float32]:
-        """What one expert adds to the base, [out, in], as stored; raises InvalidRequest for an expert that is not
-        there."""
+        """What one expert adds to the base, [out, in], as stored; its neurons that refer to no bank as they are.
+
+        Raises InvalidRequest for an expert that is not there.
+        """
         if layer not in self.coded:
             factors = self.factors(layer, role, expert)
             return factors.left @ factors.right
         self._check_expert(layer, expert)
-        code = self.coded[layer].codes[role].delta
-        return code.decode(self._parts(layer, role, "delta", expert), self.shape(layer, role))
+        return self._join(layer, role, expert, None)
+
+    def index(self, layer: int) -> NDArray[np.intp] | None:
+        """Which neurons of the bank the first neurons of each expert refer to, [experts, matched]; None without a bank.
+
+        Raises ModelUnreadable for a neuron that is not there, or is there twice for an expert.
+        """
+        coded = self.coded.get(layer)
+        if coded is None or coded.index is None:
+            return None
+        if layer not in self._indices:
+            bank = next(each.bank for each in coded.codes.values() if each.bank)
+            info = self._index_info(layer)
+            index = np.asarray(self.checkpoint.whole(info)).astype(np.intp)
+            if problem := check_index(index, bank.size):
+                raise ModelUnreadable(f"{info.name}: {problem}", "the overlay is broken: make it again")
+            self._indices[layer] = index
+        return self._indices[layer]
 
     def expert(self, layer: int, expert: int) -> dict[str, NDArray[np.float32]]:
         """The matrices of one expert by role, base + delta, in canonical form."""
@@ -120,8 +144,8 @@ class OverlayCheckpoint:
         """`base` + delta of one expert; raises ModelUnreadable where that is not finite in bfloat16."""
         with np.errstate(over="ignore", invalid="ignore"):
             if layer in self.coded:
-                matrix = self.delta(layer, role, expert)
-                matrix += base
+                self._check_expert(layer, expert)
+                matrix = self._join(layer, role, expert, base)
             else:
                 matrix = rebuild(base, self.factors(layer, role, expert))
             is_finite = np.isfinite(matrix.astype(BF16)).all()
@@ -163,24 +187,37 @@ class OverlayCheckpoint:
                 f"layer {layer} has {coded.experts} experts of {coded.intermediate} x {coded.hidden}",
                 f"we read up to {MAX_EXPERTS} experts of up to {MAX_SIDE} x {MAX_SIDE}",
             )
-        for role in coded.codes:
-            for part, layout in coded.layout(role).items():
-                info = self._info(layer, role, part)
-                if (info.dtype, info.shape) != (layout.dtype, layout.shape):
-                    found, wanted = (
-                        f"{dtype} {list(shape)}"
-                        for dtype, shape in ((info.dtype, info.shape), (layout.dtype, layout.shape))
-                    )
-                    raise ModelUnreadable(f"{info.name} is {found}, not {wanted}")
+        expected = [
+            (self._info(layer, role, part), layout)
+            for role in coded.codes
+            for part, layout in coded.layout(role).items()
+        ]
+        if coded.index:
+            expected.append((self._index_info(layer), coded.index))
+        for info, layout in expected:
+            if (info.dtype, info.shape) != (layout.dtype, layout.shape):
+                found, wanted = (
+                    f"{dtype} {list(shape)}"
+                    for dtype, shape in ((info.dtype, info.shape), (layout.dtype, layout.shape))
+                )
+                raise ModelUnreadable(f"{info.name} is {found}, not {wanted}")
 
     def _part_names(self, layer: int, role: str) -> Iterable[str]:
         return self.coded[layer].layout(role) if layer in self.coded else AXES
 
-    def _parts(self, layer: int, role: str, side: str, expert: int | None = None) -> dict[str, NDArray[Any]]:
-        """The parts of a role's base, or of the delta of one expert, by their names within the code."""
+    def _join(self, layer: int, role: str, expert: int, base: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """One expert's matrix, from the base or the bank, or without it."""
+        codes = self.coded[layer].codes[role]
+        index = self.index(layer)
+        if base is not None and codes.bank and index is not None:
+            base = base.take(index[expert], axis=codes.bank.axis)
+        return codes.join(self._parts(layer, role, expert), self.shape(layer, role), base)
+
+    def _parts(self, layer: int, role: str, expert: int | None = None) -> dict[str, NDArray[Any]]:
+        """The parts of a role's base, or those of one expert."""
         parts = {}
         for name, layout in self.coded[layer].layout(role).items():
-            if name.startswith(f"{side}."):
+            if name.startswith("base.") == (expert is None):
                 info = self._info(layer, role, name)
                 if not info.nbytes:
                     data = np.zeros(layout.shape[expert is not None :], np.uint8)
@@ -188,7 +225,7 @@ class OverlayCheckpoint:
                     data = self.checkpoint.whole(info)
                 else:
                     data = self.checkpoint.rows(info, expert, expert + 1)[0]
-                parts[name.removeprefix(f"{side}.")] = np.asarray(data)
+                parts[name] = np.asarray(data)
         return parts
 
     def _check(self, layer: int, ranks: Mapping[str, int]) -> None:
@@ -217,6 +254,12 @@ class OverlayCheckpoint:
         if part in AXES and len(info.shape) != AXES[part]:
             raise ModelUnreadable(f"{name} has {len(info.shape)} axes")
         return info
+
+    def _index_info(self, layer: int) -> TensorInfo:
+        name = index_name(self._prefixes[layer])
+        if name not in self.names:
+            raise ModelUnreadable(f"{name} is missing", "make the overlay again")
+        return self.checkpoint.info(name)
 
     def _rows(self, layer: int, role: str, part: str, start: int, stop: int) -> NDArray[np.float32]:
         info = self._info(layer, role, part)

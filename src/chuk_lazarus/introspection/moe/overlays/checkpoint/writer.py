@@ -27,7 +27,7 @@ from ...weights.expert_layer import ExpertLayer
 from ...weights.experts import Experts
 from ...weights.fingerprint import fingerprint
 from ...weights.stored import BIAS
-from ...weights.tensor_info import PLAIN_DTYPES
+from ...weights.tensor_info import DTYPES, PLAIN_DTYPES
 from ..coded_layer import CodedLayer, find_alignment
 from ..codes import LayerCodes
 from ..codes.low_rank import FactorsCode, SumCode
@@ -58,6 +58,7 @@ from .format import (
     CodedExperts,
     OverlayConfig,
     Ranks,
+    index_name,
     parse_codes,
     part_shapes,
     tensor_name,
@@ -318,7 +319,7 @@ def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, Ranks]
 def planned_codes(experts: Experts, folder: Path, rule: str) -> dict[int, LayerCodes] | None:
     """As `planned_ranks`, of `write_coded_overlay`."""
     planned = _planned(experts, folder, rule, CODED_VERSION)
-    return None if planned is None else {int(layer): parse_codes(facts["codes"]) for layer, facts in planned.items()}
+    return None if planned is None else {int(layer): parse_codes(facts) for layer, facts in planned.items()}
 
 
 def _planned(experts: Experts, folder: Path, rule: str, version: int) -> dict[str, Any] | None:
@@ -359,9 +360,9 @@ def _check_codes(experts: Experts, number: int, codes: LayerCodes) -> ExpertLaye
     for role, of_role in codes.items():
         if of_role.base is None and isinstance(of_role.delta, FactorsCode):
             raise InvalidRequest(f"layer {number}: {role} would be factors without a base")
-        for code in (of_role.base, of_role.delta):
+        for code, shape in of_role.sides(layer.shape(role)).values():
             factors = code.factors if isinstance(code, SumCode) else code
-            if isinstance(factors, FactorsCode) and factors.rank > min(layer.shape(role)):
+            if isinstance(factors, FactorsCode) and factors.rank > min(shape):
                 raise InvalidRequest(f"layer {number}: {role} can't have rank {factors.rank}")
     return layer
 
@@ -439,11 +440,10 @@ def _fill_layer(
 
 def _coded_tensors(coded: CodedExperts, prefix: str) -> tuple[Tensor, ...]:
     """The tensors of one coded layer."""
-    return tuple(
-        Tensor(tensor_name(prefix, role, name), part.dtype, part.shape, part.nbytes)
-        for role in coded.codes
-        for name, part in coded.layout(role).items()
-    )
+    parts = {tensor_name(prefix, role, name): part for role in coded.codes for name, part in coded.layout(role).items()}
+    if coded.index:
+        parts[index_name(prefix)] = coded.index
+    return tuple(Tensor(name, part.dtype, part.shape, part.nbytes) for name, part in parts.items())
 
 
 def _fill_coded(
@@ -462,7 +462,11 @@ def _fill_coded(
     `find` gives the order of the neurons. Where there is a check, it compares as `_fill_layer` does.
     """
     layer.prefetch(progress)
-    coder = CodedLayer(layer, coded.codes, find(), moments(layer))
+    alignment = find()
+    coder = CodedLayer(layer, coded.codes, alignment, moments(layer))
+    if coded.index and alignment.bank:
+        index = alignment.bank.index.astype(DTYPES[coded.index.dtype])
+        shard.write(index_name(prefix), index.tobytes())
 
     def write(expert: int) -> ExpertErrors | None:
         exact, rebuilt = layer.matrices(expert), {}
@@ -472,7 +476,7 @@ def _fill_coded(
                 rebuilt[role] = coder.decode(expert, role, parts)
             for name, array in parts.items():
                 data = array.tobytes()
-                shard.write(tensor_name(prefix, role, f"delta.{name}"), data, expert * len(data))
+                shard.write(tensor_name(prefix, role, name), data, expert * len(data))
         return check.compare(expert, exact, rebuilt) if check else None
 
     with resources.worker_threads(layer, matrices=MATRICES_COMPARED + coder.matrices_held) as pool:

@@ -9,9 +9,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .bf16 import Bf16Code
 from .bits import BitsCode
-from .code import PartLayout, Shape, code_bytes
+from .code import PartLayout, Parts, Shape, code_bytes, inner
 from .low_rank import FactorsCode, SumCode
 from .trellis import TrellisCode
 
@@ -23,30 +26,89 @@ _FACTORS = re.compile(r"rank(\d{1,6}):(.*)")
 
 
 @dataclass(frozen=True, slots=True)
+class BankShape:
+    """The neurons of a bank, and how many of each expert's are deltas from one of these.
+
+    `axis` of a matrix [out, in] is that of the neurons: 0 for gate and up, 1 for down.
+    """
+
+    size: int
+    matched: int
+    axis: int
+
+    def cut(self, shape: Shape) -> tuple[Shape, Shape, Shape]:
+        """The shapes of the bank, of an expert's deltas and of its other neurons, which are strangers."""
+        of_bank, of_deltas, of_strangers = (
+            (count, shape[1]) if self.axis == 0 else (shape[0], count)
+            for count in (self.size, self.matched, shape[self.axis] - self.matched)
+        )
+        return of_bank, of_deltas, of_strangers
+
+    def index(self, experts: int) -> PartLayout:
+        """Which neurons of the bank those of the experts refer to, [experts, matched], in the least integers."""
+        dtype = "U8" if self.size <= 2**8 else "U16" if self.size <= 2**16 else "U32"
+        return PartLayout(dtype, (experts, self.matched))
+
+    def split(self, matrix: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """An expert's neurons that are deltas, and its strangers."""
+        deltas, strangers = np.split(matrix, [self.matched], axis=self.axis)
+        return np.ascontiguousarray(deltas), np.ascontiguousarray(strangers)
+
+    def split_moments(self, moments: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The second moments [in, in] of neurons that are deltas, and of strangers, where neurons are inputs."""
+        return moments[: self.matched, : self.matched], moments[self.matched :, self.matched :]
+
+
+@dataclass(frozen=True, slots=True)
 class RoleCodes:
     """How a projection of a layer is kept: the code of its base, and that of each expert's delta from the stored base.
 
-    Without a base, `delta` is the code of the experts themselves.
+    Without a base, `delta` is the code of the experts themselves. With a `bank` the base holds its neurons, `delta` the
+    neurons of an expert that refer to it, and `rest` the strangers, None where there are none.
     """
 
     base: MatrixCode | None
     delta: MatrixCode
+    rest: MatrixCode | None = None
+    bank: BankShape | None = None
 
-    def base_bytes(self, shape: Shape) -> int:
-        """Bytes of the base, 0 where there is none."""
-        return code_bytes(self.base, shape) if self.base else 0
+    def sides(self, shape: Shape) -> dict[str, tuple[MatrixCode, Shape]]:
+        """The codes of "base", "delta" and "rest" of a projection of that shape, and the shapes of their matrices."""
+        shapes = self.bank.cut(shape) if self.bank else (shape, shape, (0, 0))
+        codes = {"base": self.base, "delta": self.delta, "rest": self.rest}
+        return {side: (code, of_side) for (side, code), of_side in zip(codes.items(), shapes, strict=True) if code}
 
     def nbytes(self, shape: Shape, experts: int) -> int:
         """Bytes of base and deltas of a projection whose matrices have that shape."""
-        return self.base_bytes(shape) + experts * code_bytes(self.delta, shape)
+        return sum(
+            (1 if side == "base" else experts) * code_bytes(code, of_side)
+            for side, (code, of_side) in self.sides(shape).items()
+        )
 
     def layout(self, shape: Shape, experts: int) -> dict[str, PartLayout]:
-        """All parts, "base.*" and "delta.*"; those of the deltas have the experts for their first axis."""
-        base = self.base.layout(shape) if self.base else {}
-        return {f"base.{name}": part for name, part in base.items()} | {
-            f"delta.{name}": PartLayout(part.dtype, (experts, *part.shape))
-            for name, part in self.delta.layout(shape).items()
+        """All parts, "base.*", "delta.*" and "rest.*"; those of the experts have these for their first axis."""
+        return {
+            f"{side}.{name}": part if side == "base" else PartLayout(part.dtype, (experts, *part.shape))
+            for side, (code, of_side) in self.sides(shape).items()
+            for name, part in code.layout(of_side).items()
         }
+
+    def join(self, parts: Parts, shape: Shape, base: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """An expert [out, in] from its parts, "delta.*" and "rest.*", and the stored base of its deltas."""
+        sides = self.sides(shape)
+        code, of_delta = sides["delta"]
+        matrix = code.decode(inner(parts, "delta"), of_delta)
+        if base is not None:
+            matrix += base
+        if self.bank and "rest" in sides:
+            code, of_rest = sides["rest"]
+            matrix = np.concatenate([matrix, code.decode(inner(parts, "rest"), of_rest)], axis=self.bank.axis)
+        return matrix
+
+
+def index_layout(codes: Mapping[str, RoleCodes], experts: int) -> PartLayout | None:
+    """The index of a layer's bank; None where it has none."""
+    return next((each.bank.index(experts) for each in codes.values() if each.bank), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +126,28 @@ class StoredMatrix:
 
 
 def list_matrices(codes: RoleCodes, shape: Shape, experts: int) -> dict[str, StoredMatrix]:
-    """The matrices of a projection of that shape by what they are: "base", "delta", "left" and "right".
+    """The matrices of a projection of that shape by what they are: "base", "delta", "left", "right" and "rest".
 
-    A matrix that is not there is left out; the delta is what is coded beside its factors.
+    A matrix that is not there is left out; the delta is what is coded beside its factors. Raises ValueError for a base
+    or a rest in factors.
     """
-    matrices = {}
-    if codes.base is not None:
-        if not isinstance(codes.base, Bf16Code | BitsCode | TrellisCode):
-            raise ValueError(f"a base in the code {codes.base}")
-        matrices["base"] = StoredMatrix("base", codes.base, shape, None)
-    delta, factors = codes.delta, "delta"
+    matrices: dict[str, StoredMatrix] = {}
+    sides = codes.sides(shape)
+    for side in ("base", "rest"):
+        if side in sides:
+            code, of_side = sides[side]
+            if not isinstance(code, Bf16Code | BitsCode | TrellisCode):
+                raise ValueError(f"a {side} in the code {code}")
+            matrices[side] = StoredMatrix(side, code, of_side, None if side == "base" else experts)
+    (delta, of_delta), factors = sides["delta"], "delta"
     if isinstance(delta, SumCode):
-        matrices["delta"] = StoredMatrix("delta.rest", delta.rest, shape, experts)
+        matrices["delta"] = StoredMatrix("delta.rest", delta.rest, of_delta, experts)
         delta, factors = delta.factors, "delta.factors"
     if not isinstance(delta, FactorsCode):
-        matrices["delta"] = StoredMatrix("delta", delta, shape, experts)
+        matrices["delta"] = StoredMatrix("delta", delta, of_delta, experts)
     elif delta.rank:
-        matrices["left"] = StoredMatrix(f"{factors}.left", delta.bits, (delta.rank, shape[0]), experts)
-        matrices["right"] = StoredMatrix(f"{factors}.right", delta.bits, (delta.rank, shape[1]), experts)
+        matrices["left"] = StoredMatrix(f"{factors}.left", delta.bits, (delta.rank, of_delta[0]), experts)
+        matrices["right"] = StoredMatrix(f"{factors}.right", delta.bits, (delta.rank, of_delta[1]), experts)
     return matrices
 
 

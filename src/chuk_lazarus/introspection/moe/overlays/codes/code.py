@@ -29,7 +29,7 @@ class PartLayout:
         return WIDTHS[self.dtype] * prod(self.shape)
 
 
-WIDTHS = {"U8": 1, "BF16": 2, "F32": 4}  # bytes of a number
+WIDTHS = {"U8": 1, "U16": 2, "U32": 4, "BF16": 2, "F32": 4}  # bytes of a number
 
 
 class Code(Protocol):
@@ -70,3 +70,9 @@ def check_finite(matrix: NDArray[np.float32]) -> float:
 def inner(parts: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     """The parts whose names begin with `prefix` and a dot, without these."""
     return {name.removeprefix(f"{prefix}."): part for name, part in parts.items() if name.startswith(f"{prefix}.")}
+
+
+def as_shape(matrix: NDArray[Any]) -> Shape:
+    """The shape of a matrix."""
+    out, inputs = matrix.shape
+    return out, inputs

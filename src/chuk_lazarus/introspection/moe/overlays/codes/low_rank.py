@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ...numerics.low_rank import Factors, factorise
 from .bits import BitsCode
-from .code import PartLayout, Parts, Shape, check_finite, inner
+from .code import PartLayout, Parts, Shape, as_shape, check_finite, inner
 from .trellis import TrellisCode
 
 MORE, ITERATIONS = 8, 2  # of the random start: vectors beside those of the rank, and iterations
@@ -86,7 +86,7 @@ class SumCode:
         self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
         factors = self.factors.encode(matrix, moments=moments)
-        left_over = matrix - self.factors.decode(factors, _shape(matrix))
+        left_over = matrix - self.factors.decode(factors, as_shape(matrix))
         rest = self.rest.encode(left_over, unbiased=unbiased, moments=moments)
         return {f"factors.{name}": part for name, part in factors.items()} | {
             f"rest.{name}": part for name, part in rest.items()
@@ -114,8 +114,3 @@ def _factorise(matrix: NDArray[np.float32], rank: int) -> Factors:
 def _norm(left: NDArray[np.float32]) -> np.float32:
     """A length by which the left factor's numbers become about one."""
     return np.float32(np.sqrt(np.mean(left**2)) or 1.0) if left.size else np.float32(1.0)
-
-
-def _shape(matrix: NDArray[np.float32]) -> Shape:
-    out, inputs = matrix.shape
-    return out, inputs

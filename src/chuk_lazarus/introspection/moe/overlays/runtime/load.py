@@ -11,14 +11,25 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import _get_classes, load_model
+from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, MoEError, UnknownFormat, name_model
 from ...terms import ROLES
 from ...weights.checkpoint import Checkpoint
 from ...weights.repositories.local import Folder
+from ...weights.tensor_info import DTYPES
 from ..checkpoint import model_file
-from ..checkpoint.format import READ, CodedExperts, OverlayConfig, OverlayConfigError, Ranks, parse_tensor_name
-from ..codes import list_matrices
+from ..checkpoint.format import (
+    INDEX,
+    READ,
+    CodedExperts,
+    OverlayConfig,
+    OverlayConfigError,
+    Ranks,
+    check_index,
+    parse_tensor_name,
+)
+from ..codes import BankShape, list_matrices
 from ..codes.bits import BitsCode
 from ..codes.code import inner
 from ..codes.trellis import TrellisCode
@@ -216,10 +227,14 @@ def _name_overlays(
     }
     named: dict[str, mx.array] = {}
     coded: dict[tuple[int, str], dict[str, mx.array]] = {}
+    indices: dict[int, mx.array] = {}
     for name, array in weights.items():
         if tensor := parse_tensor_name(name):
             if tensor.layer not in paths:
                 raise UnknownFormat(f"mlx-lm's {model_type} has no block of gated experts at {tensor.prefix}")
+            if tensor.part == INDEX:
+                indices[tensor.layer] = array
+                continue
             if isinstance(layers[tensor.layer], CodedExperts):
                 coded.setdefault((tensor.layer, tensor.role), {})[tensor.part] = array
                 continue
@@ -230,8 +245,24 @@ def _name_overlays(
         layer = layers[number]
         assert isinstance(layer, CodedExperts)
         arrays = _as_modules(layer, role, parts)
+        if bank := layer.codes[role].bank:
+            index = np.array(indices.get(number, mx.zeros(0)))
+            if layer.index is None or index.shape != layer.index.shape or index.dtype != DTYPES[layer.index.dtype]:
+                raise ModelUnreadable(f"layer {number} has no index of its bank, or not of the shape that it should be")
+            if problem := check_index(index, bank.size):
+                raise ModelUnreadable(f"the index of the bank of layer {number}: {problem}")
+            arrays["places"] = mx.array(_places(index, bank, layer.intermediate))
         named |= {f"{paths[number]}.{role}_proj.{name}": array for name, array in arrays.items()}
     return named
+
+
+def _places(index: NDArray[np.integer], bank: BankShape, neurons: int) -> NDArray[np.uint32]:
+    """The `places` of a CodedLinear whose base is that bank, from the index [experts, matched] on disk."""
+    if not bank.axis:
+        return np.pad(index.astype(np.uint32), [(0, 0), (0, neurons - bank.matched)], constant_values=bank.size)
+    places = np.full((len(index), bank.size), neurons, np.uint32)
+    np.put_along_axis(places, index.astype(np.intp), np.arange(bank.matched, dtype=np.uint32)[None], axis=1)
+    return places
 
 
 def _as_modules(layer: CodedExperts, role: str, parts: Mapping[str, mx.array]) -> dict[str, mx.array]:

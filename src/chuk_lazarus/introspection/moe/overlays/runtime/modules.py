@@ -6,7 +6,7 @@ product is computed once for a token, and serves all experts that the token is r
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -81,6 +81,10 @@ class OverlayLinear(Module):
         parts = bits.encode(np.array(base.astype(mx.float32)))
         matrix.update(affine_arrays(bits, parts, shape))
         self.base = matrix
+
+    def select(self, product: mx.array, indices: mx.array) -> mx.array:
+        """Each expert's outputs from the base product: these themselves."""
+        return product
 
     def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """What each expert adds to the base product, its bias included; shapes as in a call."""
@@ -211,6 +215,11 @@ class CodedLinear(Module):
 
     `base` is a single matrix, `delta`, `left` and `right` are one for each expert; any of them may be missing. What
     they compute is added up, and in a call it is as with OverlayLinear.
+
+    Where the base is a bank, these matrices are of the neurons that refer to it, `rest` is that of an expert's other
+    neurons, and `places` tells where neurons come from. For gate and up, [experts, out]: for each output which of the
+    bank's it adds, or the bank's size for a stranger. For down, [experts, bank]: for each input of the bank which of
+    the expert's it takes, or their number for none.
     """
 
     def __init__(
@@ -220,42 +229,78 @@ class CodedLinear(Module):
         self._output_dims = output_dims
         for name, matrix in list_matrices(codes, (output_dims, input_dims), num_experts).items():
             self[name] = _make_matrix(name, matrix)
+        self._bank = codes.bank
+        if codes.bank:
+            self.places = mx.zeros((num_experts, codes.bank.size if codes.bank.axis else output_dims), mx.uint32)
         if bias:
             self.bias = mx.zeros((num_experts, output_dims))
 
     @property
     def has_base(self) -> bool:
-        return "base" in self
+        """Whether there is a base whose product is the same for all experts."""
+        return "base" in self and not (self._bank and self._bank.axis)
 
     def base_product(self, x: mx.array) -> mx.array | None:
-        """The base product, which all experts share: [..., in] -> [..., out]; None where there is no base."""
-        if "base" not in self:
+        """The base product, which all experts share: [..., in] -> [..., out]; of a bank with neurons as outputs, these,
+        and of one with neurons as inputs None, as these are not shared. None where there is no base."""
+        if "base" not in self or (self._bank and self._bank.axis):
             return None
         product: mx.array = self["base"](x)
         return product.astype(x.dtype)
 
+    def select(self, product: mx.array, indices: mx.array) -> mx.array:
+        """Each expert's outputs from the base product, which is [..., rows, out]; `indices` are as in a call."""
+        if not self._bank:
+            return product
+        return _take(product, self.places[indices])
+
     def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """What each expert adds to the base product, its bias included; shapes as in OverlayLinear."""
+        referring, strangers = x, x
+        if self._bank and self._bank.axis:
+            referring, strangers = mx.split(x, [self._bank.matched], axis=-1)
         products: list[mx.array] = []
         if "delta" in self:
-            products.append(self["delta"].gather(x, indices, sorted_indices))
+            products.append(self["delta"].gather(referring, indices, sorted_indices))
         if "left" in self:
-            inner = self["right"].gather(x, indices, sorted_indices).astype(x.dtype)
+            inner = self["right"].gather(referring, indices, sorted_indices).astype(x.dtype)
             products.append(self["left"].gather(inner, indices, sorted_indices))
+        if "rest" in self:
+            rest = self["rest"].gather(strangers, indices, sorted_indices)
+            if self._bank and not self._bank.axis:  # strangers are further outputs
+                zeros = mx.zeros((*rest.shape[:-1], self._bank.matched), rest.dtype)
+                products = [mx.concatenate([_sum(products) if products else zeros, rest], axis=-1)]
+            else:
+                products.append(rest)
+        if self._bank and self._bank.axis:
+            products.append(self["base"](_take(x, self.places[indices])))
         if "bias" in self:
             products.append(mx.expand_dims(self.bias[indices], -2))
         if not products:
             leading = mx.broadcast_shapes(x.shape[:-2], indices.shape)
             return mx.zeros((*leading, x.shape[-2], self._output_dims), x.dtype)
-        total = products[0]
-        for product in products[1:]:
-            total = total + product
-        return total.astype(x.dtype)
+        return _sum(products).astype(x.dtype)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """As OverlayLinear."""
         delta, base = self.delta_product(x, indices, sorted_indices), self.base_product(x)
-        return delta if base is None else base + delta
+        return delta if base is None else self.select(base, indices) + delta
+
+
+def _sum(products: Sequence[mx.array]) -> mx.array:
+    total = products[0]
+    for product in products[1:]:
+        total = total + product
+    return total
+
+
+def _take(x: mx.array, places: mx.array) -> mx.array:
+    """The numbers of `x` [..., rows, n] at `places` [..., m] of the last axis, 0 at place n; leading axes broadcast."""
+    padded = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
+    leading = mx.broadcast_shapes(x.shape[:-2], places.shape[:-1])
+    padded = mx.broadcast_to(padded, (*leading, *padded.shape[-2:]))
+    wanted = mx.broadcast_to(mx.expand_dims(places, -2), (*leading, x.shape[-2], places.shape[-1]))
+    return mx.take_along_axis(padded, wanted, axis=-1)
 
 
 class ExpertOutputs:
@@ -286,7 +331,7 @@ class ExpertOutputs:
 
 
 class _SharedBaseGLU(Module):
-    """Gated experts whose projections have a `base_product` and a `delta_product`.
+    """Gated experts whose projections have a `base_product`, which `select` gives to experts, and a `delta_product`.
 
     From SORT_FROM rows on they are sorted by expert, as in SwitchGLU; the base products of gate and up are computed
     before that, once for a token. That of down is, too, where `are_added_up` says that the block which calls does no
@@ -317,7 +362,7 @@ class _SharedBaseGLU(Module):
         def project(linear: Module) -> mx.array:
             base: mx.array | None = linear.base_product(x)
             delta: mx.array = linear.delta_product(rows, experts, True)
-            return delta if base is None else base[tokens] + delta
+            return delta if base is None else linear.select(base[tokens], experts) + delta
 
         hidden = self.activation(project(self.up_proj), project(self.gate_proj))
         delta = self.down_proj.delta_product(hidden, experts, sorted_indices=True)

@@ -33,9 +33,10 @@ def _chosen(layers: Sequence[LayerVerification]) -> str:
 
 
 def _how(codes: Mapping[str, ProjectionCodes], role: str) -> str:
-    """For instance "2bit on 4bit", without the groups of the scales."""
+    """For instance "2bit on 4bit", without the groups of the scales; "2bit on 4bit, 5bit" with strangers."""
     each = codes[role]
     text = f"{each.delta} on {each.base}" if each.base else each.delta
+    text += f", {each.rest}" if each.rest else ""
     return re.sub(r":(64|128)\b", "", text)
 
 

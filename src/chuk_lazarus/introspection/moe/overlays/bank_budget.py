@@ -1,0 +1,81 @@
+"""What a bank of neurons takes: how much its deltas hold, and the widths of bank, deltas and strangers."""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..numerics.alignment import Bank
+from .codes import BankShape, MatrixCode, RoleCodes
+from .codes.bits import LEVELS, BitsCode
+from .codes.code import Shape
+from .codes.low_rank import FactorsCode
+
+NOTHING = FactorsCode(0, BitsCode(8))  # no delta: neurons are those of the bank
+MOST_LEVELS = 64  # of a bank, as more buy nothing
+
+
+def sharing_experts(index: NDArray[np.intp], count: int) -> list[int]:
+    """Experts that share many neurons of a bank: one, and in turn the one that shares the most with those before it."""
+    chosen = [0]
+    while len(chosen) < count:
+        known = np.unique(index[chosen])
+        shared = [-1 if e in chosen else int(np.isin(own, known).sum()) for e, own in enumerate(index)]
+        chosen.append(int(np.argmax(shared)))
+    return chosen
+
+
+def bank_delta_share(matched: Sequence[NDArray[np.float32]], bank: Bank, chosen: Sequence[int]) -> float:
+    """d of the experts' matched neurons [matched, inputs], from those neurons of the bank that several of them share.
+
+    A neuron's users differ from their mean by less than from the mean of all users; that is made up for. 1 where none
+    is shared.
+    """
+    users = np.bincount(bank.index.ravel(), minlength=bank.size)
+    places = np.concatenate([bank.index[expert] for expert in chosen])
+    vectors = np.concatenate(matched)
+    order = np.argsort(places, kind="stable")
+    names, starts, counts = np.unique(places[order], return_index=True, return_counts=True)
+    sums = np.add.reduceat(vectors[order].astype(np.float64), starts, axis=0)
+    energies = np.add.reduceat(np.square(vectors[order], dtype=np.float64).sum(axis=1), starts)
+    several = counts > 1
+    left = (energies - np.square(sums).sum(axis=1) / counts)[several] / (counts[several] - 1)
+    left *= (counts * (1 - 1 / users[names]))[several]
+    energy = float(energies[several].sum())
+    return min(1.0, max(0.0, float(left.sum()) / energy)) if energy else 1.0
+
+
+def bank_ladder(
+    bank: BankShape,
+    shape: Shape,
+    experts: int,
+    group: int,
+    rungs: Sequence[Sequence[MatrixCode]],
+    error: Callable[[RoleCodes], float],
+) -> list[RoleCodes]:
+    """The codes of bank, deltas and strangers that err the least for their bytes, from the fewest bytes on.
+
+    These are on the lower convex hull of all that could be: as long as the deltas from a wider bank would take more
+    than they save, there are none. `group` weights of the bank share a scale; `rungs` are the codes of deltas and of
+    strangers, of ascending bits.
+    """
+    of_deltas, of_rest = rungs
+    rests: Sequence[MatrixCode | None] = of_rest if bank.matched < shape[bank.axis] else [None]
+    deltas: list[MatrixCode] = [NOTHING, *of_deltas]
+    bases = [BitsCode(levels, group) for levels in LEVELS if levels <= MOST_LEVELS]
+    every = [RoleCodes(*sides, bank) for sides in product(bases, deltas, rests)]
+    points = sorted((each.nbytes(shape, experts), error(each), n) for n, each in enumerate(every))
+    hull: list[tuple[int, float, int]] = []
+    for point in points:
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [every[n] for _, _, n in hull]
+
+
+def _slope(first: tuple[int, float, int], second: tuple[int, float, int]) -> float:
+    """By how much the error changes for a byte, between two points of bytes and errors."""
+    return (second[1] - first[1]) / (second[0] - first[0])
