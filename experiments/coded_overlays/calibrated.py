@@ -1,7 +1,7 @@
 """Peers that look at text: GPTQ, REAP and HC-SMoE. They see 32,768 tokens that the model was trained on."""
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import numpy as np
@@ -35,10 +35,12 @@ def gptq(bench: Bench) -> Iterator[Candidate]:
 
     for (levels, bits), group in product(CODES, (64, 128)):
         sizes = [
-            (matrices.size, bits + 8 / min(group, matrices.shape[2])) for layer in bench.layers for matrices in layer.values()
+            (matrices.size, bits + 8 / min(group, matrices.shape[2]))
+            for layer in bench.layers
+            for matrices in layer.values()
         ]
         total = sum(size * each for size, each in sizes) / sum(size for size, _ in sizes)
-        yield Candidate("", f"{levels} levels, groups of {group}", total, lambda l=levels, g=group: rebuild(l, g))
+        yield Candidate("", f"{levels} levels, groups of {group}", total, partial(rebuild, levels, group))
 
 
 def second_moments(bench: Bench, place: int) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from models import ROLES, Array, Layers
+from models import Array, Layers
 from numpy.typing import NDArray
 
 
@@ -19,8 +19,8 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of a method. `bits` is bits a weight of all experts, everything counted; `variant` names settings that
-    form one curve."""
+    """One setting of a method. `bits` is bits a weight of all experts, everything counted; `variant` names settings
+    that form one curve."""
 
     variant: str
     setting: str

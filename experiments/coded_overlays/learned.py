@@ -13,9 +13,9 @@ DAMPING = 1e-5
 def fit_bases(rows: Array, rank: int, bases: int, inner: int | None, store: Callable[[Array], Array]) -> Array:
     """The matrices [experts, intermediate, hidden] as left_e @ tanh(sum_j mix_ej basis_j), as they are stored.
 
-    A basis [rank, hidden] is full, or the product of [rank, inner] and [inner, hidden]. Adam trains bases and mix, and at
-    each step every left factor is the best one for them, by least squares. Starts at the SVD of all experts together,
-    where tanh is nearly linear, so it is at least about as good as that, and ends when 100 steps win less than 0.2 %.
+    A basis [rank, hidden] is full, or the product of [rank, inner] and [inner, hidden]. Adam trains bases and mix, and
+    at each step every left factor is the best one for them, by least squares. Starts at the SVD of all experts
+    together, where tanh is nearly linear, and ends when 100 steps win less than 0.2 %.
     """
     rng = np.random.default_rng(0)
     experts = len(rows)
@@ -63,7 +63,12 @@ def _combine(parameters: dict[str, Array]) -> Array:
 def _solve(wanted: Array, hidden: Array) -> Array:
     """The best left factor of each expert, [experts, intermediate, rank]."""
     gram = hidden @ np.swapaxes(hidden, -1, -2)
-    gram += DAMPING * np.trace(gram, axis1=-2, axis2=-1)[:, None, None] / len(gram[0]) * np.eye(gram.shape[-1], dtype=np.float32)
+    gram += (
+        DAMPING
+        * np.trace(gram, axis1=-2, axis2=-1)[:, None, None]
+        / len(gram[0])
+        * np.eye(gram.shape[-1], dtype=np.float32)
+    )
     return np.swapaxes(np.linalg.solve(gram, hidden @ np.swapaxes(wanted, -1, -2)), -1, -2)
 
 

@@ -153,7 +153,9 @@ class Bench:
         """The model with other experts, and routed to those that are `kept` alone, of each layer [experts]."""
         after, targets = self.predict(layers, self.windows, kept), self.windows[:, 1:, None]
         kl = (np.exp(self.before) * (self.before - after)).sum(-1).mean(-1)
-        losses = [-np.take_along_axis(each, targets, -1).mean((1, 2), dtype=np.float64) for each in (self.before, after)]
+        losses = [
+            -np.take_along_axis(each, targets, -1).mean((1, 2), dtype=np.float64) for each in (self.before, after)
+        ]
         change, root = losses[1] - losses[0], math.sqrt(len(kl))
         return Measured(
             loss=float(losses[1].mean()),

@@ -18,8 +18,8 @@ from chuk_lazarus.introspection.moe.overlays.layer import coded_bytes, sum_parts
 
 
 def overlay(bench: Bench, bits: float, **options: Any) -> dict[str, Any] | None:
-    """`moe-overlay-compress --bits`, and the experts that its file holds: a row of results, None where so few bits are out
-    of reach.
+    """`moe-overlay-compress --bits`, and the experts that its file holds: a row of results, None where so few bits
+    are out of reach.
 
     The weight error is that of the report, the root of the mean square over layers, roles and experts.
     """
@@ -79,5 +79,3 @@ def plain(bench: Bench, bits: float) -> dict[str, Any] | None:
         "weight_error": weight_error(bench.layers, rebuilt),
         **asdict(bench.measure(rebuilt)),
     }
-
-

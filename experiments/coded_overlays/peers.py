@@ -1,7 +1,7 @@
 """Peers that need no data: plain codes, deltas from a base, shared factors, and fewer experts.
 
-Each is a function of a model's bench that yields candidates. What was simplified is in README.md. "4 bits" variants store
-whatever a paper stores in bf16 by rounding to nearest in groups of 64, so that methods of this kind reach few bits at all.
+Each is a function of a model's bench that yields candidates. What was simplified is in README.md. "4 bits" variants
+store whatever a paper stores in bf16 by rounding to nearest in groups of 64, so that such methods reach few bits.
 """
 
 import math
@@ -16,7 +16,6 @@ from models import Bench
 from scipy.optimize import linear_sum_assignment
 from storage import (
     BF16,
-    FOUR_BITS,
     PRECISIONS,
     Precision,
     as_bf16,
@@ -45,7 +44,12 @@ def rtn(bench: Bench) -> Iterator[Candidate]:
 def lloyd(bench: Bench) -> Iterator[Candidate]:
     """Lloyd and Max's levels with scales by least squares, unbiased."""
     for count, group in product((2, 3, 4, 8, 16), (64, 128)):
-        yield plain(bench, f"{count} levels, groups of {group}", lloyd_bits(count, group), partial(lloyd_max, count=count, group=group))
+        yield plain(
+            bench,
+            f"{count} levels, groups of {group}",
+            lloyd_bits(count, group),
+            partial(lloyd_max, count=count, group=group),
+        )
 
 
 def plain(bench: Bench, setting: str, bits: float, change) -> Candidate:
@@ -118,12 +122,11 @@ def bitdelta(bench: Bench) -> Iterator[Candidate]:
         return result
 
     for base, rounds in product(PRECISIONS, (1, 2, 3, 4)):
-        bits = lambda shape, rounds=rounds: rounds * (1 + 16 / math.prod(shape[1:]))
-        yield _deltas(bench, base, f"{rounds} bit", bits, partial(code, rounds=rounds))
+        yield _deltas(bench, base, f"{rounds} bit", partial(_sign_bits, rounds=rounds), partial(code, rounds=rounds))
 
 
 def dqrelo(bench: Bench) -> Iterator[Candidate]:
-    """D-QRELO: the signs of the delta, and factors of what they leave; the scale is fitted again to what factors leave."""
+    """D-QRELO: the signs of the delta, and factors of what they leave; scale and factors are fitted in turns."""
 
     def code(delta: Array, share: float, precision: Precision) -> Array:
         factors = np.zeros_like(delta)
@@ -135,40 +138,46 @@ def dqrelo(bench: Bench) -> Iterator[Candidate]:
         return coded + factors
 
     for base, share in product(PRECISIONS, LADDER):
-        bits = lambda shape, share=share, base=base: 1 + 16 / math.prod(shape[1:]) + _rank_bits(shape, share, base)
-        yield _deltas(bench, base, f"sign + rank {share:.1%}", bits, partial(code, share=share, precision=base))
+        yield _deltas(
+            bench,
+            base,
+            f"sign + rank {share:.1%}",
+            lambda shape, share=share, base=base: _sign_bits(shape) + _rank_bits(shape, share, base),
+            partial(code, share=share, precision=base),
+        )
 
 
 def ders(bench: Bench) -> Iterator[Candidate]:
     """DeRS: the base in bf16, and of each delta the largest weights, or all in few bits."""
-    for base, bits in product(PRECISIONS, (1, 2, 3, 4)):
-        if bits == 1:
-            yield _deltas(bench, base, "quantised, 1 bit", lambda shape: 1 + 16 / math.prod(shape[1:]), signs)
-        else:
-            cost = lambda shape, bits=bits: round_bits(bits)
-            yield _deltas(bench, base, f"quantised, {bits} bits", cost, partial(round_to_nearest, bits=bits))
+    for base in PRECISIONS:
+        yield _deltas(bench, base, "quantised, 1 bit", _sign_bits, signs)
+        for bits in (2, 3, 4):
+            code, cost = partial(round_to_nearest, bits=bits), round_bits(bits)
+            yield _deltas(bench, base, f"quantised, {bits} bits", lambda _, cost=cost: cost, code)
     for base, share in product(PRECISIONS, LADDER):
-        code = lambda delta, share=share, base=base: np.where(
-            (kept := keep_largest(delta, share)) != 0, _store_kept(kept, base), np.float32(0)
-        )
-        cost = lambda shape, share=share, base=base: _sparse_bits(share, base)
-        candidate = _deltas(bench, base, f"sparse, {share:.1%} kept", cost, code)
+        code, cost = partial(_sparse, share=share, precision=base), _sparse_bits(share, base)
+        candidate = _deltas(bench, base, f"sparse, {share:.1%} kept", lambda _, cost=cost: cost, code)
         yield Candidate(f"sparse, {candidate.variant}", candidate.setting, candidate.bits, candidate.rebuild)
 
 
-def _sparse_bits(share: float, precision: Precision) -> float:
-    return share * precision.bits + place_bits(share)
+def _sign_bits(shape: tuple[int, ...], rounds: int = 1) -> float:
+    return rounds * (1 + 16 / math.prod(shape[1:]))
 
 
-def _store_kept(kept: Array, precision: Precision) -> Array:
-    """The kept weights of each matrix, stored one after another."""
+def _sparse(matrices: Array, share: float, precision: Precision) -> Array:
+    """The largest weights of each matrix, as they are stored one after another."""
+    kept = keep_largest(matrices, share)
     if precision is BF16:
         return as_bf16(kept)
     result = np.zeros_like(kept)
     for index in np.ndindex(kept.shape[:-2]):
         mask = kept[index] != 0
-        result[index][mask] = round_to_nearest(kept[index][mask][None], 4)[0]
+        result[index][mask] = precision.store(kept[index][mask][None])[0]
     return result
+
+
+def _sparse_bits(share: float, precision: Precision) -> float:
+    return share * precision.bits + place_bits(share)
 
 
 def delta_come(bench: Bench) -> Iterator[Candidate]:
@@ -191,8 +200,7 @@ def delta_come(bench: Bench) -> Iterator[Candidate]:
         result, start = np.zeros_like(delta), 0
         for levels, count in widths(_rank(delta.shape, share)):
             if count:
-                parts = [part for part in (np.swapaxes(left, -1, -2), right)]
-                parts = [part[..., start : start + count, :] for part in parts]
+                parts = [part[..., start : start + count, :] for part in (np.swapaxes(left, -1, -2), right)]
                 if levels == 256:
                     stored = [round_to_nearest(part, 8, 256) for part in parts]
                 else:
@@ -202,7 +210,7 @@ def delta_come(bench: Bench) -> Iterator[Candidate]:
         return result
 
     for base, share in product(PRECISIONS, LADDER):
-        cost = partial(lambda shape, share: bits(shape, share), share=share)
+        cost = partial(bits, share=share)
         yield _deltas(bench, base, f"rank {share:.1%} in 8, 3, 2 bits", cost, partial(code, share=share))
 
 
@@ -210,7 +218,7 @@ def d2moe(bench: Bench) -> Iterator[Candidate]:
     """D2-MoE without data: the plain mean, and factors of the deltas by plain SVD."""
     for precision, share in product(PRECISIONS, LADDER):
         code = partial(_low_rank, share=share, precision=precision)
-        cost = partial(lambda shape, share, precision: _rank_bits(shape, share, precision), share=share, precision=precision)
+        cost = partial(_rank_bits, share=share, precision=precision)
         yield _deltas(bench, precision, f"rank {share:.1%}", cost, code)
 
 
@@ -257,13 +265,18 @@ def resmoe(bench: Bench) -> Iterator[Candidate]:
                 result[-1][role] = hidden_last(role, back)
         return Rebuilt(result)
 
+    def sparse_cost(_: tuple[int, ...], share: float, precision: Precision) -> float:
+        return _sparse_bits(share, precision)
+
+    def with_base(_: str, shape: tuple[int, ...], cost, share: float, precision: Precision) -> float:
+        return precision.bits / shape[0] + cost(shape, share, precision)
+
     for precision, share in product(PRECISIONS, LADDER):
-        code = lambda delta, share=share, precision=precision: _store_kept(keep_largest(delta, share), precision)
-        bits = mean_bits(bench.layers, lambda _, s: precision.bits / s[0] + _sparse_bits(share, precision))
-        yield Candidate(f"pruned, {precision.name}", f"{share:.1%} kept", bits, partial(rebuild, precision, code))
-        code = partial(_low_rank, share=share, precision=precision)
-        bits = mean_bits(bench.layers, lambda _, s: precision.bits / s[0] + _rank_bits(s, share, precision))
-        yield Candidate(f"SVD, {precision.name}", f"rank {share:.1%}", bits, partial(rebuild, precision, code))
+        for name, code, cost in (("pruned", _sparse, sparse_cost), ("SVD", _low_rank, _rank_bits)):
+            bits = mean_bits(bench.layers, partial(with_base, cost=cost, share=share, precision=precision))
+            setting = f"{share:.1%} kept" if name == "pruned" else f"rank {share:.1%}"
+            change = partial(rebuild, precision, partial(code, share=share, precision=precision))
+            yield Candidate(f"{name}, {precision.name}", setting, bits, change)
 
 
 def find_orders(layer: dict[str, Array], rounds: int = 5) -> np.ndarray:
@@ -364,6 +377,3 @@ def prune(bench: Bench, name: str, scores: list[Array]) -> Iterator[Candidate]:
 
         label = f"{name}, {precision.name}"
         yield Candidate(label, f"{count} of {experts}", precision.bits * count / experts, rebuild)
-
-
-assert FOUR_BITS.bits == 4.5

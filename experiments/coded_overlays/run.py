@@ -3,9 +3,9 @@
     python experiments/coded_overlays/run.py --zoo ZOO [--zoo OUT]       # appends to results.json what it does not have
     python experiments/coded_overlays/run.py --zoo ZOO --again overlay   # measures one method again
 
-ZOO is what experiments/04_unseen_histories/zoo.py makes, OUT what upcycle64.py does. A row of results.json is one model,
-method and setting; `--models` and `--methods` choose. Overlays come last: they get the bits that each other method took,
-rounded down to a twentieth, and those of OWN_BUDGETS.
+ZOO is what experiments/04_unseen_histories/zoo.py makes, OUT what upcycle64.py does. A row of results.json is one
+model, method and setting; `--models` and `--methods` choose. Overlays come last: they get the bits that each other
+method took, rounded down to a twentieth, and those of OWN_BUDGETS.
 """
 
 import argparse

@@ -56,7 +56,9 @@ def lloyd_max(matrix: Array, count: int, group: int = 128, unbiased: bool = True
     middles = (levels[1:] + levels[:-1]) / 2
     scale = np.sqrt(np.square(grouped).mean(-1, keepdims=True))
     for _ in range(3):
-        picked = levels[np.searchsorted(middles, np.divide(grouped, scale, out=np.zeros_like(grouped), where=scale > 0))]
+        picked = levels[
+            np.searchsorted(middles, np.divide(grouped, scale, out=np.zeros_like(grouped), where=scale > 0))
+        ]
         square = np.square(picked).sum(-1, keepdims=True)
         scale = np.maximum(0, np.divide((grouped * picked).sum(-1, keepdims=True), square, where=square > 0, out=scale))
     with np.errstate(divide="ignore"):
