@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-RATE, MOST, EVERY, ENOUGH = 5e-3, 1500, 100, 2e-3
+RATE, MOST, EVERY, ENOUGH = 5e-3, 1000, 100, 2e-3
 DAMPING = 1e-5
 
 

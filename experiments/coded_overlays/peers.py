@@ -295,29 +295,43 @@ def find_orders(layer: dict[str, Array], rounds: int = 5) -> np.ndarray:
 # Shared factors
 
 
+SIDES = ("hidden", "neurons")  # along which the shared factor runs
+
+
+def _lay(role: str, side: str, matrices: Array) -> Array:
+    """The matrices with the side of the shared factor last, and back."""
+    return matrices if (role == "down") == (side == "neurons") else np.swapaxes(matrices, -1, -2)
+
+
 def molae(bench: Bench) -> Iterator[Candidate]:
     """MoLAE: all experts of a role project into one latent space, found by the SVD of all of them together."""
 
-    def change(role: str, matrices: Array, share: float, precision: Precision) -> Array:
-        rows = hidden_last(role, matrices)
+    def change(role: str, matrices: Array, side: str, share: float, precision: Precision) -> Array:
+        rows = _lay(role, side, matrices)
         rank = max(1, round(share * rows.shape[-1]))
         basis = np.linalg.svd(rows.reshape(-1, rows.shape[-1]), full_matrices=False)[2][:rank]
-        return hidden_last(role, precision.store(rows @ basis.T) @ precision.store(basis))
+        return _lay(role, side, precision.store(rows @ basis.T) @ precision.store(basis))
 
-    def bits(role: str, shape: tuple[int, ...], share: float, precision: Precision) -> float:
-        experts, inner, hidden = shape if role != "down" else (shape[0], shape[2], shape[1])
-        rank = max(1, round(share * hidden))
-        return precision.bits * rank * (experts * inner + hidden) / (experts * inner * hidden)
+    def bits(role: str, shape: tuple[int, ...], side: str, share: float, precision: Precision) -> float:
+        own, shared = _sides(role, side, shape)
+        rank = max(1, round(share * shared))
+        return precision.bits * rank * (shape[0] * own + shared) / math.prod(shape)
 
-    for precision, share in product(PRECISIONS, LADDER):
-        yield Candidate(
-            precision.name,
-            f"rank {share:.1%}",
-            mean_bits(bench.layers, partial(bits, share=share, precision=precision)),
-            lambda share=share, precision=precision: Rebuilt(
-                by_role(bench.layers, partial(change, share=share, precision=precision))
-            ),
-        )
+    for precision, side, share in product(PRECISIONS, SIDES, LADDER):
+        options = {"side": side, "share": share, "precision": precision}
+        taken = mean_bits(bench.layers, partial(bits, **options))
+        rebuild = partial(_change_roles, bench, partial(change, **options))
+        yield Candidate(f"{precision.name}, {side}", f"rank {share:.1%}", taken, rebuild)
+
+
+def _change_roles(bench: Bench, change) -> Rebuilt:
+    return Rebuilt(by_role(bench.layers, change))
+
+
+def _sides(role: str, side: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The lengths of an expert's own factor and of the shared one, from [experts, out, in]."""
+    rows, columns = shape[1:]
+    return (rows, columns) if (role == "down") == (side == "neurons") else (columns, rows)
 
 
 def mobe(bench: Bench) -> Iterator[Candidate]:
@@ -326,30 +340,27 @@ def mobe(bench: Bench) -> Iterator[Candidate]:
 
 
 def slbf(bench: Bench) -> Iterator[Candidate]:
-    """SLBF: as MoBE, with bases of low rank, and more of them."""
+    """SLBF: as MoBE, with bases of low rank."""
     yield from _learned(bench, low_rank=True)
 
 
 def _learned(bench: Bench, low_rank: bool) -> Iterator[Candidate]:
-    experts, hidden = len(bench.layers[0]["gate"]), bench.layers[0]["gate"].shape[2]
-    for precision, bases, share in product(PRECISIONS, (experts // 4, experts // 2), LADDER):
-        rank = max(1, round(share * hidden))
-        inner = max(1, rank // 2) if low_rank else None
+    experts, rows, columns = bench.layers[0]["gate"].shape
+    bases = experts // (2 if low_rank else 4)
 
-        def bits(role: str, shape: tuple[int, ...], rank=rank, bases=bases, inner=inner, precision=precision) -> float:
-            width = shape[2] if role == "down" else shape[1]
-            shared = bases * (rank * hidden if inner is None else inner * (rank + hidden))
-            return (precision.bits * (experts * width * rank + shared) + 16 * experts * bases) / math.prod(shape)
+    def bits(role: str, shape: tuple[int, ...], side: str, rank: int, inner: int | None, precision: Precision) -> float:
+        own, shared = _sides(role, side, shape)
+        of_bases = bases * (rank * shared if inner is None else inner * (rank + shared))
+        return (precision.bits * (experts * own * rank + of_bases) + 16 * experts * bases) / math.prod(shape)
 
-        def change(role: str, matrices: Array, rank=rank, bases=bases, inner=inner, precision=precision) -> Array:
-            return hidden_last(role, fit_bases(hidden_last(role, matrices), rank, bases, inner, precision.store))
+    def change(role: str, matrices: Array, side: str, rank: int, inner: int | None, precision: Precision) -> Array:
+        return _lay(role, side, fit_bases(_lay(role, side, matrices), rank, bases, inner, precision.store))
 
-        yield Candidate(
-            f"{precision.name}, {bases} bases",
-            f"rank {rank}",
-            mean_bits(bench.layers, bits),
-            lambda change=change: Rebuilt(by_role(bench.layers, change)),
-        )
+    for precision, side, rank in product(PRECISIONS, SIDES, range(2, min(rows, columns) + 1)):
+        options = {"side": side, "rank": rank, "inner": rank // 2 if low_rank else None, "precision": precision}
+        taken = mean_bits(bench.layers, partial(bits, **options))
+        rebuild = partial(_change_roles, bench, partial(change, **options))
+        yield Candidate(f"{precision.name}, {bases} bases, {side}", f"rank {rank}", taken, rebuild)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@
     python experiments/coded_overlays/run.py --zoo ZOO --again overlay   # measures one method again
 
 ZOO is what experiments/04_unseen_histories/zoo.py makes, OUT what upcycle64.py does. A row of results.json is one
-model, method and setting; `--models` and `--methods` choose. Overlays come last: they get the bits that each other
-method took, rounded down to a twentieth, and those of OWN_BUDGETS.
+model, method and setting; `--models` and `--methods` choose. Between our own budgets the
+logarithm of our KL is interpolated, to compare at the bits that a method took.
 """
 
 import argparse
 import fcntl
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -27,8 +26,10 @@ from models import MODELS, Bench, find_folder, weight_error
 RESULTS = Path(__file__).resolve().parent / "results.json"
 BUDGETS = (1.6, 2.1, 3.1)  # of peers
 FEW_BUDGETS = (2.1,)  # of methods that train
-OWN_BUDGETS = (1.6, 2.1, 2.6, 3.1, 4.1)
-GRID = 20  # steps of a bit, down to which the bits of others are rounded for ours
+OWN_BUDGETS = {
+    "plain": (1.55, 1.65, 2.1, 2.6, 3.1, 3.5, 4.1),
+    "overlay": (1.3, 1.5, 1.55, 1.6, 1.65, 1.7, 1.85, 2.1, 2.25, 2.6, 3.1, 3.5, 4.1),
+}
 
 PEERS: dict[str, Method] = {
     "RTN": peers.rtn,
@@ -79,12 +80,9 @@ def measure_peer(bench: Bench, name: str, known: list[Row]) -> Iterator[Row]:
             }
 
 
-def measure_ours(bench: Bench, name: str, known: list[Row], others: list[Row]) -> Iterator[Row]:
-    """The rows of one of our methods, at the budgets and at the bits of each other method."""
-    wanted = {*OWN_BUDGETS, *(math.floor(GRID * row["bits"] + 1e-6) / GRID for row in others if name == "overlay")}
-    for bits in sorted(wanted - {row["asked"] for row in known}):
-        if not 1 <= bits <= 5:
-            continue
+def measure_ours(bench: Bench, name: str, known: list[Row]) -> Iterator[Row]:
+    """The rows of one of our methods that are not known yet."""
+    for bits in sorted({*OWN_BUDGETS[name]} - {row["asked"] for row in known}):
         started = time.perf_counter()
         if row := OURS[name](bench, bits):
             yield {"variant": "", "asked": bits, **row, "seconds": time.perf_counter() - started}
@@ -128,8 +126,7 @@ def main() -> None:
         for method in arguments.again or arguments.methods:
             of_model = [row for row in load_rows() if row["model"] == model]
             known = [row for row in of_model if row["method"] == method and method not in arguments.again]
-            others = [row for row in of_model if row["method"] not in OURS]
-            new = measure_ours(bench, method, known, others) if method in OURS else measure_peer(bench, method, known)
+            new = (measure_ours if method in OURS else measure_peer)(bench, method, known)
             for row in new:
                 known.append(round_row({"model": model, "method": method, **row}))
                 print(

@@ -3,12 +3,14 @@
     python experiments/coded_overlays/table.py        # prints the tables, writes comparison.svg
 
 A cell is another method's KL over ours. Of a method's rows those within 8 % of the budget count, and of these the one
-of the least KL; where there is none, the nearest. Ours has at most the bits of that row.
+of the least KL; where there is none, the nearest. Ours is taken
+at the bits of that row.
 """
 
 import json
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from chuk_lazarus.introspection.moe.views.figures import style
 
 HERE = Path(__file__).resolve().parent
 CALIBRATED = ("GPTQ", "REAP", "HC-SMoE")
-WITHIN, SLACK = 0.08, 0.006
+WITHIN = 0.08
 SHOWN = (
     "copies, cosine 0.97",
     "shuffled copies",
@@ -44,15 +46,21 @@ def at_budget(rows: list[Row], budget: float) -> Row | None:
     return min(near, key=lambda row: row["kl"]) if near else min(rows, key=lambda row: abs(row["bits"] - budget))
 
 
-def at_most(rows: list[Row], bits: float) -> Row | None:
-    """Our row of the most bits that are at most so many."""
-    return max((row for row in rows if row["bits"] <= bits + SLACK), key=lambda row: row["bits"], default=None)
+def at_bits(rows: list[Row], bits: float) -> Row | None:
+    """Our KL at so many bits, with its standard error: the logarithm is interpolated between the neighbouring rows."""
+    rows = sorted(rows, key=lambda row: row["bits"])
+    for lower, upper in pairwise(rows):
+        if lower["bits"] <= bits <= upper["bits"] and lower["bits"] < upper["bits"]:
+            share = (bits - lower["bits"]) / (upper["bits"] - lower["bits"])
+            kl = math.exp((1 - share) * math.log(lower["kl"]) + share * math.log(upper["kl"]))
+            return {"bits": bits, "kl": kl, "kl_stderr": kl * lower["kl_stderr"] / lower["kl"]}
+    return None
 
 
 def compare(rows: list[Row], model: str, method: str, budget: float) -> tuple[Row, Row] | None:
-    """The rows of another method and of ours at the same bytes; in natives overlays and plain codes are the same."""
+    """A row of another method and ours at its bytes."""
     theirs = at_budget(rows_of(rows, model, method), budget)
-    own = at_most(rows_of(rows, model, "overlay"), theirs["bits"]) if theirs else None
+    own = at_bits(rows_of(rows, model, "overlay"), theirs["bits"]) if theirs else None
     return (theirs, own) if theirs and own else None
 
 
@@ -67,7 +75,7 @@ def print_table(rows: list[Row], budget: float) -> None:
     print(f"\n| at {budget} bits | ours: KL (bits) | {' | '.join(methods)} |")
     print("|---" * (len(methods) + 2) + "|")
     for model in MODELS:
-        own = at_most(rows_of(rows, model, "overlay"), budget)
+        own = at_bits(rows_of(rows, model, "overlay"), budget)
         if own is None:
             continue
         cells = []
@@ -94,7 +102,7 @@ def print_losses(rows: list[Row]) -> None:
     for model in MODELS:
         for method in PEERS:
             for theirs in rows_of(rows, model, method):
-                own = at_most(rows_of(rows, model, "overlay"), theirs["bits"])
+                own = at_bits(rows_of(rows, model, "overlay"), theirs["bits"])
                 if own is None:
                     continue
                 count = counts.setdefault((model in NATIVES, method in CALIBRATED), [0, 0, 0])
@@ -116,14 +124,14 @@ def print_losses(rows: list[Row]) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     with style.styled():
-        figure = style.new_figure(9.0, "Coded overlays lose least wherever experts share anything, at the same bytes")
+        figure = style.new_figure(9.0, "What a byte buys: coded overlays, plain codes, and other methods")
         shown = [model for model in SHOWN if rows_of(rows, model, "overlay")]
         grid = figure.subplots(-(-len(shown) // 2), 2, squeeze=False)
         for ax, model in zip(grid.flat, shown, strict=False):
             draw_panel(ax, rows, model)
         for ax in grid.flat[len(shown) :]:
             ax.set_visible(False)
-        for ax in grid[-1]:
+        for ax in grid.flat[: len(shown)][-2:]:
             ax.set_xlabel("bits a weight of the experts, everything counted")
         for ax in grid[:, 0]:
             ax.set_ylabel("KL from the original, nats a token")
@@ -153,22 +161,31 @@ def draw_panel(ax: Any, rows: list[Row], model: str) -> None:
             ax.plot(bits, kl, "--" if method == "plain" else "-", color=color, linewidth=2.2, zorder=5)
             labels.append((kl[-1], name, color))
     ax.set_yscale("log")
-    ax.set_xlim(LEAST, MOST + 1.05)
+    ax.set_xlim(LEAST, MOST + 1.15)
     ax.set_xticks([1.5, 2, 2.5, 3, 3.5])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
     low, high = ax.get_ylim()
-    step = math.log(high / low) / 17
-    places = spread([math.log(value) for value, _, _ in sorted(labels)], step, math.log(low), math.log(high))
+    step = math.log(high / low) / 19
+    places = spread([math.log(value) for value, _, _ in sorted(labels)], step, math.log(low) + step / 2, math.log(high))
     for (value, name, color), place in zip(sorted(labels), places, strict=True):
         weight = "bold" if color != style.GREY else "normal"
         ax.annotate(
             name,
             (MOST + 0.04, value),
-            (MOST + 0.2, math.exp(place)),
+            (MOST + 0.3, math.exp(place)),
             fontsize=6.5,
             color=color,
             fontweight=weight,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "#D0D0D0", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#D0D0D0",
+                "linewidth": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
         )
     ax.set_title(model)
 
@@ -183,16 +200,18 @@ def lower_curve(rows: list[Row]) -> list[tuple[float, float]]:
 
 
 def spread(places: list[float], step: float, low: float, high: float) -> list[float]:
-    """Ascending places, moved so that neighbours are `step` apart, and within limits if possible."""
-    result: list[float] = []
-    for place in places:
-        result.append(max(place, result[-1] + step) if result else max(place, low))
-    excess = result[-1] - high if result else 0.0
-    if excess > 0:
-        result[-1] -= excess
-        for index in range(len(result) - 2, -1, -1):
-            result[index] = min(result[index], result[index + 1] - step)
-    return result
+    """Ascending places, moved as little as need be so that neighbours are `step` apart, within the limits.
+
+    Least squares with an order is isotonic regression: neighbours that would cross are pooled at their mean.
+    """
+    pools: list[list[float]] = []
+    for number, place in enumerate(places):
+        pools.append([place - number * step])
+        while len(pools) > 1 and sum(pools[-2]) / len(pools[-2]) > sum(pools[-1]) / len(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    levels = [sum(pool) / len(pool) for pool in pools for _ in pool]
+    most = high - step * (len(places) - 1)
+    return [min(max(level, low), most) + number * step for number, level in enumerate(levels)]
 
 
 def main() -> None:
