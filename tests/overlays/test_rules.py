@@ -28,6 +28,7 @@ from chuk_lazarus.introspection.moe.overlays.bit_budget import (
     try_layer,
 )
 from chuk_lazarus.introspection.moe.overlays.codes import LayerCodes
+from chuk_lazarus.introspection.moe.overlays.codes import RoleCodes
 from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.quantisation import round_to_bits
 from chuk_lazarus.introspection.moe.weights.experts import Experts
@@ -74,8 +75,8 @@ def test_a_trial_knows_the_errors_of_whole_matrices() -> None:
         code = BitsCode(levels, 64)
         decoded = [code.decode(code.encode(matrix, unbiased=True), found.shape) for matrix in matrices]
         lost = sum(((rebuilt - matrix) ** 2).sum() for rebuilt, matrix in zip(decoded, matrices, strict=True))
-        assert found.error(code) == pytest.approx(found.plain_errors[levels], rel=1e-9)
-        assert found.error(code) == pytest.approx(lost / energy, rel=1e-4)
+        assert found.error(RoleCodes(None, code)) == pytest.approx(found.plain_errors[levels], rel=1e-9)
+        assert found.error(RoleCodes(None, code)) == pytest.approx(lost / energy, rel=1e-4)
     assert found.energy == pytest.approx(energy * layer.count / 2, rel=1e-5)
 
 
@@ -84,7 +85,7 @@ def test_between_tried_codes_errors_fall(demo: str) -> None:
     for roles in trials(demo).values():
         for trial in roles.values():
             codes = [BitsCode(levels, group) for levels in (2, 3, 4, 8, 16, 32, 64, 128, 256) for group in (128, 64)]
-            errors = [trial.error(code) for code in codes]
+            errors = [trial.error(RoleCodes(None, code)) for code in codes]
             assert errors == sorted(errors, reverse=True)
             assert 0 < errors[-1] < errors[0] < 1
 
