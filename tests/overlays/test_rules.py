@@ -27,8 +27,7 @@ from chuk_lazarus.introspection.moe.overlays.bit_budget import (
     predict_error,
     try_layer,
 )
-from chuk_lazarus.introspection.moe.overlays.codes import LayerCodes
-from chuk_lazarus.introspection.moe.overlays.codes import RoleCodes
+from chuk_lazarus.introspection.moe.overlays.codes import LayerCodes, RoleCodes
 from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.quantisation import round_to_bits
 from chuk_lazarus.introspection.moe.weights.experts import Experts
