@@ -68,8 +68,10 @@ class ExpertLayer:
         expected: Mapping[str, int | None],
         config: ModelConfig,
         one_plus_norm: bool = False,
+        shared_last: bool = False,
     ) -> None:
         self.number = number
+        self._shared_last = shared_last
         self._one_plus_norm = one_plus_norm
         self.expected = {source: count for source, count in expected.items() if count is not None}
         self._checkpoint = checkpoint
@@ -100,6 +102,8 @@ class ExpertLayer:
                 f"layer {self.number} has {sizes['E']} experts of {sizes['I']} x {sizes['H']}",
                 f"we read up to {MAX_EXPERTS} experts of up to {MAX_SIDE} x {MAX_SIDE}",
             )
+        if self._has_shared_expert(sizes["E"]):
+            sizes = {**sizes, "E": sizes["E"] - 1}
         for source, count in self.expected.items():
             if sizes["E"] != count:
                 raise ModelUnreadable(
@@ -107,6 +111,11 @@ class ExpertLayer:
                     "the checkpoint is incomplete, or this is said of another model",
                 )
         return sizes
+
+    def _has_shared_expert(self, stacked: int) -> bool:
+        """Whether the last of the stacked experts is a shared one; so it is where one of each fused tensor is left."""
+        is_fused = self.layout.is_stacked and len(self.layout.tensors[0].roles) == 2
+        return self._shared_last and is_fused and set(self.expected.values()) == {stacked - 1}
 
     @property
     def count(self) -> int:
@@ -157,10 +166,14 @@ class ExpertLayer:
         """
         by_role = self._match.layers[self.number]
         count, down = self.expected.get(self._checkpoint.config_file, 0), by_role.get("down", {})
+        if None in down and self.tensors[0].stored.shape[0] == self.count + 1:
+            return (self.count,) if self._has_shared_expert(self.count + 1) else ()
         if count <= 0 or 0 not in down:
             return ()
         present = {expert for experts in by_role.values() for expert in experts if expert is not None}
         uncounted = sorted(expert for expert in present if expert >= count)
+        if uncounted and len(uncounted) == self._config.layer(self.number).other_expert_count:
+            return tuple(uncounted)
         if any(expert in down and self._shapes(down[expert]) == self._shapes(down[0]) for expert in uncounted):
             return ()
         return tuple(uncounted)

@@ -32,6 +32,7 @@ class Experts:
         self.model_config = checkpoint.model_config.language_model()
         self.notes: list[str] = []
         matches, partial, unmatched = match_names(checkpoint.names, kind)
+        unmatched = self._leave_out_heads(unmatched)
         if unmatched:
             self._refuse(partial, unmatched)
         sizes: dict[str, int] = {}
@@ -58,6 +59,14 @@ class Experts:
             raise ModelUnreadable(
                 f"{checkpoint.config_file} says num_hidden_layers is {depth}, and no MoE layer lies below that"
             )
+
+    def _leave_out_heads(self, unmatched: list[str]) -> list[str]:
+        """The unmatched names without those in heads for multi-token prediction, of which a note tells."""
+        depth = self.model_config.num_hidden_layers
+        heads = [name for name in unmatched if is_in_head(name, depth)]
+        if heads:
+            self.notes.append(f"experts in a head for multi-token prediction are not read: {heads[0]}")
+        return [name for name in unmatched if name not in set(heads)] if heads else unmatched
 
     @classmethod
     def open(cls, model: str, kind: Kind = "routed") -> "Experts":
@@ -118,8 +127,15 @@ class Experts:
             router = match.beside.get(number, {}).get("router", {}).get("weight")
             if router and match.layout.is_flattened:
                 expected[router] = next(iter(self.checkpoint.info(router).shape), None)
-        one_plus_norm = has_feature(self.model_type, "one_plus_norm")
-        return ExpertLayer(self.checkpoint, match, number, expected, self.model_config, one_plus_norm)
+        return ExpertLayer(
+            self.checkpoint,
+            match,
+            number,
+            expected,
+            self.model_config,
+            one_plus_norm=has_feature(self.model_type, "one_plus_norm"),
+            shared_last=has_feature(self.model_type, "shared_last"),
+        )
 
     @property
     def activation(self) -> str:
@@ -129,6 +145,8 @@ class Experts:
         if is_gated and has_feature(self.model_type, "swiglu_oai"):
             return "swiglu_oai"
         names = [*self.model_config.activations, usual_activation(self.model_type), layout.activation]
+        if layout.activation == "gelu_up_plus_one":  # which no config can name
+            names.reverse()
         fitting = (name for name in names if name is not None and (is_gated or name != "swiglu_oai"))
         return printable(next(fitting, "silu"))
 
@@ -277,3 +295,9 @@ def split_model(model: str) -> tuple[str, str | None]:
 def _is_mtp_root(root: str) -> bool:
     """Whether the stack's layers are for multi-token prediction."""
     return any(part in ("mtp", "mtp_block") for part in root.split("."))
+
+
+def is_in_head(name: str, depth: int | None) -> bool:
+    """Whether the tensor belongs to a head for multi-token prediction, by its name or its layer's number."""
+    layer = re.search(r"(?:^|\.)layers\.(\d{1,9})\.", name)
+    return _is_mtp_root(name) or bool(layer and depth is not None and int(layer[1]) >= depth)
