@@ -454,10 +454,10 @@ NVFP4 = {
             "not MXFP4",
         ),
         (
-            {"weight_packed": Part("U8", (8, 48)), "weight_scale": Part("U8", (8, 2))},
-            {"format": "mxfp6-pack-quantized"},
+            {"weight": Part("U8", (8, 48)), "weight_scale": Part("U8", (8, 2))},
+            {"quant_method": "quark"},
             UnknownFormat,
-            "weight_packed (U8)",
+            "whether its elements are E2M3 or E3M2",
         ),
         ({"weight": Part("F4", (8, 33)), "scale": Part("U8", (8, 1))}, {}, UnknownFormat, "F4"),
         ({"weight": Part("F4", (8, 33)), "weight_scale": Part("U8", (8, 1))}, {}, ModelUnreadable, "not MXFP4"),
@@ -511,7 +511,7 @@ NVFP4 = {
             {"weight.Wq": Part("U8", (8, 4)), "weight_packed": Part("I16", (8, 4))},
             {"quant_method": "aqlm"},
             UnknownFormat,
-            "quant_method aqlm",
+            "stored as AQLM",
         ),
     ],
 )

@@ -102,7 +102,7 @@ class ExpertLayer:
                 f"layer {self.number} has {sizes['E']} experts of {sizes['I']} x {sizes['H']}",
                 f"we read up to {MAX_EXPERTS} experts of up to {MAX_SIDE} x {MAX_SIDE}",
             )
-        if self._has_shared_expert(sizes["E"]):
+        if self._counts_shared(sizes["E"]):
             sizes = {**sizes, "E": sizes["E"] - 1}
         for source, count in self.expected.items():
             if sizes["E"] != count:
@@ -112,10 +112,15 @@ class ExpertLayer:
                 )
         return sizes
 
-    def _has_shared_expert(self, stacked: int) -> bool:
-        """Whether the last of the stacked experts is a shared one; so it is where one of each fused tensor is left."""
+    def _counts_shared(self, stacked: int) -> bool:
+        """Whether the number of stacked experts is the expected one and one more, the shared expert."""
         is_fused = self.layout.is_stacked and len(self.layout.tensors[0].roles) == 2
         return self._shared_last and is_fused and set(self.expected.values()) == {stacked - 1}
+
+    @property
+    def has_shared_last(self) -> bool:
+        """Whether each stack has the shared expert behind the routed ones."""
+        return self._shared_last and self.layout.is_stacked and self.tensors[0].stored.shape[0] == self.count + 1
 
     @property
     def count(self) -> int:
@@ -166,8 +171,6 @@ class ExpertLayer:
         """
         by_role = self._match.layers[self.number]
         count, down = self.expected.get(self._checkpoint.config_file, 0), by_role.get("down", {})
-        if None in down and self.tensors[0].stored.shape[0] == self.count + 1:
-            return (self.count,) if self._has_shared_expert(self.count + 1) else ()
         if count <= 0 or 0 not in down:
             return ()
         present = {expert for experts in by_role.values() for expert in experts if expert is not None}
@@ -315,9 +318,9 @@ class ExpertTensor:
         grids = [part for part in stored.rows_per_row if part != "weight" and len(slices[0][part].shape) > 1]
         for part in grids if is_halved and not rest else ():
             span = stored.rows_per_row[part]
-            if span and span == int(span) and half % span and 2 * -(-half // span) == -(-2 * half // span):
+            if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
                 name = slices[0][part].name
-                raise UnknownFormat(f"{name}: a block of {span} rows may reach over gate and up, or end between them")
+                raise UnknownFormat(f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them")
         return self._opened
 
     @property
@@ -342,6 +345,8 @@ class ExpertTensor:
 
         The latter has {expert} in place of an expert's number.
         """
+        if self.layer.has_shared_last:
+            raise UnknownFormat(f"{next(iter(self.parts[0].values()))} holds the shared expert, too, and can't be replaced")
         layer, name = split_name(next(iter(self.parts[0].values())))
         template = max((template for template in self.spec.names if name.startswith(template)), key=len)
         return layer, f"{template}.weight" if name.startswith(f"{template}.") else template
@@ -398,6 +403,8 @@ class ExpertTensor:
         roles = self.spec.roles
         length = sum(self.layer.shape(role)[0] for role in roles)
         expected = (self.layer.count, length) if stacked else (length,)
+        if self.layer.has_shared_last:
+            values = values[: self.layer.count]
         if values.shape != expected:
             raise ModelUnreadable(f"{name} is {list(values.shape)}, expected {list(expected)}")
         values = values[expert] if stacked else values

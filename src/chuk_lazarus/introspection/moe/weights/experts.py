@@ -51,10 +51,15 @@ class Experts:
             end = depth
         self.layers = tuple(sorted(layer for layer in self._match.layers if layer < end))
         self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= end))
-        if left_out := self._open(self._match, min(self._match.layers)).left_out:
+        first = self._open(self._match, min(self._match.layers))
+        if first.has_shared_last:
+            self.notes.append(f"expert {first.count} of each stack is the shared expert, and is left out")
+        elif left_out := first.left_out:
             self.notes.append(
                 f"experts {format_ranges(left_out)} of a layer have no weights, or other shapes, and are left out"
             )
+        if any(".switch_mlp_1." in name for name in checkpoint.names):
+            self.notes.append("the experts of another modality, switch_mlp_1, are left out")
         if not self.layers:
             raise ModelUnreadable(
                 f"{checkpoint.config_file} says num_hidden_layers is {depth}, and no MoE layer lies below that"

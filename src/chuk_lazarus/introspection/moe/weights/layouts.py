@@ -23,7 +23,7 @@ _LAYER = re.compile(
 )
 # a dot precedes the part where the tensor belongs to a module, and an underscore where it is a bare parameter
 _PART = re.compile(
-    r"\.(?P<part>[A-Za-z][\w.]*)"
+    r"\.(?P<part>[A-Za-z_][\w.:]*)"
     r"|_(?P<suffix>bias|blocks|scales|scale(?:_inv|_2)?|weight_(?:scale(?:_inv|_2)?|packed)|\w+_scale"
     r"|(?:weight_)?(?:packed|shape|zero_point|g_idx|amax|outer_scale_denominator))"
 )

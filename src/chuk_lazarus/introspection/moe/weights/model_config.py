@@ -3,6 +3,7 @@
 from collections import ChainMap
 from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 from ..errors import printable
@@ -175,6 +176,9 @@ class ModelConfig:
         parts = _language_models(self.values) if self.whole is None else (self.whole, self.values)
         settings = next(filter(None, map(_stated_quantization, parts)), {})
         of_module = settings.get(module) if module else None
+        if module and isinstance(by_layer := settings.get("layer_quant_config"), dict):  # Quark's
+            own = next((by_layer[pattern] for pattern in by_layer if fnmatch(module, pattern)), None)
+            return {**settings, "global_quant_config": own} if isinstance(own, dict) else settings
         if not isinstance(of_module, dict):
             return settings
         # MLX's settings of a module leave out the mode where it is affine, even if the general mode is another
