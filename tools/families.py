@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
+from chuk_lazarus.introspection.moe.weights.codecs import refused
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import (
     AttentionLayout,
@@ -30,6 +31,13 @@ PAGE = ROOT / "docs/families.md"
 
 # who wrote and decoded the tensors below tests/fixtures/formats
 LIBRARIES = {
+    "float_ct_mxfp6": "compressed-tensors 0.20.1",
+    "packed_ct_int3": "compressed-tensors 0.20.1",
+    "packed_ct_int5": "compressed-tensors 0.20.1",
+    "packed_ct_int6": "compressed-tensors 0.20.1",
+    "packed_ct_int7": "compressed-tensors 0.20.1",
+    "packed_ct_plain_block": "compressed-tensors 0.20.1",
+    "packed_quark": "Quark 0.13",
     "float_ct": "compressed-tensors 0.20.0",
     "float_hf": "transformers 5.23.0",
     "float_modelopt": "compressed-tensors 0.20.0, from ModelOpt's parts",
@@ -125,10 +133,10 @@ How the weights are quantised is what `config.json` says, or, where it says noth
 """
 
 REFUSED = """
-Refused, by name: FP8 in blocks without `weight_block_size`, and FP8 scales that fit two readings; compressed-tensors
-INT3/5/6/7 and MXFP6; GPTQ in the marlin packing; AWQ other than 4-bit GEMM; stacks in bitsandbytes' 4-bit; HQQ, AQLM,
-QuIP, EXL2/3, VPTQ, Quark, torchao and EETQ; in GGUF Q8_1, Q8_K, Q1_0 and every type that the `gguf` package does not
-decode. Pickles are never opened.
+Refused, by name: FP8 in blocks without `weight_block_size`, and FP8 scales that fit two readings; integers of 3, 5, 6
+and 7 bits that old versions of compressed-tensors packed, as many as fit into a word; GPTQ in the marlin packing; AWQ
+other than 4-bit GEMM; stacks in bitsandbytes' 4-bit and of Quark's integers; {refused}; in GGUF Q8_1, Q8_K, Q1_0,
+the types of ik_llama.cpp and every type that the `gguf` package does not decode. Pickles are never opened.
 """
 
 
@@ -221,7 +229,7 @@ def page() -> str:
         )
         + "\n".join(attention()),
         FORMATS + "\n".join(formats()),
-        REFUSED.rstrip(),
+        REFUSED.format(refused=", ".join(sorted({*refused.METHODS.values(), *refused.PARTS}))).rstrip(),
     ]
     return "\n".join(sections) + "\n"
 

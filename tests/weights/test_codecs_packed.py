@@ -214,7 +214,7 @@ def rounded(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:
 
 
 def test_there_is_a_fixture_for_every_library() -> None:
-    assert {name.split("_")[1] for name in LIBRARIES} >= {"ct", "bnb", "gptq", "awq", "autoround"}
+    assert {name.split("_")[1] for name in LIBRARIES} >= {"ct", "bnb", "gptq", "awq", "autoround", "quark"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
