@@ -24,6 +24,7 @@ from chuk_lazarus.introspection.moe.weights.layouts import (
 )
 from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from chuk_lazarus.introspection.moe.weights.stored import open_stored
+from model_types import REASONS
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests/fixtures"
@@ -81,6 +82,13 @@ package).
 
 | model_type | layout | oracle | storage |
 |---|---|---|---|
+"""
+
+WITHOUT_ROW = """
+Types that libraries load and no row lists (`python tools/model_types.py` finds them in a library's source):
+
+| model_type | |
+|---|---|
 """
 
 LAYOUTS = """
@@ -221,6 +229,7 @@ def formats() -> list[str]:
 def page() -> str:
     sections = [
         INTRODUCTION + "\n".join(families()),
+        WITHOUT_ROW + "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(REASONS.items())),
         LAYOUTS + "\n".join(layouts()),
         ATTENTION.format(
             published=code(FROM_PUBLISHED_CODE),

@@ -403,7 +403,7 @@ class Writer:
         experts, hidden = self.case.experts, self.case.hidden
         flattened = "flattened" in traits(self.row)
         says = int(self.rng.integers(1, 4))  # the router, the config or both
-        if self.case.beside or (flattened and says != 2):
+        if self.case.beside or self.row.routed_only or (flattened and says != 2):
             routers = ("mlp.gate", "mlp.router.layer", "ffn.router.layer", "block_sparse_moe.gate")
             name = self.prefix + str(self.rng.choice(routers))
             router = self.rng.standard_normal((experts, hidden)).astype(np.float32)

@@ -197,7 +197,8 @@ class ExpertLayer:
     @property
     def stored_bytes(self) -> int:
         """The bytes of all experts' matrices in the files, with their scales and without biases."""
-        return sum(info.nbytes for tensor in self.tensors for info in tensor.infos())
+        stored = sum(info.nbytes for tensor in self.tensors for info in tensor.infos())
+        return stored * self.count // (self.count + 1) if self.has_shared_last else stored
 
     def prefetch(self, progress: Progress, ranges: Iterable[tuple[str, Range]] | None = None) -> None:
         """Fetch all experts of the layer, or the given byte ranges of files, in a few long requests."""
@@ -320,7 +321,9 @@ class ExpertTensor:
             span = stored.rows_per_row[part]
             if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
                 name = slices[0][part].name
-                raise UnknownFormat(f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them")
+                raise UnknownFormat(
+                    f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them"
+                )
         return self._opened
 
     @property
@@ -346,7 +349,9 @@ class ExpertTensor:
         The latter has {expert} in place of an expert's number.
         """
         if self.layer.has_shared_last:
-            raise UnknownFormat(f"{next(iter(self.parts[0].values()))} holds the shared expert, too, and can't be replaced")
+            raise UnknownFormat(
+                f"{next(iter(self.parts[0].values()))} holds the shared expert, too, and can't be replaced"
+            )
         layer, name = split_name(next(iter(self.parts[0].values())))
         template = max((template for template in self.spec.names if name.startswith(template)), key=len)
         return layer, f"{template}.weight" if name.startswith(f"{template}.") else template

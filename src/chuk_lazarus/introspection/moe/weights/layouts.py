@@ -32,7 +32,9 @@ _BARE_PARTS = {
     for suffix in ("packed", "shape", "zero_point", "g_idx", "global_scale", "amax", "outer_scale_denominator")
 }
 """The usual names of parts that a bare parameter has without "weight_"."""
-_LOOKS_ROUTED = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)|(?:^|\.)moe\.\d|^ffn_(?!norm)\w+_exps\.")
+_LOOKS_ROUTED = re.compile(
+    r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)|(?:^|\.)moe\.\d|^ffn_(?!norm)\w+_exps\."
+)
 _NOT_ROUTED = re.compile(
     r"shared_expert|share_expert|shared_mlp|shared_w\d|chunk_experts|vision_moe|self_attention|residual_mlp"
     r"|e_score_correction_bias|post_expert_norm|experts\.bias$|switch_mlp_1|\.lora_fc\d"

@@ -72,9 +72,7 @@ def _is_in_blocks(weight: Part, parts: Mapping[str, Part], quantization: Mapping
     if scale is None or scale.dtype not in ("F32", "BF16", "F16"):
         return False
     kinds, declared = find_blocks(quantization)
-    return kinds == {"block"} and any(
-        block[0] > 1 and scale.shape == grid(weight.shape, block) for block in declared
-    )
+    return kinds == {"block"} and any(block[0] > 1 and scale.shape == grid(weight.shape, block) for block in declared)
 
 
 def decode(

@@ -9,8 +9,8 @@ Formats v1.0, sections 5.3.3 and 5.4.1). Publishers store it as
 - `weight` int8 or uint8 [..., rows, columns / 2], or of the safetensors dtype F4, whose shape counts elements
   [..., rows, columns], beside the same scales: DeepSeek-V4, ModelOpt.
 
-The dtype of the scales is E8M0, or uint8 with the same bytes. In a stack, the rows of all matrices' scales may lie below
-each other, [experts * rows, groups]: Quark.
+The dtype of the scales is E8M0, or uint8 with the same bytes. In a stack, the rows of all matrices' scales may lie
+below each other, [experts * rows, groups]: Quark.
 """
 
 from collections.abc import Mapping

@@ -44,19 +44,19 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if packed == "weight":
         stated = weight_scheme(quantization).get("dtype")
         if not isinstance(stated, str) or stated not in KINDS:
-            raise UnknownFormat("MXFP6, and config.json does not say whether its elements are E2M3 or E3M2", CONFIG_HINT)
+            raise UnknownFormat(
+                "MXFP6, and config.json does not say whether its elements are E2M3 or E3M2", CONFIG_HINT
+            )
         kind = stated
     decoder = partial(decode, packed=packed, kind=kind)
     return Stored("mxfp6", (*rows, width // GROUP_BYTES * GROUP), {packed: 1, "weight_scale": 1}, decoder)
 
 
-def decode(
-    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, packed: str, kind: str
-) -> NDArray[np.float32]:
+def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, packed: str, kind: str) -> NDArray[np.float32]:
     """Bytes [rows, groups * 24] and exponents [rows, groups] -> float32 [rows, groups * 32]."""
     count = parts[packed].shape[-1] // 3 * 4
     codes = unpack_bytes(np.ascontiguousarray(parts[packed]), 6, count)
-    values = _VALUES[kind][codes]
+    values: NDArray[np.float32] = _VALUES[kind][codes]
     scale_groups(values, widen(parts["weight_scale"], E8M0), GROUP)
     return values
 

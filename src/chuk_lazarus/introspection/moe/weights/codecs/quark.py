@@ -67,23 +67,28 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         groups, outputs = scale.shape if len(scale.shape) == 2 else (0, 0)
         size = scheme.get("group_size")
         size = rows if size == -1 else size
-        if type(size) is not int or size < 1 or -(-rows // size) != groups or -(-outputs // per_word) * per_word != columns:
-            raise ModelUnreadable(
-                f"its weight is {list(weight.shape)}, its scale {list(scale.shape)}, and config.json says group_size {size}"
-            )
+        if (
+            type(size) is not int
+            or size < 1
+            or -(-rows // size) != groups
+            or -(-outputs // per_word) * per_word != columns
+        ):
+            shapes = f"its weight is {list(weight.shape)}, its scale {list(scale.shape)}"
+            raise ModelUnreadable(f"{shapes}, and config.json says group_size {size}")
         if zero and zero.shape not in ((groups, outputs), (groups, columns // per_word)):
             raise ModelUnreadable(f"its weight_zero_point is {list(zero.shape)} for {groups} groups of {outputs}")
-        spans = {name: size for name in ("weight_scale", "weight_zero_point") if name in parts}
+        by_group = {name: size for name in ("weight_scale", "weight_zero_point") if name in parts}
         decode = partial(_decode_groups, unpack=decoder, size=size, outputs=outputs)
-        return Stored(dtype, (rows, outputs), {"weight": 1, **spans}, decode, transposed=True)
+        return Stored(dtype, (rows, outputs), {"weight": 1, **by_group}, decode, transposed=True)
     one_per_row = scale.shape in ((rows,), (rows, 1)) and scheme.get("qscheme") != "per_tensor"
     if not one_per_row and prod(scale.shape) != 1:
         raise ModelUnreadable(f"its weight is {list(weight.shape)} and its scale {list(scale.shape)}")
     if zero and prod(zero.shape) not in (prod(scale.shape), -(-prod(scale.shape) // per_word)):
         raise ModelUnreadable(f"its weight_zero_point is {list(zero.shape)}, and its scale {list(scale.shape)}")
     per_zero = per_word if zero and zero.dtype == "I32" else 1
-    spans = {"weight_scale": 1, "weight_zero_point": per_zero} if one_per_row else {}
-    spans = {name: spans.get(name) for name in ("weight_scale", "weight_zero_point") if name in parts}
+    spans: dict[str, int | None] = {"weight_scale": 1 if one_per_row else None}
+    if zero:
+        spans["weight_zero_point"] = per_zero if one_per_row else None
     decode_rows = partial(_decode_rows, unpack=decoder, per_zero=per_zero if one_per_row else None)
     return Stored(dtype, (rows, columns), {"weight": 1, **spans}, decode_rows)
 

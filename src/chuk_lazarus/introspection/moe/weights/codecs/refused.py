@@ -6,6 +6,7 @@ from typing import Any
 from ...errors import UnknownFormat
 from .codec import Part
 
+IK_LLAMA = "ik_llama.cpp's "  # precedes the name of a type in the dtype of a GGUF file's tensor
 METHODS = {
     "torchao": "torchao",
     "hqq": "HQQ",
@@ -46,6 +47,7 @@ def check(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> None:
     found = next((name for name, sets in PARTS.items() if any(names <= parts.keys() for names in sets)), None)
     if found is None and any(part.dtype not in ("BF16", "F16", "F32", "F64") for part in parts.values()):
         found = METHODS.get(str(quantization.get("quant_method")).lower())
+    found = found or next((part.dtype for part in parts.values() if part.dtype.startswith(IK_LLAMA)), None)
     if found:
         raise UnknownFormat(
             f"stored as {found}, which we don't decode",

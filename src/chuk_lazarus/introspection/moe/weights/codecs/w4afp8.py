@@ -1,8 +1,8 @@
 """W4AFP8: signed four-bit integers in groups of 128 inputs, as DeepSeek's experts are stored for FP8 inputs.
 
 `weight` int8 [..., out, in / 2] holds two numbers a byte in two's complement, the even one in the low nibble;
-`weight_scale_inv` [..., out, in / 128] is *multiplied* despite its name (quantization/w4afp8.py of SGLang). The config's
-`quant_method` is w4afp8.
+`weight_scale_inv` [..., out, in / 128] is *multiplied* despite its name (quantization/w4afp8.py of SGLang). The
+config's `quant_method` is w4afp8.
 """
 
 from collections.abc import Mapping
@@ -38,9 +38,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     return Stored("w4afp8", (*rows, columns), {"weight": 1, scale: 1}, partial(decode, scale=scale, group=group))
 
 
-def decode(
-    parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, scale: str, group: int
-) -> NDArray[np.float32]:
+def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, scale: str, group: int) -> NDArray[np.float32]:
     """Bytes [rows, columns / 2] and scales [rows, groups] -> float32 [rows, columns]."""
     data = np.ascontiguousarray(parts["weight"]).view(np.uint8)
     codes = np.stack([data & 15, data >> 4], axis=-1).reshape(len(data), -1)
