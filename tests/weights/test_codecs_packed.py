@@ -15,6 +15,7 @@ from chuk_lazarus.introspection.moe.errors import ModelUnreadable, MoEError, Unk
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.codecs import Part, Stored, recognise
 from chuk_lazarus.introspection.moe.weights.codecs.bits import unpack, unpack_rows
+from chuk_lazarus.introspection.moe.weights.model_config import ModelConfig
 from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from encoded import Encoded
 from encoders_packed import ENCODERS
@@ -624,3 +625,24 @@ def test_any_bytes_decode_without_a_warning(name: str, seed: int) -> None:
     whole = decode(stored, parts)
     assert whole.shape == stored.shape
     np.testing.assert_array_equal(decode(stored, parts, 3, 9), whole[3:9])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quark's settings by layer
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"layer_quant_config": {"*.experts.*": {"weight": {"dtype": "int8", "qscheme": "per_channel"}}}},
+        {"layer_type_quant_config": {"nn.Linear": {"weight": {"dtype": "int8", "qscheme": "per_channel"}}}},
+    ],
+)
+def test_quark_s_settings_of_a_layer_go_before_the_general_ones(own: dict[str, Any]) -> None:
+    general = {"weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32}}
+    settings = {"quant_method": "quark", "global_quant_config": general} | own
+    config = ModelConfig({"quantization_config": settings})
+    encoded = make("quark_int8_channel", 6, 33)
+    found = config.quantization("model.layers.0.mlp.experts.3.up_proj")
+    np.testing.assert_array_equal(decode(open_parts(encoded.parts, found), encoded.parts), encoded.values)
+    assert config.quantization()["global_quant_config"] == general

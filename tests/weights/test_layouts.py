@@ -980,3 +980,13 @@ def test_the_vision_experts_of_a_list_are_left_out_even_where_they_are_as_large(
     experts = open_made(tensors, {"model_type": "ernie4_5_moe_vl", "moe_num_experts": [4, 2]})
     assert_same(read_all(experts.layer(0)), {role: m[:4] for role, m in matrices.items()})
     assert "experts 4-5 " in experts.notes[0]
+
+
+def test_tensors_of_a_method_that_is_not_decoded_are_refused_by_its_name() -> None:
+    """torchao flattens the parameters of stacked experts, so that no row has their names."""
+    names = [
+        f"model.layers.0.mlp.experts._{leaf}_proj_{part}" for leaf in ("gate_up", "down") for part in ("qdata", "scale")
+    ]
+    config = {"model_type": "qwen3_moe", "quantization_config": {"quant_method": "torchao"}}
+    with pytest.raises(UnknownFormat, match="stored as torchao, which we don't decode"):
+        open_made({name: np.zeros((2, 4), np.uint8) for name in names}, config)

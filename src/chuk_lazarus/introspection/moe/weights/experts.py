@@ -9,6 +9,7 @@ from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownF
 from ..terms import OVERLAY_CONFIG
 from ..text import format_ranges
 from .checkpoint import Checkpoint
+from .codecs import refused
 from .expert_layer import DoesNotFit, ExpertLayer
 from .layouts import Kind, LayoutMatch, has_feature, is_listed, match_names, usual_activation
 from .repositories.find import find_repository
@@ -183,6 +184,11 @@ class Experts:
                     f"{match.layout.name} has",
                     "the checkpoint is incomplete: download it again",
                 )
+        if method := refused.name_method(self.checkpoint.model_config.quantization()):
+            raise UnknownFormat(
+                f"{unmatched[0]}: stored as {method}, which we don't decode",
+                "use the original model, or one in a format that docs/families.md lists",
+            )
         listing = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
         raise UnknownFormat(
             f"no layout in our table holds these tensors, which look like routed experts: {listing}",

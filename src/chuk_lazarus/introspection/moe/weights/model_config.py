@@ -178,6 +178,10 @@ class ModelConfig:
         of_module = settings.get(module) if module else None
         if module and isinstance(by_layer := settings.get("layer_quant_config"), dict):  # Quark's
             own = next((by_layer[pattern] for pattern in by_layer if fnmatch(module, pattern)), None)
+            if isinstance(own, dict):
+                return {**settings, "global_quant_config": own}
+        if module and isinstance(by_type := settings.get("layer_type_quant_config"), dict):
+            own = next((by_type[kind] for kind in by_type if kind.rpartition(".")[2] == "Linear"), None)
             return {**settings, "global_quant_config": own} if isinstance(own, dict) else settings
         if not isinstance(of_module, dict):
             return settings

@@ -39,6 +39,11 @@ PARTS = {
 """By the format's name: sets of parts, one of which is there."""
 
 
+def name_method(quantization: Mapping[str, Any]) -> str | None:
+    """The name of the config's quantisation method where it is one that we don't decode."""
+    return METHODS.get(str(quantization.get("quant_method")).lower())
+
+
 def check(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> None:
     """Raise UnknownFormat, with the format's name, where the parts or the config are those of a known format.
 
@@ -46,7 +51,7 @@ def check(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> None:
     """
     found = next((name for name, sets in PARTS.items() if any(names <= parts.keys() for names in sets)), None)
     if found is None and any(part.dtype not in ("BF16", "F16", "F32", "F64") for part in parts.values()):
-        found = METHODS.get(str(quantization.get("quant_method")).lower())
+        found = name_method(quantization)
     found = found or next((part.dtype for part in parts.values() if part.dtype.startswith(IK_LLAMA)), None)
     if found:
         raise UnknownFormat(
