@@ -254,7 +254,7 @@ def nvfp4_scale2(matrix: Matrix, rng: np.random.Generator) -> Encoded:
     encoded = nvfp4_modelopt(matrix, rng)
     names = {"weight": "weight", "weight_scale": "scale", "weight_scale_2": "scale2"}
     parts = {names[name]: part for name, part in encoded.parts.items()}
-    return Encoded(parts | {"input_amax": ("F32", np.ones(1, np.float32))}, encoded.values, {})
+    return Encoded(parts, encoded.values, {})
 
 
 def nvfp4_amax(matrix: Matrix, rng: np.random.Generator) -> Encoded:

@@ -150,12 +150,18 @@ def modelslim_int8(matrix: Matrix, rng: np.random.Generator, *, group: int | Non
 
 
 def quark(
-    matrix: Matrix, rng: np.random.Generator, *, dtype: str, qscheme: str, symmetric: bool = False, group: int = 32
+    matrix: Matrix,
+    rng: np.random.Generator,
+    *,
+    dtype: str,
+    qscheme: str,
+    symmetric: bool = False,
+    group: int = 32,
+    reorder: bool = True,
 ) -> Encoded:
     """AMD's Quark: what has groups is turned."""
     bits, rows, columns = int(dtype.lstrip("uint")), *matrix.shape
     offset = 0 if dtype.startswith("u") else 1 << (bits - 1)
-    reorder = bool(rng.integers(2))
     size = group if qscheme == "per_group" else columns
     whole = matrix.reshape(1, -1) if qscheme == "per_tensor" else matrix
     group_of = np.zeros(whole.shape[1], np.int64) if qscheme != "per_group" else np.arange(columns) // size
@@ -184,7 +190,7 @@ def quark(
         parts["weight_scale"] = ("BF16", scales.reshape(() if qscheme == "per_tensor" else -1))
         kind, packed = pack(zeros.reshape(1, -1))
         zero = (kind, packed.reshape(() if qscheme == "per_tensor" and bits == 8 else -1))
-    if not symmetric or rng.integers(2) or dtype.startswith("u"):
+    if not symmetric or dtype.startswith("u"):
         parts["weight_zero_point"] = zero
     weight = {"dtype": dtype, "qscheme": qscheme, "symmetric": symmetric, "group_size": group if is_turned else None}
     said = {
@@ -377,7 +383,7 @@ ENCODERS: dict[str, tuple[Encoder, tuple[int, int]]] = {
     "quark_int4_channel": (partial(quark, dtype="int4", qscheme="per_channel"), (8, 8)),
     "quark_int8_group": (partial(quark, dtype="int8", qscheme="per_group", symmetric=True), (1, 32)),
     "quark_int4_group": (partial(quark, dtype="int4", qscheme="per_group"), (8, 32)),
-    "quark_uint4_group": (partial(quark, dtype="uint4", qscheme="per_group"), (8, 32)),
+    "quark_uint4_group": (partial(quark, dtype="uint4", qscheme="per_group", reorder=False), (8, 32)),
     "int8_channel": (partial(plain_int8, how="channel"), (1, 1)),
     "int8_channel_asym": (partial(plain_int8, how="channel", symmetric=False), (1, 1)),
     "int8_tensor": (partial(plain_int8, how="tensor"), (1, 1)),

@@ -107,7 +107,7 @@ def find_rows(
         if not leading and rows < stored.shape[0] and rows % span:
             raise UnknownFormat(f"{info.name}: blocks of {span} rows reach over two experts")
         first = index * -(-rows // span)
-        is_flat = leading and len(info.shape) == 2 and info.shape[0] == prod(stored.shape[:-1])
+        is_flat = leading and info.shape[:-1] == (prod(stored.shape[:-1]),) and info.shape != stored.shape[:-1]
         axes = 1 if is_flat else leading + 1  # the rows of all matrices may lie below each other
         yield info, int(first + start // span), int(first + -(-stop // span)), axes
 
