@@ -827,7 +827,10 @@ def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatc
         scales_again += 0.01
     # the shapes of packed integers were read when they were recognised
     shapes = sum(info.nbytes for tensor in layer.tensors for info in tensor.infos() if info.name.endswith("_shape"))
-    assert layer.stored_bytes - shapes <= read <= layer.stored_bytes * (1 + scales_again)
+    least = layer.stored_bytes - shapes
+    if layer.has_shared_last:  # a shared expert at the end of each stack is not read
+        least = least * layer.count // (layer.count + 1)
+    assert least <= read <= layer.stored_bytes * (1 + scales_again)
     for file, start, stop in repository.reads:
         assert any(file == inside and low <= start <= stop <= high for inside, low, high in wanted)
 

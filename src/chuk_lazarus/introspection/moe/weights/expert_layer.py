@@ -197,8 +197,7 @@ class ExpertLayer:
     @property
     def stored_bytes(self) -> int:
         """The bytes of all experts' matrices in the files, with their scales and without biases."""
-        stored = sum(info.nbytes for tensor in self.tensors for info in tensor.infos())
-        return stored * self.count // (self.count + 1) if self.has_shared_last else stored
+        return sum(info.nbytes for tensor in self.tensors for info in tensor.infos())
 
     def prefetch(self, progress: Progress, ranges: Iterable[tuple[str, Range]] | None = None) -> None:
         """Fetch all experts of the layer, or the given byte ranges of files, in a few long requests."""
