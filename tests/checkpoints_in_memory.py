@@ -136,5 +136,7 @@ def as_stored(row: Layout, matrices: Matrices, prefix: str = "model.layers.0.", 
         else:
             tensors[name + suffix] = array
     experts, hidden, _ = matrices["down"].shape
-    routers = ("mlp.router.layer", "ffn.router.layer", "block_sparse_moe.gate") if row.is_flattened else ()
+    routers = (
+        ("mlp.router.layer", "ffn.router.layer", "block_sparse_moe.gate") if row.is_flattened or row.routed_only else ()
+    )
     return tensors | {f"{prefix}{router}.weight": np.zeros((experts, hidden), "<f4") for router in routers}

@@ -249,6 +249,95 @@ def nvfp4_compressed(matrix: Matrix, rng: np.random.Generator) -> Encoded:
     return Encoded(parts, elements * each, config)
 
 
+def nvfp4_scale2(matrix: Matrix, rng: np.random.Generator) -> Encoded:
+    """Inkling."""
+    encoded = nvfp4_modelopt(matrix, rng)
+    names = {"weight": "weight", "weight_scale": "scale", "weight_scale_2": "scale2"}
+    parts = {names[name]: part for name, part in encoded.parts.items()}
+    return Encoded(parts, encoded.values, {})
+
+
+def nvfp4_amax(matrix: Matrix, rng: np.random.Generator) -> Encoded:
+    """Inkling-2-Mini: the second scale is a quotient."""
+    amax, denominator = np.abs(matrix).max(initial=1e-6).astype(np.float32), np.float32(rng.choice([2688.0, 1000.0]))
+    packed, scales, values = nvfp4(matrix, amax / denominator)
+    parts: dict[str, tuple[str, NDArray[Any]]] = {
+        "weight": ("U8", packed),
+        "weight_scale": ("F8_E4M3", scales),
+        "weight_amax": ("F32", amax.reshape(())),
+        "weight_outer_scale_denominator": ("F32", denominator.reshape(())),
+    }
+    return Encoded(parts, values, {})
+
+
+def mxfp6(matrix: Matrix, kind: Any, largest: float) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Matrix]:
+    """Four codes in 24 bits, the first in the lowest six."""
+    codes = exponents(largest_of_blocks(matrix, (1, 32)) / np.float32(largest))
+    each = spread(powers(codes), (1, 32), matrix.shape)
+    rounded = np.clip(matrix / each, -largest, largest).astype(kind)
+    bits = rounded.view(np.uint8).reshape(len(matrix), -1, 4).astype(np.uint32) & 0x3F
+    words = (bits << np.array([0, 6, 12, 18], np.uint32)).sum(-1, dtype=np.uint32)
+    packed = np.stack([words & 0xFF, words >> 8 & 0xFF, words >> 16], -1).astype(np.uint8).reshape(len(matrix), -1)
+    return packed, codes, rounded.astype(np.float32) * each
+
+
+def mxfp6_packed(matrix: Matrix, rng: np.random.Generator) -> Encoded:
+    packed, codes, values = mxfp6(matrix, ml_dtypes.float6_e2m3fn, 7.5)
+    config = compressed_tensors("mxfp6-pack-quantized", 6, "group", group_size=32, scale_dtype="torch.uint8")
+    return Encoded({"weight_packed": ("U8", packed), "weight_scale": ("U8", codes)}, values, config)
+
+
+def quark(dtype: str, qscheme: str, **more: Any) -> dict[str, Any]:
+    weight = {"dtype": dtype, "qscheme": qscheme, "ch_axis": -1 if qscheme == "per_group" else 0, "is_dynamic": False}
+    settings = {"weight": weight | more, "input_tensors": None, "output_tensors": None, "bias": None}
+    export = {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"}
+    return {"quant_method": "quark", "global_quant_config": settings, "exclude": ["lm_head"], "export": export}
+
+
+def mxfp6_quark(matrix: Matrix, rng: np.random.Generator, name: str) -> Encoded:
+    kind, largest = {"e2m3": (ml_dtypes.float6_e2m3fn, 7.5), "e3m2": (ml_dtypes.float6_e3m2fn, 28.0)}[name]
+    packed, codes, values = mxfp6(matrix, kind, largest)
+    config = quark(f"fp6_{name}", "per_group", group_size=32, scale_format="e8m0")
+    return Encoded({"weight": ("U8", packed), "weight_scale": ("U8", codes)}, values, config)
+
+
+def mxfp4_quark(matrix: Matrix, rng: np.random.Generator) -> Encoded:
+    packed, codes, values = mxfp4(matrix)
+    config = quark("fp4", "per_group", group_size=32, scale_format="e8m0")
+    return Encoded({"weight": ("U8", packed), "weight_scale": ("U8", codes)}, values, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Integers of four and eight bits that are not packed into words
+
+
+def int8_block(matrix: Matrix, rng: np.random.Generator) -> Encoded:
+    """SGLang's blockwise_int8, and compressed-tensors."""
+    scales = (largest_of_blocks(matrix, BLOCK) / np.float32(127)).astype(np.float32)
+    each = spread(scales, BLOCK, matrix.shape)
+    codes = np.rint(matrix / each).clip(-127, 127).astype(np.int8)
+    if rng.integers(2):
+        name, config = "weight_scale_inv", {"quant_method": "blockwise_int8", "weight_block_size": list(BLOCK)}
+    else:
+        name, config = "weight_scale", compressed_tensors("int-quantized", 8, "block", block_structure=list(BLOCK))
+        config["config_groups"]["group_0"]["weights"]["type"] = "int"
+    return Encoded({"weight": ("I8", codes), name: ("F32", scales)}, codes.astype(np.float32) * each, config)
+
+
+def w4afp8(matrix: Matrix, rng: np.random.Generator) -> Encoded:
+    scales = (largest_of_blocks(matrix, (1, 128)) / np.float32(7)).astype(FLOATS["BF16"])
+    each = spread(scales.astype(np.float32), (1, 128), matrix.shape)
+    codes = np.rint(matrix / each).clip(-8, 7).astype(np.int8)
+    packed = (codes[:, 0::2] & 15 | codes[:, 1::2] << 4).astype(np.int8)
+    parts: dict[str, tuple[str, NDArray[Any]]] = {
+        "weight": ("I8", packed),
+        "weight_scale_inv": ("BF16", scales),
+        "input_scale": ("F32", np.ones((), np.float32)),
+    }
+    config = {"quant_method": "w4afp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    return Encoded(parts, codes.astype(np.float32) * each, config)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # MLX's formats, by MLX
 
@@ -294,6 +383,16 @@ def mlx_float(matrix: Matrix, rng: np.random.Generator, mode: str, *, whole: boo
     return Encoded(parts, np.array(values), {"group_size": group, "bits": bits, "mode": mode})
 
 
+def mlx_scaled(matrix: Matrix, rng: np.random.Generator, part: str, *, by_row: bool = False) -> Encoded:
+    """mlx-vlm's NVFP4 with the second scale of the model that was converted."""
+    shape = (len(matrix),) if by_row else ()
+    second = np.exp2(rng.integers(-6, 7, shape)).astype(np.float32)
+    multiplier = second if part == "weight_scale_2" else 1 / second
+    encoded = mlx_float(matrix / multiplier.reshape(-1, 1), rng, "nvfp4")
+    values = encoded.values * multiplier.reshape(-1, 1)  # powers of two: nothing is rounded
+    return Encoded(encoded.parts | {part: ("F32", second)}, values, encoded.quantization)
+
+
 # what the format is called here -> the encoder, and of what the numbers of outputs and of inputs must be multiples
 ENCODERS: dict[str, tuple[Encoder, tuple[int, int]]] = {
     "bf16": (partial(plain, dtype="BF16"), (1, 1)),
@@ -316,9 +415,20 @@ ENCODERS: dict[str, tuple[Encoder, tuple[int, int]]] = {
     "nvfp4_modelopt": (nvfp4_modelopt, (1, 16)),
     "nvfp4_halves": (nvfp4_halves, (2, 16)),
     "nvfp4_compressed": (nvfp4_compressed, (1, 16)),
+    "nvfp4_scale2": (nvfp4_scale2, (1, 16)),
+    "nvfp4_amax": (nvfp4_amax, (1, 16)),
+    "mxfp4_quark": (mxfp4_quark, (1, 32)),
+    "mxfp6_packed": (mxfp6_packed, (1, 32)),
+    "mxfp6_e2m3_quark": (partial(mxfp6_quark, name="e2m3"), (1, 32)),
+    "mxfp6_e3m2_quark": (partial(mxfp6_quark, name="e3m2"), (1, 32)),
+    "int8_block": (int8_block, (1, 1)),
+    "w4afp8": (w4afp8, (1, 128)),
     **{f"mlx_affine_{bits}": (partial(mlx_affine, bits=bits), (1, 32)) for bits in (1, 2, 3, 4, 5, 6, 8)},
     "mlx_mxfp4": (partial(mlx_float, mode="mxfp4"), (1, 32)),
     "mlx_mxfp8": (partial(mlx_float, mode="mxfp8"), (1, 32)),
     "mlx_nvfp4": (partial(mlx_float, mode="nvfp4"), (2, 16)),  # MLX's quantize wants 32 elements
     "mlx_nvfp4_global": (partial(mlx_float, mode="nvfp4", whole=True), (2, 16)),
+    "mlx_nvfp4_scale_2": (partial(mlx_scaled, part="weight_scale_2"), (2, 16)),
+    "mlx_nvfp4_scale_2_rows": (partial(mlx_scaled, part="weight_scale_2", by_row=True), (2, 16)),
+    "mlx_nvfp4_global_scale": (partial(mlx_scaled, part="weight_global_scale"), (2, 16)),
 }

@@ -137,6 +137,70 @@ def plain_int8(matrix: Matrix, rng: np.random.Generator, *, how: str, symmetric:
     return Encoded(parts, values, said)
 
 
+def modelslim_int8(matrix: Matrix, rng: np.random.Generator, *, group: int | None = None) -> Encoded:
+    """ModelSlim: a scale and an offset for each output, or each group of its inputs."""
+    group_of = np.arange(matrix.shape[1]) // (group or matrix.shape[1])
+    codes, zeros, scales = quantise(matrix, 8, group_of, np.float32, symmetric=False)
+    parts = {
+        "weight": ("I8", (codes - 128).astype(np.int8)),
+        "weight_scale": ("F32", scales),
+        "weight_offset": ("F32", (zeros - 128).astype(np.float32)),
+    }
+    return Encoded(parts, means(codes, zeros, scales, group_of), {})
+
+
+def quark(
+    matrix: Matrix,
+    rng: np.random.Generator,
+    *,
+    dtype: str,
+    qscheme: str,
+    symmetric: bool = False,
+    group: int = 32,
+    reorder: bool = True,
+) -> Encoded:
+    """AMD's Quark: what has groups is turned."""
+    bits, rows, columns = int(dtype.lstrip("uint")), *matrix.shape
+    offset = 0 if dtype.startswith("u") else 1 << (bits - 1)
+    size = group if qscheme == "per_group" else columns
+    whole = matrix.reshape(1, -1) if qscheme == "per_tensor" else matrix
+    group_of = np.zeros(whole.shape[1], np.int64) if qscheme != "per_group" else np.arange(columns) // size
+    codes, zeros, scales = quantise(whole, bits, group_of, BFLOAT16, symmetric=symmetric)
+    values = means(codes, zeros, scales.astype(np.float32), group_of).reshape(rows, columns)
+    codes = codes.reshape(rows, columns)
+
+    def pack(numbers: Codes) -> tuple[str, NDArray[Any]]:
+        """Of [a, b]: bytes, or words of eight numbers."""
+        signed = numbers - offset
+        if bits == 8:
+            return ("I8", signed.astype(np.int8)) if offset else ("U8", signed.astype(np.uint8))
+        order = (0, 2, 4, 6, 1, 3, 5, 7) if reorder else range(8)
+        padded = np.pad(signed, ((0, 0), (0, -signed.shape[1] % 8)))
+        words = np.zeros((len(padded), padded.shape[1] // 8), np.uint32)
+        for place, column in enumerate(order):
+            words |= (padded[:, column::8] & 15).astype(np.uint32) << np.uint32(4 * place)
+        return "I32", words.view(np.int32)
+
+    is_turned = qscheme == "per_group"
+    parts: dict[str, tuple[str, NDArray[Any]]] = {"weight": pack(codes.T if is_turned else codes)}
+    if is_turned:
+        parts["weight_scale"] = ("BF16", np.ascontiguousarray(scales.T))
+        zero = pack(zeros.T)
+    else:
+        parts["weight_scale"] = ("BF16", scales.reshape(() if qscheme == "per_tensor" else -1))
+        kind, packed = pack(zeros.reshape(1, -1))
+        zero = (kind, packed.reshape(() if qscheme == "per_tensor" and bits == 8 else -1))
+    if not symmetric or dtype.startswith("u"):
+        parts["weight_zero_point"] = zero
+    weight = {"dtype": dtype, "qscheme": qscheme, "symmetric": symmetric, "group_size": group if is_turned else None}
+    said = {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": weight},
+        "export": {"pack_method": "reorder" if reorder else "order"},
+    }
+    return Encoded(parts, values, said)
+
+
 def gptq(
     matrix: Matrix,
     rng: np.random.Generator,
@@ -307,6 +371,19 @@ ENCODERS: dict[str, tuple[Encoder, tuple[int, int]]] = {
     "pack_int8_asym": (partial(pack_int, bits=8, symmetric=False, dtype=np.float32), (1, 32)),
     "pack_int2": (partial(pack_int, bits=2, symmetric=False), (1, 32)),
     "pack_int1": (partial(pack_int, bits=1, group=64, symmetric=False), (1, 64)),
+    "pack_int3": (partial(pack_int, bits=3), (1, 32)),
+    "pack_int3_asym": (partial(pack_int, bits=3, symmetric=False), (1, 32)),
+    "pack_int5": (partial(pack_int, bits=5), (1, 32)),
+    "pack_int6_asym": (partial(pack_int, bits=6, symmetric=False), (1, 32)),
+    "pack_int7": (partial(pack_int, bits=7), (1, 32)),
+    "modelslim_int8": (modelslim_int8, (1, 1)),
+    "modelslim_int8_group": (partial(modelslim_int8, group=16), (1, 16)),
+    "quark_int8_channel": (partial(quark, dtype="int8", qscheme="per_channel"), (1, 1)),
+    "quark_uint8_tensor": (partial(quark, dtype="uint8", qscheme="per_tensor"), (1, 1)),
+    "quark_int4_channel": (partial(quark, dtype="int4", qscheme="per_channel"), (8, 8)),
+    "quark_int8_group": (partial(quark, dtype="int8", qscheme="per_group", symmetric=True), (1, 32)),
+    "quark_int4_group": (partial(quark, dtype="int4", qscheme="per_group"), (8, 32)),
+    "quark_uint4_group": (partial(quark, dtype="uint4", qscheme="per_group", reorder=False), (8, 32)),
     "int8_channel": (partial(plain_int8, how="channel"), (1, 1)),
     "int8_channel_asym": (partial(plain_int8, how="channel", symmetric=False), (1, 1)),
     "int8_tensor": (partial(plain_int8, how="tensor"), (1, 1)),

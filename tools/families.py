@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
+from chuk_lazarus.introspection.moe.weights.codecs import refused
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import (
     AttentionLayout,
@@ -23,6 +24,7 @@ from chuk_lazarus.introspection.moe.weights.layouts import (
 )
 from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from chuk_lazarus.introspection.moe.weights.stored import open_stored
+from model_types import REASONS
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests/fixtures"
@@ -30,6 +32,13 @@ PAGE = ROOT / "docs/families.md"
 
 # who wrote and decoded the tensors below tests/fixtures/formats
 LIBRARIES = {
+    "float_ct_mxfp6": "compressed-tensors 0.20.1",
+    "packed_ct_int3": "compressed-tensors 0.20.1",
+    "packed_ct_int5": "compressed-tensors 0.20.1",
+    "packed_ct_int6": "compressed-tensors 0.20.1",
+    "packed_ct_int7": "compressed-tensors 0.20.1",
+    "packed_ct_plain_block": "compressed-tensors 0.20.1",
+    "packed_quark": "Quark 0.13",
     "float_ct": "compressed-tensors 0.20.0",
     "float_hf": "transformers 5.23.0",
     "float_modelopt": "compressed-tensors 0.20.0, from ModelOpt's parts",
@@ -73,6 +82,13 @@ package).
 
 | model_type | layout | oracle | storage |
 |---|---|---|---|
+"""
+
+WITHOUT_ROW = """
+Types that libraries load and no row lists (`python tools/model_types.py` finds them in a library's source):
+
+| model_type | |
+|---|---|
 """
 
 LAYOUTS = """
@@ -125,10 +141,10 @@ How the weights are quantised is what `config.json` says, or, where it says noth
 """
 
 REFUSED = """
-Refused, by name: FP8 in blocks without `weight_block_size`, and FP8 scales that fit two readings; compressed-tensors
-INT3/5/6/7 and MXFP6; GPTQ in the marlin packing; AWQ other than 4-bit GEMM; stacks in bitsandbytes' 4-bit; HQQ, AQLM,
-QuIP, EXL2/3, VPTQ, Quark, torchao and EETQ; in GGUF Q8_1, Q8_K, Q1_0 and every type that the `gguf` package does not
-decode. Pickles are never opened.
+Refused, by name: FP8 in blocks without `weight_block_size`, and FP8 scales that fit two readings; integers of 3, 5, 6
+and 7 bits that old versions of compressed-tensors packed, as many as fit into a word; GPTQ in the marlin packing; AWQ
+other than 4-bit GEMM; stacks in bitsandbytes' 4-bit and of Quark's integers; {refused}; in GGUF Q8_1, Q8_K, Q1_0,
+the types of ik_llama.cpp and every type that the `gguf` package does not decode. Pickles are never opened.
 """
 
 
@@ -213,6 +229,7 @@ def formats() -> list[str]:
 def page() -> str:
     sections = [
         INTRODUCTION + "\n".join(families()),
+        WITHOUT_ROW + "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(REASONS.items())),
         LAYOUTS + "\n".join(layouts()),
         ATTENTION.format(
             published=code(FROM_PUBLISHED_CODE),
@@ -221,7 +238,7 @@ def page() -> str:
         )
         + "\n".join(attention()),
         FORMATS + "\n".join(formats()),
-        REFUSED.rstrip(),
+        REFUSED.format(refused=", ".join(sorted({*refused.METHODS.values(), *refused.PARTS}))).rstrip(),
     ]
     return "\n".join(sections) + "\n"
 

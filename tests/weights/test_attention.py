@@ -562,7 +562,7 @@ def test_projections_and_embeddings_in_every_format(name: str) -> None:
     try:
         embeddings = Embeddings(checkpoint, "model")
     except UnknownFormat:
-        assert any(part in name for part in ("gptq", "awq"))  # these have their rows as inputs
+        assert any(part in name for part in ("gptq", "awq", "quark"))  # these have their rows as inputs
         return
     assert embeddings.shape == (256, hidden)
     for start, stop in ((0, 256), (0, 1), (130, 131), (127, 200), (255, 256), (5, 5)):

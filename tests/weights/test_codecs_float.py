@@ -131,6 +131,7 @@ LIBRARIES = {
     "ct_group": ("fp8", 0),
     "ct_mxfp8": ("mxfp8", 0),
     "ct_mxfp4": ("mxfp4", 0),
+    "ct_mxfp6": ("mxfp6", 2**-8),  # the product is rounded to bfloat16
     "ct_nvfp4": ("nvfp4", 2**-7),  # the scale is rounded to bfloat16, and then the product
     "modelopt_nvfp4": ("nvfp4", 2**-7),
     "hf_fp8": ("fp8", 0),
@@ -454,10 +455,10 @@ NVFP4 = {
             "not MXFP4",
         ),
         (
-            {"weight_packed": Part("U8", (8, 48)), "weight_scale": Part("U8", (8, 2))},
-            {"format": "mxfp6-pack-quantized"},
+            {"weight": Part("U8", (8, 48)), "weight_scale": Part("U8", (8, 2))},
+            {"quant_method": "quark"},
             UnknownFormat,
-            "weight_packed (U8)",
+            "whether its elements are E2M3 or E3M2",
         ),
         ({"weight": Part("F4", (8, 33)), "scale": Part("U8", (8, 1))}, {}, UnknownFormat, "F4"),
         ({"weight": Part("F4", (8, 33)), "weight_scale": Part("U8", (8, 1))}, {}, ModelUnreadable, "not MXFP4"),
@@ -511,7 +512,7 @@ NVFP4 = {
             {"weight.Wq": Part("U8", (8, 4)), "weight_packed": Part("I16", (8, 4))},
             {"quant_method": "aqlm"},
             UnknownFormat,
-            "quant_method aqlm",
+            "stored as AQLM",
         ),
     ],
 )
@@ -523,3 +524,89 @@ def test_what_can_not_be_decoded_is_refused(
     assert said in str(caught.value)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stacks and rows of groups share
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4_packed", "mxfp4_quark", "mxfp6_packed", "nvfp4_modelopt"])
+def test_the_scales_of_a_stack_may_lie_below_each_other(name: str, tmp_path: Path) -> None:
+    """As Quark stores them: [experts * rows, groups]."""
+    experts = [encode(name, 21, 96, seed) for seed in (1, 2, 3)]
+    part = next(part for part in experts[0].parts if part in ("weight_scale", "weight_scale_inv"))
+    experts = [each for each in experts if {p: a[0] for p, a in each.parts.items()} == {
+        p: a[0] for p, a in experts[0].parts.items()
+    }]  # fmt: skip
+    stack = {
+        each: (dtype, np.stack([expert.parts[each][1] for expert in experts]))
+        for each, (dtype, _) in experts[0].parts.items()
+    }
+    if "weight_scale_2" in stack:
+        stack["weight_scale_2"] = ("F32", stack["weight_scale_2"][1].reshape(-1))
+    stack[part] = (stack[part][0], stack[part][1].reshape(-1, stack[part][1].shape[-1]))
+    checkpoint = write(tmp_path, stack, experts[0].quantization)
+    infos, stored = open_stored(checkpoint, {each: f"x.{each}" for each in stack}, experts[0].quantization)
+    assert stored.shape == (len(experts), *experts[0].values.shape)
+    for index, expert in enumerate(experts):
+        for start, stop in ((0, 21), (3, 4), (20, 21)):
+            window = read_rows(checkpoint, infos, stored, 21, start, stop, index)
+            np.testing.assert_array_equal(window, expert.values[start:stop])
+
+
+@pytest.mark.parametrize("tail", [(), (1,)])
+@pytest.mark.parametrize("columns", [64, 72])
+def test_autoround_has_the_scales_of_groups_as_one_vector(columns: int, tail: tuple[int, ...], tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((9, columns)).astype(ml_dtypes.float8_e4m3fn)
+    groups = -(-columns // 16)
+    scales = np.exp2(rng.integers(-4, 5, 9 * groups)).astype(ml_dtypes.bfloat16)
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:fp8", "bits": 8, "group_size": 16}
+    parts: Parts = {"weight": ("F8_E4M3", weight), "weight_scale": ("BF16", scales.reshape(-1, *tail))}
+    checkpoint = write(tmp_path, parts, said)
+    infos, stored = open_stored(checkpoint, {"weight": "x.weight", "weight_scale": "x.weight_scale"}, said)
+    each = np.repeat(scales.astype(np.float32).reshape(9, groups), 16, axis=1)[:, :columns]
+    for start, stop in ((0, 9), (4, 7)):
+        window = read_rows(checkpoint, infos, stored, 9, start, stop)
+        np.testing.assert_array_equal(window, (weight.astype(np.float32) * each)[start:stop])
+
+
+def test_autoround_has_blocks_by_its_group_size() -> None:
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:fp8", "group_size": [16, 32]}
+    parts = {"weight": Part("F8_E4M3", (32, 64)), "weight_scale_inv": Part("BF16", (2, 2))}
+    assert recognise(parts, said).rows_per_row == {"weight": 1, "weight_scale_inv": 16}
+
+
+def test_an_original_shape_must_be_the_decoded_one() -> None:
+    parts = {name: part for name, part in NVFP4.items() if name != "input_scale"}
+    shape = np.array([8, 30], np.int64)
+    with pytest.raises(ModelUnreadable, match="original_shape says"):
+        recognise(parts | {"original_shape": Part("I64", (2,), lambda: shape)}, {})
+
+
+@pytest.mark.parametrize(
+    ("parts", "method", "name"),
+    [
+        ({"weight_qdata": ("U8", (8, 4)), "weight_scale": ("BF16", (8, 1))}, "torchao", "torchao"),
+        ({"weight:qdata": ("U8", (8, 4)), "weight:scale": ("BF16", (8, 1))}, None, "torchao"),
+        ({"weight": ("U8", (8, 4)), "weight_scale": ("BF16", (8, 1))}, "torchao", "torchao"),
+        ({"W_q": ("U8", (8, 4)), "scale": ("F16", (1, 8)), "zero": ("F16", (1, 8))}, None, "HQQ"),
+        ({"q_weight": ("I32", (4, 8)), "q_scale": ("I32", (1, 1)), "q_scale_max": ("F16", (1,))}, None, "EXL2"),
+        ({"trellis": ("I16", (2, 2, 48)), "suh": ("F16", (32,)), "svh": ("F16", (32,))}, None, "EXL3"),
+        ({"codes": ("I8", (8, 4, 1)), "codebooks": ("F16", (1, 256, 1, 8)), "scales": ("F16", (8,))}, None, "AQLM"),
+        ({"Qidxs": ("I64", (8, 4)), "SU": ("F16", (8,)), "SV": ("F16", (8,))}, "quip", "QuIP#"),
+        ({"centroids": ("F16", (1, 8)), "indices": ("I32", (1, 8))}, "vptq", "VPTQ"),
+        ({"weight": ("I8", (8, 4)), "weight_scales": ("F16", (8,))}, "eetq", "EETQ"),
+    ],
+)
+def test_known_formats_are_refused_by_name(
+    parts: dict[str, tuple[str, tuple[int, ...]]], method: str | None, name: str
+) -> None:
+    described = {part: Part(dtype, shape) for part, (dtype, shape) in parts.items()}
+    with pytest.raises(UnknownFormat, match=f"stored as {name}, which we don't decode"):
+        recognise(described, {"quant_method": method} if method else {})
+
+
+def test_plain_numbers_under_a_refused_method_are_read() -> None:
+    """What the quantiser left as it was."""
+    assert recognise({"weight": Part("BF16", (8, 4))}, {"quant_method": "torchao"}).codec == "bf16"

@@ -15,6 +15,7 @@ from chuk_lazarus.introspection.moe.errors import ModelUnreadable, MoEError, Unk
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
 from chuk_lazarus.introspection.moe.weights.codecs import Part, Stored, recognise
 from chuk_lazarus.introspection.moe.weights.codecs.bits import unpack, unpack_rows
+from chuk_lazarus.introspection.moe.weights.model_config import ModelConfig
 from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from encoded import Encoded
 from encoders_packed import ENCODERS
@@ -143,7 +144,9 @@ def test_parts_that_can_not_be_written_to_are_decoded(name: str) -> None:
     assert before == {part: array.tobytes() for part, (_, array) in encoded.parts.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if not name.startswith("bnb_nf4") and "fp4" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in ENCODERS if not name.startswith(("bnb_nf4", "quark")) and "fp4" not in name]
+)
 def test_stacked_experts_are_decoded_one_by_one(name: str) -> None:
     experts = [make(name, 6, 33, seed) for seed in range(3)]
     parts: Parts = {
@@ -212,7 +215,7 @@ def rounded(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:
 
 
 def test_there_is_a_fixture_for_every_library() -> None:
-    assert {name.split("_")[1] for name in LIBRARIES} >= {"ct", "bnb", "gptq", "awq", "autoround"}
+    assert {name.split("_")[1] for name in LIBRARIES} >= {"ct", "bnb", "gptq", "awq", "autoround", "quark"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,9 +233,16 @@ def assert_refused(kind: type[MoEError], parts: Parts, quantization: Mapping[str
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
-def test_packed_integers_of_odd_widths_are_refused_by_name(bits: int) -> None:
+def test_integers_of_odd_widths_that_old_versions_packed_are_refused_by_name(bits: int) -> None:
+    """These put as many into a word as fit. Where a row has as many words in both ways, it is refused, too."""
     encoded = ENCODERS["pack_int8"][0].func(matrix(4, 64), np.random.default_rng(), bits=bits)  # type: ignore[attr-defined]
-    assert_refused(UnknownFormat, encoded.parts, encoded.quantization, f"of {bits} bits")
+    old = np.zeros((4, -(-64 // (32 // bits))), np.int32)
+    parts = with_part(encoded, "weight_packed", "I32", old)
+    assert_refused(UnknownFormat, parts, encoded.quantization, f"of {bits} bits, as many as fit into a word")
+    encoded = ENCODERS["pack_int8"][0].func(  # type: ignore[attr-defined]
+        matrix(4, 4), np.random.default_rng(), bits=bits, group=None
+    )
+    assert_refused(UnknownFormat, encoded.parts, encoded.quantization, "packed in two ways")
 
 
 def test_packed_integers_need_no_config_where_the_shapes_tell() -> None:
@@ -304,12 +314,12 @@ def test_bytes_with_scales_of_another_kind_are_not_taken_for_integers() -> None:
         open_parts(parts | {"weight_scale": ("I32", np.ones((4, 1), np.int32))}, {})
 
 
-def test_integers_in_blocks_of_rows_are_refused_by_name() -> None:
+def test_integers_in_blocks_that_do_not_fit_the_config_are_refused() -> None:
     parts: Parts = {
         "weight": ("I8", np.zeros((64, 64), np.int8)),
         "weight_scale": ("F32", np.ones((2, 2), np.float32)),
     }
-    scheme = {"weights": {"num_bits": 8, "type": "int", "strategy": "block", "block_structure": [32, 32]}}
+    scheme = {"weights": {"num_bits": 8, "type": "int", "strategy": "block", "block_structure": [16, 32]}}
     said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": scheme}}
     assert_refused(UnknownFormat, parts, said, "block of rows and columns")
     assert_refused(ModelUnreadable, parts, {}, "weight_scale is [2, 2]")
@@ -581,6 +591,9 @@ def test_a_missing_part_is_noticed(name: str) -> None:
         rest = {other: value for other, value in encoded.parts.items() if other != part}
         if part in ("g_idx", "weight_g_idx", "weight_format") or (name.startswith("int8") and part == "weight_scale"):
             continue
+        # without an offset ModelSlim's parts are those of compressed-tensors; symmetric integers need no zero points
+        if part == "weight_offset" or (name == "quark_int8_group" and part == "weight_zero_point"):
+            continue
         with pytest.raises((ModelUnreadable, UnknownFormat)):
             open_parts(rest, encoded.quantization)
 
@@ -612,3 +625,24 @@ def test_any_bytes_decode_without_a_warning(name: str, seed: int) -> None:
     whole = decode(stored, parts)
     assert whole.shape == stored.shape
     np.testing.assert_array_equal(decode(stored, parts, 3, 9), whole[3:9])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quark's settings by layer
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"layer_quant_config": {"*.experts.*": {"weight": {"dtype": "int8", "qscheme": "per_channel"}}}},
+        {"layer_type_quant_config": {"nn.Linear": {"weight": {"dtype": "int8", "qscheme": "per_channel"}}}},
+    ],
+)
+def test_quark_s_settings_of_a_layer_go_before_the_general_ones(own: dict[str, Any]) -> None:
+    general = {"weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32}}
+    settings = {"quant_method": "quark", "global_quant_config": general} | own
+    config = ModelConfig({"quantization_config": settings})
+    encoded = make("quark_int8_channel", 6, 33)
+    found = config.quantization("model.layers.0.mlp.experts.3.up_proj")
+    np.testing.assert_array_equal(decode(open_parts(encoded.parts, found), encoded.parts), encoded.values)
+    assert config.quantization()["global_quant_config"] == general

@@ -596,6 +596,19 @@ def test_a_type_from_the_future_is_named_when_it_is_used(tmp_path: Path) -> None
         decode(checkpoint, "a.weight", 0, 1)
 
 
+@pytest.mark.parametrize(("number", "name"), [(139, "IQ4_K"), (153, "IQ2_KT"), (212, "Q4_K_R4"), (399, "Q8_K_R8")])
+def test_types_of_ik_llama_are_refused_by_name(number: int, name: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(container(entries=[entry("a.weight", (256, 3), number)]))
+    with pytest.raises(UnknownFormat, match=rf"a\.weight.*stored as ik_llama\.cpp's {name}, which we don't decode"):
+        decode(open_file(tmp_path / "m.gguf"), "a.weight", 0, 1)
+
+
+def test_the_norm_beside_arctic_s_experts_is_no_expert(tmp_path: Path) -> None:
+    names = {f"blk.0.ffn_{role}_exps.weight": (numbers(2, 32, 32), Type.F32) for role in ("gate", "up", "down")}
+    write(tmp_path / "m.gguf", names | {"blk.0.ffn_norm_exps.weight": (numbers(32), Type.F32)})
+    assert Experts.open(str(tmp_path)).family == "gguf"
+
+
 SEED = container(
     [
         fact("general.architecture", STRING, text("llama")),

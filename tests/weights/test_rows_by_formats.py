@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from math import lcm
 from pathlib import Path
@@ -73,11 +74,14 @@ PER_MATRIX = {
     "nvfp4_modelopt": "weight_scale_2",
     "nvfp4_compressed": "weight_global_scale",
     "nvfp4_turned": "weight_scale_2",
+    "nvfp4_scale2": "scale2",
     "mlx_nvfp4_global": "global_scale",
+    "mlx_nvfp4_scale_2": "weight_scale_2",
+    "mlx_nvfp4_global_scale": "weight_global_scale",
 }
 """The part that is one number for a whole matrix: one for each expert of a stack, or one for all."""
 
-TALL = {
+TALL: dict[str, int | Fraction] = {
     "fp8_block": 16,
     "fp8_block_ue8m0": 16,
     "fp8_block_compressed": 16,
@@ -89,6 +93,10 @@ TALL = {
     "pack_int8_asym": 4,
     "pack_int2": 16,
     "pack_int1": 32,
+    "pack_int3_asym": Fraction(32, 3),
+    "pack_int6_asym": Fraction(32, 6),
+    "int8_block": 16,
+    "quark_int4_channel": 8,
 }
 """How many rows share a scale, or a word: a flattened tensor is refused where these are rows of two experts."""
 
@@ -109,8 +117,13 @@ BARE = {
     "weight_scale": ("_scale", "_weight_scale"),
     "weight_scale_inv": ("_scale_inv", "_weight_scale_inv"),
     "weight_scale_2": ("_scale_2", "_weight_scale_2"),
-    "weight_packed": ("_weight_packed",),
-    "weight_global_scale": ("_weight_global_scale",),
+    "weight_packed": ("_packed", "_weight_packed"),
+    "weight_shape": ("_shape", "_weight_shape"),
+    "weight_zero_point": ("_zero_point", "_weight_zero_point"),
+    "weight_g_idx": ("_g_idx",),
+    "weight_global_scale": ("_global_scale", "_weight_global_scale"),
+    "weight_amax": ("_amax",),
+    "weight_outer_scale_denominator": ("_outer_scale_denominator",),
 }
 """What a part is called behind the name of a bare parameter, which no module holds."""
 
@@ -143,9 +156,14 @@ class Exclusion:
 
 
 BNB_4BIT = tuple(name for name in ENCODERS if name.startswith("bnb_") and name != "bnb_int8")
-INPUTS_FIRST = tuple(name for name in ENCODERS if name.startswith(("gptq", "awq", "auto_round")))
+QUARK_INTEGERS = tuple(name for name in ENCODERS if name.startswith(("quark_int", "quark_uint")))
+INPUTS_FIRST = (
+    *(name for name in ENCODERS if name.startswith(("gptq", "awq", "auto_round"))),
+    *(name for name in QUARK_INTEGERS if name.endswith("group")),
+)
 EXCLUDED = (
     Exclusion("stacks", BNB_4BIT, "a quant_state describes one matrix"),
+    Exclusion("stacks", QUARK_INTEGERS, "Quark packs matrices alone"),
     Exclusion("flattened", INPUTS_FIRST, "stored [in, out], where the experts' rows are columns"),
     Exclusion("modules", ("nvfp4_turned",), "only stacks are stored turned"),
     Exclusion("flattened", ("nvfp4_turned",), "only stacks are stored turned"),
@@ -202,7 +220,7 @@ def make_cases(row: Layout, name: str) -> st.SearchStrategy[Case]:
     size = multiples(unit, 40 if is_slow(name) else 70)
     intermediate = size
     if "flattened" in traits(row) and (shared := TALL.get(name) or ELEMENTS.get(name)):
-        intermediate |= st.just(lcm(shared, unit))  # so that no two experts share it
+        intermediate |= st.just(lcm(Fraction(shared).numerator, unit))  # so that no two experts share it
     elif is_slow(name) and unit == 32:
         intermediate = st.sampled_from([32, 64])
     return st.builds(
@@ -385,7 +403,7 @@ class Writer:
         experts, hidden = self.case.experts, self.case.hidden
         flattened = "flattened" in traits(self.row)
         says = int(self.rng.integers(1, 4))  # the router, the config or both
-        if self.case.beside or (flattened and says != 2):
+        if self.case.beside or self.row.routed_only or (flattened and says != 2):
             routers = ("mlp.gate", "mlp.router.layer", "ffn.router.layer", "block_sparse_moe.gate")
             name = self.prefix + str(self.rng.choice(routers))
             router = self.rng.standard_normal((experts, hidden)).astype(np.float32)

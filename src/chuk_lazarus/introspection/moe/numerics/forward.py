@@ -36,11 +36,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+GATED_ACTIVATIONS = ("swiglu_oai", "gelu_up_plus_one")
+"""What `glu` computes besides an activation of the gate times up."""
+
+
 def glu(gate: Array, up: Array, activation: str) -> Array:
     """act(gate) * up, for gate and up [n, intermediate].
 
-    "swiglu_oai" is that of GPT-OSS: with both clamped at 7, (up + 1) * gate * sigmoid(1.702 gate).
+    "swiglu_oai" is that of GPT-OSS: with both clamped at 7, (up + 1) * gate * sigmoid(1.702 gate);
+    "gelu_up_plus_one" that of Moondream 3: gelu(gate) * (up + 1).
     """
+    if activation == "gelu_up_plus_one":
+        return gelu(gate) * (up + np.float32(1.0))
     if activation == "swiglu_oai":
         gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
         return (up + 1.0) * gate * sigmoid(1.702 * gate)

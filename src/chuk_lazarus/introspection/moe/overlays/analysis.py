@@ -16,7 +16,7 @@ from ..jobs.model import OpenedModel, evenly_spaced
 from ..jobs.resume import ResumableLayers
 from ..numerics.alignment import align
 from ..numerics.bank import bank_variances, may_share, rate_sharing, share_neurons
-from ..numerics.forward import ACTIVATIONS
+from ..numerics.forward import ACTIVATIONS, GATED_ACTIVATIONS
 from ..numerics.rates import Rate, align_grams
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
@@ -474,7 +474,7 @@ class OverlayJob:
     def knows_activation(self) -> bool:
         """Whether we can compute the experts' activation, and therefore run them."""
         activation = self.opened.experts.activation
-        return activation in ACTIVATIONS or activation == "swiglu_oai"
+        return activation in ACTIVATIONS or activation in GATED_ACTIVATIONS
 
     def check_activation(self) -> None:
         """Raises InvalidRequest where the experts' activation is not known."""

@@ -68,8 +68,10 @@ class ExpertLayer:
         expected: Mapping[str, int | None],
         config: ModelConfig,
         one_plus_norm: bool = False,
+        shared_last: bool = False,
     ) -> None:
         self.number = number
+        self._shared_last = shared_last
         self._one_plus_norm = one_plus_norm
         self.expected = {source: count for source, count in expected.items() if count is not None}
         self._checkpoint = checkpoint
@@ -100,6 +102,8 @@ class ExpertLayer:
                 f"layer {self.number} has {sizes['E']} experts of {sizes['I']} x {sizes['H']}",
                 f"we read up to {MAX_EXPERTS} experts of up to {MAX_SIDE} x {MAX_SIDE}",
             )
+        if self._counts_shared(sizes["E"]):
+            sizes = {**sizes, "E": sizes["E"] - 1}
         for source, count in self.expected.items():
             if sizes["E"] != count:
                 raise ModelUnreadable(
@@ -107,6 +111,16 @@ class ExpertLayer:
                     "the checkpoint is incomplete, or this is said of another model",
                 )
         return sizes
+
+    def _counts_shared(self, stacked: int) -> bool:
+        """Whether the number of stacked experts is the expected one and one more, the shared expert."""
+        is_fused = self.layout.is_stacked and len(self.layout.tensors[0].roles) == 2
+        return self._shared_last and is_fused and set(self.expected.values()) == {stacked - 1}
+
+    @property
+    def has_shared_last(self) -> bool:
+        """Whether each stack has the shared expert behind the routed ones."""
+        return self._shared_last and self.layout.is_stacked and self.tensors[0].stored.shape[0] == self.count + 1
 
     @property
     def count(self) -> int:
@@ -161,6 +175,8 @@ class ExpertLayer:
             return ()
         present = {expert for experts in by_role.values() for expert in experts if expert is not None}
         uncounted = sorted(expert for expert in present if expert >= count)
+        if uncounted and len(uncounted) == self._config.layer(self.number).other_expert_count:
+            return tuple(uncounted)
         if any(expert in down and self._shapes(down[expert]) == self._shapes(down[0]) for expert in uncounted):
             return ()
         return tuple(uncounted)
@@ -302,9 +318,11 @@ class ExpertTensor:
         grids = [part for part in stored.rows_per_row if part != "weight" and len(slices[0][part].shape) > 1]
         for part in grids if is_halved and not rest else ():
             span = stored.rows_per_row[part]
-            if span and span == int(span) and half % span and 2 * -(-half // span) == -(-2 * half // span):
+            if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
                 name = slices[0][part].name
-                raise UnknownFormat(f"{name}: a block of {span} rows may reach over gate and up, or end between them")
+                raise UnknownFormat(
+                    f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them"
+                )
         return self._opened
 
     @property
@@ -329,6 +347,10 @@ class ExpertTensor:
 
         The latter has {expert} in place of an expert's number.
         """
+        if self.layer.has_shared_last:
+            raise UnknownFormat(
+                f"{next(iter(self.parts[0].values()))} holds the shared expert, too, and can't be replaced"
+            )
         layer, name = split_name(next(iter(self.parts[0].values())))
         template = max((template for template in self.spec.names if name.startswith(template)), key=len)
         return layer, f"{template}.weight" if name.startswith(f"{template}.") else template
@@ -385,6 +407,8 @@ class ExpertTensor:
         roles = self.spec.roles
         length = sum(self.layer.shape(role)[0] for role in roles)
         expected = (self.layer.count, length) if stacked else (length,)
+        if self.layer.has_shared_last:
+            values = values[: self.layer.count]
         if values.shape != expected:
             raise ModelUnreadable(f"{name} is {list(values.shape)}, expected {list(expected)}")
         values = values[expert] if stacked else values

@@ -9,6 +9,7 @@ from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownF
 from ..terms import OVERLAY_CONFIG
 from ..text import format_ranges
 from .checkpoint import Checkpoint
+from .codecs import refused
 from .expert_layer import DoesNotFit, ExpertLayer
 from .layouts import Kind, LayoutMatch, has_feature, is_listed, match_names, usual_activation
 from .repositories.find import find_repository
@@ -32,6 +33,7 @@ class Experts:
         self.model_config = checkpoint.model_config.language_model()
         self.notes: list[str] = []
         matches, partial, unmatched = match_names(checkpoint.names, kind)
+        unmatched = self._leave_out_heads(unmatched)
         if unmatched:
             self._refuse(partial, unmatched)
         sizes: dict[str, int] = {}
@@ -50,14 +52,27 @@ class Experts:
             end = depth
         self.layers = tuple(sorted(layer for layer in self._match.layers if layer < end))
         self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= end))
-        if left_out := self._open(self._match, min(self._match.layers)).left_out:
+        first = self._open(self._match, min(self._match.layers))
+        if first.has_shared_last:
+            self.notes.append(f"expert {first.count} of each stack is the shared expert, and is left out")
+        elif left_out := first.left_out:
             self.notes.append(
                 f"experts {format_ranges(left_out)} of a layer have no weights, or other shapes, and are left out"
             )
+        if any(".switch_mlp_1." in name for name in checkpoint.names):
+            self.notes.append("the experts of another modality, switch_mlp_1, are left out")
         if not self.layers:
             raise ModelUnreadable(
                 f"{checkpoint.config_file} says num_hidden_layers is {depth}, and no MoE layer lies below that"
             )
+
+    def _leave_out_heads(self, unmatched: list[str]) -> list[str]:
+        """The unmatched names without those in heads for multi-token prediction, of which a note tells."""
+        depth = self.model_config.num_hidden_layers
+        heads = [name for name in unmatched if is_in_head(name, depth)]
+        if heads:
+            self.notes.append(f"experts in a head for multi-token prediction are not read: {heads[0]}")
+        return [name for name in unmatched if name not in set(heads)] if heads else unmatched
 
     @classmethod
     def open(cls, model: str, kind: Kind = "routed") -> "Experts":
@@ -118,8 +133,15 @@ class Experts:
             router = match.beside.get(number, {}).get("router", {}).get("weight")
             if router and match.layout.is_flattened:
                 expected[router] = next(iter(self.checkpoint.info(router).shape), None)
-        one_plus_norm = has_feature(self.model_type, "one_plus_norm")
-        return ExpertLayer(self.checkpoint, match, number, expected, self.model_config, one_plus_norm)
+        return ExpertLayer(
+            self.checkpoint,
+            match,
+            number,
+            expected,
+            self.model_config,
+            one_plus_norm=has_feature(self.model_type, "one_plus_norm"),
+            shared_last=has_feature(self.model_type, "shared_last"),
+        )
 
     @property
     def activation(self) -> str:
@@ -129,6 +151,8 @@ class Experts:
         if is_gated and has_feature(self.model_type, "swiglu_oai"):
             return "swiglu_oai"
         names = [*self.model_config.activations, usual_activation(self.model_type), layout.activation]
+        if layout.activation == "gelu_up_plus_one":  # which no config can name
+            names.reverse()
         fitting = (name for name in names if name is not None and (is_gated or name != "swiglu_oai"))
         return printable(next(fitting, "silu"))
 
@@ -160,6 +184,11 @@ class Experts:
                     f"{match.layout.name} has",
                     "the checkpoint is incomplete: download it again",
                 )
+        if method := refused.name_method(self.checkpoint.model_config.quantization()):
+            raise UnknownFormat(
+                f"{unmatched[0]}: stored as {method}, which we don't decode",
+                "use the original model, or one in a format that docs/families.md lists",
+            )
         listing = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
         raise UnknownFormat(
             f"no layout in our table holds these tensors, which look like routed experts: {listing}",
@@ -277,3 +306,9 @@ def split_model(model: str) -> tuple[str, str | None]:
 def _is_mtp_root(root: str) -> bool:
     """Whether the stack's layers are for multi-token prediction."""
     return any(part in ("mtp", "mtp_block") for part in root.split("."))
+
+
+def is_in_head(name: str, depth: int | None) -> bool:
+    """Whether the tensor belongs to a head for multi-token prediction, by its name or its layer's number."""
+    layer = re.search(r"(?:^|\.)layers\.(\d{1,9})\.", name)
+    return _is_mtp_root(name) or bool(layer and depth is not None and int(layer[1]) >= depth)

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from ..errors import ModelUnreadable, UnknownFormat
+from .codecs.refused import IK_LLAMA
 from .repositories.source import ByteSource
 from .tensor_info import MAX_HEADER, MAX_NAME, TensorInfo, check_apart, check_name
 
@@ -47,6 +48,19 @@ ACTIVATIONS = {
     "smallthinker": "relu",
 }
 """The architectures whose experts have another activation than silu, which is not in the metadata."""
+
+
+# ik_llama.cpp's own types, by their numbers (gguf-py/gguf/constants.py of ik_llama.cpp)
+_IK_TYPES = {
+    36: "I2_S", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 136: "Q8_K64", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K",
+    140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 147: "Q8_K16", 148: "Q8_K32",
+    149: "Q8_KR8", 150: "Q8_K128", 151: "Q8_KV", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT",
+    156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT", 202: "Q4_0_R8", 206: "Q5_0_R4", 208: "Q8_0_R8", 210: "Q2_K_R4",
+    211: "Q3_K_R4", 212: "Q4_K_R4", 213: "Q5_K_R4", 214: "Q6_K_R4", 216: "IQ2_XXS_R4", 217: "IQ2_XS_R4",
+    218: "IQ3_XXS_R4", 219: "IQ1_S_R4", 220: "IQ4_NL_R4", 221: "IQ3_S_R4", 222: "IQ2_S_R4", 223: "IQ4_XS_R8",
+    229: "IQ1_M_R4", 230: "BF16_R16", 233: "Q6_0_R4", 335: "IQ2_BN_R4", 337: "IQ2_K_R4", 338: "IQ3_K_R4",
+    339: "IQ4_K_R4", 340: "IQ5_K_R4", 344: "IQ4_KS_R4", 352: "IQ5_KS_R4", 398: "Q8_KV_R8", 399: "Q8_K_R8",
+}  # fmt: skip
 
 
 def read_model(sources: Mapping[str, ByteSource]) -> tuple[dict[str, Any], dict[str, dict[str, TensorInfo]]]:
@@ -158,7 +172,8 @@ def _place(reader: "_Reader", entries: list[_Entry], data_start: int, alignment:
             raise reader.broken(f"has {name} twice")
         if offset % alignment:
             raise reader.broken(f"has {name} at {offset:,}, which is no multiple of {alignment}")
-        dtype, block, block_bytes = _types().get(number, (f"GGML type {number}", 0, 0))
+        unknown = f"{IK_LLAMA}{_IK_TYPES[number]}" if number in _IK_TYPES else f"GGML type {number}"
+        dtype, block, block_bytes = _types().get(number, (unknown, 0, 0))
         columns = shape[-1] if shape else 1
         if block and columns % block:
             raise reader.broken(f"has {name} as {dtype}, in blocks of {block}, with rows of {columns:,}")

@@ -15,21 +15,29 @@ from typing import Any, Literal
 Kind = Literal["routed", "shared", "dense"]
 """Routed experts, shared experts, or the feed-forward of a dense layer."""
 
-Feature = Literal["one_plus_norm", "swiglu_oai", "sigmoid", "gguf_rotary_pairs"]
+Feature = Literal["one_plus_norm", "swiglu_oai", "shared_last", "sigmoid", "gguf_rotary_pairs"]
 """A fact by model type that the config does not give."""
 
 _LAYER = re.compile(
-    r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
+    r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|meta_mlp|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
 )
 # a dot precedes the part where the tensor belongs to a module, and an underscore where it is a bare parameter
 _PART = re.compile(
-    r"\.(?P<part>[A-Za-z][\w.]*)"
-    r"|_(?P<suffix>bias|blocks|scales|scale(?:_inv|_2)?|weight_(?:scale(?:_inv|_2)?|packed)|\w+_scale)"
+    r"\.(?P<part>[A-Za-z_][\w.:]*)"
+    r"|_(?P<suffix>bias|blocks|scales|scale(?:_inv|_2)?|weight_(?:scale(?:_inv|_2)?|packed)|\w+_scale"
+    r"|(?:weight_)?(?:packed|shape|zero_point|g_idx|amax|outer_scale_denominator))"
 )
-_LOOKS_ROUTED = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)|(?:^|\.)moe\.\d|^ffn_\w+_exps\.")
+_BARE_PARTS = {
+    suffix: f"weight_{suffix}"
+    for suffix in ("packed", "shape", "zero_point", "g_idx", "global_scale", "amax", "outer_scale_denominator")
+}
+"""The usual names of parts that a bare parameter has without "weight_"."""
+_LOOKS_ROUTED = re.compile(
+    r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)|(?:^|\.)moe\.\d|^ffn_(?!norm)\w+_exps\."
+)
 _NOT_ROUTED = re.compile(
     r"shared_expert|share_expert|shared_mlp|shared_w\d|chunk_experts|vision_moe|self_attention|residual_mlp"
-    r"|e_score_correction_bias|post_expert_norm|experts\.bias$"
+    r"|e_score_correction_bias|post_expert_norm|experts\.bias$|switch_mlp_1|\.lora_fc\d"
 )
 
 
@@ -113,6 +121,7 @@ class Layout:
     tensors: tuple[StoredTensor, ...]
     activation: str | None
     plain: str | None
+    routed_only: bool
 
     @property
     def is_flattened(self) -> bool:
@@ -121,8 +130,13 @@ class Layout:
 
     @property
     def may_be_halves(self) -> bool:
-        """Whether gates and ups lie in turns here, and in halves in another row of the table with the same names."""
+        """Whether gates and ups lie in turns here, and in halves in other models with the same names.
+
+        A row in turns that lists model types holds for these alone.
+        """
         in_turns = {name for tensor in self.tensors if ("I", "2") in tensor.axes.groups for name in tensor.names}
+        if in_turns and self.model_types:
+            return True
         in_halves = {
             name
             for row in load_table()
@@ -163,7 +177,10 @@ def load_table() -> tuple[Layout, ...]:
     """The rows of layouts.toml; raises ValueError or KeyError where the table itself is wrong."""
 
     def expand(template: str, blocks: list[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(template.replace("{block}.", block and f"{block}.") for block in blocks))
+        names = [template.replace("{block}.", block and f"{block}.") for block in blocks]
+        # ModelOpt and llm-compressor put the expert's number behind the projection
+        names += [re.sub(r"experts\.\{expert\}\.(\w+)$", r"experts.\1.{expert}", name) for name in names]
+        return tuple(dict.fromkeys(names))
 
     return tuple(
         Layout(
@@ -178,6 +195,7 @@ def load_table() -> tuple[Layout, ...]:
             ),
             row.get("activation"),
             row.get("plain"),
+            row.get("routed_only", False),
         )
         for row in _load_toml()["layout"]
     )
@@ -275,8 +293,13 @@ def _places(pattern: str, kind: Kind) -> tuple[tuple[int, str, str], ...]:
                 if rest == "":
                     places.append((row, tensor.role, "weight"))
                 elif rest != pattern and (match := _PART.fullmatch(rest)):
-                    places.append((row, tensor.role, match["part"] or match["suffix"]))
+                    places.append((row, tensor.role, _part_of(match)))
     return tuple(places)
+
+
+def _part_of(match: re.Match[str]) -> str:
+    """The part that a match of _PART names."""
+    return match["part"] or _BARE_PARTS.get(match["suffix"], match["suffix"])
 
 
 @cache
@@ -313,6 +336,10 @@ def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[Layou
                 matches[row, root] = LayoutMatch(load_table()[row], root, beside.setdefault(root, {}))
             experts = matches[row, root].layers.setdefault(layer, {}).setdefault(role, {})
             experts.setdefault(number, {})[part] = name
+    for candidate in matches.values():
+        if candidate.layout.routed_only:
+            for layer in [layer for layer in candidate.layers if "router" not in candidate.beside.get(layer, {})]:
+                del candidate.layers[layer]
     complete = [candidate for candidate in matches.values() if candidate.is_complete]
     partial = [candidate for candidate in matches.values() if not candidate.is_complete]
     matched = set().union(*(candidate.names for candidate in complete))
@@ -432,7 +459,7 @@ def _projections(rest: str) -> tuple[tuple[int, int, int, str], ...]:
                 if part == "":
                     fitting.append((len(name), (row, place, number, "weight")))
                 elif part != rest and (match := _PART.fullmatch(part)) and "lora_" not in part:
-                    fitting.append((len(name), (row, place, number, match["part"] or match["suffix"])))
+                    fitting.append((len(name), (row, place, number, _part_of(match))))
         # "q_proj.linear" goes before "q_proj", of which "linear.weight" would be a part
         found += [place for length, place in fitting if length == max(fitting)[0]]
     return tuple(found)

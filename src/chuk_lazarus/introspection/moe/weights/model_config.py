@@ -3,12 +3,14 @@
 from collections import ChainMap
 from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 from ..errors import printable
 from .repositories.source import CONFIG, QUANTIZATION_FILES
 
 LANGUAGE_MODELS = ("text_config", "llm_config", "language_config", "thinker_config")
+MOONDREAM = ("config", "text")  # the objects in one another that describe Moondream's language model
 ACTIVATION_KEYS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "dense_act_fn")
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -20,6 +22,7 @@ TOP_K_KEYS = (
     "moe_num_active_primary_experts",
     "experts_per_token",
     "router_topk",
+    "num_selects",
 )
 EXPERT_COUNT_KEYS = (
     "n_routed_experts",
@@ -81,8 +84,10 @@ class ModelConfig:
 
     def layer(self, number: int) -> "ModelConfig":
         """The settings of one layer: its own, then those of all layers."""
-        by_layer = self.values.get("per_layer_config")
+        by_layer, listed = self.values.get("per_layer_config"), self.values.get("block_configs")
         settings = by_layer.get(str(number)) if isinstance(by_layer, dict) else None
+        if isinstance(listed, list) and 0 <= number < len(listed):
+            settings = listed[number]
         if not isinstance(settings, dict):
             return self
         # a copy for each of many layers would take time that grows with the square of their number
@@ -104,9 +109,19 @@ class ModelConfig:
         """The number of routed experts in a layer."""
         for part in (self.values, self._ffn):
             for key in EXPERT_COUNT_KEYS:
-                if type(count := part.get(key)) is int:
+                count = part.get(key)
+                if isinstance(count, list) and count:  # of several modalities, the text's is the first
+                    count = count[0]
+                if type(count) is int:
                     return count
         return None
+
+    @property
+    def other_expert_count(self) -> int:
+        """The number of experts of other modalities that follow the text's in the same list; usually 0."""
+        counts = [part.get(key) for part in (self.values, self._ffn) for key in EXPERT_COUNT_KEYS]
+        listed = next((count for count in counts if isinstance(count, list)), [])
+        return sum(count for count in listed[1:] if type(count) is int and count > 0)
 
     def head_count(self, layer: int) -> int | None:
         """The number of attention heads, those of queries, in a layer; None where the config does not give it."""
@@ -161,6 +176,13 @@ class ModelConfig:
         parts = _language_models(self.values) if self.whole is None else (self.whole, self.values)
         settings = next(filter(None, map(_stated_quantization, parts)), {})
         of_module = settings.get(module) if module else None
+        if module and isinstance(by_layer := settings.get("layer_quant_config"), dict):  # Quark's
+            own = next((by_layer[pattern] for pattern in by_layer if fnmatch(module, pattern)), None)
+            if isinstance(own, dict):
+                return {**settings, "global_quant_config": own}
+        if module and isinstance(by_type := settings.get("layer_type_quant_config"), dict):
+            own = next((by_type[kind] for kind in by_type if kind.rpartition(".")[2] == "Linear"), None)
+            return {**settings, "global_quant_config": own} if isinstance(own, dict) else settings
         if not isinstance(of_module, dict):
             return settings
         # MLX's settings of a module leave out the mode where it is affine, even if the general mode is another
@@ -172,8 +194,8 @@ class ModelConfig:
 
     @property
     def _ffn(self) -> Mapping[str, Any]:
-        """The object in which DBRX describes its experts."""
-        part = self.values.get("ffn_config")
+        """The object in which DBRX, or Moondream, describes its experts."""
+        part = self.values.get("ffn_config", self.values.get("moe"))
         return part if isinstance(part, Mapping) else {}
 
 
@@ -181,6 +203,9 @@ def _find_language_model(values: MutableMapping[str, Any]) -> MutableMapping[str
     """The innermost object that describes a language model."""
     while part := next((values[key] for key in LANGUAGE_MODELS if isinstance(values.get(key), dict)), None):
         values = part
+    outer = values.get(MOONDREAM[0])
+    if isinstance(outer, dict) and isinstance(inner := outer.get(MOONDREAM[1]), dict):
+        return inner
     return values
 
 

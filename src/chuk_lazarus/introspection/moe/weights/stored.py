@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,9 @@ def find_rows(
         if not leading and rows < stored.shape[0] and rows % span:
             raise UnknownFormat(f"{info.name}: blocks of {span} rows reach over two experts")
         first = index * -(-rows // span)
-        yield info, int(first + start // span), int(first + -(-stop // span)), leading + 1
+        is_flat = leading and info.shape[:-1] == (prod(stored.shape[:-1]),) and info.shape != stored.shape[:-1]
+        axes = 1 if is_flat else leading + 1  # the rows of all matrices may lie below each other
+        yield info, int(first + start // span), int(first + -(-stop // span)), axes
 
 
 def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
@@ -117,7 +120,7 @@ def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
         if not (match := _QUANTISED.fullmatch(name)):
             continue
         stem, part = match["stem"], match["part"]
-        as_module = name[len(stem)] == "."
+        as_module = name[len(stem)] == "." and stem not in known
         group = groups.setdefault(f"{stem}.weight" if as_module else stem, {})
         group[part] = name
         if (weight := f"{stem}.weight" if as_module else stem) in known:

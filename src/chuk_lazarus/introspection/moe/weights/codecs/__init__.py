@@ -9,13 +9,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import UnknownFormat
-from . import awq, bitsandbytes, fp8, gguf, gptq, mlx, mxfp4, mxfp8, nvfp4, pack_quantized, plain
+from . import (
+    awq,
+    bitsandbytes,
+    fp8,
+    gguf,
+    gptq,
+    mlx,
+    mxfp4,
+    mxfp6,
+    mxfp8,
+    nvfp4,
+    pack_quantized,
+    plain,
+    quark,
+    refused,
+    w4afp8,
+)
 from .codec import NOT_DECODED, SAME_PART, Codec, Decode, Part, Stored
 
 __all__ = ["NOT_DECODED", "PARTS", "SAME_PART", "Codec", "Decode", "Part", "Stored", "recognise"]
 
 # The order matters: some parts fit several formats, and the first codec that recognises them decodes them.
-CODECS: tuple[Codec, ...] = (plain, mxfp8, fp8, mxfp4, nvfp4, mlx, pack_quantized, gptq, awq, bitsandbytes, gguf)
+CODECS: tuple[Codec, ...] = (
+    plain, quark, w4afp8, mxfp8, fp8, mxfp6, mxfp4, nvfp4, mlx, pack_quantized, gptq, awq, bitsandbytes, gguf,
+)  # fmt: skip
 
 PARTS = frozenset({*SAME_PART, *(part for codec in CODECS for part in codec.PARTS)})
 """Every name of a part that a storage format puts beside a weight, or in its place."""
@@ -28,6 +46,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     config's settings for this tensor, {} where it has none. Raises UnknownFormat where no codec recognises the parts,
     and UnknownFormat or ModelUnreadable where a codec recognises them and can't decode them.
     """
+    refused.check(parts, quantization)
     for codec in CODECS:
         if stored := codec.recognise(parts, quantization):
             return stored

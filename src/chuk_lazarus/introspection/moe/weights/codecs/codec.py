@@ -14,12 +14,18 @@ SAME_PART = {
     "scale": "weight_scale",
     "scale_inv": "weight_scale_inv",
     "scale_2": "weight_scale_2",
+    "scale2": "weight_scale_2",
     "qscale_weight": "weight_scale",
 }
 """Names that some publishers give to a part, and its usual name."""
 
-NOT_DECODED = frozenset({"bias", "input_scale", "input_global_scale", "activation_scale", "qscale_act"})
-"""Parts that do not belong to the matrix: the bias, and the scales of the inputs."""
+NOT_DECODED = frozenset(
+    {
+        "bias", "input_scale", "input_scale_2", "input_global_scale", "input_amax", "input_offset", "input_zero_point",
+        "activation_scale", "qscale_act", "deq_scale", "quant_bias",
+    }
+)  # fmt: skip
+"""Parts that do not belong to the matrix: the bias, and what scales or shifts the inputs and the outputs."""
 
 CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
 

@@ -1,4 +1,4 @@
-"""FP8 with a scale per block, row, column or matrix, or without scales.
+"""FP8 with a scale per block, row, column or matrix, or without scales; and eight-bit integers in blocks.
 
 `weight` [M, N] is E4M3 or E5M2 beside `weight_scale` or `weight_scale_inv`, which is *multiplied* despite its name
 (README_WEIGHTS.md of deepseek-ai/DeepSeek-V3). The shapes of the scales, for matrices that may be stacked [E, ...]:
@@ -12,11 +12,16 @@
 
 A block's size is in the config, since several sizes fit the same shapes. Where a shape has two meanings, the config
 decides. Scales are floats or E8M0 exponents. Exponents have their own dtype, or are bytes where the config's
-`scale_fmt` is ue8m0.
+`scale_fmt` is ue8m0. Integers, I8, are read here where they have a scale per block, under the same names
+(`blockwise_int8` of SGLang; compressed-tensors, strategy `block`).
+
+AutoRound stores the scales of groups of a row, of the config's `group_size`, as one vector: [rows * groups], or
+[rows * groups, 1] (export/export_to_autoround/export_to_fp8.py).
 """
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -25,12 +30,14 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from .codec import CONFIG_HINT, Part, Stored
+from .quark import weight_scheme
 from .small_floats import E8M0, is_one_per_matrix, scale_groups, widen
 
 WEIGHTS = ("F8_E4M3", "F8_E5M2")
 SCALES = ("F64", "F32", "BF16", "F16", "F8_E8M0", "U8")
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
 
+AUTO_ROUND = ("auto-round", "auto_round")
 Block = tuple[int, int]
 PARTS = (*SCALE_NAMES,)
 
@@ -38,7 +45,9 @@ PARTS = (*SCALE_NAMES,)
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
     """Takes `weight` in FP8, alone or beside one part of scales."""
     weight = parts.get("weight")
-    if weight is None or weight.dtype not in WEIGHTS or len(weight.shape) < 2:
+    if weight is None or weight.dtype not in (*WEIGHTS, "I8") or len(weight.shape) < 2:
+        return None
+    if weight.dtype == "I8" and not _is_in_blocks(weight, parts, quantization):
         return None
     if len(parts) == 1:
         return _recognise_unscaled(weight, quantization)
@@ -50,9 +59,20 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         raise UnknownFormat(
             f"FP8 whose {scale} is bytes, and config.json does not say that scale_fmt is ue8m0", CONFIG_HINT
         )
-    block, span = _find_block(weight.shape, scale, parts[scale].shape, quantization)
+    block, span = _find_groups(weight.shape, parts[scale].shape, quantization) or _find_block(
+        weight.shape, scale, parts[scale].shape, quantization
+    )
     decoder = partial(decode, scale=scale, block=block, kind=E8M0 if is_exponent else None)
-    return Stored("fp8", weight.shape, {"weight": 1, scale: span}, decoder)
+    return Stored("int8" if weight.dtype == "I8" else "fp8", weight.shape, {"weight": 1, scale: span}, decoder)
+
+
+def _is_in_blocks(weight: Part, parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> bool:
+    """Whether integers have the float scales of blocks that the config declares."""
+    scale = next((parts[name] for name in SCALE_NAMES if parts.keys() == {"weight", name}), None)
+    if scale is None or scale.dtype not in ("F32", "BF16", "F16"):
+        return False
+    kinds, declared = find_blocks(quantization)
+    return kinds == {"block"} and any(block[0] > 1 and scale.shape == grid(weight.shape, block) for block in declared)
 
 
 def decode(
@@ -99,6 +119,14 @@ def find_blocks(quantization: Mapping[str, Any]) -> tuple[set[str], list[Block]]
     elif algorithm == "fp8_per_channel_per_token" or quantization.get("quant_method") == "fbgemm_fp8":
         kinds.add("channel")
     blocks.append(quantization.get("weight_block_size"))
+    if quantization.get("quant_method") in AUTO_ROUND:
+        blocks.append(quantization.get("group_size"))
+    if str((scheme := weight_scheme(quantization)).get("dtype")).startswith("fp8"):
+        span = {"per_channel": "channel", "per_tensor": "tensor"}.get(str(scheme.get("qscheme")))
+        kinds |= {span} if span else set()
+        blocks.append(scheme.get("block_size"))
+        if scheme.get("qscheme") == "per_group":
+            blocks.append([1, scheme.get("group_size")])
     usable = [(block[0], block[1]) for block in blocks if isinstance(block, list) and _is_block(block)]
     return kinds | ({"block"} if usable else set()), usable
 
@@ -121,6 +149,20 @@ def _recognise_unscaled(weight: Part, quantization: Mapping[str, Any]) -> Stored
 
 def _decode_unscaled(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
     return widen(parts["weight"])
+
+
+def _find_groups(
+    shape: tuple[int, ...], scale: tuple[int, ...], quantization: Mapping[str, Any]
+) -> tuple[Block, Fraction] | None:
+    """AutoRound's groups of a row, whose scales are one vector: the block, and the rows that one scale covers."""
+    size = quantization.get("group_size")
+    if quantization.get("quant_method") not in AUTO_ROUND or type(size) is not int or size < 1 or len(shape) != 2:
+        return None
+    rows, columns = shape
+    groups = -(-columns // size)
+    if groups < 2 or scale not in ((rows * groups,), (rows * groups, 1)):
+        return None
+    return (1, size), Fraction(1, groups)
 
 
 def _find_block(

@@ -114,7 +114,7 @@ def decode(
 
 
 def scale_rows(
-    codes: NDArray[np.uint8], zeros: NDArray[np.float32], scales: NDArray[np.float32], index: NDArray[np.integer[Any]]
+    codes: NDArray[Any], zeros: NDArray[np.float32], scales: NDArray[np.float32], index: NDArray[np.integer[Any]]
 ) -> NDArray[np.float32]:
     """(codes - zeros[index]) * scales[index] for codes [rows, columns], zeros and scales [groups, columns]."""
     values = np.empty(codes.shape, np.float32)

@@ -6,7 +6,9 @@ The modes (documentation of `mlx.core.quantize`; mlx/ops.cpp), for matrices that
   columns / group_size]; a weight is scale * element + bias. A config without a mode means this mode;
 - mxfp4, mxfp8: E2M1 or E4M3 elements, `scales` uint8 E8M0 for groups of 32;
 - nvfp4: E2M1 elements, `scales` uint8 E4M3 for groups of 16. Some files have a `global_scale`, the largest magnitude
-  of the matrix; the scales are then for a matrix whose largest magnitude is 6 * 448.
+  of the matrix; the scales are then for a matrix whose largest magnitude is 6 * 448. Others keep the second scale of
+  the model that was converted, `weight_scale_2`, which multiplies, or `weight_global_scale`, which divides: one number
+  for each matrix, or [..., rows] (quantization/nvfp4.py of mlx-vlm).
 
 `bits`, `group_size` and `mode` are in the config, since several of them fit the same shapes.
 """
@@ -26,7 +28,8 @@ from .small_floats import E4M3, E8M0, is_one_per_matrix, scale_groups, unpack_e2
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 LARGEST = np.float32(6 * 448)
-PARTS = ("scales", "biases", "global_scale")
+SECOND_SCALES = ("global_scale", "weight_scale_2", "weight_global_scale")
+PARTS = ("scales", "biases", *SECOND_SCALES)
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
@@ -35,11 +38,12 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if weight is None or scales is None or weight.dtype != "U32" or len(weight.shape) < 2:
         return None
     others = parts.keys() - {"weight", "scales"}
-    if others not in (set(), {"biases"}, {"global_scale"}):
+    second = next((name for name in SECOND_SCALES if others == {name}), None)
+    if others not in (set(), {"biases"}) and not second:
         return None
     mode, bits, group = _settings(quantization, sorted(parts))
     is_affine = mode == "affine"
-    if is_affine != (others == {"biases"}) or (others == {"global_scale"} and mode != "nvfp4"):
+    if is_affine != (others == {"biases"}) or (second and mode != "nvfp4"):
         raise UnknownFormat(f"MLX's {', '.join(sorted(parts))}, and config.json says that the mode is {mode}")
     shape = (*weight.shape[:-1], scales.shape[-1] * group if scales.shape else 0)
     if scales.shape[:-1] != shape[:-1] or weight.shape[-1] * 32 != shape[-1] * bits:
@@ -55,11 +59,12 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     spans: dict[str, int | None] = {"weight": 1, "scales": 1}
     if is_affine:
         return Stored(f"mlx-{bits}bit", shape, spans | {"biases": 1}, partial(_decode_affine, bits=bits, group=group))
-    if "global_scale" in parts:
-        whole = parts["global_scale"]
-        if whole.dtype != "F32" or not is_one_per_matrix(whole.shape, shape[:-2]):
-            raise ModelUnreadable(f"its global_scale is {whole.dtype} {list(whole.shape)}: not one number per matrix")
-        spans["global_scale"] = None
+    if second:
+        part = parts[second]
+        by_row = second != "global_scale" and part.shape in (shape[:-1], (*shape[:-1], 1))
+        if part.dtype not in ("F32", "BF16", "F16") or not (by_row or is_one_per_matrix(part.shape, shape[:-2])):
+            raise ModelUnreadable(f"its {second} is {part.dtype} {list(part.shape)}: not one number per matrix")
+        spans[second] = 1 if by_row else None
     return Stored(f"mlx-{mode}", shape, spans, partial(_decode_float, mode=mode, group=group))
 
 
@@ -111,5 +116,10 @@ def _decode_float(
     scales = widen(parts["scales"], E4M3 if mode == "nvfp4" else E8M0)
     if "global_scale" in parts:
         scales *= widen(parts["global_scale"]).reshape(-1) / LARGEST
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if "weight_scale_2" in parts:
+            scales *= widen(parts["weight_scale_2"]).reshape(-1, 1)
+        elif "weight_global_scale" in parts:
+            scales /= widen(parts["weight_global_scale"]).reshape(-1, 1)
     scale_groups(values, scales, group)
     return values

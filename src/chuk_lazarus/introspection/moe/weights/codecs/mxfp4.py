@@ -9,7 +9,8 @@ Formats v1.0, sections 5.3.3 and 5.4.1). Publishers store it as
 - `weight` int8 or uint8 [..., rows, columns / 2], or of the safetensors dtype F4, whose shape counts elements
   [..., rows, columns], beside the same scales: DeepSeek-V4, ModelOpt.
 
-The dtype of the scales is E8M0, or uint8 with the same bytes.
+The dtype of the scales is E8M0, or uint8 with the same bytes. In a stack, the rows of all matrices' scales may lie
+below each other, [experts * rows, groups]: Quark.
 """
 
 from collections.abc import Mapping
@@ -22,10 +23,9 @@ from numpy.typing import NDArray
 from ...errors import ModelUnreadable
 from .codec import Part, Stored
 from .fp8 import SCALE_NAMES
-from .small_floats import E8M0, scale_groups, unpack_e2m1, widen
+from .small_floats import E8M0, is_grid, scale_groups, unpack_e2m1, widen
 
 GROUP = 32
-MXFP6_RATIO = 48  # the nibbles that 32 elements of MXFP6 take; this format has the same parts and dtypes
 PARTS = ("blocks", "scales", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
@@ -38,9 +38,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if len(parts) != 2 or scale is None or packed is None or parts[scale].dtype not in ("U8", "F8_E8M0"):
         return None
     shape, scales = pairs_shape(parts[packed]), parts[scale].shape
-    if scales == (*shape[:-1], shape[-1] // MXFP6_RATIO):
-        return None
-    if scales != (*shape[:-1], shape[-1] // GROUP) or shape[-1] % GROUP:
+    if shape[-1] % GROUP or not is_grid(scales, (*shape[:-1], shape[-1] // GROUP)):
         raise ModelUnreadable(f"its {packed} is {list(parts[packed].shape)} and its {scale} {list(scales)}: not MXFP4")
     return Stored("mxfp4", shape, {packed: 1, scale: 1}, partial(decode, elements=packed, scale=scale))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .codec import Part, Stored
 from .fp8 import SCALE_NAMES, WEIGHTS, find_blocks, grid
-from .small_floats import E8M0, scale_groups, widen
+from .small_floats import E8M0, is_grid, scale_groups, widen
 
 GROUP = 32
 PARTS = ("weight_scale", "weight_scale_inv")
@@ -26,7 +26,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if scale is None or parts["weight"].dtype not in WEIGHTS or parts[scale].dtype not in ("U8", "F8_E8M0"):
         return None
     shape = parts["weight"].shape
-    if len(shape) < 2 or shape[-1] % GROUP or parts[scale].shape != grid(shape, (1, GROUP)):
+    if len(shape) < 2 or shape[-1] % GROUP or not is_grid(parts[scale].shape, grid(shape, (1, GROUP))):
         return None
     if any(block != (1, GROUP) and grid(shape, block) == parts[scale].shape for block in find_blocks(quantization)[1]):
         return None

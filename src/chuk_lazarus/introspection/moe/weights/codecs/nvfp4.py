@@ -6,7 +6,10 @@ store the rest as
 - `weight_packed` uint8 [..., rows, columns / 2] and `weight_global_scale`, which *divides*: compressed-tensors,
   `nvfp4-pack-quantized` (compressors/nvfp4 and quantization/lifecycle/forward_helpers.py);
 - `weight` uint8 [..., rows, columns / 2], or of the safetensors dtype F4, and `weight_scale_2`, which multiplies:
-  ModelOpt (modelopt/torch/quantization/qtensor/nvfp4_tensor.py).
+  ModelOpt (modelopt/torch/quantization/qtensor/nvfp4_tensor.py); Quark and Inkling, where it is `scale2`, and
+  `original_shape` repeats the shape;
+- the same `weight`, and `weight_amax` over `weight_outer_scale_denominator` for the second scale: Inkling-2-Mini
+  (Inkling2LoopDequantizeExperts in transformers/core_model_loading.py).
 
 The second scale is one number, or one for each matrix of a stack ([E], [E, 1] or [E, 1, 1]). Where gates and ups lie in
 one matrix, it may be two numbers, [2] or [E, 2], of which the first is for the first half of the rows. ModelOpt stores
@@ -24,11 +27,12 @@ from numpy.typing import NDArray
 from ...errors import ModelUnreadable
 from .codec import Part, Stored
 from .mxfp4 import find_pairs, pairs_shape
-from .small_floats import is_one_per_matrix, scale_groups, unpack_e2m1, widen
+from .small_floats import is_grid, is_one_per_matrix, scale_groups, unpack_e2m1, widen
 
 GROUP = 16
 SECOND_SCALES = {"weight_packed": "weight_global_scale", "weight": "weight_scale_2"}
-PARTS = ("weight_packed", "weight_scale", *SECOND_SCALES.values())
+AMAX, DENOMINATOR = "weight_amax", "weight_outer_scale_denominator"
+PARTS = ("weight_packed", "weight_scale", *SECOND_SCALES.values(), AMAX, DENOMINATOR, "original_shape")
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
@@ -37,10 +41,17 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     scale = parts.get("weight_scale")
     if packed is None or scale is None or scale.dtype != "F8_E4M3":
         return None
-    second = SECOND_SCALES[packed]
-    if parts.keys() != {packed, "weight_scale", second} or parts[second].dtype not in ("F32", "F16", "BF16", "F64"):
+    second = AMAX if AMAX in parts else SECOND_SCALES[packed]
+    expected = {packed, "weight_scale", second} | ({DENOMINATOR} if second == AMAX else set())
+    if parts.keys() - {"original_shape"} != expected:
+        return None
+    if any(parts[name].dtype not in ("F32", "F16", "BF16", "F64") for name in expected - {packed, "weight_scale"}):
         return None
     *leading, rows, columns = shape = pairs_shape(parts[packed])
+    if stated := parts.get("original_shape"):
+        _check_shape(stated, shape)
+    if second == AMAX and not is_one_per_matrix(parts[DENOMINATOR].shape, tuple(leading)):
+        raise ModelUnreadable(f"its {DENOMINATOR} is {list(parts[DENOMINATOR].shape)}, not one number per matrix")
     halves = False
     if not is_one_per_matrix(parts[second].shape, tuple(leading)):
         halves = parts[second].shape in ((*leading, 2), (*leading, 2, 1)) and rows % 2 == 0
@@ -50,13 +61,14 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
                 "neither one number per matrix nor two"
             )
     decoder = partial(decode, packed=packed, second=second, half=rows // 2 if halves else None)
-    if scale.shape == (*leading, rows, columns // GROUP) and columns % GROUP == 0:
-        return Stored("nvfp4", shape, {packed: 1, "weight_scale": 1, second: None}, decoder)
+    whole = dict.fromkeys(sorted(expected - {packed, "weight_scale"}, key=list(PARTS).index))
+    if columns % GROUP == 0 and is_grid(scale.shape, (*leading, rows, columns // GROUP)):
+        return Stored("nvfp4", shape, {packed: 1, "weight_scale": 1, **whole}, decoder)
     width, inputs = parts[packed].shape[-1], 2 * rows
     is_turned = parts[packed].dtype == "U8" and scale.shape == (*leading, inputs // GROUP, width)
     if is_turned and not inputs % GROUP and not halves and leading:
         turned = partial(_decode_turned, packed=packed, second=second)
-        spans = {packed: 2, "weight_scale": GROUP, second: None}
+        spans = {packed: 2, "weight_scale": GROUP, **whole}
         return Stored("nvfp4", (*leading, inputs, width), spans, turned)
     raise ModelUnreadable(
         f"its {packed} is {list(parts[packed].shape)} and its weight_scale {list(scale.shape)}: not NVFP4"
@@ -76,7 +88,7 @@ def decode(
     second_scale = widen(parts[second]).reshape(-1)
     if half is not None:
         second_scale = second_scale[(np.arange(start, stop) >= half).astype(np.intp)][:, None]
-    _apply_second(scales, second_scale, second)
+    _apply_second(scales, second_scale, second, parts)
     scale_groups(values, scales, GROUP)
     return values
 
@@ -89,16 +101,28 @@ def _decode_turned(
     values = unpack_e2m1(parts[packed]).reshape(count, columns, 2).swapaxes(1, 2).reshape(2 * count, columns)
     values = values[start % 2 :][: stop - start]
     scales = widen(parts["weight_scale"])
-    _apply_second(scales, widen(parts[second]).reshape(-1), second)
+    _apply_second(scales, widen(parts[second]).reshape(-1), second, parts)
     with np.errstate(over="ignore", invalid="ignore"):
         values *= np.repeat(scales, GROUP, axis=0)[start % GROUP :][: stop - start]
     return values
 
 
-def _apply_second(scales: NDArray[np.float32], second: NDArray[np.float32], name: str) -> None:
+def _check_shape(part: Part, shape: tuple[int, ...]) -> None:
+    """Raise ModelUnreadable where `original_shape` is another than the decoded one: then it would be padded."""
+    if part.dtype not in ("I64", "I32") or part.shape != (len(shape),):
+        raise ModelUnreadable(f"its original_shape is {part.dtype} {list(part.shape)}")
+    if (original := tuple(int(size) for size in part.load())) != shape:
+        raise ModelUnreadable(f"its original_shape says {list(original)}, and it holds {list(shape)}")
+
+
+def _apply_second(
+    scales: NDArray[np.float32], second: NDArray[np.float32], name: str, parts: Mapping[str, NDArray[Any]]
+) -> None:
     """Apply the second scale, which is the part `name`, to the scales of the groups, in place."""
     with np.errstate(all="ignore"):
-        if name == "weight_global_scale":
+        if name == AMAX:
+            scales *= second / widen(parts[DENOMINATOR]).reshape(-1)
+        elif name == "weight_global_scale":
             scales /= second
         else:
             scales *= second

@@ -1,4 +1,4 @@
-"""The integers of compressed-tensors: `pack-quantized` and `int-quantized`.
+"""The integers of compressed-tensors, `pack-quantized` and `int-quantized`, and those of ModelSlim.
 
 Packed: `weight_packed` is I32 [out, ceil(in * bits / 32)]; each row is a dense stream, from the lowest bit on, of the
 integers plus 2^(bits - 1). `weight_shape` is [out, in]. Not packed: `weight` is I8 [out, in].
@@ -10,7 +10,10 @@ and the groups are consecutive inputs (compressors/pack_quantized/helpers.py, co
 quantization/lifecycle/forward.py of compressed-tensors; for g_idx the latter in version 0.12).
 
 Integers of 3, 5, 6 and 7 bits are packed densely by newer versions; older versions packed as many as fit into a word.
-No file tells which version it is from.
+The number of words tells which, except in very short rows.
+
+ModelSlim's `weight` I8 has a `weight_offset` of floats [out, 1] or [out, groups]: a weight is
+(integer - offset) * scale (msmodelslim's description of its format, W8A8 and W8A16).
 """
 
 from collections.abc import Mapping
@@ -27,13 +30,15 @@ from .bits import unpack, unpack_rows
 from .codec import CONFIG_HINT, Part, Stored
 
 FLOATS = ("BF16", "F16", "F32")
-WIDTHS = (1, 2, 4, 8)
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+METHODS = (None, "compressed-tensors", "modelopt", "modelslim", "ascend", "w8a8_int8")
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_offset")
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
     """Takes `weight_packed` I32 beside `weight_shape`, or `weight` I8, with a `weight_scale` of floats."""
-    integers = parts.keys() - {"weight_scale", "weight_zero_point", "weight_g_idx"}
+    integers = parts.keys() - {"weight_scale", "weight_zero_point", "weight_g_idx", "weight_offset"}
+    if "weight_offset" in parts and (integers != {"weight"} or "weight_zero_point" in parts):
+        return None
     if "weight_scale" not in parts or parts["weight_scale"].dtype not in FLOATS:
         return None
     if integers == {"weight_packed", "weight_shape"} and parts["weight_packed"].dtype == "I32":
@@ -46,7 +51,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         spans: dict[str, int | Fraction | None] = {"weight_packed": 1}
         codec = f"int{bits}"
     elif integers == {"weight"} and parts["weight"].dtype == "I8" and len(parts["weight"].shape) > 1:
-        if quantization.get("quant_method") not in (None, "compressed-tensors", "modelopt"):
+        if quantization.get("quant_method") not in METHODS:
             return None
         *leading, rows, columns = parts["weight"].shape
         bits = 8
@@ -73,6 +78,10 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             )
     elif (schemes := _int_weights(quantization)) and all(scheme.get("symmetric") is False for scheme in schemes):
         raise ModelUnreadable("config.json says that it is not symmetric, and there is no weight_zero_point")
+    if offset := parts.get("weight_offset"):
+        if offset.dtype not in FLOATS or offset.shape != parts["weight_scale"].shape:
+            raise ModelUnreadable(f"its weight_offset is {offset.dtype} {list(offset.shape)}, unlike its weight_scale")
+        spans["weight_offset"] = spans["weight_scale"]
     if order := parts.get("weight_g_idx"):
         if order.dtype not in ("I32", "I64") or order.shape != (*leading, columns):
             raise ModelUnreadable(f"its weight_g_idx is {order.dtype} {list(order.shape)} for {columns} inputs")
@@ -98,6 +107,8 @@ def decode(
                 first = start * bits % 32
                 zero = _signed(unpack_rows(zero.view(np.uint32), bits, first, stop - start), bits)
             _apply(np.subtract, values, zero.astype(np.float32), group, order)
+        if (offset := parts.get("weight_offset")) is not None:
+            _apply(np.subtract, values, offset.astype(np.float32), group, order)
         _apply(np.multiply, values, parts["weight_scale"].astype(np.float32), group, order)
     return values
 
@@ -179,8 +190,10 @@ def _find_bits(words: int, columns: int, quantization: Mapping[str, Any]) -> int
     if len(candidates) > 1:
         raise UnknownFormat(f"packed integers of {listing} bits: the shapes do not tell which", CONFIG_HINT)
     bits = candidates.pop()
-    if bits not in WIDTHS:
-        raise UnknownFormat(f"packed integers of {bits} bits: compressed-tensors has packed those in two ways")
+    if words != -(-columns * bits // 32):
+        raise UnknownFormat(f"packed integers of {bits} bits, as many as fit into a word, as old versions packed them")
+    if 32 % bits and words == -(-columns // (32 // bits)):
+        raise UnknownFormat(f"packed integers of {bits} bits in {words} words a row, which may be packed in two ways")
     return bits
 
 

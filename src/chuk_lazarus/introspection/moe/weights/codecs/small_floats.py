@@ -5,6 +5,7 @@ OCP 8-bit Floating Point specification v1.0. Since they have at most 256 codes, 
 several times faster than a cast.
 """
 
+from math import prod
 from typing import Any
 
 import ml_dtypes
@@ -49,6 +50,14 @@ def scale_groups(values: NDArray[np.float32], scales: NDArray[np.float32], span:
         else:
             grouped = values.reshape(rows, columns // span, span)
             grouped *= scales[:, :, None]
+
+
+def is_grid(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether scales of this shape are those of `expected`, [..., rows, groups].
+
+    The rows of all matrices of a stack may lie below each other, as Quark stores them.
+    """
+    return shape in (expected, (prod(expected[:-1]), expected[-1]))
 
 
 def is_one_per_matrix(shape: tuple[int, ...], leading: tuple[int, ...]) -> bool:
