@@ -10,10 +10,13 @@ from ...jobs.resources import Resources
 from ...progress import Progress
 from ...terms import OVERLAY_CONFIG
 from ...weights.expert_layer import stored_rows
+from ...weights.experts import refuse_rotated
 from ...weights.fingerprint import fingerprint
 from ...weights.layouts import Layout, load_table
+from ...weights.model_config import name_dtype
+from ...weights.repositories.source import CONFIG
 from ..quantisation import BF16
-from .auxiliary import read_auxiliary_files
+from .auxiliary import check_copy, read_auxiliary_files
 from .dequantise import dequantise
 from .folder import Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
 from .reader import OverlayCheckpoint, read_overlay
@@ -31,8 +34,12 @@ def export_overlay(
     """
     overlay = read_overlay(folder)
     checkpoint = overlay.checkpoint
+    if rotation := checkpoint.model_config.rotation():
+        raise refuse_rotated(rotation)
     rows = {row.name: row for row in load_table()}
     layout = rows[rows[overlay.family].plain or overlay.family]
+    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
+        check_copy(checkpoint.repository, file)
     names = sorted(set(checkpoint.names) - overlay.names)
     writers = dequantise(checkpoint, names)
     shards = [
@@ -50,12 +57,12 @@ def export_overlay(
         if tensor.name in written:
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
-    config = checkpoint.model_config.without_quantization()
+    config = name_dtype(checkpoint.model_config.without_quantization(), "bfloat16")
     del config[OVERLAY_CONFIG]
     write_model(
         target,
         shards,
-        encode_json(config),
+        encode_json(config) if config else None,  # the model had no config.json
         read_auxiliary_files(checkpoint.repository),
         {"writes": "export", "version": overlay.overlay_config.version, **fingerprint(checkpoint)},
         checkpoint.repository.folder,

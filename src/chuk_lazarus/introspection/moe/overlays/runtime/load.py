@@ -67,7 +67,7 @@ def check_folder(folder: Path) -> Layers:
 
 
 def check_files(folder: Path) -> None:
-    """Raise ModelUnreadable for links out of the folder, pipes and devices that mlx-lm or transformers may read."""
+    """Raise ModelUnreadable for pipes, devices and broken links that mlx-lm or transformers may read."""
     repository, templates = Folder(folder), folder / "additional_chat_templates"
     paths = [*([templates] if templates.is_symlink() else []), *templates.glob("*.jinja")]
     for name in sorted(repository.files | {str(path.relative_to(folder)) for path in paths}):
