@@ -47,7 +47,9 @@ def export(folder: Path, model: str) -> tuple[Tensors, dict[str, Any] | None]:
     """What is left of a model after it was made an overlay and a standard checkpoint again."""
     MoECompressionService.compress(model, folder / "overlay", ranks=RANKS)
     MoECompressionService.export(folder / "overlay", folder / "export")
-    found = {name: value for file in (folder / "export").glob("*.safetensors") for name, value in load_file(file).items()}
+    found = {
+        name: value for file in (folder / "export").glob("*.safetensors") for name, value in load_file(file).items()
+    }
     config = folder / "export/config.json"
     return found, json.loads(config.read_text()) if config.exists() else None
 
@@ -62,7 +64,9 @@ def export(folder: Path, model: str) -> tuple[Tensors, dict[str, Any] | None]:
     ],
 )
 @pytest.mark.parametrize("place", [(), ("quantization_config",)])
-def test_rotated_weights_are_refused(tmp_path: Path, key: str, settings: dict[str, Any], place: tuple[str, ...]) -> None:
+def test_rotated_weights_are_refused(
+    tmp_path: Path, key: str, settings: dict[str, Any], place: tuple[str, ...]
+) -> None:
     tensors, config = demo()
     part = config
     for name in place:
@@ -126,7 +130,9 @@ def test_scales_of_activations_go_with_the_settings(tmp_path: Path, name: str, i
     assert set(found) == set(plain)
     assert exported is not None
     assert "quantization_config" not in exported
-    assert np.allclose(found[f"{O_PROJ}.weight"].astype(np.float32), plain[f"{O_PROJ}.weight"].astype(np.float32), 0.1, 1e-3)
+    assert np.allclose(
+        found[f"{O_PROJ}.weight"].astype(np.float32), plain[f"{O_PROJ}.weight"].astype(np.float32), 0.1, 1e-3
+    )
 
 
 def test_a_neighbour_with_a_longer_name_is_kept(tmp_path: Path) -> None:
@@ -139,7 +145,12 @@ def test_a_neighbour_with_a_longer_name_is_kept(tmp_path: Path) -> None:
 def test_settings_of_modules_that_are_gone_go_too(tmp_path: Path) -> None:
     tensors, config = demo()
     experts, kept = "model.layers.0.block_sparse_moe.experts.0.w1", "model.layers.0.self_attn.o_proj"
-    settings = {"group_size": 32, "bits": 4, experts: {"group_size": 32, "bits": 8}, kept: {"group_size": 32, "bits": 8}}
+    settings = {
+        "group_size": 32,
+        "bits": 4,
+        experts: {"group_size": 32, "bits": 8},
+        kept: {"group_size": 32, "bits": 8},
+    }
     tensors = {**tensors, "model.extra.weight": np.ones((4, 4), np.uint32)}  # so that something is still quantised
     model = write(tmp_path / "model", tensors, {**config, "quantization": settings})
     MoECompressionService.compress(model, tmp_path / "overlay", ranks=RANKS)

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from chuk_lazarus.introspection.moe import ModelUnreadable, MoELayoutService, MoETypeService
@@ -76,3 +79,40 @@ def test_weights_beside_a_single_file_are_named(tmp_path: Path) -> None:
     save_file(load_file(DEMO_FOLDER / "native/model.safetensors"), tmp_path / "model.safetensors")
     save_file({"mtp.norm.weight": np.ones(4, np.float32)}, tmp_path / "mtp.safetensors")
     assert "mtp.safetensors beside model.safetensors was not read" in MoELayoutService.describe(str(tmp_path)).notes
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> tuple[Path, dict[str, NDArray[Any]]]:
+    """A folder with the config of `demo:native`, and its tensors without the last expert of layer 1."""
+    tensors = dict(load_file(DEMO_FOLDER / "native/model.safetensors"))
+    for name in [name for name in tensors if ".layers.1.block_sparse_moe.experts.7." in name]:
+        del tensors[name]
+    (tmp_path / "config.json").write_bytes((DEMO_FOLDER / "native/config.json").read_bytes())
+    return tmp_path, tensors
+
+
+def test_the_router_decides_how_many_experts_there_are(uneven: tuple[Path, dict[str, NDArray[Any]]]) -> None:
+    folder, tensors = uneven
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelUnreadable, match="layer 1 lacks the gate projection of expert 7"):
+        MoETypeService.analyze(str(folder), layer=1)
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+    save_file({**tensors, router: tensors[router][:7]}, folder / "model.safetensors")
+    report = MoETypeService.analyze(str(folder), layers="all")
+    assert "layer 1 has 7 experts, as many as its router, and config.json says 8" in report.notes
+    assert report.experts_range == (7, 8)
+    assert "7 to 8" in report.to_html()
+
+
+def test_an_expert_without_its_scale_is_named(tmp_path: Path) -> None:
+    tensors: dict[str, NDArray[Any]] = dict(load_file(DEMO_FOLDER / "native/model.safetensors"))
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        tensors[name.replace("weight", "weight_scale")] = np.asarray(1.0, np.float32)
+    config = json.loads((DEMO_FOLDER / "native/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    for expert in (0, 4, 7):
+        lacking = f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight_scale"
+        save_file({n: value for n, value in tensors.items() if n != lacking}, tmp_path / "model.safetensors")
+        with pytest.raises(ModelUnreadable, match=f"layer 0: expert {expert} lacks the weight_scale"):
+            MoETypeService.analyze(str(tmp_path))

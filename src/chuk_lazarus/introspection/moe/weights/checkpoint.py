@@ -54,7 +54,9 @@ class Checkpoint:
         else:
             self.model_config = ModelConfig.read(repository.files, self._json)
         self._files = self._read_headers(files) if files else self._read_index()
-        if files and (beside := sorted(file for file in repository.files - set(files) if _is_weights_like(file, files))):
+        if files and (
+            beside := sorted(file for file in repository.files - set(files) if _is_weights_like(file, files))
+        ):
             self.notes.append(f"{_list_few(beside)} beside {files[0]} was not read")
         self.names = tuple(self._files)
         if not self.names:
@@ -219,12 +221,12 @@ class Checkpoint:
                     f"{INDEX} is stale: it names {missing[0]}, which is not there, and not {others[0]}, which is",
                     "download the index again, or remove it",
                 )
-            raise ModelUnreadable(
-                f"{missing[0]} is missing, and {INDEX} names it", "download the rest of the model"
-            )
+            raise ModelUnreadable(f"{missing[0]} is missing, and {INDEX} names it", "download the rest of the model")
         if missing:
             count = len(set(named))
-            self.notes.append(f"{len(missing)} of {count} files are missing, {missing[0]} first: their layers can't be read")
+            self.notes.append(
+                f"{len(missing)} of {count} files are missing, {missing[0]} first: their layers can't be read"
+            )
         if others:
             self.notes.append(f"{_list_few(others)} beside the files of {INDEX} was not read")
 

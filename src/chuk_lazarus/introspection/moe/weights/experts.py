@@ -121,7 +121,12 @@ class Experts:
             if router and match.layout.is_flattened:
                 expected[router] = next(iter(self.checkpoint.info(router).shape), None)
         one_plus_norm = has_feature(self.model_type, "one_plus_norm")
-        return ExpertLayer(self.checkpoint, match, number, expected, self.model_config, one_plus_norm)
+        return ExpertLayer(self.checkpoint, match, number, expected, self.model_config, one_plus_norm, self._remark)
+
+    def _remark(self, sentence: str) -> None:
+        """Add a sentence to the notes, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
     @property
     def activation(self) -> str:
