@@ -264,9 +264,9 @@ class ExpertLayer:
             # a part that others have and one lacks is no unknown format, but a gap
             for expert, entry in enumerate(parts):
                 if wider := next((other for other in parts if other.keys() > entry.keys()), None):
-                    part = min(wider.keys() - entry.keys())
+                    part, name = min(wider.keys() - entry.keys()), next(iter(entry.values()))
                     raise ModelUnreadable(
-                        f"layer {self.number}: expert {expert} lacks the {part} that belongs to {next(iter(entry.values()))}",
+                        f"layer {self.number}: expert {expert} lacks the {part} that belongs to {name}",
                         "the checkpoint is incomplete: download it again",
                     ) from None
             raise

@@ -213,8 +213,9 @@ def write_model(
 ) -> None:
     """Write shards, their index, the other files and at last the config into `target`, by way of `<target>.partial`.
 
-    The names of `files` may have folders in them, with /. A function among `files` is called once all shards are written. `plan` (JSON) tells this work from any other;
-    `source` is the model's own folder, which is never touched. Raises InvalidRequest where the folder can't be written.
+    The names of `files` may have folders in them, with /. A function among `files` is called once all shards are
+    written. `plan` (JSON) tells this work from any other; `source` is the model's own folder, which is never touched.
+    Raises InvalidRequest where the folder can't be written.
     """
     folder, unfinished, replaced = _find_paths(target, source)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]

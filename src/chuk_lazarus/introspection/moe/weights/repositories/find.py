@@ -47,8 +47,7 @@ def find_repository(model: str) -> Repository:
 def _as_hub_id(model: str) -> str:
     """The Hub id that an address of the Hub, or an id with a slash at its end, stands for; other texts as they are."""
     text = re.sub(r"^(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?", "", model.strip())
-    text, _, query = text.partition("?")
-    text = unquote(text.partition("#")[0] if text != model else text).rstrip("/")
+    text = unquote(text.partition("?")[0]).rstrip("/")
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/(?:tree|blob|resolve)/([^@]+)", text)
     if not match:
         return text
