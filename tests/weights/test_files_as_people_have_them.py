@@ -101,7 +101,7 @@ def test_the_router_decides_how_many_experts_there_are(uneven: tuple[Path, dict[
     report = MoETypeService.analyze(str(folder), layers="all")
     assert "layer 1 has 7 experts, as many as its router, and config.json says 8" in report.notes
     assert report.experts_range == (7, 8)
-    assert "7 to 8" in report.to_html()
+    assert "7 to 8" in report._repr_html_()
 
 
 def test_an_expert_without_its_scale_is_named(tmp_path: Path) -> None:
