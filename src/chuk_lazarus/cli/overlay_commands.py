@@ -193,21 +193,33 @@ def export(
     return MoECompressionService.export(overlay, folder, force=force, progress=run.progress)
 
 
-@command(JSON, OUTPUT)
+@command(JSON, OUTPUT, QUIET)
 def evaluate(
     run: Run,
     model: Model,
-    overlay: Annotated[Path, typer.Option("--overlay", help="The folder of its overlay.", show_default=False)],
+    overlay: Annotated[
+        Path,
+        typer.Option(
+            "--overlay",
+            help="The folder of its overlay, or of another checkpoint of the same model: exported, quantised by "
+            "mlx_lm.convert, trained further.",
+            show_default=False,
+        ),
+    ],
     text: Annotated[Path, typer.Option("--text", help="A text file in UTF-8.", show_default=False)],
     context: Annotated[int, typer.Option("--context", min=1, help="The length of the windows, in tokens.")] = 512,
     tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of the text at most.")] = None,
 ) -> "MoEOverlayEvaluation":
-    """Run a model and its overlay in MLX on the same text: loss, perplexity, speed and memory of both.
+    """Run a model and its overlay in MLX on the same text: loss, speed and memory of both, and the KL divergence of the
+    next token's distribution from the original's.
+
+    Both are in memory at the same time.
 
     \b
-    Example:
+    Examples:
       lazarus introspect moe-expert moe-overlay-eval -m demo:upcycled --overlay ./overlay --text README.md
+      lazarus introspect moe-expert moe-overlay-eval -m ./my-model --overlay ./my-model-4bit --text wiki.txt
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
 
-    return MoECompressionService.evaluate(model, overlay, text, context=context, tokens=tokens)
+    return MoECompressionService.evaluate(model, overlay, text, context=context, tokens=tokens, progress=run.progress)

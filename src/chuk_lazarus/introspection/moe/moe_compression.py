@@ -117,15 +117,24 @@ class MoECompressionService:
 
     @staticmethod
     def evaluate(
-        model: str, overlay: str | Path, text: str | Path, *, context: int = 512, tokens: int | None = None
+        model: str,
+        overlay: str | Path,
+        text: str | Path,
+        *,
+        context: int = 512,
+        tokens: int | None = None,
+        progress: Progress | None = None,
     ) -> MoEOverlayEvaluation:
-        """Run a model and its overlay in MLX on the text in a file: loss, perplexity, speed and memory of both.
+        """Run a model and its overlay in MLX on the text in a file: loss, perplexity, speed and memory of both, and the
+        KL divergence of the overlay from the original.
 
-        The model must be on this machine. `context` is the length of the windows, `tokens` how many tokens at most.
-        Raises InvalidRequest where MLX is not installed.
+        `overlay` may also be the folder of another checkpoint of the same model that mlx-lm loads: exported, quantised,
+        trained further. The model must be on this machine, whose memory must hold both. `context` is the length of the
+        windows, `tokens` how many tokens at most. Raises InvalidRequest where MLX is not installed, and where the two
+        are not of the same model.
         """
         try:
             from .overlays.runtime.evaluate import evaluate_overlay
         except ImportError:
             raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
-        return evaluate_overlay(model, str(overlay), str(text), context, tokens)
+        return evaluate_overlay(model, str(overlay), str(text), context, tokens, progress or no_progress)

@@ -16,6 +16,7 @@ from .overlays import (
     OverlayBytes,
     ProjectionCodes,
     SameBytes,
+    SampleMean,
     SharingRate,
     TokensFrom,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "QuickLayer",
     "Report",
     "SameBytes",
+    "SampleMean",
     "SharedExperts",
     "Sharing",
     "SharingRate",

@@ -168,10 +168,18 @@ class MoEOverlayEstimate(Identity):
     cost: Cost
 
 
+class SampleMean(Report):
+    """A mean, and its standard error; null for a sample of one."""
+
+    mean: float
+    stderr: float | None
+
+
 class Evaluation(Report):
     """How well and how fast a model predicts tokens: `loss` in nats per token, of the `tokens` that were predicted.
 
-    `parameter_bytes` is what the model's parameters take in memory.
+    `parameter_bytes` is what the model's parameters take in memory; `bits_per_weight` what is stored of the routed
+    experts, everything counted, null where that is not known. `seconds` are those of the model alone.
     """
 
     loss: float
@@ -181,6 +189,7 @@ class Evaluation(Report):
     seconds: float
     tokens_per_second: float
     parameter_bytes: int
+    bits_per_weight: float | None = None
 
 
 class MoEOverlayCompression(Identity):
@@ -217,14 +226,24 @@ class MoEOverlayExport(Report):
 
 
 class MoEOverlayEvaluation(Report):
-    """How a model and its overlay predict the same text; `loss_difference` is overlay minus original."""
+    """How a model and its overlay predict the same text; `loss_difference` is overlay minus original.
+
+    The folder `overlay` may also hold another checkpoint of the same model; then `is_overlay` is false. `kl` is the
+    mean over the predicted tokens of KL(original || overlay), the divergence of the next token's distribution from the
+    original's, in nats. Its standard error, and that of `loss_difference` (of the tokens' own differences), take the
+    windows of `context` tokens for a random sample, as tokens within a window depend on each other; of a single window,
+    its tokens.
+    """
 
     schema_: Literal["moe-overlay-evaluation/1"] = Field(default="moe-overlay-evaluation/1", alias="schema")
     model: str
     overlay: str
+    is_overlay: bool
     text: str
     tokens_from: TokensFrom
     original_result: Evaluation
     overlay_result: Evaluation
     loss_difference: float
+    loss_difference_stderr: float | None
     perplexity_ratio: float
+    kl: SampleMean

@@ -233,20 +233,29 @@ def render_export(report: MoEOverlayExport) -> "RenderableType":
 
 
 def render_evaluation(report: MoEOverlayEvaluation) -> "RenderableType":
-    """Original and overlay side by side."""
+    """Original and overlay, or another checkpoint, side by side."""
     results = (report.original_result, report.overlay_result)
-    first = results[0]
+    first, name = results[0], "Overlay" if report.is_overlay else "Other"
     facts = [
         ("Model", report.model),
-        ("Overlay", report.overlay),
+        (name, report.overlay),
         ("Text", report.text),
         ("Tokens", f"{first.tokens:,} by {report.tokens_from}, in windows of {first.context}"),
     ]
+    loss = f"{report.loss_difference:+.4f}{_spread(report.loss_difference_stderr, 4)}"
+    bits = ["?" if result.bits_per_weight is None else f"{result.bits_per_weight:.2f}" for result in results]
     rows = [
-        ["Loss", *(f"{result.loss:.4f}" for result in results), f"{report.loss_difference:+.4f}"],
+        ["Loss", *(f"{result.loss:.4f}" for result in results), loss],
         ["Perplexity", *(f"{result.perplexity:.3f}" for result in results), f"{report.perplexity_ratio:.3f}x"],
+        ["KL from the original", "", "", f"{report.kl.mean:.5f}{_spread(report.kl.stderr, 5)}"],
         ["Tokens per second", *(f"{result.tokens_per_second:,.0f}" for result in results), ""],
         ["Weights in memory", *(format_bytes(result.parameter_bytes) for result in results), ""],
+        ["Bits a weight of the experts", *bits, ""],
     ]
-    table = draw_table(["", "Original", "Overlay", "Difference"], rows)
+    table = draw_table(["", "Original", name, "Difference"], rows, {"": LEFT})
     return stack("MOE OVERLAY EVALUATION", draw_facts(facts), table)
+
+
+def _spread(stderr: float | None, digits: int) -> str:
+    """The standard error behind a number: " ± 0.0004"."""
+    return "" if stderr is None else f" ± {stderr:.{digits}f}"
