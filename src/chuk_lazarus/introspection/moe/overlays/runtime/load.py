@@ -68,7 +68,9 @@ def check_files(folder: Path) -> None:
     paths = [*([templates] if templates.is_symlink() else []), *templates.glob("*.jinja")]
     for name in sorted(repository.files | {str(path.relative_to(folder)) for path in paths}):
         repository.open(name)
-    if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - Checkpoint(repository).files):
+    checkpoint = Checkpoint(repository)
+    files = {checkpoint.info(name).file for name in checkpoint.names}
+    if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - files):
         raise ModelUnreadable(
             f"{stray[0]} is not among the model's files, and mlx-lm would load it, too",
             "it may be of an older version or overlay: remove it",
