@@ -546,3 +546,10 @@ def test_interrupted(large_model: str, tmp_path: Path, options: list[str], after
         assert json.loads(err)["error"]["code"] == 130
     assert used < 2.5
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("columns", ["0", "00", "1", "19", "", "-1", "1e3", "9" * 20])
+def test_a_width_that_is_none_is_not_believed(columns: str) -> None:
+    """Containers and runners of tests say 0."""
+    arguments = ["introspect", "moe-expert", "moe-layout", "-m", "demo:native"]
+    assert call(arguments, COLUMNS=columns).stdout == call(arguments, COLUMNS="80").stdout

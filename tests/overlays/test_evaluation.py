@@ -297,3 +297,13 @@ def test_tokens_that_the_model_has_not_got(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("abcd")
     with pytest.raises(ModelUnreadable, match="gives token 257, and it has 256"):
         MoECompressionService.evaluate(str(tmp_path / "model"), NATIVE, tmp_path / "text")
+
+
+def test_weights_that_mlx_lm_would_load_beside_the_models_are_refused(tmp_path: Path) -> None:
+    """mlx-lm takes every file called model*.safetensors, whatever the index says: that would be another model."""
+    model = tmp_path / "model"
+    shutil.copytree(DEMO / "upcycled", model)
+    (tmp_path / "text.txt").write_text("the same model twice")
+    shutil.copy(DEMO / "native/model.safetensors", model / "model-old.safetensors")
+    with pytest.raises(ModelUnreadable, match=r"model-old\.safetensors is not among the model's files"):
+        MoECompressionService.evaluate(str(model), DEMO / "upcycled", tmp_path / "text.txt")

@@ -326,6 +326,28 @@ def test_the_same_file_in_another_repository_is_not_fetched_again(hub: HubServer
     assert hub.body_bytes() == 0
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "{}/",
+        "https://huggingface.co/{}",
+        "hf.co/{}/",
+        "hf://{}",
+        "https://huggingface.co/{}/tree/main",
+        "https://huggingface.co/{}/blob/main/config.json?download=true",
+    ],
+)
+def test_addresses_of_the_hub(hub: HubServer, cache: Path, made: Path, address: str) -> None:
+    name = publish(hub, made)
+    assert figures(analyze(address.format(name))) == local(made)
+
+
+@pytest.mark.parametrize("address", ["{}@refs%2Fpr%2F7", "https://huggingface.co/{}/tree/refs%2Fpr%2F7"])
+def test_a_revision_in_an_address_is_decoded(hub: HubServer, cache: Path, made: Path, address: str) -> None:
+    with pytest.raises(ModelUnreadable, match="refs/pr/7"):
+        analyze(address.format(publish(hub, made)))
+
+
 def test_an_unknown_revision_is_named(hub: HubServer, cache: Path, made: Path) -> None:
     name = publish(hub, made)
     check_refused(f"{name}@no-such-branch", name, "no-such-branch")

@@ -14,6 +14,8 @@ from .interrupt import INTERRUPTED
 from .moe_expert import EXAMPLE
 from .output import print_error
 
+LEAST_WIDTH, GREATEST_WIDTH = 20, 10_000  # columns of a terminal
+
 app = typer.Typer(name="lazarus", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 introspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 introspect.add_typer(moe_expert.app, name="moe-expert", short_help="Mixture-of-Experts checkpoints.")
@@ -48,6 +50,7 @@ def run(arguments: list[str]) -> int:
     0 done, 1 a check failed, 2 usage, 3 the model can't be read, 4 not an MoE or an unknown format, 130 interrupted.
     """
     as_json = "--json" in arguments
+    _check_width()
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the client's log lines would come between our own
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -76,6 +79,16 @@ def run(arguments: list[str]) -> int:
     if code == INTERRUPTED:
         print_error(code, "interrupted", "", as_json)
     return int(code)
+
+
+def _check_width() -> None:
+    """Have no width below LEAST_WIDTH believed: containers and pipes say 0, and no table fits into a few columns."""
+    width = os.environ.get("COLUMNS", "")
+    if not (width.isdecimal() and LEAST_WIDTH <= int(width[:9]) <= GREATEST_WIDTH):
+        os.environ.pop("COLUMNS", None)
+        with contextlib.suppress(OSError, ValueError):  # no terminal
+            if sys.__stdout__ and os.get_terminal_size(sys.__stdout__.fileno()).columns < LEAST_WIDTH:
+                os.environ["COLUMNS"] = "80"
 
 
 def _end_usage(error: typer.TyperException, as_json: bool) -> int:

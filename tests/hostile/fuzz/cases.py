@@ -69,6 +69,9 @@ class Hangs(BaseException):
     """Raised in a case that takes far too long."""
 
 
+SECRET = b"a secret that no output may hold"
+
+
 @dataclass
 class Outcome:
     """What came of a case: one of OK, or crash, slow, memory, outside, code, escape; with seconds of CPU time and the
@@ -137,7 +140,7 @@ class Bench:
         self.model, self.outside, self.target = root / "model", root / "outside", root / "written/folder"
         self.cache, self.beside, self.kept_model = root / "cache", root / "beside", root / "kept-model"
         for folder in (self.outside, self.kept_model):
-            write_folder(folder, fixture_files("mixtral") | {"secret": b"canary", "m.gguf": b"GGUF"})
+            write_folder(folder, fixture_files("mixtral") | {"secret": SECRET, "m.gguf": b"GGUF"})
         self.auditor = Auditor()
         sys.addaudithook(self.auditor)
 
@@ -203,7 +206,7 @@ class Bench:
         """Run something under the limits."""
         inside = (self.model, self.target.parent, self.cache, self.beside, self.kept_model, *self.service_folders)
         package = Path(chuk_lazarus.__file__).parent
-        linked = (self.outside / name for name in ("model.safetensors", "m.gguf"))  # weights may be links to weights
+        linked = [path for path in self.model.rglob("*") if path.is_symlink()]  # which are followed for reading
         places = [
             *map(str, (*inside, *linked)),
             str(package),
@@ -233,6 +236,8 @@ class Bench:
             self.auditor.active = False
         outcome.seconds = time.process_time() - started
         outcome.memory = max(0, resident_peak() - before)
+        if any(SECRET in path.read_bytes() for path in self.target.rglob("*") if path.is_file()):
+            self.auditor.seen.append("outside: what a link leads to was copied")
         if getattr(builtins, "canary_sang", False):
             del builtins.canary_sang  # type: ignore[attr-defined]
             self.auditor.seen.append("code: the canary was imported")

@@ -52,6 +52,7 @@ class OpenedModel:
 
     def identity(self) -> dict[str, Any]:
         """The fields of `reports.Identity`."""
+        counts = {layer.count for layer in self.layers}
         return {
             "model": printable(self.name),
             "revision": self.experts.checkpoint.repository.revision,
@@ -59,6 +60,7 @@ class OpenedModel:
             "model_type": self.experts.model_type,
             "storage": ", ".join(dict.fromkeys(layer.storage for layer in self.layers)),
             "experts": self.layers[0].count,
+            "experts_range": (min(counts), max(counts)) if len(counts) > 1 else None,
         }
 
     def cost(self) -> Cost:

@@ -67,7 +67,10 @@ class Cost(Report):
 
 
 class Identity(Report):
-    """Which model a report is about; `revision` is the commit on the Hub, `family` the layout's name."""
+    """Which model a report is about; `revision` is the commit on the Hub, `family` the layout's name.
+
+    `experts` is the number of experts of the first layer, `experts_range` the fewest and the most where layers differ.
+    """
 
     model: str
     revision: str | None
@@ -75,3 +78,4 @@ class Identity(Report):
     model_type: str | None
     storage: str
     experts: int
+    experts_range: tuple[int, int] | None = None

@@ -312,7 +312,7 @@ def _name_layers(model: MoETypeAnalysis) -> str:
 
 
 def _format_experts(model: MoETypeAnalysis) -> str:
-    return f"{model.experts} ({model.storage})"
+    return f"{' to '.join(map(str, model.experts_range or [model.experts]))} ({model.storage})"
 
 
 def _format_mean_cosine(model: MoETypeAnalysis) -> str:

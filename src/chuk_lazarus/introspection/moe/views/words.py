@@ -39,7 +39,8 @@ def identify(report: Identity) -> str:
 
 def describe_family(report: Identity) -> str:
     """For instance "mixtral (mixtral, 8 experts, bf16)": the layout's name, and what the experts are."""
-    return f"{report.family} ({report.model_type or 'unknown type'}, {report.experts} experts, {report.storage})"
+    count = " to ".join(map(str, report.experts_range or [report.experts]))
+    return f"{report.family} ({report.model_type or 'unknown type'}, {count} experts, {report.storage})"
 
 
 def name_layers(numbers: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ safetensors file is read when one of its tensors is first looked up.
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -32,7 +32,7 @@ class Checkpoint:
 
     `names` are all its tensors. `model_config` is its config, and `config_file` the file that this was read from:
     config.json, or a GGUF file, whose metadata are put into the keys of a config.json. `bytes_read` counts the bytes
-    read from the repository.
+    read from the repository, and `notes` are sentences for the user on files that are missing or were not read.
 
     Raises ModelUnreadable for a broken index, header or config, InvalidRequest where the repository holds several
     models, UnknownFormat where it holds an adapter.
@@ -41,6 +41,7 @@ class Checkpoint:
     def __init__(self, repository: Repository) -> None:
         self.repository = repository
         self.bytes_read = 0
+        self.notes: list[str] = []
         self._lock = threading.Lock()
         self._sources: dict[str, ByteSource] = {}
         self._headers: dict[str, dict[str, TensorInfo]] = {}
@@ -53,6 +54,10 @@ class Checkpoint:
         else:
             self.model_config = ModelConfig.read(repository.files, self._json)
         self._files = self._read_headers(files) if files else self._read_index()
+        if files and (
+            beside := sorted(file for file in repository.files - set(files) if _is_weights_like(file, files))
+        ):
+            self.notes.append(f"{_list_few(beside)} beside {files[0]} was not read")
         self.names = tuple(self._files)
         if not self.names:
             raise ModelUnreadable("the model's files hold no tensors", "download it again")
@@ -102,8 +107,10 @@ class Checkpoint:
         return self._files[name][0] in self._headers
 
     def header(self, file: str) -> dict[str, TensorInfo]:
-        """The tensors of one file."""
+        """The tensors of one file; raises ModelUnreadable where it is missing."""
         if file not in self._headers:
+            if file not in self.repository.files:
+                raise ModelUnreadable(f"{file} is missing, and {INDEX} names it", "download the rest of the model")
             self._headers[file] = read_header(file, self._source(file))
         return self._headers[file]
 
@@ -198,9 +205,30 @@ class Checkpoint:
                 raise ModelUnreadable(f"{INDEX} names a file outside of the model: {file}", "do not trust this model")
             if not file.endswith(".safetensors"):
                 raise ModelUnreadable(f"{INDEX} names {file}, which is not a safetensors file")
-            if file not in self.repository.files:
-                raise ModelUnreadable(f"{file} is missing, and {INDEX} names it", "download the rest of the model")
+        self._note_files(set(files.values()))
         return {name: (file,) for name, file in files.items()}
+
+    def _note_files(self, named: Collection[str]) -> None:
+        """Check the files that an index names against those that are there.
+
+        Some may be missing: what is asked for may be in the others. Raises ModelUnreadable where all are.
+        """
+        present = {file for file in self.repository.files if file.endswith(".safetensors")}
+        missing, others = sorted(set(named) - present), sorted(present - set(named))
+        if missing and not present & set(named):
+            if others:
+                raise ModelUnreadable(
+                    f"{INDEX} is stale: it names {missing[0]}, which is not there, and not {others[0]}, which is",
+                    "download the index again, or remove it",
+                )
+            raise ModelUnreadable(f"{missing[0]} is missing, and {INDEX} names it", "download the rest of the model")
+        if missing:
+            count = len(set(named))
+            self.notes.append(
+                f"{len(missing)} of {count} files are missing, {missing[0]} first: their layers can't be read"
+            )
+        if others:
+            self.notes.append(f"{_list_few(others)} beside the files of {INDEX} was not read")
 
 
 class _Counted:
@@ -217,6 +245,15 @@ class _Counted:
     def read(self, start: int, stop: int) -> bytes:
         self._count(stop - start)
         return self._source.read(start, stop)
+
+
+def _is_weights_like(file: str, read: Sequence[str]) -> bool:
+    """Whether a file in the same folder may hold weights in the container of those that were read."""
+    return "/" not in file and file.endswith(".safetensors") and read[0].endswith(".safetensors")
+
+
+def _list_few(files: Sequence[str]) -> str:
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def _element(info: TensorInfo) -> np.dtype[Any]:

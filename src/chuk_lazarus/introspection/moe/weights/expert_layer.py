@@ -4,7 +4,7 @@ In canonical form `y = W x`, float32: gate and up are [intermediate, hidden], do
 not part of a matrix.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -57,7 +57,8 @@ class ExpertLayer:
     """The experts of one layer.
 
     `expected` has the number of experts by the source that states it, such as a config's file name; `tensors` are the
-    stored tensors, each of which holds one role or two.
+    stored tensors, each of which holds one role or two. Where the config says another number of experts than there are
+    and the router has a row for each of these, the router is right, and `remark` is given a sentence on it.
     """
 
     def __init__(
@@ -69,9 +70,11 @@ class ExpertLayer:
         config: ModelConfig,
         one_plus_norm: bool = False,
         shared_last: bool = False,
+        remark: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.number = number
         self._shared_last = shared_last
+        self._remark = remark
         self._one_plus_norm = one_plus_norm
         self.expected = {source: count for source, count in expected.items() if count is not None}
         self._checkpoint = checkpoint
@@ -105,7 +108,11 @@ class ExpertLayer:
         if self._counts_shared(sizes["E"]):
             sizes = {**sizes, "E": sizes["E"] - 1}
         for source, count in self.expected.items():
-            if sizes["E"] != count:
+            if sizes["E"] != count and self._router_rows == sizes["E"]:
+                self._remark(
+                    f"layer {self.number} has {sizes['E']} experts, as many as its router, and {source} says {count}"
+                )
+            elif sizes["E"] != count:
                 raise ModelUnreadable(
                     f"layer {self.number} has {sizes['E']} experts, and {source} says {count}",
                     "the checkpoint is incomplete, or this is said of another model",
@@ -150,6 +157,8 @@ class ExpertLayer:
             return tuple(ExpertTensor(self, tensor, [by_role[tensor.role][None]]) for tensor in self.layout.tensors)
         present = {expert for experts in by_role.values() for expert in experts if expert is not None}
         numbers = range(max(max(present) + 1 - len(self.left_out), *self.expected.values(), 0))
+        if len(numbers) > len(present) and self._router_rows == len(present) == max(present) + 1:
+            numbers = range(len(present))
         for role, experts in by_role.items():
             missing = next((expert for expert in numbers if expert not in experts), None)
             if missing is not None:
@@ -161,6 +170,12 @@ class ExpertLayer:
             ExpertTensor(self, tensor, [by_role[tensor.role][expert] for expert in numbers])
             for tensor in self.layout.tensors
         )
+
+    @cached_property
+    def _router_rows(self) -> int | None:
+        """The rows of the layer's router, None where we find none."""
+        name = self._beside("router").get("weight")
+        return next(iter(self._checkpoint.info(name).shape), None) if name else None
 
     @cached_property
     def left_out(self) -> tuple[int, ...]:
@@ -259,6 +274,20 @@ class ExpertLayer:
 
         Raises ModelUnreadable where the entries are not all stored as the first one is.
         """
+        try:
+            return self._open_parts(parts)
+        except UnknownFormat:
+            # a part that others have and one lacks is no unknown format, but a gap
+            for expert, entry in enumerate(parts):
+                if wider := next((other for other in parts if other.keys() > entry.keys()), None):
+                    part, name = min(wider.keys() - entry.keys()), next(iter(entry.values()))
+                    raise ModelUnreadable(
+                        f"layer {self.number}: expert {expert} lacks the {part} that belongs to {name}",
+                        "the checkpoint is incomplete: download it again",
+                    ) from None
+            raise
+
+    def _open_parts(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
         slices, first = find_slices(self._checkpoint, parts[0]), self._open_stored(parts[0])
         opened, first_outline = [(slices, first)], outline(slices[0])
         for entry in parts[1:]:

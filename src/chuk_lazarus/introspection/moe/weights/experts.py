@@ -31,7 +31,7 @@ class Experts:
         self.checkpoint = checkpoint
         self.kind = kind
         self.model_config = checkpoint.model_config.language_model()
-        self.notes: list[str] = []
+        self.notes = list(checkpoint.notes)
         matches, partial, unmatched = match_names(checkpoint.names, kind)
         unmatched = self._leave_out_heads(unmatched)
         if unmatched:
@@ -44,6 +44,8 @@ class Experts:
         self.stacks = tuple(sorted(sizes, key=lambda root: (_is_mtp_root(root), -sizes[root], root)))
         root = self._choose_stack(stack)
         self.model_config = checkpoint.model_config.stack(root)
+        if rotation := self.model_config.rotation(of_experts=True):
+            raise refuse_rotated(rotation)
         self._match = self._choose_match([match for match in matches if match.root == root])
         depth = self.model_config.num_hidden_layers
         main_stacks = [name for name in self.stacks if not _is_mtp_root(name)]
@@ -141,7 +143,13 @@ class Experts:
             self.model_config,
             one_plus_norm=has_feature(self.model_type, "one_plus_norm"),
             shared_last=has_feature(self.model_type, "shared_last"),
+            remark=self._remark,
         )
+
+    def _remark(self, sentence: str) -> None:
+        """Add a sentence to the notes, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
     @property
     def activation(self) -> str:
@@ -280,6 +288,14 @@ class Experts:
                 f"layout {chosen.layout.name} was found by names"
             )
         return chosen
+
+
+def refuse_rotated(key: str) -> UnknownFormat:
+    """The error for a model whose config says, under this key, that its weights are stored rotated."""
+    return UnknownFormat(
+        f"its config says under {key} that weights are stored rotated, which we do not undo",
+        "give the model that it was made from, or a version that is not rotated",
+    )
 
 
 def parse_layers(text: str) -> list[int]:

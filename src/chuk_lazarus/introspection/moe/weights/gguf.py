@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ModelUnreadable, UnknownFormat
 from .codecs.refused import IK_LLAMA
-from .repositories.source import ByteSource
+from .repositories.source import LFS, ByteSource, refuse_pointer
 from .tensor_info import MAX_HEADER, MAX_NAME, TensorInfo, check_apart, check_name
 
 PIECE = 2**20  # bytes of a header that are read at once; the first read is a quarter of them
@@ -132,6 +132,7 @@ def read_header(file: str, source: ByteSource) -> tuple[dict[str, Any], dict[str
     reader = _Reader(file, source)
     magic, version, tensor_count, metadata_count = reader.unpack("<4sIQQ") if source.size >= 24 else (b"", 0, 0, 0)
     if magic != b"GGUF":
+        refuse_pointer(file, source.read(0, min(source.size, len(LFS))))
         raise ModelUnreadable(f"{file} is not a GGUF file", "it is cut short or something else: download it again")
     if version & 0xFFFF == 0:
         raise UnknownFormat(f"{file} is a GGUF file in big-endian byte order, which we can't read")

@@ -1,7 +1,8 @@
 """What config.json says about a model: its experts, their activation and routing, the quantisation of its weights."""
 
+import re
 from collections import ChainMap
-from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -33,6 +34,10 @@ EXPERT_COUNT_KEYS = (
 )
 HEAD_COUNT_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 QUANTIZATION_KEYS = ("quantization_config", "quantization")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+ROTATION_KEYS = ("transform_config", "rotation_config", "spinquant_config")
+_ATTENTION = re.compile(r"attn|attention|[qkvo]_proj|qkv|out_proj", re.IGNORECASE)
+_FEED_FORWARD = re.compile(r"mlp|expert|ffn|feed_forward|gate|up_proj|down_proj|w[123]\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +193,38 @@ class ModelConfig:
         # MLX's settings of a module leave out the mode where it is affine, even if the general mode is another
         return {**settings, "mode": "affine", **of_module}
 
+    def rotation(self, *, of_experts: bool = False) -> str | None:
+        """The key under which the config says that weights are stored rotated, as QuaRot and SpinQuant do; or None.
+
+        With `of_experts`, a rotation that is within attention alone does not count.
+        """
+        whole = self.values if self.whole is None else self.whole
+        for part in _nested_objects(dict(whole)):
+            for key in ROTATION_KEYS:
+                if _rotates(settings := part.get(key)) and not (of_experts and _rotates_attention_only(settings)):
+                    return key
+        return None
+
     def without_quantization(self) -> dict[str, Any]:
         """The values without the quantisation settings of the model and of its language model."""
-        return _drop_quantization(self.values)
+        return _change_language_models(self.values, lambda part: _without(part, QUANTIZATION_KEYS))
+
+    def without_modules(self, kept: Collection[str]) -> dict[str, Any]:
+        """The values without the quantisation settings of modules that have none of the tensors `kept`."""
+        modules = {name[: match.start()] for name in kept for match in re.finditer(r"[.]", name)}
+
+        def is_gone(key: str, value: Any) -> bool:
+            return isinstance(value, dict) and "." in key and key not in modules
+
+        def drop(part: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                key: {name: setting for name, setting in value.items() if not is_gone(name, setting)}
+                if key in QUANTIZATION_KEYS and isinstance(value, dict)
+                else value
+                for key, value in part.items()
+            }
+
+        return _change_language_models(self.values, drop)
 
     @property
     def _ffn(self) -> Mapping[str, Any]:
@@ -231,12 +265,58 @@ def _stated_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
     return next((settings for settings in candidates if isinstance(settings, dict) and settings), {})
 
 
-def _drop_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
+def _rotates(settings: Any) -> bool:
+    """Whether the settings of a rotation are not empty; SpinQuant's are if it has switched each of R1 to R4 off."""
+    if not isinstance(settings, dict):
+        return bool(settings)
+    switches = _spinquant_switches(settings)
+    return bool(settings) and (not switches or any(switches.values()))
+
+
+def _rotates_attention_only(settings: Any) -> bool:
+    """Whether a rotation leaves feed-forwards as they are, by SpinQuant's switches or the modules that it names.
+
+    R2 and R3 are within attention; R1 turns the hidden states, R4 the inputs of down (SpinQuant, arXiv 2405.16406).
+    """
+    if not isinstance(settings, dict):
+        return False
+    if switches := _spinquant_switches(settings):
+        return not switches.get("r1", True) and not switches.get("r4", True)
+    targets = [target for part in _nested_objects(settings) for target in _targets(part)]
+    return bool(targets) and all(_ATTENTION.search(name) and not _FEED_FORWARD.search(name) for name in targets)
+
+
+def _spinquant_switches(settings: Mapping[str, Any]) -> dict[str, bool]:
+    return {key.lower(): bool(settings[key]) for key in settings if key.lower() in ("r1", "r2", "r3", "r4")}
+
+
+def _targets(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The names of modules, or patterns of names, that the entries under "apply" are for."""
+    entries = settings.get("apply")
+    for entry in entries if isinstance(entries, list) else ():
+        targets = entry.get("targets") if isinstance(entry, dict) else None
+        yield from (target for target in targets if isinstance(target, str)) if isinstance(targets, list) else ("",)
+
+
+def _change_language_models(
+    values: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The object and those in it that describe a language model, on every level, each changed."""
     return {
-        key: _drop_quantization(value) if key in LANGUAGE_MODELS and isinstance(value, dict) else value
-        for key, value in values.items()
-        if key not in QUANTIZATION_KEYS
+        key: _change_language_models(value, change) if key in LANGUAGE_MODELS and isinstance(value, dict) else value
+        for key, value in change(values).items()
     }
+
+
+def name_dtype(values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The values with this dtype wherever the model, or a part that describes a language model, names one."""
+    return _change_language_models(
+        values, lambda part: {key: dtype if key in DTYPE_KEYS else value for key, value in part.items()}
+    )
+
+
+def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def _parse_quantization_file(file: str, values: dict[str, Any]) -> dict[str, Any]:

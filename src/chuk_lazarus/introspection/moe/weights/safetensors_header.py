@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from ..errors import ModelUnreadable
-from .repositories.source import ByteSource
+from .repositories.source import LFS, ByteSource, refuse_pointer
 from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_apart, check_name
 
 PACKED = frozenset({"F4"})
@@ -25,6 +25,7 @@ def read_header(file: str, source: ByteSource) -> dict[str, TensorInfo]:
         raise ModelUnreadable(f"{file} is {source.size} bytes long: not a safetensors file", "download it again")
     length = int.from_bytes(source.read(0, 8), "little")
     if length > source.size - 8:
+        refuse_pointer(file, source.read(0, min(source.size, len(LFS))))
         hint = "it is cut short or not a safetensors file: download it again"
         raise ModelUnreadable(f"{file} announces a header of {length:,} bytes and has {source.size:,}", hint)
     if length > MAX_HEADER:
@@ -48,6 +49,7 @@ def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
             raise ValueError(f"{name!r} is there twice")
         return result
 
+    refuse_pointer(what, data)
     try:
         value = json.loads(data, object_pairs_hook=unique)
         _check_depth(value)

@@ -16,6 +16,10 @@ from .layouts import Parts
 
 BIAS = "bias"
 _QUANTISED = re.compile(rf"(?P<stem>.+?)[._](?P<part>{'|'.join(map(re.escape, sorted(PARTS)))})")
+_RUNTIME_SCALE = re.compile(
+    r".+[._](?:(?:input|output|activation|act|[qkv]|kv|prob|[kv]_cache)(?:_quantizer)?[._](?:global_)?(?:scale|zero_point)"
+    r"|(?:input|output)_amax|qscale_act)"
+)
 
 Infos = Mapping[str, TensorInfo]
 """The tensors in the files that make up one stored tensor, or a slice of it, by the usual names of its parts."""
@@ -110,6 +114,14 @@ def find_rows(
         is_flat = leading and info.shape[:-1] == (prod(stored.shape[:-1]),) and info.shape != stored.shape[:-1]
         axes = 1 if is_flat else leading + 1  # the rows of all matrices may lie below each other
         yield info, int(first + start // span), int(first + -(-stop // span)), axes
+
+
+def is_runtime_scale(name: str) -> bool:
+    """Whether a tensor has the name of a scale of activations or of the key/value cache.
+
+    These go with the quantisation settings: a plain model has none.
+    """
+    return _RUNTIME_SCALE.fullmatch(name) is not None
 
 
 def group_quantised(names: Iterable[str]) -> dict[str, Parts]:

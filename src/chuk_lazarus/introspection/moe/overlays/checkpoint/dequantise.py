@@ -1,6 +1,7 @@
 """Quantised tensors of a checkpoint, decoded to bfloat16 while they are written."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -9,8 +10,8 @@ from typing import Any
 from ...errors import MoEError, UnknownFormat
 from ...jobs.measure import WINDOW
 from ...weights.checkpoint import Checkpoint, TensorInfo
-from ...weights.codecs import NOT_DECODED, Part, Stored, recognise
-from ...weights.stored import BIAS, Infos, group_quantised, module_of, open_stored, read_rows
+from ...weights.codecs import Part, Stored, recognise
+from ...weights.stored import BIAS, Infos, group_quantised, is_runtime_scale, module_of, open_stored, read_rows
 from ...weights.tensor_info import INTEGER_DTYPES, PLAIN_DTYPES
 from ..quantisation import BF16
 from .folder import ShardFile, TensorWriter, bf16_tensor, copy_tensor
@@ -20,7 +21,8 @@ def dequantise(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorWrite
     """Writers of these tensors, which decode the quantised ones among them to bf16.
 
     Where the config has no quantisation settings, plain tensors are copied whatever their names are, and so are
-    integers that are no weight. Raises UnknownFormat where a tensor can't be decoded.
+    integers that are no weight. Scales of activations and of the key/value cache are left out. Raises UnknownFormat
+    where a tensor can't be decoded, or one that we don't know belongs to a quantised weight.
     """
     config = checkpoint.model_config
     quantization = config.quantization()
@@ -40,10 +42,48 @@ def dequantise(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorWrite
         if name not in used and info.dtype not in PLAIN_DTYPES and not is_table:
             writers.append(_decode_tensor(checkpoint, name, *_open_alone(info, quantization), info.shape))
             used.add(name)
-    modules = [writer.tensor.name.removesuffix(".weight") for writer in writers]
-    used |= {f"{module}{separator}{part}" for module in modules for separator in "._" for part in NOT_DECODED - {BIAS}}
-    writers += [copy_tensor(checkpoint, info) for name, info in infos.items() if name not in used]
+    decoded = {writer.tensor.name for writer in writers}
+    left = []
+    for name in infos.keys() - used:
+        module = _find_module(name, decoded)
+        if is_runtime_scale(name) and (module or quantization):
+            continue
+        if module and not name.endswith(BIAS):
+            raise UnknownFormat(f"{name}: we don't know what it does to the quantised weight of {module}")
+        left.append(name)
+    rounded = _rounded_dtypes([infos[name] for name in left])
+    for name in left:
+        info = infos[name]
+        if info.dtype in rounded and info.shape:
+            writers.append(_decode_tensor(checkpoint, name, *_open_alone(info, {}), info.shape))
+        else:
+            writers.append(copy_tensor(checkpoint, info))
     return sorted(writers, key=lambda writer: writer.tensor.name)
+
+
+def _rounded_dtypes(infos: Sequence[TensorInfo]) -> set[str]:
+    """The dtypes of plain numbers that become bf16: the one that most bytes have, and F16.
+
+    A model whose weights are F32 becomes bf16, and so do the norms of one that was quantised from F16. A few F32
+    numbers among others, such as a router's bias, are kept in F32 on purpose.
+    """
+    sizes: dict[str, int] = {}
+    for info in infos:
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    most = max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
+    return ({most} | {"F16"}) & {"F16", "F32", "F64"}
+
+
+def _find_module(name: str, decoded: Collection[str]) -> str | None:
+    """The module of a decoded weight that a tensor belongs to by its name, None for a tensor of its own.
+
+    "q_proj.pre_quant_scale" belongs to "q_proj.weight", and "experts.down_proj_bias" to "experts.down_proj".
+    """
+    for match in re.finditer(r"[._]", name):
+        stem = name[: match.start()]
+        if stem in decoded or (match[0] == "." and f"{stem}.weight" in decoded):
+            return stem
+    return None
 
 
 def _open_alone(info: TensorInfo, quantization: Mapping[str, Any]) -> tuple[Infos, Stored]:

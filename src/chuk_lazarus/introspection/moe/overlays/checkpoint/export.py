@@ -10,10 +10,13 @@ from ...jobs.resources import Resources
 from ...progress import Progress
 from ...terms import OVERLAY_CONFIG
 from ...weights.expert_layer import stored_rows
+from ...weights.experts import refuse_rotated
 from ...weights.fingerprint import fingerprint
 from ...weights.layouts import Layout, load_table
+from ...weights.model_config import name_dtype
+from ...weights.repositories.source import CONFIG
 from ..quantisation import BF16
-from .auxiliary import read_auxiliary_files
+from .auxiliary import check_copy, read_auxiliary_files
 from .dequantise import dequantise
 from .folder import Contents, Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
 from .model_file import MODEL_FILE, forget_model_file
@@ -32,8 +35,12 @@ def export_overlay(
     """
     overlay = read_overlay(folder)
     checkpoint = overlay.checkpoint
+    if rotation := checkpoint.model_config.rotation():
+        raise refuse_rotated(rotation)
     rows = {row.name: row for row in load_table()}
     layout = rows[rows[overlay.family].plain or overlay.family]
+    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
+        check_copy(checkpoint.repository, file)
     names = sorted(set(checkpoint.names) - overlay.names)
     writers = dequantise(checkpoint, names)
     shards = [
@@ -51,13 +58,13 @@ def export_overlay(
         if tensor.name in written:
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
-    config = forget_model_file(checkpoint.model_config.without_quantization())
+    config = name_dtype(forget_model_file(checkpoint.model_config.without_quantization()), "bfloat16")
     del config[OVERLAY_CONFIG]
     files = read_auxiliary_files(checkpoint.repository)
     files.pop(MODEL_FILE, None)
     write_model(
         target,
-        Contents(shards, encode_json(config), files),
+        Contents(shards, encode_json(config) if config else None, files),  # the model may have had no config.json
         {"writes": "export", "version": overlay.overlay_config.version, **fingerprint(checkpoint)},
         checkpoint.repository.folder,
         force,

@@ -92,13 +92,13 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a model's folder holds: its shards, the config, and other files by name.
+    """What a model's folder holds: its shards, the config if there is one, and other files by name.
 
     A function among `files` is called once all shards are written.
     """
 
     shards: Sequence[Shard]
-    config: bytes
+    config: bytes | None
     files: Mapping[str, bytes | Callable[[], bytes]]
 
     @property
@@ -106,7 +106,7 @@ class Contents:
         """Bytes of all files of the folder; calls the functions among them."""
         files = (data if isinstance(data, bytes) else data() for data in self.files.values())
         shards = sum(len(shard.header) + shard.nbytes for shard in self.shards)
-        return shards + sum(map(len, (self.config, self.index, *files)))
+        return shards + sum(map(len, (self.config or b"", self.index, *files)))
 
     @property
     def shard_names(self) -> list[str]:
@@ -221,17 +221,16 @@ def _check_name_is_free(folder: Path, force: bool) -> None:
 
 
 def _check_unfinished(unfinished: Path) -> None:
-    """Refuse a folder of unfinished work that is a link, or holds a link, a pipe or a folder: we never put these there.
+    """Refuse a folder of unfinished work that is a link, or holds a link or a pipe: we never put these there.
 
     Somebody may have prepared it to make us write or delete files elsewhere, or take them into the model.
     """
     hint = "remove it, or choose another name"
     if unfinished.is_symlink():
         raise InvalidRequest(f"{unfinished} is a link, and should be a folder of unfinished work", hint)
-    with suppress(FileNotFoundError):
-        for path in unfinished.iterdir():
-            if path.is_symlink() or not path.is_file():
-                raise InvalidRequest(f"{path} is no regular file, and so not of unfinished work", hint)
+    for path in unfinished.rglob("*"):  # which does not follow links
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise InvalidRequest(f"{path} is no regular file, and so not of unfinished work", hint)
 
 
 def write_model(
@@ -244,13 +243,13 @@ def write_model(
 ) -> None:
     """Write shards, their index, the other files and at last the config into `target`, by way of `<target>.partial`.
 
-    `plan` (JSON) tells this work from any other; `source` is the model's own folder, which is never touched. Raises
-    InvalidRequest where the folder can't be written.
+    The names of files may have folders in them, with /. `plan` (JSON) tells this work from any other; `source` is the
+    model's own folder, which is never touched. Raises InvalidRequest where the folder can't be written.
     """
     folder, unfinished, replaced = _find_paths(target, source)
     names, shards, config = contents.shard_names, contents.shards, contents.config
     total = sum(shard.nbytes for shard in shards)
-    files = {INDEX: contents.index, **contents.files, CONFIG: config}
+    files = {INDEX: contents.index, **contents.files, **({CONFIG: config} if config else {})}
     small = sum(len(data) for data in files.values() if isinstance(data, bytes))
     written = Counter(progress, f"writing {printable(folder.name)}", total)
     with _explain_errors(unfinished):
@@ -267,10 +266,12 @@ def write_model(
                     shard.fill(ShardFile(file, shard, written))
                 os.fsync(descriptor)
             for name, data in files.items():
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 _write_whole(unfinished / name, data if isinstance(data, bytes) else data())
+            wanted = {PLAN, *names, *(name.partition("/")[0] for name in files)}
             for entry in unfinished.iterdir():
-                if entry.name not in {PLAN, *names, *files}:
-                    entry.unlink()
+                if entry.name not in wanted:
+                    _remove(entry)
             (unfinished / PLAN).unlink()
             os.fsync(descriptor)
             if force and folder.exists():
@@ -283,7 +284,7 @@ def write_model(
 
 
 @contextmanager
-def _claim_folder(unfinished: Path, plan: Mapping[str, Any], config: bytes, force: bool) -> Iterator[int]:
+def _claim_folder(unfinished: Path, plan: Mapping[str, Any], config: bytes | None, force: bool) -> Iterator[int]:
     """Make or take over the folder of unfinished work, locked for this process; yields its descriptor.
 
     Raises InvalidRequest where it holds other work, or another process has locked it.

@@ -24,9 +24,10 @@ from ...progress import Progress
 from ...terms import OVERLAY_CONFIG
 from ...text import format_ranges
 from ...weights.expert_layer import ExpertLayer
-from ...weights.experts import Experts
+from ...weights.experts import Experts, refuse_rotated
 from ...weights.fingerprint import fingerprint
-from ...weights.stored import BIAS
+from ...weights.repositories.source import CONFIG
+from ...weights.stored import BIAS, is_runtime_scale
 from ...weights.tensor_info import DTYPES, PLAIN_DTYPES
 from ..coded_layer import CodedLayer, find_alignment
 from ..codes import LayerCodes
@@ -35,7 +36,7 @@ from ..coding import split_delta
 from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
 from ..moments import ExpertMoments
 from ..quantisation import BF16
-from .auxiliary import read_auxiliary_files
+from .auxiliary import check_copy, read_auxiliary_files
 from .biases import permuted_biases
 from .card import CARD, write_card
 from .folder import (
@@ -231,18 +232,24 @@ def _compose(
         raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
     if not layers:
         raise InvalidRequest("no layer is given a rank", f"the MoE layers are {format_ranges(experts.layers)}")
+    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
+        check_copy(checkpoint.repository, file)
     prefixes, names = zip(*(_split_names(layer) for layer in layers), strict=True)
     if len({str(by_role) for by_role in names}) > 1:
         raise UnknownFormat("the layers' experts are not all named alike")
     copied = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - _replaced_names(layers))]
+    model_config = checkpoint.model_config
+    if all(info.dtype in PLAIN_DTYPES for info in copied):
+        config = model_config.without_quantization()
+        if model_config.quantization():
+            copied = [info for info in copied if not is_runtime_scale(info.name)]
+    else:
+        config = model_config.without_modules([info.name for info in copied])
     copies = [writers.get(info.name) or copy_tensor(checkpoint, info) for info in copied]
     shards = [
         *group_into_shards(copies, checkpoint, progress),
         *(make_shard(layer, prefix) for layer, prefix in zip(layers, prefixes, strict=True)),
     ]
-    config = checkpoint.config
-    if all(info.dtype in PLAIN_DTYPES for info in copied):
-        config = checkpoint.model_config.without_quantization()
     overlay = make_overlay(names[0])
     overlay_json = overlay.to_json()
     before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
@@ -305,6 +312,8 @@ def _check_copyable(experts: Experts) -> None:
         raise UnknownFormat(
             f"the model is {what}: an overlay of it can't be written", "use a plain safetensors version of it"
         )
+    if rotation := checkpoint.model_config.rotation():
+        raise refuse_rotated(rotation)
 
 
 def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, Ranks] | None:

@@ -94,20 +94,23 @@ def _config(folder: Path) -> dict[str, Any]:
 def check_folder(folder: Path) -> Layers:
     """Check that the folder's files are sound; returns the ranks, or the sizes and codes, of each overlaid layer."""
     check_files(folder)
-    checkpoint = Checkpoint(Folder(folder))
-    layers = _read_layers(checkpoint.config)
-    files = {checkpoint.info(name).file for name in checkpoint.names}
-    if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - files):
-        raise ModelUnreadable(f"{stray[0]} is not in the index", "it may be of an older overlay: remove it")
-    return layers
+    return _read_layers(Checkpoint(Folder(folder)).config)
 
 
 def check_files(folder: Path) -> None:
-    """Raise ModelUnreadable for links out of the folder, pipes and devices that mlx-lm or transformers may read."""
+    """Raise ModelUnreadable for pipes, devices and broken links that mlx-lm or transformers may read, and for weights
+    that mlx-lm would load beside those of the model: it takes each file of this name, whatever the index says."""
     repository, templates = Folder(folder), folder / "additional_chat_templates"
     paths = [*([templates] if templates.is_symlink() else []), *templates.glob("*.jinja")]
     for name in sorted(repository.files | {str(path.relative_to(folder)) for path in paths}):
         repository.open(name)
+    checkpoint = Checkpoint(repository)
+    files = {checkpoint.info(name).file for name in checkpoint.names}
+    if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - files):
+        raise ModelUnreadable(
+            f"{stray[0]} is not among the model's files, and mlx-lm would load it, too",
+            "it may be of an older version or overlay: remove it",
+        )
 
 
 def _read_layers(config: Mapping[str, Any]) -> Layers:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from ...errors import ModelUnreadable
 from .local import Folder
@@ -31,6 +32,7 @@ def find_repository(model: str) -> Repository:
         exists = False
     if exists:
         return Folder(path.parent if path.name.endswith(".safetensors.index.json") else path)
+    model = _as_hub_id(model)
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([^@]+\.gguf))?(?:@([\w./-]+))?", model)
     if match and not match[1].endswith((".safetensors", ".gguf")):
         from .hub import HubRepository
@@ -40,3 +42,15 @@ def find_repository(model: str) -> Repository:
         f"{model}: no such folder or file" if model else "no model was given",
         "give a folder, a .safetensors or .gguf file, a Hub id such as org/name, or demo:upcycled",
     )
+
+
+def _as_hub_id(model: str) -> str:
+    """The Hub id that an address of the Hub, or an id with a slash at its end, stands for; other texts as they are."""
+    text = re.sub(r"^(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?", "", model.strip())
+    text = unquote(text.partition("?")[0]).rstrip("/")
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/(?:tree|blob|resolve)/([^@]+)", text)
+    if not match:
+        return text
+    name, rest = match[1], match[2]
+    revision, _, file = rest.partition("/") if not rest.startswith("refs/") else (rest, "", "")
+    return f"{name}/{file}@{revision}" if file.endswith(".gguf") else f"{name}@{revision}"

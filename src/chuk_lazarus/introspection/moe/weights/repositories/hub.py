@@ -114,6 +114,14 @@ class HubRepository:
             self._open[filename] = LocalFile(Path(str(downloaded))) if is_local else HubFile(self, filename)
         return self._open[filename]
 
+    def list_files(self) -> frozenset[str]:
+        """All files of the repository."""
+        return self.files
+
+    def may_copy(self, filename: str) -> bool:
+        """The Hub has no links."""
+        return True
+
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
         """Fetch the wanted ranges that are in no cache, neighbours together, by a few requests at a time."""
         self.cache.begin()

@@ -9,6 +9,10 @@ from ...errors import ModelUnreadable
 from ...progress import Progress
 from .source import CONFIG, QUANTIZATION_FILES, Range, list_parts
 
+DEPTH = 3  # of subfolders
+MOST_FILES = 10_000  # a model has far fewer; a folder of somebody's whole work may have more
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".npz")  # a subfolder's are another model
+
 
 class LocalFile:
     """A file on this machine; raises ModelUnreadable where it is not a regular file or can't be opened.
@@ -19,6 +23,8 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a link may lead to a device, which opening may set to work
+                raise ModelUnreadable(f"{path} is not a regular file")
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe must not block
             status = os.fstat(self._descriptor)
         except OSError as error:
@@ -49,9 +55,8 @@ class LocalFile:
 class Folder:
     """The files in a local folder, or a single file there with its other parts and the configs beside it.
 
-    A folder may come from a stranger and contain links. A link is followed if it leads into the folder, or into the
-    blobs of a Hub cache, whose snapshots consist of links. Weights may also be links to other weights, since people
-    share large files.
+    Links are followed for reading, since people keep weights in caches, stores and on other disks; `may_copy` tells
+    whether what a link leads to may be copied into another folder.
     """
 
     revision = None
@@ -69,20 +74,40 @@ class Folder:
         self.files = frozenset(names if path.is_dir() else {path.name} | (names & beside))
 
     def open(self, filename: str) -> LocalFile:
-        """A file of the folder; raises ModelUnreadable where it can't be read or is a link that is not followed."""
-        path = self.path / filename
-        if path != self._named and path.is_symlink() and not self._is_followed(path):
-            raise ModelUnreadable(
-                f"{path} is a link out of the model's folder, to {os.path.realpath(path)}",
-                "put the file itself there if you trust the model",
-            )
-        return LocalFile(path)
+        """A file of the folder; raises ModelUnreadable where it can't be read."""
+        return LocalFile(self.path / filename)
 
-    def _is_followed(self, link: Path) -> bool:
-        target = Path(os.path.realpath(link))
+    def may_copy(self, filename: str) -> bool:
+        """Whether a file may be copied into a folder that somebody may publish.
+
+        A folder may come from a stranger, and a link in it lead to a private file. Its target must lie in the folder or
+        among the blobs of a cache, or else have the same ending, as files in stores and on other disks have.
+        """
+        path = self.path / filename
+        if path == self._named or not path.is_symlink():
+            return True
+        target = Path(os.path.realpath(path))
         is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        is_weights = link.suffix in (".safetensors", ".gguf") and link.suffix == target.suffix
-        return is_blob or is_weights or target.is_relative_to(os.path.realpath(self.path))
+        is_alike = bool(path.suffix) and target.suffix == path.suffix and not target.name.startswith(".")
+        return is_blob or is_alike or target.is_relative_to(os.path.realpath(self.path))
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
         """Does nothing, since the bytes are on this machine."""
+
+    def list_files(self) -> frozenset[str]:
+        """The files, and those in subfolders, such as "1_Pooling/config.json", that are no weights.
+
+        Neither links to folders nor hidden folders are entered. For a single file, just `files`.
+        """
+        if not self.path.is_dir() or self._named != self.path:
+            return self.files
+        names = set(self.files)
+        for root, folders, files in os.walk(self.path):
+            below = Path(root).relative_to(self.path)
+            depth = len(below.parts)
+            folders[:] = [name for name in folders if depth < DEPTH and not name.startswith(".")]
+            if depth:
+                names.update((below / name).as_posix() for name in files if not name.endswith(WEIGHTS))
+            if len(names) > MOST_FILES:
+                break
+        return frozenset(names)

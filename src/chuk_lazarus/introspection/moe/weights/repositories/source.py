@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ...errors import ModelUnreadable
 from ...progress import Progress
 
 Range = tuple[int, int]
@@ -16,6 +17,19 @@ QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_con
 """The files of ModelOpt, AutoGPTQ and AutoAWQ with the quantisation settings that config.json may lack."""
 
 MAX_PARTS = 1000  # the largest number of parts in the name of a split GGUF file
+
+
+LFS = b"version https://git-lfs"
+"""How a Git LFS pointer begins, a text of three lines in the place of a large file."""
+
+
+def refuse_pointer(file: str, data: bytes) -> None:
+    """Raise ModelUnreadable where `data`, the first bytes of a file, are those of a Git LFS pointer."""
+    if data.startswith(LFS):
+        raise ModelUnreadable(
+            f"{file} is a Git LFS pointer, a few lines in the place of the real file",
+            "run git lfs pull in the model's folder, or get the model with: hf download",
+        )
 
 
 def list_parts(file: str) -> list[str]:
@@ -65,6 +79,14 @@ class Repository(Protocol):
         ...
 
     def open(self, filename: str) -> ByteSource: ...
+
+    def list_files(self) -> frozenset[str]:
+        """The files, those in subfolders included."""
+        ...
+
+    def may_copy(self, filename: str) -> bool:
+        """Whether a file may be copied into another folder: no link that leads to somebody's private file."""
+        ...
 
     def prefetch(self, wanted: Mapping[str, Sequence[Range]], progress: Progress) -> None:
         """Fetch the wanted ranges of each file, so that reading them needs no network."""
