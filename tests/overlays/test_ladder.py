@@ -56,7 +56,7 @@ def test_of_equal_variances_each_bit_takes_three_quarters() -> None:
 def test_the_bound_of_sharing_is_the_same_law(cosine: float, experts: int) -> None:
     """Experts of one cosine need `saving_bound` bits less than 4 for the error of 4 bits."""
     gram = np.full((experts, experts), cosine) + (1 - cosine) * np.eye(experts)
-    variances = experts * np.array(list_variances(gram))
+    variances = experts * np.array([share for share, _ in list_variances(gram)])
     saved = saving_bound(cosine, experts)
     assert least_error(variances, np.ones(experts), 4 - saved) == pytest.approx(experts * 4.0**-4, rel=1e-6)
 

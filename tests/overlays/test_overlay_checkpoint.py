@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from html import unescape
@@ -36,6 +37,7 @@ from chuk_lazarus.introspection.moe.overlays.checkpoint.writer import planned_ra
 from chuk_lazarus.introspection.moe.weights.expert_layer import stored_rows
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import load_table, split_name
+from chuk_lazarus.introspection.moe.weights.model_config import name_dtype
 from chuk_lazarus.introspection.moe.weights.stored import group_quantised
 from places import FIXTURES
 
@@ -139,6 +141,7 @@ def test_an_overlay_is_the_model_with_its_experts_replaced(name: str, tmp_path: 
     experts = open_model(model)
     before, after = stored(model), stored(folder)
     copied = before.keys() - expert_names(experts)
+    copied -= {key for key in copied - after.keys() if key.endswith("input_scale")}  # they go with the settings
     assert {key: after[key] for key in copied} == {key: before[key] for key in copied}
     assert overlay.names == after.keys() - copied
     assert (overlay.family, overlay.layers) == (experts.family, experts.layers)
@@ -315,15 +318,22 @@ def test_full_rank_gives_the_model_back(name: str, tmp_path: Path) -> None:
     for number, roles in oracle(name).items():
         for expert in range(found.layer(number).count):
             for role, matrix in found.layer(number).matrices(expert).items():
-                assert relative_error(matrix, roles[role][expert]) < 0.004
+                # the base is as long as the longest expert, and rounded
+                longest = np.linalg.norm(roles[role], axis=(1, 2)).max()
+                assert np.linalg.norm(matrix - roles[role][expert]) < 0.006 * longest
     before, after = stored(FIXTURES / name), stored(tmp_path / "export")
     assert {"overlay_config", "quantization_config"}.isdisjoint(found.checkpoint.config)
     if name not in QUANTISED:
         signed = signature(FIXTURES / name)
-        as_bf16 = {key: ("BF16", signed[key][1]) for key in expert_names(experts)}
-        assert signature(tmp_path / "export") == signed | as_bf16
-        assert found.checkpoint.config == experts.checkpoint.config
-        same = before.keys() - expert_names(experts)
+        rest = before.keys() - expert_names(experts)
+        sizes = Counter({dtype: 0 for dtype, _ in signed.values()})
+        for key in rest:
+            sizes[before[key][0]] += len(before[key][2])
+        rounded = {"F16", max(sizes, key=sizes.__getitem__)} - {"BF16"}  # the dtype of most becomes bf16
+        changed = expert_names(experts) | {key for key in rest if signed[key][0] in rounded}
+        assert signature(tmp_path / "export") == signed | {key: ("BF16", signed[key][1]) for key in changed}
+        assert found.checkpoint.config == name_dtype(experts.checkpoint.config, "bfloat16")
+        same = before.keys() - changed
     else:
         same = before.keys() - expert_names(experts, experts.layers + experts.mtp_layers)
         assert {dtype for dtype, _, _ in after.values()} <= {"BF16", "F32"}
@@ -608,7 +618,15 @@ def test_stored_rows_undo_the_cut(layout: Any) -> None:
                 whole = data[f"{prefix}.{template}".replace("{expert}", str(expert))][2]
                 start = expert * rows.nbytes if tensor.spec.axes.stacked else 0
                 assert whole[start : start + rows.nbytes] == rows.tobytes()
-    quantised_only = ("gpt_oss", "gpt_oss_original", "gguf", "gguf_fused", "gguf_per_expert", "gguf_up_down")
+    quantised_only = (
+        "gpt_oss",
+        "gpt_oss_original",
+        "gpt_oss_per_expert",
+        "gguf",
+        "gguf_fused",
+        "gguf_per_expert",
+        "gguf_up_down",
+    )
     assert names or layout.name in (*quantised_only, "fc1_fc3_fc2", "switch", "nllb")  # and in stacks
 
 

@@ -49,12 +49,12 @@ def check(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> None:
 
     Plain numbers under such a config are parts that the quantiser left as they were.
     """
-    found = next((name for name, sets in PARTS.items() if any(names <= parts.keys() for names in sets)), None)
-    if found is None and any(part.dtype not in ("BF16", "F16", "F32", "F64") for part in parts.values()):
-        found = name_method(quantization)
+    is_plain = all(part.dtype in ("BF16", "F16", "F32", "F64") for part in parts.values())
+    found = None if is_plain else name_method(quantization)
+    found = found or next((name for name, sets in PARTS.items() if any(names <= parts.keys() for names in sets)), None)
     found = found or next((part.dtype for part in parts.values() if part.dtype.startswith(IK_LLAMA)), None)
     if found:
         raise UnknownFormat(
-            f"stored as {found}, which we don't decode",
+            f"stored as {found}, which we don't decode: {', '.join(sorted(parts))}",
             "use the original model, or one in a format that docs/families.md lists",
         )
