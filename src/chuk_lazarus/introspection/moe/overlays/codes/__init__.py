@@ -1,6 +1,6 @@
 """How one matrix is kept: a closed set of codes, each with its text in an overlay's config.
 
-`bf16`; `3bit:128`, levels with a scale for each 128 weights (1, 1.6 and 2 to 8 bits); `2trellis`, a trellis with a
+`bf16`; `3bit:128`, levels with a scale for each 128 weights (1, 1.6 and 2 to 8 bits), or `row`, or `matrix`; `2trellis`, a trellis with a
 scale for each row (1 to 4 bits); `rank8:3bit:128`, factors in levels; `rank8:3bit:128+2bit:128`, factors and the rest,
 which may be a trellis.
 """
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bf16 import Bf16Code
-from .bits import BitsCode
+from .bits import GROUPS, BitsCode
 from .code import PartLayout, Parts, Shape, code_bytes, inner
 from .low_rank import FactorsCode, SumCode
 from .trellis import TrellisCode
 
 MatrixCode = Bf16Code | BitsCode | TrellisCode | FactorsCode | SumCode
 
-_BITS = re.compile(r"(1|1\.6|[2-8])bit:(64|128)")
+_BITS = re.compile(rf"(1|1\.6|[2-8])bit:({'|'.join(GROUPS.values())})")
 _TRELLIS = re.compile(r"([1-4])trellis")
 _FACTORS = re.compile(r"rank(\d{1,6}):(.*)")
 
@@ -175,4 +175,6 @@ def _parse_bits(text: str) -> BitsCode:
     match = _BITS.fullmatch(text)
     if not match:
         raise ValueError(f"{text!r} is no code")
-    return BitsCode(3 if match[1] == "1.6" else 2 ** int(match[1]), int(match[2]))
+    return BitsCode(
+        3 if match[1] == "1.6" else 2 ** int(match[1]), next(group for group in GROUPS if GROUPS[group] == match[2])
+    )

@@ -18,10 +18,12 @@ from .packing import bits_of, pack_levels, packed_bytes, unpack_levels
 from .scales import GREATEST, decode_scales, encode_scales
 
 LEVELS = (2, 3, 4, 8, 16, 32, 64, 128, 256)
-GROUPS = (64, 128)
+ROW, MATRIX = 0, -1  # in place of a number of weights: all of a row, of the matrix
+GROUPS = {64: "64", 128: "128", ROW: "row", MATRIX: "matrix"}
 BLOCK = 1 << 16  # weights that are coded at a time: what a core's cache holds
 MLX_BITS = {7: 8}  # MLX has no seven bits
 MLX_GROUP = 32  # the shortest of MLX's groups
+MLX_GROUPS = (128, 64)  # of which the first that fits serves for whole rows
 
 # Scales that are tried, by levels. The best scale of a group follows from its root mean square r and its peak p: on
 # Gaussian numbers log2(scale / r) is about slope * log2(p / r) + offset, give or take the spread.
@@ -38,6 +40,7 @@ TRIES: dict[int, tuple[float, float, float]] = {
 LEAST_ENERGY, GREATEST_ENERGY = 1e-12, 1e24  # of a matrix whose numbers are coded as they are
 FEW = 0.1  # the share of the groups up to which the peaks are not worth a try
 ALIKE = np.float32(1 + 1e-6)
+REFITS, LONGEST = 8, 128  # of the scale of more numbers than these
 ROOM = 2.0  # times the largest scale is the unit, where what is left of a matrix grows by its feedback
 SPREAD = 0.7  # of the two tries on either side, in spreads
 
@@ -66,7 +69,8 @@ class Affine:
 class BitsCode:
     """Levels and scales: parts `levels` uint8 [out, bytes of a row], `scales` uint8 [out, groups] and `unit` float32.
 
-    `group` weights of a row have a scale; the last group of a row may be shorter.
+    `group` weights of a row have a scale, or a whole ROW, or the MATRIX, whose `scales` are [1, 1]; the last group of a
+    row may be shorter.
     """
 
     levels: int
@@ -77,13 +81,13 @@ class BitsCode:
             raise ValueError(f"{self.levels} levels in groups of {self.group}")
 
     def __str__(self) -> str:
-        return f"{'1.6' if self.levels == 3 else bits_of(self.levels)}bit:{self.group}"
+        return f"{'1.6' if self.levels == 3 else bits_of(self.levels)}bit:{GROUPS[self.group]}"
 
     def layout(self, shape: Shape) -> dict[str, PartLayout]:
         rows, columns = shape
         return {
             "levels": PartLayout("U8", (rows, packed_bytes(self.levels, columns))),
-            "scales": PartLayout("U8", (rows, -(-columns // self.group))),
+            "scales": PartLayout("U8", self._scales_shape(rows, columns)),
             "unit": PartLayout("F32", ()),
         }
 
@@ -96,9 +100,10 @@ class BitsCode:
             matrix = np.ldexp(matrix, -exponent)
             energy = float(np.vdot(matrix, matrix))
         rows, columns = matrix.shape
-        scales = np.zeros((rows, -(-columns // self.group)), np.float32)
+        scales = np.zeros(self._scales_shape(rows, columns), np.float32)
         with_peaks = True
-        for at, groups, block in self._blocks(matrix):
+        viewed = self._view(matrix)
+        for at, groups, block in self._blocks(viewed):
             scales[at, groups], share = _fit(block, self.levels, with_peaks)
             with_peaks = with_peaks and share > FEW
         rounding = 0.5 if self.levels >= 64 else 0.0
@@ -111,18 +116,19 @@ class BitsCode:
             levels[:] = steps + np.float32((self.levels - 1) / 2)
             if unbiased:
                 scales = decode_scales(codes, np.asarray(unit, np.float32))
-                decoded = steps * np.repeat(scales, self.group, axis=1)[:, :columns]
+                decoded = steps * np.repeat(scales, self._span(columns), axis=1)[:, :columns]
                 measured = matrix @ moments
                 energy, product = float(np.vdot(measured, matrix)), float(np.vdot(measured, decoded))
         else:
             scales = decode_scales(codes, np.asarray(unit, np.float32))
-            for at, groups, block in self._blocks(matrix):
+            flat = self._view(levels)
+            for at, groups, block in self._blocks(viewed):
                 steps = _round(block, scales[at, groups], self.levels)
                 if unbiased:
                     product += float(np.vdot(np.vecdot(block, steps), scales[at, groups]))
                 steps += np.float32((self.levels - 1) / 2)
-                start = groups.start * self.group
-                levels[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
+                start = groups.start * self._span(viewed.shape[1])
+                flat[at, start : start + steps[0].size] = steps.reshape(len(steps), -1)
         if product > 0:
             unit *= energy / product
         unit = min(np.ldexp(unit, exponent), GREATEST / max(1.0, self.levels / 2))
@@ -133,8 +139,9 @@ class BitsCode:
         scales = decode_scales(parts["scales"], parts["unit"])
         values = unpack_levels(parts["levels"], self.levels, columns).astype(np.float32)
         values -= np.float32((self.levels - 1) / 2)
-        whole = columns // self.group * self.group
-        grouped = values[:, :whole].reshape(rows, whole // self.group, self.group)
+        span = self._span(columns)
+        whole = columns // span * span
+        grouped = values[:, :whole].reshape(rows, whole // span, span)
         if whole == columns:
             grouped *= scales[:, :, None]
             return values
@@ -145,15 +152,19 @@ class BitsCode:
     def affine_settings(self, columns: int) -> tuple[int, int]:
         """The group size and the bits of MLX's affine form of matrices of so many columns."""
         bits = bits_of(self.levels)
-        return self.group if columns % self.group == 0 else MLX_GROUP, MLX_BITS.get(bits, bits)
+        groups = MLX_GROUPS if self.group in (ROW, MATRIX) else (self.group, MLX_GROUP)
+        return next((group for group in groups if columns % group == 0), MLX_GROUP), MLX_BITS.get(bits, bits)
 
     def as_affine(self, parts: Parts, shape: Shape) -> Affine:
         """MLX's affine form of the parts, which may be stacked: [...] before their own axes."""
         columns = shape[1]
         group, bits = self.affine_settings(columns)
         scales = decode_scales(parts["scales"], parts["unit"])
+        if self.group == MATRIX:
+            scales = np.repeat(scales, shape[0], axis=-2)
         if group != self.group:
-            scales = np.repeat(scales, self.group // group, axis=-1)[..., : -(-columns // group)]
+            times = -(-self._span(columns) // group)
+            scales = np.repeat(scales, times, axis=-1)[..., : -(-columns // group)]
         data = parts["levels"]
         if self.levels != 1 << bits:
             data = pack_levels(unpack_levels(data, self.levels, columns), 1 << bits)
@@ -182,12 +193,17 @@ class BitsCode:
         left = matrix.copy()
         steps = np.empty_like(matrix)
         columns = matrix.shape[1]
-        for place, start in enumerate(range(0, columns, self.group)):
-            stop = min(columns, start + self.group)
-            own = weights[start:stop] / weights[start:stop].mean(dtype=np.float64)
-            scales, _ = _fit(left[:, None, start:stop], self.levels, True, own.astype(np.float32))
+        span = self._span(columns)
+        for place, start in enumerate(range(0, columns, span)):
+            stop = min(columns, start + span)
+            own = (weights[start:stop] / weights[start:stop].mean(dtype=np.float64)).astype(np.float32)
+            if self.group == MATRIX:
+                scales, _ = _fit(left.reshape(1, 1, -1), self.levels, True, np.tile(own, len(left)))
+            else:
+                scales, _ = _fit(left[:, None, start:stop], self.levels, True, own)
             codes[:, place : place + 1], _ = encode_scales(scales, rounding, unit)
             scales = decode_scales(codes[:, place : place + 1], np.asarray(unit, np.float32))
+            scales = np.broadcast_to(scales, (len(left), 1))
             errors = np.empty((len(matrix), stop - start), np.float32)
             for column in range(start, stop):
                 steps[:, column] = _round(left[:, column, None, None], scales, self.levels)[:, 0, 0]
@@ -197,12 +213,24 @@ class BitsCode:
             left[:, stop:] -= errors @ upper[start:stop, stop:]
         return steps
 
+    def _span(self, columns: int) -> int:
+        """How many weights of a row have one scale."""
+        return max(1, columns) if self.group in (ROW, MATRIX) else self.group
+
+    def _scales_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return (1, 1) if self.group == MATRIX else (rows, -(-columns // self._span(columns)))
+
+    def _view(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The array as it is coded: of one row, where the matrix has one scale."""
+        return array.reshape(1, -1) if self.group == MATRIX else array
+
     def _blocks(self, matrix: NDArray[np.float32]) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
         """The matrix block by block: the rows, the groups, and float32 [rows, groups, n]."""
         rows, columns = matrix.shape
-        whole = columns // self.group
-        for first, last, length in ((0, whole, self.group), (whole, whole + 1, columns % self.group)):
-            start, stop = first * self.group, first * self.group + (last - first) * length
+        span = self._span(columns)
+        whole = columns // span
+        for first, last, length in ((0, whole, span), (whole, whole + 1, columns % span)):
+            start, stop = first * span, first * span + (last - first) * length
             step = max(1, BLOCK // max(1, stop - start))
             for row in range(0, rows if start < stop else 0, step):
                 block = matrix[row : row + step, start:stop]
@@ -248,6 +276,13 @@ def _fit(
             gain = np.where(better, fitted * product, gain)
             best = np.where(better, fitted, best)
             share = 1.0 if with_peaks and not place else share - share * float(better.mean())
+        # peaks say less of many numbers: levels and scale are fitted to each other in turns
+        for _ in range(REFITS if block.shape[-1] > LONGEST else 0):
+            steps = _round(block, best, levels)
+            product, square = np.vecdot(weighted, steps), np.vecdot(_weigh(steps, weights), steps)
+            fitted = np.where(square > 0, product / square, np.float32(0.0))
+            best = np.where(fitted * product > gain * ALIKE, fitted, best)
+            gain = np.maximum(gain, fitted * product)
     return best, share
 
 

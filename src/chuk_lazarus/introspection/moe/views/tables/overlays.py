@@ -37,7 +37,7 @@ def _how(codes: Mapping[str, ProjectionCodes], role: str) -> str:
     each = codes[role]
     text = f"{each.delta} on {each.base}" if each.base else each.delta
     text += f", {each.rest}" if each.rest else ""
-    return re.sub(r":(64|128)\b", "", text)
+    return re.sub(r":(64|128|row|matrix)\b", "", text)
 
 
 def _parts(report: MoEOverlay | MoEOverlayCompression) -> Fact:
