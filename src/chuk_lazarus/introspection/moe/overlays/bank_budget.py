@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..numerics.alignment import Bank
+from ..numerics.hull import lower_hull
 from .codes import BankShape, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape
@@ -65,17 +66,5 @@ def bank_ladder(
     deltas: list[MatrixCode] = [NOTHING, *of_deltas]
     bases = [BitsCode(levels, group) for levels in LEVELS if levels <= MOST_LEVELS]
     every = [RoleCodes(*sides, bank) for sides in product(bases, deltas, rests)]
-    points = sorted((each.nbytes(shape, experts), error(each), n) for n, each in enumerate(every))
-    hull: list[tuple[int, float, int]] = []
-    for point in points:
-        if hull and point[1] >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return [every[n] for _, _, n in hull]
-
-
-def _slope(first: tuple[int, float, int], second: tuple[int, float, int]) -> float:
-    """By how much the error changes for a byte, between two points of bytes and errors."""
-    return (second[1] - first[1]) / (second[0] - first[0])
+    hull = lower_hull([each.nbytes(shape, experts) for each in every], [error(each) for each in every])
+    return [every[place] for place in hull]

@@ -8,6 +8,7 @@ to a bank, its width, that of the deltas and that of the strangers are chosen to
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import pairwise
 from math import ceil, inf, log2, prod, sqrt
 from typing import NamedTuple, Unpack
@@ -23,7 +24,7 @@ from ..numerics.alignment import Alignment, permute
 from ..numerics.neurons import as_neurons
 from ..numerics.rates import PAYS, bank_bits, base_bits, net_bits
 from ..text import parse_size
-from ..weights.expert_layer import ExpertLayer
+from ..weights.expert_layer import ExpertLayer, ExpertTensor
 from .allocation import RankOptions, RankRule, rank_rule
 from .bank_budget import bank_delta_share, bank_ladder, sharing_experts
 from .codes import BankShape, LayerCodes, MatrixCode, RoleCodes
@@ -31,13 +32,18 @@ from .codes.bits import LEVELS, BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
 from .codes.trellis import WIDTHS, TrellisCode, check_encoder
+from .factor_budget import FACTOR_BITS, DeltaSpectrum, factor_ladder, measure_tails, participation
 from .quantisation import round_to_bits
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 FEWER_LEVELS = (4, 2)  # of factors that only fill what is left
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
 MISSING = 8.0  # times as much as noise of its energy, what is missing of a delta harms: training has put it there
+NO_DELTA = -2.0  # the stage of a unit without deltas; that of deltas of one bit is 0
 MOST_BITS = 8.0
+MEAN_OF = 8  # experts, from whose mean a delta's spectrum is taken
+MOST_SIDE = 4096  # the shorter side of matrices whose spectra are taken
+LOOKS_FLAT = 0.85  # of the directions of noise, from which on deltas are taken for noise
 ROWS = 128  # of each matrix that are coded to measure an error
 LITTLE = 0.004  # the share of a budget that may be left
 TRIED = (2, 3, 4, 8, 16, 64, 256)  # levels whose errors are measured
@@ -56,7 +62,7 @@ class RoleTrial:
     `delta_share` is d, the share of the experts' energy that their deltas from the coded base have. The errors are of
     deltas and of whole experts, by levels, and of plain quantisation, by bits: squared, relative to the experts'
     `energy`. With a `bank`, d is that of the matched neurons' deltas from the exact means, and no errors of deltas are
-    measured.
+    measured. `spectrum` is that of the deltas from the exact mean, where they look as if they were of low rank.
     """
 
     shape: Shape
@@ -67,6 +73,7 @@ class RoleTrial:
     rounding_errors: dict[int, float] = field(default_factory=dict)
     energy: float = 1.0
     bank: BankShape | None = None
+    spectrum: DeltaSpectrum | None = None
 
     @property
     def has_base(self) -> bool:
@@ -81,13 +88,19 @@ class RoleTrial:
         """The error of codes, by the bits that they take."""
         if codes.bank:
             return self._bank_error(codes, missing=1.0)
+        if self.has_base and self.spectrum:
+            return float(np.dot(self.delta_energies(codes.base), self.left_by(codes.delta)))
         if self.has_base:
             return self._between(self.delta_errors, self.delta_share, codes.delta)
         return self._between(self.plain_errors, 1.0, codes.delta)
 
     def harm(self, codes: RoleCodes) -> float:
-        """The error of codes with a bank, where what is missing of the deltas along themselves counts more."""
-        return self._bank_error(codes, MISSING)
+        """The error of codes with a bank, or of deltas whose spectrum is known, where what is missing of the deltas
+        along themselves counts more."""
+        if codes.bank:
+            return self._bank_error(codes, MISSING)
+        (delta, noise), (of_delta, of_noise) = self.delta_energies(codes.base), self.left_by(codes.delta)
+        return delta * of_delta * (1 - of_delta + MISSING * of_delta) + noise * of_noise
 
     def _bank_error(self, codes: RoleCodes, missing: float) -> float:
         """A code of least squares with the error e keeps 1 - e of a delta along it; the rest of its error is noise."""
@@ -95,6 +108,28 @@ class RoleTrial:
         share, left = codes.bank.matched / self.shape[codes.bank.axis], self.plain_error(codes.delta)
         of_deltas = self.delta_share * left * (1 - left + missing * left) + self.plain_error(codes.base) * left
         return share * of_deltas + (1 - share) * self.plain_error(codes.rest)
+
+    def delta_energies(self, base: MatrixCode | None) -> tuple[float, float]:
+        """Of the deltas from the exact mean, and of what the code of a base loses, which is noise in all deltas."""
+        assert self.spectrum is not None
+        noise = max(0.0, self.delta_share - self.spectrum.share) / max(self.plain_error(self.usual_base), LEAST_ERROR)
+        return self.spectrum.share, noise * self.plain_error(base)
+
+    def left_by(self, code: MatrixCode) -> tuple[float, float]:
+        """The shares of these energies that a code of the deltas leaves."""
+        if isinstance(code, SumCode):
+            (first, of_first), (second, of_second) = self.left_by(code.factors), self.left_by(code.rest)
+            return first * second, of_first * of_second
+        if isinstance(code, FactorsCode):
+            assert self.spectrum is not None
+            return self.spectrum.left_by(code, self.shape, self.plain_error(code.bits))
+        left = self._between(self.delta_errors, self.delta_share, code) / max(self.delta_share, LEAST_ERROR)
+        return left, left
+
+    @property
+    def usual_base(self) -> BitsCode:
+        """The code of a base that the errors of deltas are measured with."""
+        return BitsCode(2 ** base_bits(self.experts), group_for(self.shape[1]))
 
     def plain_error(self, code: MatrixCode | None) -> float:
         """The squared error of a code of least squares, relative to what it codes.
@@ -121,6 +156,7 @@ class RoleTrial:
         return float(np.exp(np.interp(taken, bits, np.log(np.maximum(lost, LEAST_ERROR))))) if lost[0] else 0.0
 
 
+@cache
 def code_bits(code: MatrixCode, shape: Shape) -> float:
     """Bits a weight that a coded matrix of that shape takes."""
     return 8 * code_bytes(code, shape) / prod(shape)
@@ -169,6 +205,13 @@ def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) ->
                     matched[role].append(as_neurons(role, ordered)[: bank.index.shape[1]])
         with resources.worker_threads(layer) as pool:
             trials |= zip(rows, pool.map(try_role, rows), strict=True)
+        if bank is None:
+            with resources.worker_threads(layer, matrices=6) as pool:
+                find = partial(_find_spectrum, tensor, alignment)
+                based = [role for role in rows if trials[role].has_base]
+                spectra = pool.map(find, based, [rows[role] for role in based])
+                for role, spectrum in zip(based, spectra, strict=True):
+                    trials[role] = replace(trials[role], spectrum=spectrum)
     return {role: trials[role] for role in layer.roles}
 
 
@@ -180,8 +223,7 @@ def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]
     mean = np.stack(rows).mean(axis=0, dtype=np.float64).astype(np.float32)
     code = BitsCode(2 ** base_bits(layer.count), group)
     lost = mean - code.decode(code.encode(mean), shape)
-    factor = np.float32(np.sqrt(count / (count - 1) * (layer.count - 1) / layer.count))
-    deltas = [factor * (matrix - mean) + lost for matrix in rows]
+    deltas = [delta + lost for delta in _list_deltas(rows, layer.count)]
     energy = _energy(rows)
 
     def share_of(left: Sequence[NDArray[np.float32]]) -> float:
@@ -203,6 +245,39 @@ def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]
         {bits: share_of([matrix - round_to_bits(matrix, bits) for matrix in rows]) for bits in PLAIN_BITS},
         energy * layer.count / count * layer.shape(role)[0] / shape[0],
     )
+
+
+def _list_deltas(matrices: Sequence[NDArray[np.float32]], experts: int) -> list[NDArray[np.float32]]:
+    """The deltas of a few experts from their mean, as large as those from the mean of all."""
+    count = len(matrices)
+    mean = np.stack(matrices).mean(axis=0, dtype=np.float64).astype(np.float32)
+    factor = np.float32(sqrt(count / (count - 1) * (experts - 1) / experts))
+    return [factor * (matrix - mean) for matrix in matrices]
+
+
+def _find_spectrum(
+    tensor: ExpertTensor, alignment: Alignment, role: str, rows: Sequence[NDArray[np.float32]]
+) -> DeltaSpectrum | None:
+    """The spectrum of one whole delta of a role; None where some rows look like noise, or it is too large.
+
+    The deltas from the mean of a few experts have few directions, whatever those from the mean of all have: more
+    experts are read than for errors.
+    """
+    layer = tensor.layer
+    deltas, energy = _list_deltas(rows, layer.count), _energy(rows)
+    if min(layer.shape(role)) > MOST_SIDE or participation(deltas[0]) >= LOOKS_FLAT or not energy:
+        return None
+    chosen = evenly_spaced(layer.count, min(layer.count, MEAN_OF))
+    first, total = None, np.zeros(layer.shape(role), np.float32)
+    for expert in chosen:
+        matrix = permute(role, tensor.matrices(expert)[role], alignment.permutations[expert])
+        if not np.isfinite(matrix).all():
+            refuse_not_finite(layer, expert, role)
+        first = matrix if first is None else first
+        total += matrix
+    assert first is not None
+    tails = measure_tails(first - total / np.float32(len(chosen)))
+    return DeltaSpectrum(_energy(deltas) / energy, tails) if tails else None
 
 
 def _energy(matrices: Sequence[NDArray[np.float32]]) -> float:
@@ -389,7 +464,8 @@ def _within(bits: float, trials: Mapping[int, Mapping[str, RoleTrial]], trellis:
     """The best codes of at most so many bits a weight; raises InvalidRequest where even the least take more.
 
     All units climb from stage to stage, those of the largest error first. When no whole step fits, those that would
-    come next get scales for shorter groups, and as long as much is left even then, factors beside their code.
+    come next get scales for shorter groups, and as long as much is left even then, factors beside their code, and
+    shorter groups in these.
     """
     units = _open_units(trials, trellis)
     weights = _count_weights(units)
@@ -420,6 +496,9 @@ def _within(bits: float, trials: Mapping[int, Mapping[str, RoleTrial]], trellis:
     for place in next_places:
         if free > LITTLE * budget:
             replace_codes(place, _fill(units[place], chosen[place], free))
+    for place in next_places:
+        if free > LITTLE * budget:
+            replace_codes(place, _shorten_factors(chosen[place]))
     return _by_layer(units, chosen)
 
 
@@ -517,6 +596,12 @@ def _open_units(
                 rungs = [_bit_rungs(each, trellis) for each in groups[1:]]
                 ladder = bank_ladder(trial.bank, trial.shape, trial.experts, groups[0], rungs, trial.harm)
                 stages = [_plain_stage(trial, trial.harm(codes)) - ahead for codes in ladder]
+            elif trial.has_base and trial.spectrum:
+                bases = [BitsCode(levels, group) for levels in LEVELS if levels >= trial.usual_base.levels]
+                ladder = factor_ladder(
+                    trial.shape, trial.experts, bases, bits, trial.delta_energies, trial.left_by, MISSING
+                )
+                stages = _delta_stages(trial, ladder)
             elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0]) if with_factors else []
                 base = BitsCode(2 ** base_bits(trial.experts), group)
@@ -529,7 +614,7 @@ def _open_units(
     return units
 
 
-def _bit_rungs(group: int, trellis: bool) -> tuple[MatrixCode, ...]:
+def _bit_rungs(group: int, trellis: bool) -> tuple[BitsCode | TrellisCode, ...]:
     """The codes of ascending bits, trellises where these have so many."""
     trellises = [TrellisCode(width) for width in WIDTHS] if trellis else []
     above = 1 << WIDTHS[-1] if trellis else 0
@@ -546,6 +631,18 @@ def _plain_stage(trial: RoleTrial, error: float) -> float:
     """The stage of a plain code that errs as much, between those of two codes where there is none."""
     errors = [log2(trial.plain_error(BitsCode(levels)) or 1e-30) for levels in LEVELS]
     return float(np.interp(-log2(error or 1e-30), [-each for each in errors], range(len(errors))))
+
+
+def _delta_stages(trial: RoleTrial, ladder: Sequence[RoleCodes]) -> list[float]:
+    """The stages of the codes of bits that do as much harm, between those of two where there is none."""
+    base, group = trial.usual_base, group_for(trial.shape[1])
+    bits = [trial.harm(RoleCodes(base, BitsCode(levels, group))) for levels in LEVELS]
+    nothing = trial.harm(RoleCodes(base, FactorsCode(0, BitsCode(FACTOR_LEVELS))))
+    marks, wanted = (
+        -np.log2(np.maximum(harms, LEAST_ERROR))
+        for harms in ([nothing, *bits], [trial.harm(codes) for codes in ladder])
+    )
+    return [float(stage) for stage in np.interp(wanted, marks, [NO_DELTA, *range(len(LEVELS))])]
 
 
 def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
@@ -577,20 +674,42 @@ def _shorten(codes: RoleCodes) -> RoleCodes:
     return replace(codes, delta=BitsCode(delta.levels, 64)) if isinstance(delta, BitsCode) else codes
 
 
+def _shorten_factors(codes: RoleCodes) -> RoleCodes:
+    """The codes with a scale for each 64 numbers of the deltas' factors, where they have some."""
+    delta = codes.delta
+    if isinstance(delta, FactorsCode):
+        return replace(codes, delta=replace(delta, bits=BitsCode(delta.bits.levels, 64)))
+    if isinstance(delta, SumCode):
+        factors = replace(delta.factors, bits=BitsCode(delta.factors.bits.levels, 64))
+        return replace(codes, delta=replace(delta, factors=factors))
+    return codes
+
+
 def _fill(unit: _Unit, codes: RoleCodes, free: int) -> RoleCodes:
     """The unit's codes with factors of the deltas, of the greatest rank that takes at most `free` bytes more.
 
-    They are in FACTOR_LEVELS, or fewer where so little is free.
+    They are in FACTOR_LEVELS, or fewer where so little is free; where the spectrum is known, in the code that does the
+    least harm.
     """
     delta, room = codes.delta, free + unit.nbytes(codes)
-    if isinstance(delta, FactorsCode):
-        return _raise_rank(unit, codes, delta, room)
+    if isinstance(delta, FactorsCode | SumCode):
+        raised = _raise_rank(unit, codes, delta, room)
+        if unit.trial.spectrum is None:
+            return raised
+        others = [_raise_rank(unit, codes, each, room) for each in _recode_factors(delta)]
+        return min([raised, *(each for each in others if unit.nbytes(each) <= room)], key=unit.trial.harm)
     if isinstance(delta, BitsCode | TrellisCode):
         for levels in (FACTOR_LEVELS, *FEWER_LEVELS):
             filled = SumCode(FactorsCode(1, BitsCode(levels)), delta)
             if unit.nbytes(replace(codes, delta=filled)) <= room:
                 return _raise_rank(unit, codes, filled, room)
     return codes
+
+
+def _recode_factors(delta: FactorsCode | SumCode) -> list[FactorsCode | SumCode]:
+    """The code of a delta with the lowest rank, in factors of each code."""
+    factors = [FactorsCode(1, bits) for bits in FACTOR_BITS]
+    return [*factors] if isinstance(delta, FactorsCode) else [replace(delta, factors=each) for each in factors]
 
 
 def _raise_rank(unit: _Unit, codes: RoleCodes, delta: FactorsCode | SumCode, room: int) -> RoleCodes:

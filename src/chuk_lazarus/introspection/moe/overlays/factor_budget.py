@@ -1,0 +1,111 @@
+"""Where deltas are of low rank: how much of them is beyond a rank, and the codes of base, factors and the rest."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..numerics.hull import lower_hull
+from ..numerics.spectra import energy_spectrum
+from .codes import MatrixCode, RoleCodes
+from .codes.bits import BitsCode
+from .codes.code import Shape, code_bytes
+from .codes.low_rank import FactorsCode, SumCode
+from .codes.trellis import TrellisCode
+
+FACTOR_BITS = (BitsCode(4), BitsCode(8), BitsCode(16))
+RANK_STEP = 1.3  # from one rank to the next
+MOST_FACTORS = 4.0  # bits a weight that factors may take
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaSpectrum:
+    """How much of the deltas from the exact mean is in few directions.
+
+    `share` is the share of the experts' energy that they have, and `tails` by rank the share of theirs that is beyond
+    it.
+    """
+
+    share: float
+    tails: Mapping[int, float]
+
+    def left_by(self, code: FactorsCode, shape: Shape, error: float) -> tuple[float, float]:
+        """The shares that factors whose code errs by `error` leave of the deltas, and of noise beside them.
+
+        Two factors that err by e keep (1 - e)**2 of what is within their rank. Of noise that is what lies in the rows
+        or columns that deltas of the rank have.
+        """
+        kept = (1 - error) ** 2
+        tail = float(np.interp(code.rank, [*self.tails], [*self.tails.values()]))
+        outside = prod(1 - min(1.0, code.rank / side) for side in shape)
+        return 1 - kept * (1 - tail), 1 - kept * (1 - outside)
+
+
+def participation(rows: NDArray[np.float32]) -> float:
+    """How many directions some rows [n, columns] have, by their participation ratio, over what noise has.
+
+    The ratio is tr(G)**2 / tr(G**2), G the products of the rows; that of Gaussian noise is n m / (n + m + 1).
+    """
+    count, columns = rows.shape
+    gram = rows.astype(np.float64) @ rows.T
+    squares = float(np.square(gram).sum())
+    return float(np.trace(gram)) ** 2 / squares * (count + columns + 1) / (count * columns) if squares else 1.0
+
+
+def measure_tails(delta: NDArray[np.float32]) -> dict[int, float]:
+    """By rank, the share of the energy of a delta [out, in] that is beyond it; empty where it has none."""
+    spectrum = energy_spectrum(delta)
+    total = float(spectrum.sum())
+    if not 0 < total < np.inf:
+        return {}
+    left = np.append(1.0, 1 - np.cumsum(spectrum) / total).clip(min=0.0)
+    return {rank: float(left[rank]) for rank in (0, *_ranks(len(spectrum)))}
+
+
+def factor_ladder(
+    shape: Shape,
+    experts: int,
+    bases: Sequence[MatrixCode],
+    rungs: Sequence[BitsCode | TrellisCode],
+    energies: Callable[[MatrixCode], tuple[float, float]],
+    left_by: Callable[[MatrixCode], tuple[float, float]],
+    missing: float,
+) -> list[RoleCodes]:
+    """The codes of base and deltas that do the least harm for their bytes, from the fewest bytes on.
+
+    These are on the lower convex hull of all: `bases` with deltas in `rungs`, in factors, and in sums of both. With a
+    base deltas have two `energies`, their own and that of the noise that the base's code puts into them; `left_by`
+    tells the shares of these that the code of a delta leaves, which of a sum are the products of those of its parts.
+    Deltas of which e is left are kept by 1 - e along themselves, and what is missing there counts `missing` times.
+    """
+    most = MOST_FACTORS / 8 * prod(shape)
+    factors = [FactorsCode(rank, bits) for bits in FACTOR_BITS for rank in _ranks(min(shape))]
+    factors = [code for code in factors if code_bytes(code, shape) <= most]
+    sides = [None, *factors], [None, *rungs]
+    deltas = [*product(*sides)][1:]  # not without both
+    sizes = np.add.outer(*([code_bytes(code, shape) if code else 0 for code in side] for side in sides)).ravel()[1:]
+    of_factors, of_rest = (np.array([left_by(code) if code else (1.0, 1.0) for code in side]) for side in sides)
+    left = (of_factors[:, None] * of_rest).reshape(-1, 2)[1:]
+    left[:, 0] *= 1 - left[:, 0] + missing * left[:, 0]
+    taken = np.array([code_bytes(base, shape) + experts * sizes for base in bases])
+    lost = np.array([left @ energies(base) for base in bases])
+    chosen = (divmod(place, len(deltas)) for place in lower_hull(taken.ravel().tolist(), lost.ravel().tolist()))
+    return [RoleCodes(bases[base], _sum_up(*deltas[delta])) for base, delta in chosen]
+
+
+def _sum_up(factors: FactorsCode | None, rest: BitsCode | TrellisCode | None) -> MatrixCode:
+    """The code of a delta in factors and of what they leave, or in one of the two."""
+    code = SumCode(factors, rest) if factors and rest else factors or rest
+    assert code is not None
+    return code
+
+
+def _ranks(most: int) -> list[int]:
+    """Ranks from 1 on, ever further apart."""
+    ranks = [1]
+    while (following := max(ranks[-1] + 1, round(RANK_STEP * ranks[-1]))) < most:
+        ranks.append(following)
+    return [*ranks, most] if most > 1 else ranks
