@@ -28,11 +28,11 @@ from ..weights.expert_layer import ExpertLayer, ExpertTensor
 from .allocation import RankOptions, RankRule, rank_rule
 from .bank_budget import bank_delta_share, bank_ladder, sharing_experts
 from .codes import BankShape, LayerCodes, MatrixCode, RoleCodes
-from .codes.bits import LEVELS, BitsCode
-from .codes.code import Shape, code_bytes
+from .codes.bits import LEVELS, MATRIX, ROW, BitsCode
+from .codes.code import Shape, as_shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
 from .codes.trellis import WIDTHS, TrellisCode, check_encoder
-from .factor_budget import FACTOR_BITS, DeltaSpectrum, factor_ladder, measure_tails, participation
+from .factor_budget import FACTOR_BITS, DeltaSpectrum, as_noise, factor_ladder, measure_tails, participation
 from .quantisation import round_to_bits
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
@@ -43,6 +43,8 @@ NO_DELTA = -2.0  # the stage of a unit without deltas; that of deltas of one bit
 MOST_BITS = 8.0
 MEAN_OF = 8  # experts, from whose mean a delta's spectrum is taken
 MOST_SIDE = 4096  # the shorter side of matrices whose spectra are taken
+FEW_LEVELS = 4  # up to which scales for more weights pay
+TRAINED = 0.97  # of the directions of noise, below which deltas are taken for what training has made
 LOOKS_FLAT = 0.85  # of the directions of noise, from which on deltas are taken for noise
 ROWS = 128  # of each matrix that are coded to measure an error
 LITTLE = 0.004  # the share of a budget that may be left
@@ -62,7 +64,9 @@ class RoleTrial:
     `delta_share` is d, the share of the experts' energy that their deltas from the coded base have. The errors are of
     deltas and of whole experts, by levels, and of plain quantisation, by bits: squared, relative to the experts'
     `energy`. With a `bank`, d is that of the matched neurons' deltas from the exact means, and no errors of deltas are
-    measured. `spectrum` is that of the deltas from the exact mean, where they look as if they were of low rank.
+    measured. `spectrum` is that of the deltas from the exact mean, where they look as if they were of low rank, and
+    `participation` says how many directions they have, over what noise has. A scale of codes of few levels serves
+    `few_group` weights, or all of a row or of the matrix.
     """
 
     shape: Shape
@@ -74,6 +78,8 @@ class RoleTrial:
     energy: float = 1.0
     bank: BankShape | None = None
     spectrum: DeltaSpectrum | None = None
+    participation: float = 1.0
+    few_group: int = 128
 
     @property
     def has_base(self) -> bool:
@@ -84,14 +90,26 @@ class RoleTrial:
             return saved >= PAYS
         return net_bits(self.delta_share, self.experts) >= PAYS
 
+    @property
+    def unbiased(self) -> bool:
+        """Whether deltas are made unbiased: those that training has made, of which what is missing harms most.
+
+        Deltas that are noise are coded for the least error.
+        """
+        return self.has_base and (self.bank is not None or self.participation < TRAINED)
+
+    def rung(self, levels: int) -> BitsCode:
+        """The code of so many levels."""
+        return BitsCode(levels, self.few_group if levels <= FEW_LEVELS else group_for(self.shape[1]))
+
     def error(self, codes: RoleCodes) -> float:
         """The error of codes, by the bits that they take."""
         if codes.bank:
             return self._bank_error(codes, missing=1.0)
         if self.has_base and self.spectrum:
-            return float(np.dot(self.delta_energies(codes.base), self.left_by(codes.delta)))
+            return float(np.dot(self.delta_energies(codes.base), self._lost_by(codes.delta)))
         if self.has_base:
-            return self._between(self.delta_errors, self.delta_share, codes.delta)
+            return self.delta_share * self._lost_by(codes.delta)[0]
         return self._between(self.plain_errors, 1.0, codes.delta)
 
     def harm(self, codes: RoleCodes) -> float:
@@ -99,14 +117,32 @@ class RoleTrial:
         along themselves counts more."""
         if codes.bank:
             return self._bank_error(codes, MISSING)
-        (delta, noise), (of_delta, of_noise) = self.delta_energies(codes.base), self.left_by(codes.delta)
-        return delta * of_delta * (1 - of_delta + MISSING * of_delta) + noise * of_noise
+        (delta, noise), (of_delta, of_noise) = self.delta_energies(codes.base), self._lost_by(codes.delta)
+        if not self._is_unbiased(codes.delta):
+            of_delta *= 1 - of_delta + MISSING * of_delta
+        return delta * of_delta + noise * of_noise
+
+    def _is_unbiased(self, code: MatrixCode) -> bool:
+        """Whether a code of the deltas is made unbiased; factors can't be."""
+        rest = code.rest if isinstance(code, SumCode) else code
+        return isinstance(rest, TrellisCode) or (self.unbiased and isinstance(rest, BitsCode))
+
+    def _lost_by(self, code: MatrixCode) -> tuple[float, float]:
+        """As `left_by`, with the noise of a code that is made unbiased."""
+        if isinstance(code, SumCode) and self.spectrum:
+            (first, of_first), (second, of_second) = self.left_by(code.factors), self._lost_by(code.rest)
+            return first * second, of_first * of_second
+        left = np.array(self.left_by(code))
+        delta, noise = as_noise(left) if self._is_unbiased(code) else left
+        return float(delta), float(noise)
 
     def _bank_error(self, codes: RoleCodes, missing: float) -> float:
         """A code of least squares with the error e keeps 1 - e of a delta along it; the rest of its error is noise."""
         assert codes.bank is not None
         share, left = codes.bank.matched / self.shape[codes.bank.axis], self.plain_error(codes.delta)
         of_deltas = self.delta_share * left * (1 - left + missing * left) + self.plain_error(codes.base) * left
+        if self._is_unbiased(codes.delta):
+            of_deltas = (self.delta_share + self.plain_error(codes.base)) * float(as_noise(np.array(left)))
         return share * of_deltas + (1 - share) * self.plain_error(codes.rest)
 
     def delta_energies(self, base: MatrixCode | None) -> tuple[float, float]:
@@ -117,11 +153,10 @@ class RoleTrial:
 
     def left_by(self, code: MatrixCode) -> tuple[float, float]:
         """The shares of these energies that a code of the deltas leaves."""
-        if isinstance(code, SumCode):
+        if isinstance(code, SumCode) and self.spectrum:
             (first, of_first), (second, of_second) = self.left_by(code.factors), self.left_by(code.rest)
             return first * second, of_first * of_second
-        if isinstance(code, FactorsCode):
-            assert self.spectrum is not None
+        if isinstance(code, FactorsCode) and self.spectrum:
             return self.spectrum.left_by(code, self.shape, self.plain_error(code.bits))
         left = self._between(self.delta_errors, self.delta_share, code) / max(self.delta_share, LEAST_ERROR)
         return left, left
@@ -148,8 +183,7 @@ class RoleTrial:
             code = code.rest
         if isinstance(code, TrellisCode):
             return TRELLIS_ERRORS[code.bits] * errors[1 << code.bits]
-        group = group_for(self.shape[1])
-        bits = [code_bits(BitsCode(levels, group), self.shape) for levels in TRIED]
+        bits = [code_bits(self.rung(levels), self.shape) for levels in TRIED]
         taken, lost = code_bits(code, self.shape), [errors[levels] for levels in TRIED]
         if taken < bits[0]:
             return float(np.interp(taken, [0.0, bits[0]], [most, lost[0]]))
@@ -225,12 +259,17 @@ def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]
     lost = mean - code.decode(code.encode(mean), shape)
     deltas = [delta + lost for delta in _list_deltas(rows, layer.count)]
     energy = _energy(rows)
+    share = _energy(deltas) / energy if energy else 0.0
+    coded = deltas if net_bits(share, layer.count) >= PAYS else rows
+    few_group = min(
+        (group, ROW, MATRIX), key=lambda each: _price_of_scales(coded, BitsCode(4, each), layer.shape(role))
+    )
 
     def share_of(left: Sequence[NDArray[np.float32]]) -> float:
         return _energy(left) / energy if energy else 0.0
 
     def errors(matrices: Sequence[NDArray[np.float32]], unbiased: bool) -> dict[int, float]:
-        codes = {levels: BitsCode(levels, group) for levels in TRIED}
+        codes = {levels: BitsCode(levels, few_group if levels <= FEW_LEVELS else group) for levels in TRIED}
         return {
             levels: share_of([m - code.decode(code.encode(m, unbiased=unbiased), shape) for m in matrices])
             for levels, code in codes.items()
@@ -239,12 +278,20 @@ def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]
     return RoleTrial(
         layer.shape(role),
         layer.count,
-        share_of(deltas),
+        share,
         errors(deltas, unbiased=False),
         errors(rows, unbiased=True),  # as `CodedLayer` codes experts without a base
         {bits: share_of([matrix - round_to_bits(matrix, bits) for matrix in rows]) for bits in PLAIN_BITS},
         energy * layer.count / count * layer.shape(role)[0] / shape[0],
+        participation=float(np.mean([participation(delta) for delta in _list_deltas(rows, layer.count)])),
+        few_group=few_group,
     )
+
+
+def _price_of_scales(matrices: Sequence[NDArray[np.float32]], code: BitsCode, whole: Shape) -> float:
+    """The squared error of a code of parts of matrices, at the bits that it takes of `whole` ones: a bit quarters it."""
+    left = [each - code.decode(code.encode(each), as_shape(each)) for each in matrices]
+    return _energy(left) * float(4.0 ** code_bits(code, whole))
 
 
 def _list_deltas(matrices: Sequence[NDArray[np.float32]], experts: int) -> list[NDArray[np.float32]]:
@@ -590,22 +637,30 @@ def _open_units(
     for number, roles in trials.items():
         for role, trial in roles.items():
             group = group_for(trial.shape[1])
-            bits = _bit_rungs(group, trellis)
+            bits = _bit_rungs(trial, trellis)
             if trial.has_base and trial.bank:
                 groups = [group_for(shape[1]) for shape in trial.bank.cut(trial.shape)]
-                rungs = [_bit_rungs(each, trellis) for each in groups[1:]]
-                ladder = bank_ladder(trial.bank, trial.shape, trial.experts, groups[0], rungs, trial.harm)
+                rungs = _bit_rungs(trial, trellis)
+                ladder = bank_ladder(trial.bank, trial.shape, trial.experts, groups[0], (rungs, rungs), trial.harm)
+                ladder = [replace(codes, unbiased=trial.unbiased) for codes in ladder]
                 stages = [_plain_stage(trial, trial.harm(codes)) - ahead for codes in ladder]
             elif trial.has_base and trial.spectrum:
                 bases = [BitsCode(levels, group) for levels in LEVELS if levels >= trial.usual_base.levels]
                 ladder = factor_ladder(
-                    trial.shape, trial.experts, bases, bits, trial.delta_energies, trial.left_by, MISSING
+                    trial.shape,
+                    trial.experts,
+                    bases,
+                    bits,
+                    trial.delta_energies,
+                    trial.left_by,
+                    MISSING,
+                    trial.unbiased,
                 )
                 stages = _delta_stages(trial, ladder)
             elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0]) if with_factors else []
                 base = BitsCode(2 ** base_bits(trial.experts), group)
-                ladder = [RoleCodes(base, code) for code in (*factors, *bits)]
+                ladder = [RoleCodes(base, code, unbiased=trial.unbiased) for code in (*factors, *bits)]
                 stages = [float(rung - len(factors)) for rung in range(len(ladder))]
             else:
                 ladder = [RoleCodes(None, code) for code in bits]
@@ -614,11 +669,11 @@ def _open_units(
     return units
 
 
-def _bit_rungs(group: int, trellis: bool) -> tuple[BitsCode | TrellisCode, ...]:
+def _bit_rungs(trial: RoleTrial, trellis: bool) -> tuple[BitsCode | TrellisCode, ...]:
     """The codes of ascending bits, trellises where these have so many."""
     trellises = [TrellisCode(width) for width in WIDTHS] if trellis else []
     above = 1 << WIDTHS[-1] if trellis else 0
-    return (*trellises, *(BitsCode(levels, group) for levels in LEVELS if levels > above))
+    return (*trellises, *(trial.rung(levels) for levels in LEVELS if levels > above))
 
 
 def _index_bytes(trials: Mapping[int, Mapping[str, RoleTrial]]) -> int:
@@ -629,14 +684,14 @@ def _index_bytes(trials: Mapping[int, Mapping[str, RoleTrial]]) -> int:
 
 def _plain_stage(trial: RoleTrial, error: float) -> float:
     """The stage of a plain code that errs as much, between those of two codes where there is none."""
-    errors = [log2(trial.plain_error(BitsCode(levels)) or 1e-30) for levels in LEVELS]
+    errors = [log2(trial.plain_error(trial.rung(levels)) or 1e-30) for levels in LEVELS]
     return float(np.interp(-log2(error or 1e-30), [-each for each in errors], range(len(errors))))
 
 
 def _delta_stages(trial: RoleTrial, ladder: Sequence[RoleCodes]) -> list[float]:
     """The stages of the codes of bits that do as much harm, between those of two where there is none."""
-    base, group = trial.usual_base, group_for(trial.shape[1])
-    bits = [trial.harm(RoleCodes(base, BitsCode(levels, group))) for levels in LEVELS]
+    base = trial.usual_base
+    bits = [trial.harm(RoleCodes(base, trial.rung(levels))) for levels in LEVELS]
     nothing = trial.harm(RoleCodes(base, FactorsCode(0, BitsCode(FACTOR_LEVELS))))
     marks, wanted = (
         -np.log2(np.maximum(harms, LEAST_ERROR))
@@ -671,7 +726,9 @@ def _next_places(steps: Sequence[tuple[int, RoleCodes, RoleCodes]]) -> list[int]
 def _shorten(codes: RoleCodes) -> RoleCodes:
     """The codes with a scale for each 64 weights of the deltas, where they can have that."""
     delta = codes.delta
-    return replace(codes, delta=BitsCode(delta.levels, 64)) if isinstance(delta, BitsCode) else codes
+    if isinstance(delta, BitsCode) and delta.group not in (ROW, MATRIX):
+        return replace(codes, delta=BitsCode(delta.levels, 64))
+    return codes
 
 
 def _shorten_factors(codes: RoleCodes) -> RoleCodes:

@@ -29,7 +29,7 @@ class CodedLayer:
     """Codes the experts of a layer whose neurons are in the order that `alignment` says.
 
     `code_bases` comes first. Then `code` may be called from several threads. Experts without a base are coded without
-    bias, deltas for the least error: what shrinks a small delta hardly shrinks the expert. With `moments` errors are
+    bias, and so are deltas where the codes say it. With `moments` errors are
     measured by those of the experts' inputs; the bases are coded without, since deltas make up for their errors.
     """
 
@@ -81,7 +81,7 @@ class CodedLayer:
             if codes.bank and codes.bank.axis:
                 of_delta, of_rest = (np.ascontiguousarray(each) for each in codes.bank.split_moments(of_delta))
         try:
-            coded = codes.delta.encode(delta, unbiased=not has_base, moments=of_delta)
+            coded = codes.delta.encode(delta, unbiased=codes.unbiased or not has_base, moments=of_delta)
             parts = {f"delta.{name}": part for name, part in coded.items()}
             if codes.rest:
                 coded = codes.rest.encode(rest, unbiased=True, moments=of_rest)

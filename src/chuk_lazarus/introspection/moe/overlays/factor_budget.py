@@ -18,6 +18,7 @@ from .codes.trellis import TrellisCode
 
 FACTOR_BITS = (BitsCode(4), BitsCode(8), BitsCode(16))
 RANK_STEP = 1.3  # from one rank to the next
+LEAST_KEPT = 0.1  # of anything that is coded at all
 MOST_FACTORS = 4.0  # bits a weight that factors may take
 
 
@@ -73,13 +74,15 @@ def factor_ladder(
     energies: Callable[[MatrixCode], tuple[float, float]],
     left_by: Callable[[MatrixCode], tuple[float, float]],
     missing: float,
+    unbiased: bool,
 ) -> list[RoleCodes]:
     """The codes of base and deltas that do the least harm for their bytes, from the fewest bytes on.
 
     These are on the lower convex hull of all: `bases` with deltas in `rungs`, in factors, and in sums of both. With a
     base deltas have two `energies`, their own and that of the noise that the base's code puts into them; `left_by`
     tells the shares of these that the code of a delta leaves, which of a sum are the products of those of its parts.
-    Deltas of which e is left are kept by 1 - e along themselves, and what is missing there counts `missing` times.
+    Deltas of which e is left are kept by 1 - e along themselves, and what is missing there counts `missing` times;
+    where the rest is `unbiased`, as that of a trellis always is, nothing is missing, and e / (1 - e) is noise.
     """
     most = MOST_FACTORS / 8 * prod(shape)
     factors = [FactorsCode(rank, bits) for bits in FACTOR_BITS for rank in _ranks(min(shape))]
@@ -88,12 +91,20 @@ def factor_ladder(
     deltas = [*product(*sides)][1:]  # not without both
     sizes = np.add.outer(*([code_bytes(code, shape) if code else 0 for code in side] for side in sides)).ravel()[1:]
     of_factors, of_rest = (np.array([left_by(code) if code else (1.0, 1.0) for code in side]) for side in sides)
-    left = (of_factors[:, None] * of_rest).reshape(-1, 2)[1:]
-    left[:, 0] *= 1 - left[:, 0] + missing * left[:, 0]
+    is_unbiased = np.array([False, *(unbiased or isinstance(code, TrellisCode) for code in rungs)])
+    of_rest = np.where(is_unbiased[:, None], as_noise(of_rest), of_rest)
+    left = of_factors[:, None] * of_rest
+    left[:, ~is_unbiased, 0] *= 1 - left[:, ~is_unbiased, 0] + missing * left[:, ~is_unbiased, 0]
+    left = left.reshape(-1, 2)[1:]
     taken = np.array([code_bytes(base, shape) + experts * sizes for base in bases])
     lost = np.array([left @ energies(base) for base in bases])
     chosen = (divmod(place, len(deltas)) for place in lower_hull(taken.ravel().tolist(), lost.ravel().tolist()))
-    return [RoleCodes(bases[base], _sum_up(*deltas[delta])) for base, delta in chosen]
+    return [RoleCodes(bases[base], _sum_up(*deltas[delta]), unbiased=unbiased) for base, delta in chosen]
+
+
+def as_noise(left: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The error of codes that were made unbiased, of those that leave so much for the least error."""
+    return left / np.maximum(1 - left, LEAST_KEPT)
 
 
 def _sum_up(factors: FactorsCode | None, rest: BitsCode | TrellisCode | None) -> MatrixCode:

@@ -107,6 +107,7 @@ def codes_to_json(codes: LayerCodes) -> dict[str, Any]:
     texts = {
         role: {"base": str(each.base) if each.base else None, "delta": str(each.delta)}
         | ({"rest": str(each.rest)} if each.rest else {})
+        | ({"unbiased": True} if each.unbiased else {})
         for role, each in codes.items()
     }
     bank = next((each.bank for each in codes.values() if each.bank), None)
@@ -130,7 +131,7 @@ def parse_codes(facts: Mapping[str, Any]) -> dict[str, RoleCodes]:
         bank = BankShape(sizes["bank"], sizes["matched"], int(role == "down")) if sizes and base else None
         if rest and not bank:
             raise ValueError("strangers without a bank")
-        codes[role] = RoleCodes(base, delta, rest, bank)
+        codes[role] = RoleCodes(base, delta, rest, bank, texts.get("unbiased") is True)
     return codes
 
 

@@ -1,8 +1,8 @@
 """How one matrix is kept: a closed set of codes, each with its text in an overlay's config.
 
-`bf16`; `3bit:128`, levels with a scale for each 128 weights (1, 1.6 and 2 to 8 bits), or `row`, or `matrix`; `2trellis`, a trellis with a
-scale for each row (1 to 4 bits); `rank8:3bit:128`, factors in levels; `rank8:3bit:128+2bit:128`, factors and the rest,
-which may be a trellis.
+`bf16`; `3bit:128`, levels with a scale for each 128 weights (1, 1.6 and 2 to 8 bits), or for each `row`, or one for the
+`matrix`; `2trellis`, a trellis with a scale for each row (1 to 4 bits); `rank8:3bit:128`, factors in levels;
+`rank8:3bit:128+2bit:128`, factors and the rest, which may be a trellis.
 """
 
 import re
@@ -64,13 +64,15 @@ class RoleCodes:
     """How a projection of a layer is kept: the code of its base, and that of each expert's delta from the stored base.
 
     Without a base, `delta` is the code of the experts themselves. With a `bank` the base holds its neurons, `delta` the
-    neurons of an expert that refer to it, and `rest` the strangers, None where there are none.
+    neurons of an expert that refer to it, and `rest` the strangers, None where there are none. `unbiased` says that the
+    deltas are made so, which decoding does not ask.
     """
 
     base: MatrixCode | None
     delta: MatrixCode
     rest: MatrixCode | None = None
     bank: BankShape | None = None
+    unbiased: bool = False
 
     def sides(self, shape: Shape) -> dict[str, tuple[MatrixCode, Shape]]:
         """The codes of "base", "delta" and "rest" of a projection of that shape, and the shapes of their matrices."""
