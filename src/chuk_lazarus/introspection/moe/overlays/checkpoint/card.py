@@ -41,8 +41,8 @@ def write_card(
         "",
         f"The routed experts of this model are stored as {kept}",
         "Everything else is a copy, byte for byte. Loaders that do not know `overlay_config` find no experts here:",
-        "export the folder to a standard checkpoint for them. mlx-lm runs it as it is, with `--trust-remote-code`, where",
-        "chuk-lazarus is installed.",
+        "export the folder to a standard checkpoint for them. mlx-lm runs it as it is, with `--trust-remote-code`,",
+        "where chuk-lazarus is installed.",
         "",
         f"- source: {shown_source}" + (f", revision {overlay.revision}" if overlay.revision else ""),
         *(
