@@ -413,7 +413,7 @@ def test_experts_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     [
         ({0: {"gate": FINE}}, "needs codes for"),
         ({9: dict.fromkeys(("gate", "up", "down"), FINE)}, "layer 9"),
-        ({0: dict.fromkeys(("gate", "up", "down"), RoleCodes(None, FactorsCode(99, BitsCode(4))))}, "rank 99"),
+        ({0: dict.fromkeys(("gate", "up", "down"), RoleCodes(BitsCode(16), FactorsCode(99, BitsCode(4))))}, "rank 99"),
         ({}, "no layer"),
     ],
 )
