@@ -416,8 +416,8 @@ class BitRule:
     def _reach(self, number: int, roles: Mapping[str, RoleTrial]) -> dict[int, LayerCodes]:
         """The fewest bits with which a layer meets the rule.
 
-        Its units climb as in `_within`, but for factors, whose errors are not measured. Before each step scales for
-        shorter groups are tried in its place.
+        Its units climb as in `_within`, but without factors: what these leave is in few directions, and at equal errors
+        of weights outputs err more. Before each step scales for shorter groups are tried in its place.
         """
         units = _open_units({number: roles}, self.trellis, with_factors=False)
         prices = self._prices(roles)
@@ -596,7 +596,7 @@ def _open_units(
                 rungs = [_bit_rungs(each, trellis) for each in groups[1:]]
                 ladder = bank_ladder(trial.bank, trial.shape, trial.experts, groups[0], rungs, trial.harm)
                 stages = [_plain_stage(trial, trial.harm(codes)) - ahead for codes in ladder]
-            elif trial.has_base and trial.spectrum:
+            elif trial.has_base and trial.spectrum and with_factors:
                 bases = [BitsCode(levels, group) for levels in LEVELS if levels >= trial.usual_base.levels]
                 ladder = factor_ladder(
                     trial.shape, trial.experts, bases, bits, trial.delta_energies, trial.left_by, MISSING
