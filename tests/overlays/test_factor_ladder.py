@@ -142,6 +142,16 @@ def test_what_factors_err_is_as_measured(bits: float) -> None:
         assert predict_error(roles, codes[number]) == pytest.approx(layer.weight_error, rel=0.1)
 
 
+@pytest.mark.parametrize("bits", [1.3, 2.1, 3.1])
+def test_what_factors_leave_may_be_in_a_trellis(bits: float) -> None:
+    chosen = [BitRule(bits, trellis=trellis).choose(demo_trials()) for trellis in (True, False)]
+    codes = [code.delta for layer in chosen[0].values() for code in layer.values()]
+    assert not any(isinstance(code, BitsCode) for code in codes)
+    assert not any(isinstance(code.rest, BitsCode) for code in codes if isinstance(code, SumCode))
+    errors = [[predict_error(roles, each[n]) for n, roles in demo_trials().items()] for each in chosen]
+    assert np.linalg.norm(errors[0]) <= np.linalg.norm(errors[1])
+
+
 @pytest.mark.parametrize("error", [0.05, 0.15])
 def test_a_greatest_error_is_met_by_bits_alone(error: float) -> None:
     """What factors leave is in few directions: at equal errors of weights outputs err more."""

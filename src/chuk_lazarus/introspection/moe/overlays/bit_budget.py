@@ -3,7 +3,8 @@
 The law: an expert's delta, whose energy is the share d of the expert's, needs 0.5 log2(1 / d) bits a weight less than
 the expert, and the base costs its own bits over the number of experts. Where that does not pay (`numerics.rates`),
 experts are coded without a base. All deltas have the same width, or one of two that are neighbours. Where neurons refer
-to a bank, its width, that of the deltas and that of the strangers are chosen together.
+to a bank, its width, that of the deltas and that of the strangers are chosen together; where deltas are of low rank,
+the width of the base, the rank of their factors and the width of the rest.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -601,7 +602,7 @@ def _open_units(
                 ladder = factor_ladder(
                     trial.shape, trial.experts, bases, bits, trial.delta_energies, trial.left_by, MISSING
                 )
-                stages = _delta_stages(trial, ladder)
+                stages = _delta_stages(trial, bits, ladder)
             elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0]) if with_factors else []
                 base = BitsCode(2 ** base_bits(trial.experts), group)
@@ -633,16 +634,11 @@ def _plain_stage(trial: RoleTrial, error: float) -> float:
     return float(np.interp(-log2(error or 1e-30), [-each for each in errors], range(len(errors))))
 
 
-def _delta_stages(trial: RoleTrial, ladder: Sequence[RoleCodes]) -> list[float]:
-    """The stages of the codes of bits that do as much harm, between those of two where there is none."""
-    base, group = trial.usual_base, group_for(trial.shape[1])
-    bits = [trial.harm(RoleCodes(base, BitsCode(levels, group))) for levels in LEVELS]
-    nothing = trial.harm(RoleCodes(base, FactorsCode(0, BitsCode(FACTOR_LEVELS))))
-    marks, wanted = (
-        -np.log2(np.maximum(harms, LEAST_ERROR))
-        for harms in ([nothing, *bits], [trial.harm(codes) for codes in ladder])
-    )
-    return [float(stage) for stage in np.interp(wanted, marks, [NO_DELTA, *range(len(LEVELS))])]
+def _delta_stages(trial: RoleTrial, rungs: Sequence[MatrixCode], ladder: Sequence[RoleCodes]) -> list[float]:
+    """The stages of the codes of a delta, `rungs`, that do as much harm, between those of two where there is none."""
+    codes = [RoleCodes(trial.usual_base, code) for code in (FactorsCode(0, FACTOR_BITS[0]), *rungs)]
+    marks, wanted = ([-log2(max(trial.harm(each), LEAST_ERROR)) for each in side] for side in (codes, ladder))
+    return [float(stage) for stage in np.interp(wanted, marks, [NO_DELTA, *range(len(rungs))])]
 
 
 def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
