@@ -3,7 +3,8 @@
 The law: an expert's delta, whose energy is the share d of the expert's, needs 0.5 log2(1 / d) bits a weight less than
 the expert, and the base costs its own bits over the number of experts. Where that does not pay (`numerics.rates`),
 experts are coded without a base. All deltas have the same width, or one of two that are neighbours. Where neurons refer
-to a bank, its width, that of the deltas and that of the strangers are chosen together.
+to a bank, its width, that of the deltas and that of the strangers are chosen together; where deltas are of low rank,
+the width of the base, the rank of their factors and the width of the rest.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,6 +53,7 @@ TRIED = (2, 3, 4, 8, 16, 64, 256)  # levels whose errors are measured
 PLAIN_BITS = (2, 3, 4, 5, 6, 8)  # of the plain quantisation that codes can be as good as
 USUAL_BITS = 4  # of the plain quantisation that codes are as good as where nothing else is said
 MARGIN = 0.97  # the share of an allowed squared error that is used, since it is measured on a part
+OUTPUTS = 0.85  # the same, where the error of outputs is meant, which weights tell less surely
 TRELLIS_ERRORS = {1: 0.74, 2: 0.60, 3: 0.50, 4: 0.47}  # of trellises, by bits, over those of as many levels
 LEAST_ERROR = 1e-30  # squared; what is less is taken for this
 ROUNDS = 12  # of looking for the bits that fill a folder
@@ -463,8 +465,8 @@ class BitRule:
     def _reach(self, number: int, roles: Mapping[str, RoleTrial]) -> dict[int, LayerCodes]:
         """The fewest bits with which a layer meets the rule.
 
-        Its units climb as in `_within`, but for factors, whose errors are not measured. Before each step scales for
-        shorter groups are tried in its place.
+        Its units climb as in `_within`, but without factors: what these leave is in few directions, and at equal errors
+        of weights outputs err more. Before each step scales for shorter groups are tried in its place.
         """
         units = _open_units({number: roles}, self.trellis, with_factors=False)
         prices = self._prices(roles)
@@ -472,14 +474,15 @@ class BitRule:
         def loss(codes: Sequence[RoleCodes]) -> float:
             return sum(prices[unit.role] * unit.trial.error(each) for unit, each in zip(units, codes, strict=True))
 
+        margin = MARGIN if self.max_error is not None else OUTPUTS
         chosen = [unit.ladder[0] for unit in units]
         steps = _list_steps(units)
         for taken in range(len(steps) + 1):
             finer = list(chosen)
             for place in [None, *(_next_places(steps[taken:]) or range(len(units)))]:
-                if place is not None:
+                if place is not None and not _has_few_scales(finer[place].delta):
                     finer[place] = _shorten(finer[place])
-                if loss(finer) <= MARGIN:
+                if loss(finer) <= margin:
                     return _by_layer(units, finer)
             for place, _, higher in steps[taken : taken + 1]:
                 chosen[place] = higher
@@ -488,7 +491,7 @@ class BitRule:
             if self.max_error is not None
             else f"as good as plain quantisation at {self.as_good_as} bits"
         )
-        factor = sqrt(loss(finer) / MARGIN)
+        factor = sqrt(loss(finer) / margin)
         raise InvalidRequest(f"layer {number}: no codes are {goal}", f"the finest err {factor:.3g} times as much")
 
     def _prices(self, roles: Mapping[str, RoleTrial]) -> dict[str, float]:
@@ -644,7 +647,7 @@ def _open_units(
                 ladder = bank_ladder(trial.bank, trial.shape, trial.experts, groups[0], (rungs, rungs), trial.harm)
                 ladder = [replace(codes, unbiased=trial.unbiased) for codes in ladder]
                 stages = [_plain_stage(trial, trial.harm(codes)) - ahead for codes in ladder]
-            elif trial.has_base and trial.spectrum:
+            elif trial.has_base and trial.spectrum and with_factors:
                 bases = [BitsCode(levels, group) for levels in LEVELS if levels >= trial.usual_base.levels]
                 ladder = factor_ladder(
                     trial.shape,
@@ -656,7 +659,7 @@ def _open_units(
                     MISSING,
                     trial.unbiased,
                 )
-                stages = _delta_stages(trial, ladder)
+                stages = _delta_stages(trial, bits, ladder)
             elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0]) if with_factors else []
                 base = BitsCode(2 ** base_bits(trial.experts), group)
@@ -688,16 +691,11 @@ def _plain_stage(trial: RoleTrial, error: float) -> float:
     return float(np.interp(-log2(error or 1e-30), [-each for each in errors], range(len(errors))))
 
 
-def _delta_stages(trial: RoleTrial, ladder: Sequence[RoleCodes]) -> list[float]:
-    """The stages of the codes of bits that do as much harm, between those of two where there is none."""
-    base = trial.usual_base
-    bits = [trial.harm(RoleCodes(base, trial.rung(levels))) for levels in LEVELS]
-    nothing = trial.harm(RoleCodes(base, FactorsCode(0, BitsCode(FACTOR_LEVELS))))
-    marks, wanted = (
-        -np.log2(np.maximum(harms, LEAST_ERROR))
-        for harms in ([nothing, *bits], [trial.harm(codes) for codes in ladder])
-    )
-    return [float(stage) for stage in np.interp(wanted, marks, [NO_DELTA, *range(len(LEVELS))])]
+def _delta_stages(trial: RoleTrial, rungs: Sequence[MatrixCode], ladder: Sequence[RoleCodes]) -> list[float]:
+    """The stages of the codes of a delta, `rungs`, that do as much harm, between those of two where there is none."""
+    codes = [RoleCodes(trial.usual_base, code) for code in (FactorsCode(0, FACTOR_BITS[0]), *rungs)]
+    marks, wanted = ([-log2(max(trial.harm(each), LEAST_ERROR)) for each in side] for side in (codes, ladder))
+    return [float(stage) for stage in np.interp(wanted, marks, [NO_DELTA, *range(len(rungs))])]
 
 
 def _factor_rungs(shape: Shape, above: MatrixCode) -> list[MatrixCode]:
@@ -723,12 +721,15 @@ def _next_places(steps: Sequence[tuple[int, RoleCodes, RoleCodes]]) -> list[int]
     return list(dict.fromkeys(place for place, _, _ in steps))
 
 
+def _has_few_scales(code: MatrixCode) -> bool:
+    """Whether a code has one scale for a row or for the matrix: more of them would lessen its error little."""
+    return isinstance(code, BitsCode) and code.group in (ROW, MATRIX)
+
+
 def _shorten(codes: RoleCodes) -> RoleCodes:
     """The codes with a scale for each 64 weights of the deltas, where they can have that."""
     delta = codes.delta
-    if isinstance(delta, BitsCode) and delta.group not in (ROW, MATRIX):
-        return replace(codes, delta=BitsCode(delta.levels, 64))
-    return codes
+    return replace(codes, delta=BitsCode(delta.levels, 64)) if isinstance(delta, BitsCode) else codes
 
 
 def _shorten_factors(codes: RoleCodes) -> RoleCodes:
