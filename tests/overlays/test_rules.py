@@ -71,7 +71,7 @@ def test_a_trial_knows_the_errors_of_whole_matrices() -> None:
         lost = sum(((round_to_bits(matrix, bits) - matrix) ** 2).sum() for matrix in matrices)
         assert found.rounding_errors[bits] == pytest.approx(lost / energy, rel=1e-4)
     for levels in TRIED:
-        code = BitsCode(levels, 64)
+        code = found.rung(levels)
         decoded = [code.decode(code.encode(matrix, unbiased=True), found.shape) for matrix in matrices]
         lost = sum(((rebuilt - matrix) ** 2).sum() for rebuilt, matrix in zip(decoded, matrices, strict=True))
         assert found.error(RoleCodes(None, code)) == pytest.approx(found.plain_errors[levels], rel=1e-9)

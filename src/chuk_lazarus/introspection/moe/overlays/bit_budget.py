@@ -53,7 +53,7 @@ TRIED = (2, 3, 4, 8, 16, 64, 256)  # levels whose errors are measured
 PLAIN_BITS = (2, 3, 4, 5, 6, 8)  # of the plain quantisation that codes can be as good as
 USUAL_BITS = 4  # of the plain quantisation that codes are as good as where nothing else is said
 MARGIN = 0.97  # the share of an allowed squared error that is used, since it is measured on a part
-OUTPUTS = 0.85  # the same, where the error of outputs is meant, which weights tell less surely
+UNBIASED = 1.15  # times as much squared error as of the least, that of unbiased deltas counts in outputs
 TRELLIS_ERRORS = {1: 0.74, 2: 0.60, 3: 0.50, 4: 0.47}  # of trellises, by bits, over those of as many levels
 LEAST_ERROR = 1e-30  # squared; what is less is taken for this
 ROUNDS = 12  # of looking for the bits that fill a folder
@@ -291,9 +291,9 @@ def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]
 
 
 def _price_of_scales(matrices: Sequence[NDArray[np.float32]], code: BitsCode, whole: Shape) -> float:
-    """The squared error of a code of parts of matrices, at the bits that it takes of `whole` ones: a bit quarters it."""
+    """The squared error of a code of parts of matrices, at the bits that it takes of `whole` ones."""
     left = [each - code.decode(code.encode(each), as_shape(each)) for each in matrices]
-    return _energy(left) * float(4.0 ** code_bits(code, whole))
+    return _energy(left) * float(4.0 ** code_bits(code, whole))  # a bit more quarters an error
 
 
 def _list_deltas(matrices: Sequence[NDArray[np.float32]], experts: int) -> list[NDArray[np.float32]]:
@@ -474,7 +474,6 @@ class BitRule:
         def loss(codes: Sequence[RoleCodes]) -> float:
             return sum(prices[unit.role] * unit.trial.error(each) for unit, each in zip(units, codes, strict=True))
 
-        margin = MARGIN if self.max_error is not None else OUTPUTS
         chosen = [unit.ladder[0] for unit in units]
         steps = _list_steps(units)
         for taken in range(len(steps) + 1):
@@ -482,7 +481,7 @@ class BitRule:
             for place in [None, *(_next_places(steps[taken:]) or range(len(units)))]:
                 if place is not None and not _has_few_scales(finer[place].delta):
                     finer[place] = _shorten(finer[place])
-                if loss(finer) <= margin:
+                if loss(finer) <= MARGIN:
                     return _by_layer(units, finer)
             for place, _, higher in steps[taken : taken + 1]:
                 chosen[place] = higher
@@ -491,7 +490,7 @@ class BitRule:
             if self.max_error is not None
             else f"as good as plain quantisation at {self.as_good_as} bits"
         )
-        factor = sqrt(loss(finer) / margin)
+        factor = sqrt(loss(finer) / MARGIN)
         raise InvalidRequest(f"layer {number}: no codes are {goal}", f"the finest err {factor:.3g} times as much")
 
     def _prices(self, roles: Mapping[str, RoleTrial]) -> dict[str, float]:
@@ -505,7 +504,9 @@ class BitRule:
             return {role: trial.energy / allowed if allowed else 0.0 for role, trial in roles.items()}
         assert self.as_good_as is not None
         return {
-            role: 1 / len(roles) / max(trial.rounding_errors[self.as_good_as], LEAST_ERROR)
+            role: (UNBIASED if trial.unbiased else 1)
+            / len(roles)
+            / max(trial.rounding_errors[self.as_good_as], LEAST_ERROR)
             for role, trial in roles.items()
         }
 
