@@ -246,7 +246,7 @@ def test_coded_experts_err_less_than_factors_of_the_same_size() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"bits": 0.3}, r"0.3 bits a weight are out of reach \(the least is 0.82\)"),
+        ({"bits": 0.3}, r"0.3 bits a weight are out of reach \(the least is 0.58\)"),
         ({"bits": 9}, "9 bits a weight"),
         ({"bits": 2, "target_ratio": 4}, "both bits and a ratio are given"),
         ({"bits": 2, "ranks": {"up": 3}}, "together with ranks"),
