@@ -44,6 +44,11 @@ def overlay(bench: Bench, bits: float, **options: Any) -> dict[str, Any] | None:
     }
 
 
+def trellis(bench: Bench, bits: float) -> dict[str, Any] | None:
+    """`moe-overlay-compress --bits --trellis`."""
+    return overlay(bench, bits, trellis=True)
+
+
 def plain(bench: Bench, bits: float) -> dict[str, Any] | None:
     """The same codes and the same rule, without a base: the best plain code that the product has."""
     opened, resources = Experts.open(str(bench.folder)), Resources.current()

@@ -28,6 +28,7 @@ BUDGETS = (1.6, 2.1, 3.1)  # of peers
 FEW_BUDGETS = (2.1,)  # of methods that train
 OWN_BUDGETS = {
     "plain": (1.55, 1.65, 2.1, 2.6, 3.1, 3.5, 4.1),
+    "trellis": (1.3, 1.6, 2.1, 2.6, 3.1, 4.1),
     "overlay": (1.3, 1.5, 1.55, 1.6, 1.65, 1.7, 1.85, 2.1, 2.25, 2.6, 3.1, 3.5, 4.1),
 }
 
@@ -49,7 +50,11 @@ PEERS: dict[str, Method] = {
     "MoBE": peers.mobe,
     "SLBF": peers.slbf,
 }
-OURS: dict[str, Callable[..., dict[str, Any] | None]] = {"plain": ours.plain, "overlay": ours.overlay}
+OURS: dict[str, Callable[..., dict[str, Any] | None]] = {
+    "plain": ours.plain,
+    "overlay": ours.overlay,
+    "trellis": ours.trellis,
+}
 
 Row = dict[str, Any]
 

@@ -2,8 +2,8 @@
 
     python experiments/coded_overlays/scales.py
 
-A number is the squared error, relative to the matrix, times 4 to the power of the bits a weight that the code takes with
-its scales: a bit more quarters an error.
+A number is the squared error, relative to the matrix, times 4 to the power of the bits a weight that the code takes
+with its scales: a bit more quarters an error.
 """
 
 import numpy as np
