@@ -91,16 +91,16 @@ def print_table(rows: list[Row], budget: float, methods: Sequence[str]) -> None:
         print(f"| {model} | {own['kl']:.2g} ± {own['kl_stderr']:.1g} | {' | '.join(cells)} |")
 
 
-def print_losses(rows: list[Row]) -> None:
+def print_losses(rows: list[Row], ours: str) -> None:
     """Every row of another method that is better than ours at its bytes, or no worse than by chance."""
-    print("\nWhere ours is not better by two standard errors:\n")
+    print(f"\nWhere ours ({ours}) is not better by two standard errors:\n")
     print("| model | method | setting | bits | KL | our bits | our KL | standard errors |")
     print("|---|---|---|---|---|---|---|---|")
     counts: dict[tuple[bool, bool], list[int]] = {}
     for model in MODELS:
         for method in PEERS:
             for theirs in rows_of(rows, model, method):
-                own = at_bits(rows_of(rows, model, "overlay"), theirs["bits"])
+                own = at_bits(rows_of(rows, model, ours), theirs["bits"])
                 if own is None:
                     continue
                 count = counts.setdefault((model in NATIVES, method in CALIBRATED), [0, 0, 0])
@@ -152,7 +152,11 @@ def draw_panel(ax: Any, rows: list[Row], model: str) -> None:
         ax.plot(bits, kl, line, color="#9A9A9A", linewidth=0.9, marker="o", markersize=2.2)
         labels.append((kl[-1], method, style.GREY))
         ax.plot([bits[-1], MOST + 0.04], [kl[-1], kl[-1]], color="#D8D8D8", linewidth=0.5, zorder=0)
-    for method, color, name in (("plain", style.COLORS[1], "plain codes"), ("overlay", style.COLORS[0], "overlay")):
+    for method, color, name in (
+        ("plain", style.COLORS[1], "plain codes"),
+        ("overlay", style.COLORS[0], "overlay"),
+        ("trellis", style.COLORS[2], "with trellises"),
+    ):
         curve = [(row["bits"], row["kl"]) for row in rows_of(rows, model, method) if LEAST <= row["bits"] <= MOST]
         if curve:
             bits, kl = zip(*sorted(curve), strict=True)
@@ -214,14 +218,15 @@ def spread(places: list[float], step: float, low: float, high: float) -> list[fl
 
 def main() -> None:
     rows = json.loads((HERE / "results.json").read_text())
-    free = [name for name in ("plain", *PEERS) if name not in CALIBRATED]
+    free = [name for name in ("plain", "trellis", *PEERS) if name not in CALIBRATED]
     for methods, budget in product((free, CALIBRATED), (1.6, 2.1, 3.1)):
         print_table(rows, budget, methods)
-    print_losses(rows)
+    for ours in ("overlay", "trellis"):
+        print_losses(rows, ours)
     draw(rows, HERE / "comparison.svg")
 
 
-assert set(OURS) == {"plain", "overlay"}
+assert set(OURS) == {"plain", "overlay", "trellis"}
 
 if __name__ == "__main__":
     main()
