@@ -219,6 +219,25 @@ def test_an_export_computes_what_the_model_does(
             assert relative_error(outputs(rebuilt, number, expert, inputs), expected) < 0.05
 
 
+@pytest.mark.parametrize("matched", [96, 128])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_matrix_stays_as_it_is_while_it_is_coded(role: str, matched: int) -> None:
+    """Also where neurons are in the bank's order already, so that the deltas could be a view of it."""
+    layer = Experts.open("demo:upcycled").layer(0)
+    index = np.tile(np.arange(matched), (layer.count, 1))
+    order = replace(keep_order(layer.count, layer.sizes["I"]), bank=Bank(matched, index))
+    rest = FINE if matched < layer.sizes["I"] else None
+    codes = {each: bank_codes(each, matched, matched, rest) for each in ROLES}
+    coder = coded_layer.CodedLayer(layer, codes, order)
+    with Resources.current().worker_threads(layer) as pool:
+        coder.code_bases(pool)
+    matrix = layer.matrices(3)[role]
+    before = matrix.copy()
+    rebuilt = coder.decode(3, role, coder.code(3, role, matrix))
+    np.testing.assert_array_equal(matrix, before)
+    assert relative_error(rebuilt, matrix) < 0.01
+
+
 def test_neurons_are_the_bank_s_plus_deltas_then_strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the documented order of the tensors, each decoded by itself."""
     overlay = write("demo:upcycled", tmp_path / "overlay", monkeypatch)
