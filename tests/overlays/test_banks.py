@@ -34,6 +34,7 @@ from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import OverlayChe
 from chuk_lazarus.introspection.moe.overlays.codes import BankShape, LayerCodes, MatrixCode, RoleCodes
 from chuk_lazarus.introspection.moe.overlays.codes.bits import LEVELS, BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
+from chuk_lazarus.introspection.moe.overlays.layer import bank_notes
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from places import FIXTURES
 
@@ -217,6 +218,15 @@ def test_an_export_computes_what_the_model_does(
         for expert in range(layer.count):
             expected = outputs(original, number, expert, inputs)
             assert relative_error(outputs(rebuilt, number, expert, inputs), expected) < 0.05
+
+
+def test_a_note_tells_of_strangers_where_there_are_some() -> None:
+    some, none = ({role: bank_codes(role, 191, 96, rest) for role in ROLES} for rest in (FINE, None))
+    assert bank_notes({0: some, 1: some, 2: none}) == [
+        "in layers 0-1 96 neurons of each expert are deltas from 191 that experts share, "
+        "the others are coded by themselves",
+        "in layer 2 all 96 neurons of each expert are deltas from 191 that experts share",
+    ]
 
 
 @pytest.mark.parametrize("matched", [96, 128])
