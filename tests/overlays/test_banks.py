@@ -34,6 +34,7 @@ from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import OverlayChe
 from chuk_lazarus.introspection.moe.overlays.codes import BankShape, LayerCodes, MatrixCode, RoleCodes
 from chuk_lazarus.introspection.moe.overlays.codes.bits import LEVELS, BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
+from chuk_lazarus.introspection.moe.overlays.layer import bank_notes
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from places import FIXTURES
 
@@ -217,6 +218,34 @@ def test_an_export_computes_what_the_model_does(
         for expert in range(layer.count):
             expected = outputs(original, number, expert, inputs)
             assert relative_error(outputs(rebuilt, number, expert, inputs), expected) < 0.05
+
+
+def test_a_note_tells_of_strangers_where_there_are_some() -> None:
+    some, none = ({role: bank_codes(role, 191, 96, rest) for role in ROLES} for rest in (FINE, None))
+    assert bank_notes({0: some, 1: some, 2: none}) == [
+        "in layers 0-1 96 neurons of each expert are deltas from 191 that experts share, "
+        "the others are coded by themselves",
+        "in layer 2 all 96 neurons of each expert are deltas from 191 that experts share",
+    ]
+
+
+@pytest.mark.parametrize("matched", [96, 128])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_matrix_stays_as_it_is_while_it_is_coded(role: str, matched: int) -> None:
+    """Also where neurons are in the bank's order already, so that the deltas could be a view of it."""
+    layer = Experts.open("demo:upcycled").layer(0)
+    index = np.tile(np.arange(matched), (layer.count, 1))
+    order = replace(keep_order(layer.count, layer.sizes["I"]), bank=Bank(matched, index))
+    rest = FINE if matched < layer.sizes["I"] else None
+    codes = {each: bank_codes(each, matched, matched, rest) for each in ROLES}
+    coder = coded_layer.CodedLayer(layer, codes, order)
+    with Resources.current().worker_threads(layer) as pool:
+        coder.code_bases(pool)
+    matrix = layer.matrices(3)[role]
+    before = matrix.copy()
+    rebuilt = coder.decode(3, role, coder.code(3, role, matrix))
+    np.testing.assert_array_equal(matrix, before)
+    assert relative_error(rebuilt, matrix) < 0.01
 
 
 def test_neurons_are_the_bank_s_plus_deltas_then_strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,7 +311,11 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
     ("options", "error", "words"),
     [
         ({"target_ratio": 2}, InvalidRequest, "ranks are wanted"),
-        ({"bits": 2, "calibrate": "missing.txt"}, InvalidRequest, "can't read missing.txt"),
+        (
+            {"bits": 2, "calibrate": "missing.txt"},
+            InvalidRequest,
+            r"can't read missing.txt: No such file or directory \(give",
+        ),
         ({"bits": 2, "calibrate": str(DEMO / "model.safetensors")}, InvalidRequest, "can't read"),
         ({"bits": 2, "calibrate": "/dev/null"}, InvalidRequest, "is empty"),
     ],

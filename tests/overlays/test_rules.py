@@ -264,6 +264,7 @@ def test_commands_take_the_same_rules(command: str, options: str) -> None:
         ({"as_good_as": 4, "target_ratio": 4}, "a ratio are given"),
         ({"coded": True, "max_error": 0.1, "target_ratio": 4}, "both a greatest error and a ratio"),
         ({"coded": True, "ranks": {"gate": 1}}, "together with ranks"),
+        ({"coded": True, "target_ratio": 1.5}, r"a ratio of 1.5 in codes \(give 2 or more\)"),
         ({"fit": "big"}, "the size of the folder is 'big', which is no size"),
         ({"fit": 0}, "a folder of 0 bytes"),
         ({"as_good_as": 7}, "give 2, 3, 4, 5, 6 or 8"),

@@ -380,6 +380,8 @@ def overlay_rule(
     if len(given) > 1:
         raise InvalidRequest(f"both {given[0]} and {given[1]} are given", "give one of the two")
     if rule.target_ratio is not None:
+        if 16 / rule.target_ratio > MOST_BITS:
+            raise InvalidRequest(f"a ratio of {rule.target_ratio:g} in codes", f"give {16 / MOST_BITS:g} or more")
         return BitRule(16 / rule.target_ratio, trellis=trellis)
     size = parse_size(fit, "the size of the folder") if isinstance(fit, str) else fit
     return BitRule(bits, rule.max_error, as_good_as if given else USUAL_BITS, size, trellis)

@@ -73,7 +73,7 @@ class CodedLayer:
         if codes.bank:
             delta, rest = codes.bank.split(delta)
         if has_base:
-            delta = delta if is_moved or codes.bank else delta.copy()
+            delta = delta.copy() if np.may_share_memory(delta, matrix) else delta
             subtract_base(self.layer.number, role, delta, self._base_of(expert, role))
         of_delta = of_rest = None
         if self._moments and not isinstance(codes.delta, Bf16Code):

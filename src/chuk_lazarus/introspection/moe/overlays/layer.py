@@ -91,14 +91,16 @@ def projection_codes(codes: LayerCodes) -> dict[str, ProjectionCodes]:
 
 def bank_notes(codes: Mapping[int, LayerCodes]) -> list[str]:
     """Which layers have a bank, by its sizes."""
-    layers: dict[BankShape, list[int]] = {}
+    layers: dict[tuple[BankShape, bool], list[int]] = {}
     for number, of_layer in codes.items():
         if bank := next((each.bank for each in of_layer.values() if each.bank), None):
-            layers.setdefault(replace(bank, axis=0), []).append(number)
+            has_rest = any(each.rest for each in of_layer.values())
+            layers.setdefault((replace(bank, axis=0), has_rest), []).append(number)
     return [
-        f"in layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)} {bank.matched} neurons of each expert are "
-        f"deltas from {bank.size} that experts share, the others are coded by themselves"
-        for bank, numbers in layers.items()
+        f"in layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)} {'' if has_rest else 'all '}"
+        f"{bank.matched} neurons of each expert are deltas from {bank.size} that experts share"
+        f"{', the others are coded by themselves' if has_rest else ''}"
+        for (bank, has_rest), numbers in layers.items()
     ]
 
 

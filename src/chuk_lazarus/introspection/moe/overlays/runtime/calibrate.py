@@ -43,7 +43,8 @@ def read_windows(folder: Path, text: Path) -> NDArray[np.int32]:
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InvalidRequest(f"can't read {text}: {error}", "give a text file in UTF-8") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(f"can't read {text}: {reason}", "give a text file in UTF-8") from None
     _, tokens = tokenize(folder, content)
     if not tokens:
         raise InvalidRequest(f"{text} is empty", "give a text like those that the model will read")

@@ -117,7 +117,8 @@ def evaluate_overlay(
     try:
         content = Path(text).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InvalidRequest(f"can't read {text}: {error}", "give a text file in UTF-8") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(f"can't read {text}: {reason}", "give a text file in UTF-8") from None
     repository = find_repository(model)
     if not isinstance(repository, Folder):
         raise InvalidRequest(f"{model} is not on this machine", f"run: hf download {model}, and give its folder")
