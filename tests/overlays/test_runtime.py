@@ -429,18 +429,22 @@ def test_codes_are_the_model_of_the_decoded_experts(name: str, codes: RoleCodes,
         np.testing.assert_allclose(logits(ours, length), logits(theirs, length), **CLOSE)
 
 
-def test_codes_stay_in_few_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "bits"), [("ternary on 4 bits", (4, 2)), ("2 bits on 5", (5, 2))])
+def test_codes_stay_in_few_bits(name: str, bits: tuple[int, int], tmp_path: Path) -> None:
     """In memory a weight of a ternary delta takes two bits; a scale and a bias of four bytes serve a group."""
-    from chuk_lazarus.introspection.moe import MoECompressionService
-
-    MoECompressionService.compress("demo:upcycled", tmp_path / "overlay", bits=2.25)
-    model, config = load_overlay(tmp_path / "overlay")
-    assert config["overlay_config"]["version"] == 2
-    block, _ = modules(model, CodedGLU)
+    source = read("mixtral")
+    write_coded(tmp_path / "overlay", source, CODES[name])
+    block, _ = modules(load_overlay(tmp_path / "overlay")[0], CodedGLU)
     arrays = dict(tree_flatten(block.parameters()))
-    scales = sum(array.size for name, array in arrays.items() if name.endswith("scales"))
-    weights = 8 * 3 * 64 * 128
-    assert sum(array.nbytes for array in arrays.values()) == weights * (2 + 4 / 8) / 8 + 8 * scales
+    shapes = [matrices.shape for matrices in next(iter(source.experts.values())).values()]
+    found = {key: sum(array.nbytes for path, array in arrays.items() if key in path) for key in ("base", "delta")}
+    scales = {
+        key: sum(array.nbytes for path, array in arrays.items() if key in path and path.endswith(("scales", "biases")))
+        for key in ("base", "delta")
+    }
+    padded = [(count, out, -(-inner // 32) * 32) for count, out, inner in shapes]  # to whole groups
+    assert found["base"] - scales["base"] == sum(out * inner * bits[0] // 8 for _, out, inner in padded)
+    assert found["delta"] - scales["delta"] == sum(count * out * inner * bits[1] // 8 for count, out, inner in padded)
 
 
 def test_generation_in_codes(tmp_path: Path) -> None:
