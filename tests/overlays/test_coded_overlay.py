@@ -251,7 +251,7 @@ def test_coded_experts_err_less_than_factors_of_the_same_size() -> None:
         ({"bits": 2, "target_ratio": 4}, "both bits and a ratio are given"),
         ({"bits": 2, "ranks": {"up": 3}}, "together with ranks"),
         ({"bits": 2, "max_error": 0.1}, "both bits and a greatest error are given"),
-        ({"coded": True, "target_ratio": 1}, "16 bits a weight"),
+        ({"coded": True, "target_ratio": 1}, "a ratio of 1 in codes"),
     ],
 )
 def test_bits_that_cannot_be(options: dict[str, Any], text: str, tmp_path: Path) -> None:
