@@ -12,9 +12,10 @@ from models import Bench, weight_error
 from chuk_lazarus.introspection.moe import Experts, InvalidRequest, MoECompressionService
 from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.numerics.alignment import keep_order
-from chuk_lazarus.introspection.moe.overlays.bit_budget import BitRule, try_layer
+from chuk_lazarus.introspection.moe.overlays.bit_budget import BitRule
 from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import read_overlay
 from chuk_lazarus.introspection.moe.overlays.layer import coded_bytes, sum_parts
+from chuk_lazarus.introspection.moe.overlays.trials import try_layer
 
 
 def overlay(bench: Bench, bits: float, **options: Any) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@
 ZOO is what experiments/04_unseen_histories/zoo.py trained; a MODEL is FAMILY/NAME there. Each is written three ways at
 the same bits a weight: plainly, with one base in the order that alignment finds, and as the program chooses. All run in
 MLX, in float32, on held-out text of the family (every 20th page of 4096 bytes, as in zoo.py); KL is the mean of the
-next token's, from the original, in nats. MISSING in bit_budget was chosen on 00/drop50-160 alone; families 00 and 02
+next token's, from the original, in nats. MISSING in trials.py was chosen on 00/drop50-160 alone; families 00 and 02
 were looked at for the rest, and 09 for which neurons are found.
 """
 
@@ -28,7 +28,7 @@ from mlx_lm.utils import load_model
 from chuk_lazarus.introspection.moe import MoECompressionService, load_overlay
 from chuk_lazarus.introspection.moe.overlays import analysis
 from chuk_lazarus.introspection.moe.overlays.alignment import align_layer
-from chuk_lazarus.introspection.moe.overlays.bit_budget import RoleTrial
+from chuk_lazarus.introspection.moe.overlays.trials import RoleTrial
 
 RESULTS = Path(__file__).with_name("results.json")
 BITS = (1.6, 2.0, 3.0)

@@ -27,7 +27,6 @@ from chuk_lazarus.introspection.moe.numerics.low_rank import relative_error
 from chuk_lazarus.introspection.moe.overlays import coded_layer
 from chuk_lazarus.introspection.moe.overlays.alignment import find_places
 from chuk_lazarus.introspection.moe.overlays.bank_budget import bank_delta_share, bank_ladder, sharing_experts
-from chuk_lazarus.introspection.moe.overlays.bit_budget import RoleTrial
 from chuk_lazarus.introspection.moe.overlays.checkpoint import writer
 from chuk_lazarus.introspection.moe.overlays.checkpoint.export import export_overlay
 from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import OverlayCheckpoint, read_overlay
@@ -35,6 +34,7 @@ from chuk_lazarus.introspection.moe.overlays.codes import BankShape, LayerCodes,
 from chuk_lazarus.introspection.moe.overlays.codes.bits import LEVELS, BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
 from chuk_lazarus.introspection.moe.overlays.layer import bank_notes
+from chuk_lazarus.introspection.moe.overlays.trials import RoleTrial
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from places import FIXTURES
 
@@ -110,7 +110,8 @@ def test_the_law_counts_what_a_bank_saves(matched: int) -> None:
     vectors, _ = plant(np.random.default_rng(3), EXPERTS, matched, 2, 0.1)
     grams = {role: np.einsum("eni,fni->ef", each, each) for role, each in vectors.items()}
     share, own = matched / NEURONS, 0.5 * 0.01 / 1.01
-    for rate in rate_sharing(grams, vectors, align(vectors)).values():
+    alignment = align(vectors)
+    for rate in rate_sharing(grams, vectors, alignment, share_neurons(vectors, alignment)).values():
         assert rate.bits_saved == pytest.approx(share * (0.5 * np.log2(1 / (own + 4.0**-4)) - 4 / 2), abs=0.05)
         assert rate.delta_energy == pytest.approx(1 - share * (1 - own), abs=0.05)
         assert rate.bits_saved <= rate.bound
@@ -146,7 +147,7 @@ def test_codes_of_a_bank_err_less_from_step_to_step(matched: int, more: int, d: 
     errors = {2: 0.57, 3: 0.23, 4: 0.13, 8: 0.035, 16: 0.009, 64: 0.0007, 256: 5e-5}
     trial = RoleTrial(shape, 8, d, {}, errors, bank=bank)
     rungs = [BitsCode(each, 64) for each in LEVELS]
-    ladder = bank_ladder(bank, shape, 8, 64, (rungs, rungs), trial.harm)
+    ladder = bank_ladder(bank, shape, 8, 64, rungs, trial.harm)
     sizes, harms = zip(*((codes.nbytes(shape, 8), trial.harm(codes)) for codes in ladder), strict=True)
     assert all(np.diff(sizes) > 0)
     assert all(np.diff(harms) < 0)

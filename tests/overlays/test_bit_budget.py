@@ -13,10 +13,11 @@ from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.numerics.alignment import keep_order
 from chuk_lazarus.introspection.moe.numerics.rates import base_bits
 from chuk_lazarus.introspection.moe.overlays.alignment import align_layer, mean_aligned
-from chuk_lazarus.introspection.moe.overlays.bit_budget import TRIED, BitRule, RoleTrial, try_layer
+from chuk_lazarus.introspection.moe.overlays.bit_budget import BitRule
 from chuk_lazarus.introspection.moe.overlays.codes import LayerCodes, MatrixCode
 from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
+from chuk_lazarus.introspection.moe.overlays.trials import TRIED, RoleTrial, try_layer
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 
 Trials = dict[int, dict[str, RoleTrial]]

@@ -17,11 +17,12 @@ from chuk_lazarus.introspection.moe import MoECompressionService
 from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.numerics.hull import lower_hull
 from chuk_lazarus.introspection.moe.overlays.alignment import align_layer
-from chuk_lazarus.introspection.moe.overlays.bit_budget import BitRule, RoleTrial, predict_error, try_layer
+from chuk_lazarus.introspection.moe.overlays.bit_budget import BitRule
 from chuk_lazarus.introspection.moe.overlays.codes import LayerCodes
 from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
 from chuk_lazarus.introspection.moe.overlays.factor_budget import measure_tails, participation
+from chuk_lazarus.introspection.moe.overlays.trials import RoleTrial, predict_error, try_layer
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, RANK = 128, 256, 8, 4

@@ -17,19 +17,11 @@ from chuk_lazarus.introspection.moe import MoECompressionService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest
 from chuk_lazarus.introspection.moe.jobs.resources import Resources
 from chuk_lazarus.introspection.moe.overlays.alignment import align_layer
-from chuk_lazarus.introspection.moe.overlays.bit_budget import (
-    PLAIN_BITS,
-    TRIED,
-    BitRule,
-    RoleTrial,
-    fit_bits,
-    overlay_rule,
-    predict_error,
-    try_layer,
-)
+from chuk_lazarus.introspection.moe.overlays.bit_budget import BitRule, fit_bits, overlay_rule
 from chuk_lazarus.introspection.moe.overlays.codes import LayerCodes, RoleCodes
 from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.quantisation import round_to_bits
+from chuk_lazarus.introspection.moe.overlays.trials import PLAIN_BITS, TRIED, RoleTrial, predict_error, try_layer
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 
 Trials = dict[int, dict[str, RoleTrial]]

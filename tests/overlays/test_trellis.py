@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from chuk_lazarus.cli.app import app
 from chuk_lazarus.introspection.moe import MoECompressionService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest
-from chuk_lazarus.introspection.moe.overlays.bit_budget import TRELLIS_ERRORS
 from chuk_lazarus.introspection.moe.overlays.checkpoint.reader import read_overlay
 from chuk_lazarus.introspection.moe.overlays.codes import StoredMatrix, parse_code
 from chuk_lazarus.introspection.moe.overlays.codes import trellis as trellis_module
@@ -25,6 +24,7 @@ from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.code import code_bytes
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
 from chuk_lazarus.introspection.moe.overlays.codes.trellis import STATES, WIDTHS, TrellisCode, codebook
+from chuk_lazarus.introspection.moe.overlays.trials import TRELLIS_ERRORS
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 
 Array = NDArray[np.float32]

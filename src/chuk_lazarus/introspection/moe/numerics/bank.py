@@ -130,16 +130,13 @@ def _arrangements(directions: Array, clusters: NDArray[np.intp], cosines: Array)
 
 
 def rate_sharing(
-    grams: Mapping[str, NDArray[np.floating]], vectors: Mapping[str, Array], alignment: Alignment, run: Run = map
+    grams: Mapping[str, NDArray[np.floating]], vectors: Mapping[str, Array], alignment: Alignment, shared: Alignment
 ) -> dict[str, Rate]:
-    """As `sharing_rates`, or what a bank saves of each role where that is more."""
+    """As `sharing_rates`, or what the bank of `shared`, if it has one, saves of each role where that is more."""
     rates = sharing_rates(grams, vectors, alignment)
-    if not may_share(vectors, run):
+    if shared.bank is None:
         return rates
-    banked = share_neurons(vectors, alignment)
-    if banked.bank is None:
-        return rates
-    by_bank = {role: _bank_rate(vectors[role], banked) for role in rates}
+    by_bank = {role: _bank_rate(vectors[role], shared) for role in rates}
     saved, saved_by_bank = (sum(max(0.0, rate.bits_saved) for rate in each.values()) for each in (rates, by_bank))
     return by_bank if saved_by_bank >= saved + PAYS * len(rates) else rates
 

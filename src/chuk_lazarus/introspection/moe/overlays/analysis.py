@@ -26,7 +26,7 @@ from ..weights.repositories.local import Folder
 from .alignment import align_layer
 from .allocation import RankRule, check_ranks
 from .alternatives import Alternative, Factored, compare_alternatives, sum_alternatives
-from .bit_budget import USUAL_BITS, BitRule, RoleTrial, fit_bits, predict_error, spread_trials, try_layer
+from .bit_budget import USUAL_BITS, BitRule, fit_bits
 from .checkpoint.card import card_table
 from .checkpoint.format import Ranks, codes_to_json
 from .checkpoint.writer import coded_folder_bytes
@@ -55,6 +55,7 @@ from .layer import (
     total_bytes,
 )
 from .moments import Calibration, ExpertMoments, LayerInputs
+from .trials import RoleTrial, predict_error, spread_trials, try_layer
 
 VERIFIED = 3  # layers of a written overlay that are verified
 TOLERANCE = 0.05
@@ -363,8 +364,8 @@ class OverlayJob:
             grams = {role: measure.gram for role, measure in measures.items()}
             with self.opened.resources.worker_threads(layer) as pool:
                 alignment = align(vectors, run=pool.map)
-                rates = rate_sharing(grams, vectors, alignment, pool.map)
                 shared = share_neurons(vectors, alignment) if may_share(vectors, pool.map) else alignment
+            rates = rate_sharing(grams, vectors, alignment, shared)
             variances = {role: list_variances(gram) for role, gram in align_grams(grams, vectors, alignment).items()}
             if shared.bank:
                 variances = {role: bank_variances(vectors[role], shared) for role in variances}

@@ -52,18 +52,17 @@ def bank_ladder(
     shape: Shape,
     experts: int,
     group: int,
-    rungs: Sequence[Sequence[MatrixCode]],
+    rungs: Sequence[MatrixCode],
     error: Callable[[RoleCodes], float],
 ) -> list[RoleCodes]:
     """The codes of bank, deltas and strangers that err the least for their bytes, from the fewest bytes on.
 
     These are on the lower convex hull of all that could be: as long as the deltas from a wider bank would take more
-    than they save, there are none. `group` weights of the bank share a scale; `rungs` are the codes of deltas and of
-    strangers, of ascending bits.
+    than they save, there are none. `group` weights of the bank share a scale; `rungs` are the codes of both deltas
+    and strangers, of ascending bits.
     """
-    of_deltas, of_rest = rungs
-    rests: Sequence[MatrixCode | None] = of_rest if bank.matched < shape[bank.axis] else [None]
-    deltas: list[MatrixCode] = [NOTHING, *of_deltas]
+    rests: Sequence[MatrixCode | None] = rungs if bank.matched < shape[bank.axis] else [None]
+    deltas: list[MatrixCode] = [NOTHING, *rungs]
     bases = [BitsCode(levels, group) for levels in LEVELS if levels <= MOST_LEVELS]
     every = [RoleCodes(*sides, bank) for sides in product(bases, deltas, rests)]
     hull = lower_hull([each.nbytes(shape, experts) for each in every], [error(each) for each in every])

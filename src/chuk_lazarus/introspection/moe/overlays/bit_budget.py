@@ -7,330 +7,36 @@ to a bank, its width, that of the deltas and that of the strangers are chosen to
 the width of the base, the rank of their factors and the width of the rest.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil, inf, log2, prod, sqrt
 from typing import NamedTuple, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import InvalidRequest
-from ..jobs.measure import refuse_not_finite
-from ..jobs.model import evenly_spaced
-from ..jobs.resources import Resources
-from ..numerics.alignment import Alignment, permute
-from ..numerics.neurons import as_neurons
-from ..numerics.rates import PAYS, bank_bits, base_bits, net_bits
 from ..text import parse_size
-from ..weights.expert_layer import ExpertLayer, ExpertTensor
 from .allocation import RankOptions, RankRule, rank_rule
-from .bank_budget import bank_delta_share, bank_ladder, sharing_experts
-from .codes import BankShape, LayerCodes, MatrixCode, RoleCodes
+from .bank_budget import bank_ladder
+from .codes import LayerCodes, MatrixCode, RoleCodes
 from .codes.bits import LEVELS, MATRIX, ROW, BitsCode
-from .codes.code import Shape, as_shape, code_bytes
+from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
 from .codes.trellis import WIDTHS, TrellisCode, check_encoder
-from .factor_budget import FACTOR_BITS, DeltaSpectrum, as_noise, factor_ladder, measure_tails, participation
-from .quantisation import round_to_bits
+from .factor_budget import FACTOR_BITS, factor_ladder
+from .trials import LEAST_ERROR, MISSING, PLAIN_BITS, RoleTrial, group_for
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
 FEWER_LEVELS = (4, 2)  # of factors that only fill what is left
 RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
-MISSING = 8.0  # times as much as noise of its energy, what is missing of a delta harms: training has put it there
 NO_DELTA = -2.0  # the stage of a unit without deltas; that of deltas of one bit is 0
 MOST_BITS = 8.0
-MEAN_OF = 8  # experts, from whose mean a delta's spectrum is taken
-MOST_SIDE = 4096  # the shorter side of matrices whose spectra are taken
-FEW_LEVELS = 4  # up to which scales for more weights pay
-TRAINED = 0.97  # of the directions of noise, below which deltas are taken for what training has made
-LOOKS_FLAT = 0.85  # of the directions of noise, from which on deltas are taken for noise
-ROWS = 128  # of each matrix that are coded to measure an error
 LITTLE = 0.004  # the share of a budget that may be left
-TRIED = (2, 3, 4, 8, 16, 64, 256)  # levels whose errors are measured
-PLAIN_BITS = (2, 3, 4, 5, 6, 8)  # of the plain quantisation that codes can be as good as
 USUAL_BITS = 4  # of the plain quantisation that codes are as good as where nothing else is said
 MARGIN = 0.97  # the share of an allowed squared error that is used, since it is measured on a part
 UNBIASED = 1.15  # times as much squared error as of the least, that of unbiased deltas counts in outputs
-TRELLIS_ERRORS = {1: 0.74, 2: 0.60, 3: 0.50, 4: 0.47}  # of trellises, by bits, over those of as many levels
-LEAST_ERROR = 1e-30  # squared; what is less is taken for this
 ROUNDS = 12  # of looking for the bits that fill a folder
-
-
-@dataclass(frozen=True, slots=True)
-class RoleTrial:
-    """What some rows of some experts show of one projection of one layer.
-
-    `delta_share` is d, the share of the experts' energy that their deltas from the coded base have. The errors are of
-    deltas and of whole experts, by levels, and of plain quantisation, by bits: squared, relative to the experts'
-    `energy`. With a `bank`, d is that of the matched neurons' deltas from the exact means, and no errors of deltas are
-    measured. `spectrum` is that of the deltas from the exact mean, where they look as if they were of low rank, and
-    `participation` says how many directions they have, over what noise has. A scale of codes of few levels serves
-    `few_group` weights, or all of a row or of the matrix.
-    """
-
-    shape: Shape
-    experts: int
-    delta_share: float
-    delta_errors: dict[int, float]
-    plain_errors: dict[int, float]
-    rounding_errors: dict[int, float] = field(default_factory=dict)
-    energy: float = 1.0
-    bank: BankShape | None = None
-    spectrum: DeltaSpectrum | None = None
-    participation: float = 1.0
-    few_group: int = 128
-
-    @property
-    def has_base(self) -> bool:
-        """Whether a base pays, by the law."""
-        if self.bank:
-            neurons = self.shape[self.bank.axis]
-            saved = bank_bits(self.delta_share, self.experts, neurons, self.bank.matched, self.bank.size)
-            return saved >= PAYS
-        return net_bits(self.delta_share, self.experts) >= PAYS
-
-    @property
-    def unbiased(self) -> bool:
-        """Whether deltas are made unbiased: those that training has made, of which what is missing harms most.
-
-        Deltas that are noise are coded for the least error.
-        """
-        return self.has_base and (self.bank is not None or self.participation < TRAINED)
-
-    def rung(self, levels: int) -> BitsCode:
-        """The code of so many levels."""
-        return BitsCode(levels, self.few_group if levels <= FEW_LEVELS else group_for(self.shape[1]))
-
-    def error(self, codes: RoleCodes) -> float:
-        """The error of codes, by the bits that they take."""
-        if codes.bank:
-            return self._bank_error(codes, missing=1.0)
-        if self.has_base and self.spectrum:
-            return float(np.dot(self.delta_energies(codes.base), self._lost_by(codes.delta)))
-        if self.has_base:
-            return self.delta_share * self._lost_by(codes.delta)[0]
-        return self._between(self.plain_errors, 1.0, codes.delta)
-
-    def harm(self, codes: RoleCodes) -> float:
-        """The error of codes with a bank, or of deltas whose spectrum is known, where what is missing of the deltas
-        along themselves counts more."""
-        if codes.bank:
-            return self._bank_error(codes, MISSING)
-        (delta, noise), (of_delta, of_noise) = self.delta_energies(codes.base), self._lost_by(codes.delta)
-        if not self._is_unbiased(codes.delta):
-            of_delta *= 1 - of_delta + MISSING * of_delta
-        return delta * of_delta + noise * of_noise
-
-    def _is_unbiased(self, code: MatrixCode) -> bool:
-        """Whether a code of the deltas is made unbiased; factors can't be."""
-        rest = code.rest if isinstance(code, SumCode) else code
-        return isinstance(rest, TrellisCode) or (self.unbiased and isinstance(rest, BitsCode))
-
-    def _lost_by(self, code: MatrixCode) -> tuple[float, float]:
-        """As `left_by`, with the noise of a code that is made unbiased."""
-        if isinstance(code, SumCode) and self.spectrum:
-            (first, of_first), (second, of_second) = self.left_by(code.factors), self._lost_by(code.rest)
-            return first * second, of_first * of_second
-        left = np.array(self.left_by(code))
-        delta, noise = as_noise(left) if self._is_unbiased(code) else left
-        return float(delta), float(noise)
-
-    def _bank_error(self, codes: RoleCodes, missing: float) -> float:
-        """A code of least squares with the error e keeps 1 - e of a delta along it; the rest of its error is noise."""
-        assert codes.bank is not None
-        share, left = codes.bank.matched / self.shape[codes.bank.axis], self.plain_error(codes.delta)
-        of_deltas = self.delta_share * left * (1 - left + missing * left) + self.plain_error(codes.base) * left
-        if self._is_unbiased(codes.delta):
-            of_deltas = (self.delta_share + self.plain_error(codes.base)) * float(as_noise(np.array(left)))
-        return share * of_deltas + (1 - share) * self.plain_error(codes.rest)
-
-    def delta_energies(self, base: MatrixCode | None) -> tuple[float, float]:
-        """Of the deltas from the exact mean, and of what the code of a base loses, which is noise in all deltas."""
-        assert self.spectrum is not None
-        noise = max(0.0, self.delta_share - self.spectrum.share) / max(self.plain_error(self.usual_base), LEAST_ERROR)
-        return self.spectrum.share, noise * self.plain_error(base)
-
-    def left_by(self, code: MatrixCode) -> tuple[float, float]:
-        """The shares of these energies that a code of the deltas leaves."""
-        if isinstance(code, SumCode) and self.spectrum:
-            (first, of_first), (second, of_second) = self.left_by(code.factors), self.left_by(code.rest)
-            return first * second, of_first * of_second
-        if isinstance(code, FactorsCode) and self.spectrum:
-            return self.spectrum.left_by(code, self.shape, self.plain_error(code.bits))
-        left = self._between(self.delta_errors, self.delta_share, code) / max(self.delta_share, LEAST_ERROR)
-        return left, left
-
-    @property
-    def usual_base(self) -> BitsCode:
-        """The code of a base that the errors of deltas are measured with."""
-        return BitsCode(2 ** base_bits(self.experts), group_for(self.shape[1]))
-
-    def plain_error(self, code: MatrixCode | None) -> float:
-        """The squared error of a code of least squares, relative to what it codes.
-
-        One that was made unbiased, as those that are measured, errs by e / (1 - e).
-        """
-        error = 1.0 if code is None else self._between(self.plain_errors, 1.0, code)
-        return error / (1 + error) if isinstance(code, BitsCode) else min(1.0, error)
-
-    def _between(self, errors: Mapping[int, float], most: float, code: MatrixCode) -> float:
-        """The error of a code that takes so many bits, where those of some `errors` are measured, by levels.
-
-        Between them errors fall geometrically, as those of all codes do, below the least one linearly from `most`.
-        """
-        if isinstance(code, SumCode) and isinstance(code.rest, TrellisCode):
-            code = code.rest
-        if isinstance(code, TrellisCode):
-            return TRELLIS_ERRORS[code.bits] * errors[1 << code.bits]
-        bits = [code_bits(self.rung(levels), self.shape) for levels in TRIED]
-        taken, lost = code_bits(code, self.shape), [errors[levels] for levels in TRIED]
-        if taken < bits[0]:
-            return float(np.interp(taken, [0.0, bits[0]], [most, lost[0]]))
-        return float(np.exp(np.interp(taken, bits, np.log(np.maximum(lost, LEAST_ERROR))))) if lost[0] else 0.0
-
-
-@cache
-def code_bits(code: MatrixCode, shape: Shape) -> float:
-    """Bits a weight that a coded matrix of that shape takes."""
-    return 8 * code_bytes(code, shape) / prod(shape)
-
-
-def group_for(columns: int) -> int:
-    """How many weights of a row share a scale: whole groups where that is possible."""
-    return 64 if columns % 128 and columns % 64 == 0 else 128
-
-
-def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) -> dict[str, RoleTrial]:
-    """The trials of a layer by role, from a few experts.
-
-    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Where
-    there is a bank, the experts are some that share many of its neurons. Raises ModelUnreadable where a weight is not
-    finite.
-    """
-    count = min(4, max(2, layer.count // 8))
-    bank = alignment.bank
-    chosen = evenly_spaced(layer.count, count) if bank is None else sharing_experts(bank.index, count)
-    trials: dict[str, RoleTrial] = {}
-    for tensor in layer.tensors:
-        rows: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
-        matched: dict[str, list[NDArray[np.float32]]] = {role: [] for role in tensor.spec.roles}
-
-        def try_role(
-            role: str,
-            rows: dict[str, list[NDArray[np.float32]]] = rows,
-            matched: dict[str, list[NDArray[np.float32]]] = matched,
-        ) -> RoleTrial:
-            trial = _try_rows(layer, role, rows[role])
-            if bank is None:
-                return trial
-            share = bank_delta_share(matched[role], bank, chosen)
-            shape = BankShape(bank.size, bank.index.shape[1], int(role == "down"))
-            return replace(trial, delta_share=share, delta_errors={}, bank=shape)
-
-        for expert in chosen:
-            for role, matrix in tensor.matrices(expert).items():
-                ordered = permute(role, matrix, alignment.permutations[expert])
-                taken = ordered[list(evenly_spaced(len(ordered), ROWS))]
-                if not np.isfinite(taken).all():
-                    refuse_not_finite(layer, expert, role)
-                rows[role].append(np.ascontiguousarray(taken))
-                if bank is not None:
-                    matched[role].append(as_neurons(role, ordered)[: bank.index.shape[1]])
-        with resources.worker_threads(layer) as pool:
-            trials |= zip(rows, pool.map(try_role, rows), strict=True)
-        if bank is None:
-            with resources.worker_threads(layer, matrices=6) as pool:
-                find = partial(_find_spectrum, tensor, alignment)
-                based = [role for role in rows if trials[role].has_base]
-                spectra = pool.map(find, based, [rows[role] for role in based])
-                for role, spectrum in zip(based, spectra, strict=True):
-                    trials[role] = replace(trials[role], spectrum=spectrum)
-    return {role: trials[role] for role in layer.roles}
-
-
-def _try_rows(layer: ExpertLayer, role: str, rows: Sequence[NDArray[np.float32]]) -> RoleTrial:
-    """The trial of one role, from the same rows of a few experts."""
-    count, columns = len(rows), rows[0].shape[1]
-    shape = rows[0].shape[0], columns
-    group = group_for(columns)
-    mean = np.stack(rows).mean(axis=0, dtype=np.float64).astype(np.float32)
-    code = BitsCode(2 ** base_bits(layer.count), group)
-    lost = mean - code.decode(code.encode(mean), shape)
-    deltas = [delta + lost for delta in _list_deltas(rows, layer.count)]
-    energy = _energy(rows)
-    share = _energy(deltas) / energy if energy else 0.0
-    coded = deltas if net_bits(share, layer.count) >= PAYS else rows
-    few_group = min(
-        (group, ROW, MATRIX), key=lambda each: _price_of_scales(coded, BitsCode(4, each), layer.shape(role))
-    )
-
-    def share_of(left: Sequence[NDArray[np.float32]]) -> float:
-        return _energy(left) / energy if energy else 0.0
-
-    def errors(matrices: Sequence[NDArray[np.float32]], unbiased: bool) -> dict[int, float]:
-        codes = {levels: BitsCode(levels, few_group if levels <= FEW_LEVELS else group) for levels in TRIED}
-        return {
-            levels: share_of([m - code.decode(code.encode(m, unbiased=unbiased), shape) for m in matrices])
-            for levels, code in codes.items()
-        }
-
-    return RoleTrial(
-        layer.shape(role),
-        layer.count,
-        share,
-        errors(deltas, unbiased=False),
-        errors(rows, unbiased=True),  # as `CodedLayer` codes experts without a base
-        {bits: share_of([matrix - round_to_bits(matrix, bits) for matrix in rows]) for bits in PLAIN_BITS},
-        energy * layer.count / count * layer.shape(role)[0] / shape[0],
-        participation=float(np.mean([participation(delta) for delta in _list_deltas(rows, layer.count)])),
-        few_group=few_group,
-    )
-
-
-def _price_of_scales(matrices: Sequence[NDArray[np.float32]], code: BitsCode, whole: Shape) -> float:
-    """The squared error of a code of parts of matrices, at the bits that it takes of `whole` ones."""
-    left = [each - code.decode(code.encode(each), as_shape(each)) for each in matrices]
-    return _energy(left) * float(4.0 ** code_bits(code, whole))  # a bit more quarters an error
-
-
-def _list_deltas(matrices: Sequence[NDArray[np.float32]], experts: int) -> list[NDArray[np.float32]]:
-    """The deltas of a few experts from their mean, as large as those from the mean of all."""
-    count = len(matrices)
-    mean = np.stack(matrices).mean(axis=0, dtype=np.float64).astype(np.float32)
-    factor = np.float32(sqrt(count / (count - 1) * (experts - 1) / experts))
-    return [factor * (matrix - mean) for matrix in matrices]
-
-
-def _find_spectrum(
-    tensor: ExpertTensor, alignment: Alignment, role: str, rows: Sequence[NDArray[np.float32]]
-) -> DeltaSpectrum | None:
-    """The spectrum of one whole delta of a role; None where some rows look like noise, or it is too large.
-
-    The deltas from the mean of a few experts have few directions, whatever those from the mean of all have: more
-    experts are read than for errors.
-    """
-    layer = tensor.layer
-    deltas, energy = _list_deltas(rows, layer.count), _energy(rows)
-    if min(layer.shape(role)) > MOST_SIDE or participation(deltas[0]) >= LOOKS_FLAT or not energy:
-        return None
-    chosen = evenly_spaced(layer.count, min(layer.count, MEAN_OF))
-    first, total = None, np.zeros(layer.shape(role), np.float32)
-    for expert in chosen:
-        matrix = permute(role, tensor.matrices(expert)[role], alignment.permutations[expert])
-        if not np.isfinite(matrix).all():
-            refuse_not_finite(layer, expert, role)
-        first = matrix if first is None else first
-        total += matrix
-    assert first is not None
-    tails = measure_tails(first - total / np.float32(len(chosen)))
-    return DeltaSpectrum(_energy(deltas) / energy, tails) if tails else None
-
-
-def _energy(matrices: Sequence[NDArray[np.float32]]) -> float:
-    return sum(float(np.square(matrix, dtype=np.float64).sum()) for matrix in matrices)
 
 
 class OverlayOptions(RankOptions, total=False):
@@ -588,32 +294,6 @@ def fit_bits(
     return best
 
 
-def spread_trials(
-    trials: Mapping[int, Mapping[str, RoleTrial]], layers: Iterable[ExpertLayer]
-) -> dict[int, Mapping[str, RoleTrial]]:
-    """Trials of all these layers: one that was not tried is taken to be as the nearest that was."""
-    spread: dict[int, Mapping[str, RoleTrial]] = {}
-    for layer in layers:
-        nearest = trials[min(trials, key=lambda number: abs(number - layer.number))]
-        spread[layer.number] = {
-            role: replace(
-                nearest[role],
-                shape=layer.shape(role),
-                experts=layer.count,
-                energy=nearest[role].energy * layer.count / nearest[role].experts,
-            )
-            for role in layer.roles
-        }
-    return spread
-
-
-def predict_error(trials: Mapping[str, RoleTrial], codes: LayerCodes) -> float:
-    """The relative Frobenius error of a layer's experts in these codes, by its trials."""
-    energy = sum(trial.energy for trial in trials.values())
-    lost = sum(trial.energy * trial.error(codes[role]) for role, trial in trials.items())
-    return sqrt(lost / energy) if energy else 0.0
-
-
 def _count_weights(units: Sequence[_Unit]) -> int:
     return sum(unit.trial.experts * prod(unit.trial.shape) for unit in units)
 
@@ -642,16 +322,15 @@ def _open_units(
     units = []
     for number, roles in trials.items():
         for role, trial in roles.items():
-            group = group_for(trial.shape[1])
             bits = _bit_rungs(trial, trellis)
             if trial.has_base and trial.bank:
-                groups = [group_for(shape[1]) for shape in trial.bank.cut(trial.shape)]
-                rungs = _bit_rungs(trial, trellis)
-                ladder = bank_ladder(trial.bank, trial.shape, trial.experts, groups[0], (rungs, rungs), trial.harm)
+                of_bank = group_for(trial.bank.cut(trial.shape)[0][1])
+                ladder = bank_ladder(trial.bank, trial.shape, trial.experts, of_bank, bits, trial.harm)
                 ladder = [replace(codes, unbiased=trial.unbiased) for codes in ladder]
                 stages = [_plain_stage(trial, trial.harm(codes)) - ahead for codes in ladder]
             elif trial.has_base and trial.spectrum and with_factors:
-                bases = [BitsCode(levels, group) for levels in LEVELS if levels >= trial.usual_base.levels]
+                usual = trial.usual_base
+                bases = [BitsCode(levels, usual.group) for levels in LEVELS if levels >= usual.levels]
                 ladder = factor_ladder(
                     trial.shape,
                     trial.experts,
@@ -665,8 +344,7 @@ def _open_units(
                 stages = _delta_stages(trial, bits, ladder)
             elif trial.has_base:
                 factors = _factor_rungs(trial.shape, bits[0]) if with_factors else []
-                base = BitsCode(2 ** base_bits(trial.experts), group)
-                ladder = [RoleCodes(base, code, unbiased=trial.unbiased) for code in (*factors, *bits)]
+                ladder = [RoleCodes(trial.usual_base, code, unbiased=trial.unbiased) for code in (*factors, *bits)]
                 stages = [float(rung - len(factors)) for rung in range(len(ladder))]
             else:
                 ladder = [RoleCodes(None, code) for code in bits]
@@ -690,8 +368,8 @@ def _index_bytes(trials: Mapping[int, Mapping[str, RoleTrial]]) -> int:
 
 def _plain_stage(trial: RoleTrial, error: float) -> float:
     """The stage of a plain code that errs as much, between those of two codes where there is none."""
-    errors = [log2(trial.plain_error(trial.rung(levels)) or 1e-30) for levels in LEVELS]
-    return float(np.interp(-log2(error or 1e-30), [-each for each in errors], range(len(errors))))
+    errors = [log2(trial.plain_error(trial.rung(levels)) or LEAST_ERROR) for levels in LEVELS]
+    return float(np.interp(-log2(error or LEAST_ERROR), [-each for each in errors], range(len(errors))))
 
 
 def _delta_stages(trial: RoleTrial, rungs: Sequence[MatrixCode], ladder: Sequence[RoleCodes]) -> list[float]:

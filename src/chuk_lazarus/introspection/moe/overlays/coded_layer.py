@@ -29,8 +29,8 @@ class CodedLayer:
     """Codes the experts of a layer whose neurons are in the order that `alignment` says.
 
     `code_bases` comes first. Then `code` may be called from several threads. Experts without a base are coded without
-    bias, and so are deltas where the codes say it. With `moments` errors are
-    measured by those of the experts' inputs; the bases are coded without, since deltas make up for their errors.
+    bias, and so are deltas where the codes say it. With `moments` errors are measured by those of the experts' inputs;
+    the bases are coded without, since deltas make up for their errors.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from .codes.bits import BitsCode
 from .codes.code import Shape, code_bytes
 from .codes.low_rank import FactorsCode, SumCode
 from .codes.trellis import TrellisCode
+
+Numbers = TypeVar("Numbers", float, NDArray[np.float64])
 
 FACTOR_BITS = (BitsCode(4), BitsCode(8), BitsCode(16))
 RANK_STEP = 1.3  # from one rank to the next
@@ -94,12 +97,18 @@ def factor_ladder(
     is_unbiased = np.array([False, *(unbiased or isinstance(code, TrellisCode) for code in rungs)])
     of_rest = np.where(is_unbiased[:, None], as_noise(of_rest), of_rest)
     left = of_factors[:, None] * of_rest
-    left[:, ~is_unbiased, 0] *= 1 - left[:, ~is_unbiased, 0] + missing * left[:, ~is_unbiased, 0]
+    left[:, ~is_unbiased, 0] = as_harm(left[:, ~is_unbiased, 0], missing)
     left = left.reshape(-1, 2)[1:]
     taken = np.array([code_bytes(base, shape) + experts * sizes for base in bases])
     lost = np.array([left @ energies(base) for base in bases])
     chosen = (divmod(place, len(deltas)) for place in lower_hull(taken.ravel().tolist(), lost.ravel().tolist()))
     return [RoleCodes(bases[base], _sum_up(*deltas[delta]), unbiased=unbiased) for base, delta in chosen]
+
+
+def as_harm(left: Numbers, missing: float) -> Numbers:
+    """The harm of codes of least squares, numbers or an array, that leave so much of deltas: they keep 1 - e along
+    them, and what is missing there counts `missing` times."""
+    return left * (1 - left + missing * left)
 
 
 def as_noise(left: NDArray[np.float64]) -> NDArray[np.float64]:

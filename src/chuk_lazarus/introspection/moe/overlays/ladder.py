@@ -12,8 +12,9 @@ from ..errors import InvalidRequest
 from ..numerics.rates import least_error
 from ..reports import LadderRow
 from .alternatives import Factored, mean_error
-from .bit_budget import PLAIN_BITS, USUAL_BITS, BitRule, RoleTrial, predict_error
+from .bit_budget import USUAL_BITS, BitRule
 from .quantisation import quantised_bytes
+from .trials import PLAIN_BITS, RoleTrial, predict_error
 
 Trials = Mapping[int, Mapping[str, RoleTrial]]
 Variances = Sequence[tuple[float, float]]

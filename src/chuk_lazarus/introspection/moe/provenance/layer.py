@@ -10,11 +10,10 @@ from ..jobs.measure import RoleMeasure, measure_layer
 from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
 from ..numerics.alignment import FOUND, Alignment, Run, align, keep_order
-from ..numerics.bank import rate_sharing
+from ..numerics.bank import may_share, rate_sharing, share_neurons
 from ..numerics.gram import pairwise_cosines
 from ..numerics.low_rank import original_bytes, overlay_bytes
 from ..numerics.neurons import Array
-from ..numerics.rates import sharing_rates
 from ..numerics.spectra import effective_rank, mean_rank, noise_rank, sample_decay
 from ..progress import Progress
 from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatch, Projection, Sharing, Similarity
@@ -57,10 +56,8 @@ def analyze_layer(
     with resources.worker_threads(layer) as pool:
         sharing = pair_evidence(vectors, sample.queries, pool.map, grams=tuple(grams.values()))
         alignment = _align(layer, vectors, sharing, pool.map)
-        if sharing.anywhere >= FOUND:
-            rates = rate_sharing(grams, vectors, alignment, pool.map)
-        else:
-            rates = sharing_rates(grams, vectors, alignment)
+        has_bank = sharing.anywhere >= FOUND and may_share(vectors, pool.map)
+    rates = rate_sharing(grams, vectors, alignment, share_neurons(vectors, alignment) if has_bank else alignment)
     ranks = {role: mean_rank(measure.spectra, 0.95) for role, measure in measures.items()}
     cosines = {role: pairwise_cosines(measure.gram) for role, measure in measures.items()}
     projections = {
