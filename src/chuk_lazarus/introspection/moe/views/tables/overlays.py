@@ -37,7 +37,8 @@ def _how(codes: Mapping[str, ProjectionCodes], role: str) -> str:
     each = codes[role]
     text = f"{each.delta} on {each.base}" if each.base else each.delta
     text += f", {each.rest}" if each.rest else ""
-    return re.sub(r":(64|128|row|matrix)\b", "", text)
+    text = re.sub(r":(64|128|row|matrix)\b", "", text)
+    return text.replace("+", " + ").replace(":", " ")  # long ones wrap between words
 
 
 def _parts(report: MoEOverlay | MoEOverlayCompression) -> Fact:
