@@ -72,7 +72,8 @@ family, tensors with the names and shapes that are published for it (`published 
 these names, and not that every published file has them).
 
 A model type that is not listed works, too, if its tensors' names and shapes fit one row of the table, and the report
-says so. Only where gates and ups may lie in halves or in turns, which no shape can tell, is it refused.
+says so. Whether gates and ups in one tensor lie in halves or in turns, no shape can tell: then the weights decide, by
+the norms of up rows and down columns, which training leaves alike; where they don't show it, the model is refused.
 
 ## Families
 

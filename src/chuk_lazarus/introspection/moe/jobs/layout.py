@@ -59,6 +59,8 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
         mtp_layers=experts.mtp_layers,
         dense_layers=dense.layers if dense else (),
         tensors=_names(opened[0]),
+        order=experts.order,
+        order_by=experts.order_by,
         layers=tuple(described),
         shared=_describe_shared(shared) if shared else None,
         exact={layer.layer for layer in counted} == set(experts.layers),

@@ -36,12 +36,14 @@ class SharedExperts(Report):
 class MoELayout(Identity):
     """What is in a checkpoint, from its headers alone.
 
-    `family` is the row of the layout table, `stack` what the tensors' names begin with, `stacks` all such beginnings
-    with experts; `tensors` names the stored tensors of the first described layer by what they hold. `layers` are the
-    layers whose headers were read; `exact` says whether these are all, else `parameters` and `stored_bytes`, those of
-    all routed experts of `moe_layers`, take the others to be like them. `dense_layers` have a dense feed-forward, in
-    the place of experts or beside them. `analysis_bytes` is what an analysis with default options would read of the
-    experts, of which `further_bytes` are parts of `further_layers`, and `quick_bytes` what a quick one would at most.
+    `family` is the row of the layout table, `stack` what the tensors' names begin with, `stacks` all such
+    beginnings with experts; `tensors` names the stored tensors of the first described layer by what they hold.
+    `layers` are the layers whose headers were read; `order` is how gates and ups lie in a tensor that holds both,
+    and `order_by` what tells it: the model type, the tensors' names, or the norms of the weights. `exact` says
+    whether these are all, else `parameters` and `stored_bytes`, those of all routed experts of `moe_layers`, take
+    the others to be like them. `dense_layers` have a dense feed-forward, in the place of experts or beside them.
+    `analysis_bytes` is what an analysis with default options would read of the experts, of which `further_bytes`
+    are parts of `further_layers`, and `quick_bytes` what a quick one would at most.
     """
 
     schema_: Literal["moe-layout/1"] = Field(default="moe-layout/1", alias="schema")
@@ -53,6 +55,8 @@ class MoELayout(Identity):
     mtp_layers: tuple[int, ...]
     dense_layers: tuple[int, ...]
     tensors: dict[str, tuple[str, ...]]
+    order: Literal["halves", "turns"] | None = None
+    order_by: Literal["model_type", "names", "norms"] | None = None
     layers: tuple[LayerLayout, ...]
     shared: SharedExperts | None
     exact: bool

@@ -3,7 +3,10 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any, Literal, NoReturn
+
+import numpy as np
 
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
 from ..terms import OVERLAY_CONFIG
@@ -11,7 +14,8 @@ from ..text import format_ranges
 from .checkpoint import Checkpoint
 from .codecs import refused
 from .expert_layer import DoesNotFit, ExpertLayer
-from .layouts import Kind, LayoutMatch, has_feature, is_listed, match_names, usual_activation
+from .gate_up_order import SAMPLE, weigh_orders
+from .layouts import Kind, LayoutMatch, Order, has_feature, is_listed, match_names, usual_activation
 from .repositories.find import find_repository
 
 
@@ -23,6 +27,8 @@ class Experts:
     `layers` are the numbers of the layers that have these experts, `mtp_layers` those for multi-token prediction.
     `stacks` are the names of all stacks, `family` is the name of the layout, `model_type` the one in the config, and
     `model_config` the config of the chosen stack. `notes` are sentences for the user on how the experts were found.
+    `order_by` is what tells whether gates and ups in one tensor lie in halves or in turns: the model type, the tensors'
+    names, or the norms of the weights; None where each has its own tensor.
 
     Raises InvalidRequest, NotMoE, UnknownFormat or ModelUnreadable.
     """
@@ -32,6 +38,7 @@ class Experts:
         self.kind = kind
         self.model_config = checkpoint.model_config.language_model()
         self.notes = list(checkpoint.notes)
+        self.order_by: Literal["model_type", "names", "norms"] | None = None
         matches, partial, unmatched = match_names(checkpoint.names, kind)
         unmatched = self._leave_out_heads(unmatched)
         if unmatched:
@@ -90,6 +97,11 @@ class Experts:
     @property
     def family(self) -> str:
         return self._match.layout.name
+
+    @property
+    def order(self) -> Order | None:
+        """How gates and ups lie in the tensor that holds both, None where each has its own."""
+        return self._match.layout.order
 
     @property
     def model_type(self) -> str | None:
@@ -270,24 +282,54 @@ class Experts:
             # the gates and ups of a listed model lie in turns only where a row of its type says so
             whole = [m for m in whole if self.model_type in m.layout.model_types or not m.layout.may_be_halves] or whole
         known = [match for match in whole if self.model_type in match.layout.model_types]
-        if len(whole) > 1 and len(known) != 1:
+        if len(whole) > 1 and len(known) != 1 and (known or not _differ_in_order(whole)):
             names = ", ".join(match.layout.name for match in whole)
             raise UnknownFormat(
                 f"the expert tensors fit several layouts ({names}) and model_type is {self.model_type or 'not given'}",
                 "put the model's config.json beside its weights, or report the model type",
             )
         chosen = known[0] if known else whole[0]
-        if chosen.layout.may_be_halves and not known:
-            raise UnknownFormat(
-                f"gates and ups may lie in halves or in turns, and model_type is {self.model_type or 'not given'}",
-                "put the model's config.json beside its weights, or report the model type",
-            )
-        if chosen.layout.model_types and not is_listed(self.model_type) and self.kind == "routed":
+        if chosen.layout.order:
+            self.order_by = "model_type" if known or is_listed(self.model_type) else "names"
+        is_unlisted = bool(chosen.layout.model_types) and not is_listed(self.model_type) and self.kind == "routed"
+        if chosen.layout.order and not known and (chosen.layout.may_be_halves or is_unlisted):
+            chosen = self._choose_order(chosen, whole)
+        if is_unlisted:
             self.notes.append(
                 f"model_type {self.model_type or '(none)'} is not in our table: "
                 f"layout {chosen.layout.name} was found by names"
             )
         return chosen
+
+    def _choose_order(self, match: LayoutMatch, others: list[LayoutMatch]) -> LayoutMatch:
+        """The match with gates and ups in the order that the weights of its first layer show.
+
+        Raises UnknownFormat where they show none, and the names leave both orders open.
+        """
+        assert match.layout.order
+        layer = self._open(match, min(match.layers))
+        sample = np.linspace(0, layer.count - 1, min(SAMPLE, layer.count)).astype(int)
+        evidence = weigh_orders((layer.matrices(int(expert)) for expert in sample), match.layout.order)
+        if not evidence.order:
+            if not match.layout.may_be_halves and len(others) == 1:
+                return match
+            raise UnknownFormat(
+                f"gates and ups may lie in halves or in turns: model_type is {self.model_type or 'not given'}, and "
+                f"the weights show neither ({evidence.describe()})",
+                "put the model's config.json beside its weights, or report the model type",
+            )
+        self.order_by = "norms"
+        self.notes.append(f"gates and ups lie in {evidence.order}: {evidence.describe()}")
+        for other in others:
+            if other.layout.order == evidence.order:
+                return other
+        return replace(match, layout=match.layout.with_order(evidence.order))
+
+
+def _differ_in_order(matches: Sequence[LayoutMatch]) -> bool:
+    """Whether the matches are the same but for the order of gates and ups."""
+    axes = [[tensor.axes for tensor in match.layout.with_order("halves").tensors] for match in matches]
+    return all(match.layout.order for match in matches) and all(one == axes[0] for one in axes)
 
 
 def refuse_rotated(key: str) -> UnknownFormat:

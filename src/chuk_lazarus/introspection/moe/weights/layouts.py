@@ -6,7 +6,7 @@ The layers and experts of a model are those whose names match; no name is compos
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from math import prod
@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 Kind = Literal["routed", "shared", "dense"]
 """Routed experts, shared experts, or the feed-forward of a dense layer."""
+
+Order = Literal["halves", "turns"]
+"""How two roles lie along one stored axis: all of the first, then all of the second, or neuron by neuron."""
 
 Feature = Literal["one_plus_norm", "swiglu_oai", "shared_last", "sigmoid", "gguf_rotary_pairs"]
 """A fact by model type that the config does not give."""
@@ -127,6 +130,22 @@ class Layout:
     def is_flattened(self) -> bool:
         """Whether a tensor's first axis is experts times rows, so that no shape gives the number of experts."""
         return self.tensors[0].axes.flattened
+
+    @property
+    def order(self) -> Order | None:
+        """How gates and ups lie in the tensor that holds both, None where each has its own."""
+        for tensor in self.tensors:
+            if len(tensor.roles) == 2:
+                return "turns" if ("I", "2") in tensor.axes.groups else "halves"
+        return None
+
+    def with_order(self, order: Order) -> "Layout":
+        """The same layout with gates and ups in the given order."""
+        this, that = ("(I 2)", "(2 I)") if order == "halves" else ("(2 I)", "(I 2)")
+        tensors = (
+            replace(tensor, axes=StoredAxes.parse(tensor.axes.text.replace(this, that))) for tensor in self.tensors
+        )
+        return replace(self, tensors=tuple(tensors))
 
     @property
     def may_be_halves(self) -> bool:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Kind = tuple[str, int, int]  # storage, experts and bytes of a layer
 
+ORDER_BY = {"model_type": "the model type", "names": "the tensors' names", "norms": "the norms of their weights"}
+
 
 def render_layout(layout: MoELayout) -> "RenderableType":
     """What is in the checkpoint, and a table of layers where they differ."""
@@ -47,6 +49,8 @@ def render_layout(layout: MoELayout) -> "RenderableType":
         ("Shapes", f"{_format_shapes(first.shapes)} (out x in)"),
         ("Tensors", _describe_tensors(layout.tensors)),
     ]
+    if layout.order and layout.order_by:
+        facts.append(("Gates, ups", f"in {layout.order}, by {ORDER_BY[layout.order_by]}"))
     if shared := layout.shared:
         where = f"in {count_noun(len(shared.layers), 'layer')} of {format_bytes(shared.stored_bytes)}"
         facts.append(("Shared", f"{_format_shapes(shared.shapes)}, {shared.storage}, {where}"))
