@@ -68,6 +68,6 @@ def _relate(these: NDArray[np.float32], those: NDArray[np.float32]) -> float:
     """Fisher's z of the rank correlation of two vectors, in standard deviations; 0 for fewer than 8 numbers."""
     if len(these) < 8 or not (np.isfinite(these).all() and np.isfinite(those).all()):
         return 0.0
-    ranks = np.argsort(np.argsort(np.stack([these, those])))
-    correlation = np.clip(np.corrcoef(ranks)[0, 1], -1 + 1e-9, 1 - 1e-9)
-    return float(np.arctanh(correlation) * np.sqrt(len(these) - 3))
+    ranks = np.argsort(np.argsort(np.stack([these, those]))) - (len(these) - 1) / 2
+    correlation = float(ranks[0] @ ranks[1] / (ranks[0] @ ranks[0]))
+    return float(np.arctanh(np.clip(correlation, -1 + 1e-9, 1 - 1e-9)) * np.sqrt(len(these) - 3))
