@@ -1,5 +1,6 @@
 """Commands about overlays, what can be saved: parse, call the service, return its report."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     )
 
 Rule = Annotated["OverlayOptions", OptionGroup(overlay_options)]
+
+
+class Format(StrEnum):
+    """What a written folder is."""
+
+    AUTO = "auto"
+    OVERLAY = "overlay"
+    MLX = "mlx"
 
 
 @command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
@@ -159,12 +168,23 @@ def compress(
     rule: Rule,
     experts: ExpertCount = "all",
     calibrate: Calibrate = None,
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format", help="overlay, or mlx: quantised for mlx-lm itself. auto is mlx where experts share nothing."
+        ),
+    ] = Format.AUTO,
+    rest_bits: Annotated[
+        str,
+        typer.Option("--rest-bits", metavar="N|keep", help="With mlx: bits of attention, embeddings and all else."),
+    ] = "8",
     force: Force = False,
 ) -> "MoEOverlayCompression":
     """Write a model with its experts as overlays (base and low-rank factors) into a new folder, a complete checkpoint.
 
-    With --bits, --fit, --as-good-as or --coded base and deltas are coded in few bits, and experts that share nothing
-    are coded without a base. Killed at any moment, the same command goes on where it was.
+    With --bits, --fit, --as-good-as or --coded base and deltas are coded in few bits. Where experts share nothing, so
+    that no base pays, that is a plain quantised checkpoint which mlx-lm itself loads: each projection of each layer has
+    the width that errs least at this size. Killed at any moment, the same command continues.
 
     \b
     Examples:
@@ -183,6 +203,8 @@ def compress(
         experts=parse_experts(experts),
         force=force,
         calibrate=calibrate,
+        format=format.value,
+        rest_bits=rest_bits,
         progress=run.progress,
         **rule,
     )

@@ -9,6 +9,7 @@ from .errors import InvalidRequest
 from .overlays import analysis, compression
 from .overlays.analysis import INPUTS, TOLERANCE
 from .overlays.bit_budget import OverlayOptions, overlay_rule
+from .overlays.stock import REST_BITS, parse_rest_bits
 from .progress import Progress, no_progress
 from .reports import (
     MoEOverlay,
@@ -105,16 +106,24 @@ class MoECompressionService:
         experts: int | None = None,
         force: bool = False,
         calibrate: str | Path | None = None,
+        format: compression.Format = "auto",
+        rest_bits: int | str = REST_BITS,
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlayCompression:
         """Write the model with its experts as overlays into `folder`, a complete checkpoint.
 
+        By the `format` "auto", codes for experts that share nothing make it a plain quantised checkpoint, "mlx", that
+        mlx-lm itself loads: each projection of each layer has the width that errs least at this size, and all else
+        `rest_bits`, or "keep" for bf16. It needs MLX and mlx-lm.
+
         All MoE layers are overlaid unless `layers` says which; up to three of them are verified while they are written,
         for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
         """
         rule, target, text = overlay_rule(**options), Path(folder).expanduser(), _as_path(calibrate)
-        return compression.compress(model, target, layers, rule, experts, force, text, progress or no_progress)
+        bits = parse_rest_bits(rest_bits)
+        progress = progress or no_progress
+        return compression.compress(model, target, layers, rule, experts, force, text, format, bits, progress)
 
     @staticmethod
     def export(

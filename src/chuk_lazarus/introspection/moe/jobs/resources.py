@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 from threadpoolctl import threadpool_limits
 
 from ..errors import InvalidRequest
 from ..text import parse_size
-from ..weights.expert_layer import ExpertLayer
 
 LEAST_MEMORY = 256_000_000  # bytes; the libraries alone take half of it
 _memory: ContextVar[int] = ContextVar("memory", default=2_000_000_000)
@@ -47,6 +47,17 @@ def thread_limit(count: int) -> Iterator[None]:
         yield
     finally:
         _threads.reset(token)
+
+
+class Shaped(Protocol):
+    """What has a matrix for each of some roles, such as a layer's experts."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """gate, up and down, or some of them."""
+
+    def shape(self, role: str) -> tuple[int, int]:
+        """(out, in) of a role's matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +95,13 @@ class Resources:
         """Bytes that the matrices which threads work on may take together: half of the memory."""
         return self.memory // 2
 
-    def worker_count(self, layer: ExpertLayer | None = None, matrices: int = 2) -> int:
+    def worker_count(self, layer: Shaped | None = None, matrices: int = 2) -> int:
         """How many threads fit: fewer than `threads` where `matrices` of the layer for each would take too much."""
         largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
         return max(1, min(self.threads, self.matrix_memory // (matrices * largest)))
 
     @contextmanager
-    def worker_threads(self, layer: ExpertLayer | None = None, matrices: int = 2) -> Iterator[ThreadPoolExecutor]:
+    def worker_threads(self, layer: Shaped | None = None, matrices: int = 2) -> Iterator[ThreadPoolExecutor]:
         """A pool of `worker_count` threads, each with a BLAS of one thread.
 
         Experts side by side beat one BLAS call on all cores as soon as another program wants a core.

@@ -51,6 +51,7 @@ from .layer import (
     layer_overlay,
     layer_verification,
     longest_verification,
+    projection_codes,
     ranked_bytes,
     total_bytes,
 )
@@ -392,11 +393,8 @@ class OverlayJob:
         by_layer = {str(number): ranks for number, ranks in chosen.items()}
         return self.resumable("verify", by_layer, inputs, seed).each(TypeAdapter(LayerVerification), verify)
 
-    def choose_codes(self, rule: BitRule, overlaid: Sequence[int] | None = None) -> dict[int, LayerCodes]:
-        """The codes of every layer by the rule, from trials of a few experts of each.
-
-        A rule of a folder's size counts the layers that are `overlaid` in that folder, all MoE layers for None.
-        """
+    def try_all(self) -> dict[int, dict[str, RoleTrial]]:
+        """The trials of every layer, from a few experts of each."""
 
         def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, RoleTrial]:
             layer.prefetch(progress)
@@ -404,7 +402,18 @@ class OverlayJob:
             return try_layer(layer, align_layer(layer, resources, with_bank=True), resources)
 
         trials = self.resumable("trial").each(TypeAdapter(dict[str, RoleTrial]), try_one)
-        by_layer = {layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)}
+        return {layer.number: trial for layer, trial in zip(self.layers, trials, strict=True)}
+
+    def has_bases(self) -> bool:
+        """Whether a base pays for any projection of any layer."""
+        return any(trial.has_base for trials in self.try_all().values() for trial in trials.values())
+
+    def choose_codes(self, rule: BitRule, overlaid: Sequence[int] | None = None) -> dict[int, LayerCodes]:
+        """The codes of every layer by the rule, from trials of a few experts of each.
+
+        A rule of a folder's size counts the layers that are `overlaid` in that folder, all MoE layers for None.
+        """
+        by_layer = self.try_all()
         return self.count_bits(rule, by_layer, overlaid).choose(by_layer)
 
     def count_bits(
@@ -450,7 +459,7 @@ class OverlayJob:
         def verify(layer: ExpertLayer, progress: Progress) -> LayerVerification:
             codes, check = chosen[layer.number], self.fidelity_check(layer, inputs, seed, rounding_bits)
             fidelity = check_coded_layer(layer, codes, check, self.opened.resources, progress, self.moments_of(layer))
-            return layer_verification(layer.number, {}, fidelity, codes)
+            return layer_verification(layer.number, {}, fidelity, projection_codes(codes))
 
         key = _codes_key(chosen)
         work = self.resumable_codes("verify", key, inputs, seed, rounding_bits)

@@ -4,8 +4,9 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from ..errors import name_model, printable
+from ..errors import InvalidRequest, name_model, printable
 from ..jobs.resources import Resources
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlayCompression, MoEOverlayExport
@@ -24,7 +25,9 @@ from .codes import LayerCodes
 from .curves import LayerCurves
 from .fidelity import check_coded_layer, check_layer
 from .layer import bank_notes, coded_bytes, layer_verification, projection_codes, ranked_bytes, sum_parts
+from .stock import quantise
 
+Format = Literal["auto", "overlay", "mlx"]
 LEAST_BITS = 1.0  # a weight that a coded overlay is taken to need on disk, where its rule does not say it
 
 
@@ -36,11 +39,22 @@ def compress(
     experts: int | None,
     force: bool,
     calibrate: Path | None,
+    kind: Format,
+    rest_bits: int | None,
     progress: Progress,
 ) -> MoEOverlayCompression:
-    """Write the model with its experts as an overlay into `folder`, and verify some of its layers."""
+    """Write the model with its experts as an overlay into `folder`, or quantised, and verify some of its layers.
+
+    By the format "auto", experts that no base pays for are quantised for mlx-lm where the rule is one of bits. Raises
+    InvalidRequest where a rule and a format do not go together.
+    """
+    if kind == "mlx":
+        check_stock(rule, layers, calibrate)
     with name_model(model):
         job = OverlayJob(model, None, layers, progress)
+        if kind == "mlx" or (kind == "auto" and _may_be_stock(rule, layers, calibrate) and not job.has_bases()):
+            assert isinstance(rule, BitRule)
+            return quantise(job, rule, folder, rest_bits, force, progress)
         opened, numbers = job.opened, [layer.number for layer in job.layers]
         bits = (rule.bits or LEAST_BITS) if isinstance(rule, BitRule) else None
         check_target(opened.experts, folder, numbers, force, bits)
@@ -75,12 +89,13 @@ def compress(
                 if check.is_complete:
                     fidelity = check.result()
                 elif codes:  # a stopped run has written the layer, and the check has not seen its experts
-                    of_layer, moments = codes[layer.number], job.moments_of(layer)
-                    fidelity = check_coded_layer(layer, of_layer, check, opened.resources, progress, moments)
+                    moments = job.moments_of(layer)
+                    fidelity = check_coded_layer(layer, codes[layer.number], check, opened.resources, progress, moments)
                 else:
                     fidelity = check_layer(layer, ranks[layer.number], check, opened.resources, progress)
                 number = layer.number
-                verified.append(layer_verification(number, ranks.get(number, {}), fidelity, codes.get(number)))
+                of_layer = projection_codes(codes.get(number, {}))
+                verified.append(layer_verification(number, ranks.get(number, {}), fidelity, of_layer))
             return card_table(verified)
 
         if codes:
@@ -118,6 +133,26 @@ def compress(
             notes=(*job.notes(curves), *bank_notes(codes), *_notes(verified, before, after)),
             cost=opened.cost(),
         )
+
+
+def check_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibrate: Path | None) -> None:
+    """Raise InvalidRequest for what a model that is quantised for mlx-lm can't have."""
+    if not isinstance(rule, BitRule):
+        raise InvalidRequest("a checkpoint for mlx-lm has no ranks", "give --bits, --fit, --as-good-as or --coded")
+    if rule.trellis:
+        raise InvalidRequest("mlx-lm has no trellises", "leave out --trellis, or write an overlay: --format overlay")
+    if calibrate:
+        raise InvalidRequest("only overlays are calibrated", "leave out --calibrate, or give --format overlay")
+    if layers != "all":
+        raise InvalidRequest("a checkpoint for mlx-lm has all layers", "leave out --layers")
+
+
+def _may_be_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibrate: Path | None) -> bool:
+    try:
+        check_stock(rule, layers, calibrate)
+    except InvalidRequest:
+        return False
+    return True
 
 
 def export(overlay: str, folder: Path, force: bool, progress: Progress) -> MoEOverlayExport:

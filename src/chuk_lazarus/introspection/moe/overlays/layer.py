@@ -134,7 +134,7 @@ def sum_parts(parts: OverlayBytes) -> int:
 
 
 def layer_verification(
-    number: int, ranks: Ranks, fidelity: LayerFidelity, codes: LayerCodes | None = None
+    number: int, ranks: Ranks, fidelity: LayerFidelity, codes: Mapping[str, ProjectionCodes] | None = None
 ) -> LayerVerification:
     """The errors of a layer's experts, each as mean and maximum."""
 
@@ -149,13 +149,13 @@ def layer_verification(
         worst_expert=int(np.argmax(fidelity.output_errors)),
         mixed_output_error=fidelity.mixed_error,
         rounding_error={str(bits): error for bits, error in fidelity.rounding_errors.items()},
-        codes=projection_codes(codes or {}),
+        codes=dict(codes or {}),
     )
 
 
 def longest_verification(number: int, codes: LayerCodes) -> LayerVerification:
     """A verification whose text is as long as that of a coded layer can be, before it is verified."""
-    return layer_verification(number, {}, LayerFidelity({}, (LONGEST_ERROR,), None, {}), codes)
+    return layer_verification(number, {}, LayerFidelity({}, (LONGEST_ERROR,), None, {}), projection_codes(codes))
 
 
 def layer_estimate(

@@ -226,12 +226,14 @@ class Evaluation(Report):
 
 
 class MoEOverlayCompression(Identity):
-    """An overlay checkpoint that was written into `folder`; bytes are of all the model's tensors, before and after.
+    """A checkpoint that was written into `folder`; bytes are of all the model's tensors, before and after.
 
-    `ranks` or `codes` are by layer and role. `bits_per_weight` and `bytes_by_part` are of the overlaid experts.
+    `format` is `overlay`, or `mlx` where it is plainly quantised for mlx-lm; then `codes` have no base. `ranks` or
+    `codes` are by layer and role. `bits_per_weight` and `bytes_by_part` are of the experts that were coded.
     """
 
     schema_: Literal["moe-overlay-compression/1"] = Field(default="moe-overlay-compression/1", alias="schema")
+    format: Literal["overlay", "mlx"] = "overlay"
     folder: str
     rule: str
     ranks: dict[int, dict[str, int]]

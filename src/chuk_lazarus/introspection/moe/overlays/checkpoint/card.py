@@ -1,7 +1,7 @@
 """The model card of an overlay."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from shlex import quote
 
 from ...errors import printable
@@ -59,6 +59,25 @@ def write_card(
         f"What an overlay of these {what} leaves of the source's experts is measured, layer by layer, by",
         "",
         f"    lazarus introspect moe-expert moe-overlay-verify -m {quote(source)} {options}",
+    ]
+    return "\n".join([*lines, *(["", text.strip()] if text.strip() else []), ""])
+
+
+def write_stock_card(source: str, widths: Mapping[str, Sequence[int]], rule: str, text: str) -> str:
+    """The card, in Markdown, of a model that is quantised for mlx-lm: the layers of each listing of `widths`, the rule
+    that chose them, and further `text`.
+    """
+    lines = [
+        f"# {_code_span(source)} in MLX",
+        "",
+        "A plain quantised checkpoint: `mlx_lm.generate --model FOLDER` runs it. The widths of routed experts",
+        "are those that err least at this size, measured projection by projection (bits:weights that share a scale).",
+        "",
+        f"- rule: {_code_span(printable(rule))}",
+        *(
+            f"- layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)}: {listing}"
+            for listing, numbers in widths.items()
+        ),
     ]
     return "\n".join([*lines, *(["", text.strip()] if text.strip() else []), ""])
 

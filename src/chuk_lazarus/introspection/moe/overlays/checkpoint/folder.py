@@ -271,15 +271,15 @@ def write_model(
             wanted = {PLAN, *names, *(name.partition("/")[0] for name in files)}
             for entry in unfinished.iterdir():
                 if entry.name not in wanted:
-                    _remove(entry)
+                    remove(entry)
             (unfinished / PLAN).unlink()
             os.fsync(descriptor)
             if force and folder.exists():
-                _remove(replaced)  # a run that was stopped in one of the next steps has left it
+                remove(replaced)  # a run that was stopped in one of the next steps has left it
                 folder.rename(replaced)
             unfinished.rename(folder)
             if force:
-                _remove(replaced)
+                remove(replaced)
             _sync_folder(folder.parent)
 
 
@@ -309,7 +309,7 @@ def _claim_folder(unfinished: Path, plan: Mapping[str, Any], config: bytes | Non
                     "finish that, delete the folder, or force its replacement",
                 )
             for name in sorted(names, key=lambda name: name == PLAN):  # the plan goes last: until then it is true
-                _remove(unfinished / name)
+                remove(unfinished / name)
         if old_plan != new_plan:
             _write_whole(unfinished / PLAN, new_plan)
         yield descriptor
@@ -350,7 +350,8 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -3,9 +3,6 @@
 The model is streamed: memory holds the base of one layer, and the experts that the worker threads are busy with.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from math import prod
@@ -25,7 +22,6 @@ from ...terms import OVERLAY_CONFIG
 from ...text import format_ranges
 from ...weights.expert_layer import ExpertLayer
 from ...weights.experts import Experts, refuse_rotated
-from ...weights.fingerprint import fingerprint
 from ...weights.repositories.source import CONFIG
 from ...weights.stored import BIAS, is_runtime_scale
 from ...weights.tensor_info import DTYPES, PLAIN_DTYPES
@@ -40,7 +36,6 @@ from .auxiliary import check_copy, read_auxiliary_files
 from .biases import permuted_biases
 from .card import CARD, write_card
 from .folder import (
-    PLAN,
     Contents,
     Shard,
     ShardFile,
@@ -65,6 +60,7 @@ from .format import (
     tensor_name,
 )
 from .model_file import CONTENT, MODEL_FILE, name_model_file
+from .plan import make_plan, planned_layers
 
 
 def write_overlay(
@@ -153,7 +149,7 @@ def coded_folder_bytes(
 
     Raises UnknownFormat for a model whose other tensors can't be copied.
     """
-    _check_copyable(experts)
+    check_copyable(experts)
     contents, _ = _compose_coded(experts, codes, resources, progress, source, rule, {}, lambda: card, options)
     return contents.nbytes
 
@@ -263,14 +259,9 @@ def _compose(
             CARD: lambda: write_card(overlay, layers, before, after, options, card()).encode(),
         },
     )
-    plan = {
-        "writes": "overlay",
-        "rule": overlay.rule,
-        "ranks": overlay_json["layers"],
-        "checksum": _checksum(overlay_json["layers"]),
-        "version": overlay.version,
-        **fingerprint(checkpoint),
-    }
+    plan = make_plan(
+        checkpoint, writes="overlay", rule=overlay.rule, version=overlay.version, layers=overlay_json["layers"]
+    )
     return contents, plan
 
 
@@ -292,7 +283,7 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
     Raises InvalidRequest for a folder that must not be written, or a disk without room for an overlay of rank 0, or of
     about `bits` bits a weight, and UnknownFormat for a model whose other tensors can't be copied.
     """
-    _check_copyable(experts)
+    check_copyable(experts)
     checkpoint = experts.checkpoint
     opened = [experts.layer(number) for number in layers]
     replaced = sum(checkpoint.info(name).nbytes for name in _replaced_names(opened))
@@ -304,7 +295,7 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
     check_folder(folder, checkpoint.repository.folder, force, model_bytes - replaced + least)
 
 
-def _check_copyable(experts: Experts) -> None:
+def check_copyable(experts: Experts) -> None:
     """Raise UnknownFormat for a model whose other tensors can't be copied."""
     checkpoint = experts.checkpoint
     if checkpoint.is_gguf or checkpoint.is_split:
@@ -321,33 +312,14 @@ def planned_ranks(experts: Experts, folder: Path, rule: str) -> dict[int, Ranks]
 
     None where there is no such plan.
     """
-    planned = _planned(experts, folder, rule, VERSION)
+    planned = planned_layers(experts.checkpoint, folder, rule, VERSION)
     return None if planned is None else {int(layer): ranks for layer, ranks in planned.items()}
 
 
 def planned_codes(experts: Experts, folder: Path, rule: str) -> dict[int, LayerCodes] | None:
     """As `planned_ranks`, of `write_coded_overlay`."""
-    planned = _planned(experts, folder, rule, CODED_VERSION)
+    planned = planned_layers(experts.checkpoint, folder, rule, CODED_VERSION)
     return None if planned is None else {int(layer): parse_codes(facts) for layer, facts in planned.items()}
-
-
-def _planned(experts: Experts, folder: Path, rule: str, version: int) -> dict[str, Any] | None:
-    """What the plan of a stopped call says of each layer, None where there is no plan of this work."""
-    try:
-        real_folder = Path(os.path.realpath(folder))
-        plan = json.loads((real_folder.with_name(f"{real_folder.name}.partial") / PLAN).read_bytes())
-        is_ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
-        if is_ours and plan.items() >= {"version": version, **fingerprint(experts.checkpoint)}.items():
-            ranks: dict[str, Any] = plan["ranks"]
-            return {str(int(layer)): of_layer for layer, of_layer in ranks.items()}
-    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        pass  # there is no plan, or somebody else wrote it
-    return None
-
-
-def _checksum(ranks: Any) -> str:
-    """A checksum that shows whether somebody has changed the ranks in a plan."""
-    return hashlib.sha256(json.dumps(ranks, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_roles(experts: Experts, number: int, roles: Iterable[str], what: str) -> ExpertLayer:
@@ -390,6 +362,11 @@ def _replaced_names(layers: Iterable[ExpertLayer]) -> set[str]:
     """The names of all tensors that hold the layers' matrices, the scales of their inputs included."""
     tensors = (tensor for layer in layers for tensor in layer.tensors)
     return {name for tensor in tensors for parts in tensor.parts for part, name in parts.items() if part != BIAS}
+
+
+def expert_names(layers: Iterable[ExpertLayer]) -> set[str]:
+    """The names of all tensors that belong to the layers' experts, their biases included."""
+    return {name for layer in layers for tensor in layer.tensors for parts in tensor.parts for name in parts.values()}
 
 
 def _split_names(layer: ExpertLayer) -> tuple[str, dict[str, str]]:

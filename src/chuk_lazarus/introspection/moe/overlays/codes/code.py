@@ -32,11 +32,15 @@ class PartLayout:
 WIDTHS = {"U8": 1, "U16": 2, "U32": 4, "BF16": 2, "F32": 4}  # bytes of a number
 
 
-class Code(Protocol):
-    """A way to keep a matrix. Its text is what `parse_code` reads: "3bit:128"."""
+class HasLayout(Protocol):
+    """What says which parts a matrix has."""
 
     def layout(self, shape: Shape) -> dict[str, PartLayout]:
         """The parts of a matrix of that shape."""
+
+
+class Code(HasLayout, Protocol):
+    """A way to keep a matrix. Its text is what `parse_code` reads: "3bit:128"."""
 
     def encode(
         self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
@@ -52,7 +56,7 @@ class Code(Protocol):
         """The matrix [out, in] that the parts stand for."""
 
 
-def code_bytes(code: Code, shape: Shape) -> int:
+def code_bytes(code: HasLayout, shape: Shape) -> int:
     """Bytes of a coded matrix of that shape, scales and all else counted."""
     return sum(part.nbytes for part in code.layout(shape).values())
 

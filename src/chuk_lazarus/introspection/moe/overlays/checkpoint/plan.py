@@ -1,0 +1,42 @@
+"""The plan of unfinished work: what a run that was stopped had chosen, for the run that goes on."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ...weights.checkpoint import Checkpoint
+from ...weights.fingerprint import fingerprint
+from .folder import PLAN
+
+
+def make_plan(checkpoint: Checkpoint, *, writes: str, rule: str, version: int, layers: Any) -> dict[str, Any]:
+    """The plan of a folder: what it is to be, by which rule, and what was chosen for its `layers` (JSON)."""
+    return {
+        "writes": writes,
+        "rule": rule,
+        "ranks": layers,
+        "checksum": _checksum(layers),
+        "version": version,
+        **fingerprint(checkpoint),
+    }
+
+
+def planned_layers(checkpoint: Checkpoint, folder: Path, rule: str, version: int) -> dict[str, Any] | None:
+    """What the plan of a stopped run for `folder` says of each layer, None where there is no plan of this work."""
+    try:
+        real_folder = Path(os.path.realpath(folder))
+        plan = json.loads((real_folder.with_name(f"{real_folder.name}.partial") / PLAN).read_bytes())
+        is_ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
+        if is_ours and plan.items() >= {"version": version, **fingerprint(checkpoint)}.items():
+            layers: dict[str, Any] = plan["ranks"]
+            return {str(int(layer)): of_layer for layer, of_layer in layers.items()}
+    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        pass  # there is no plan, or somebody else wrote it
+    return None
+
+
+def _checksum(layers: Any) -> str:
+    """A checksum that shows whether somebody has changed the layers in a plan."""
+    return hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()[:16]
