@@ -131,16 +131,15 @@ def widths_within(trials: Trials[Unit], budget: int) -> Widths[Unit]:
             free -= price(unit, code)
             widths[unit] = code
     while True:
-        falls = [
-            (trials[unit].error(code) - trials[unit].error(widths[unit]), str(code), unit)
+        finer = [
+            (trials[unit].error(code) - trials[unit].error(widths[unit]), unit, code)
             for unit, trial in trials.items()
             for code in trial.codes
             if 0 < price(unit, code) <= free
         ]
-        fall, text, unit = min(falls, key=lambda each: each[0], default=(0.0, "", None))
-        if fall >= 0 or unit is None:
+        if not finer or (best := min(finer, key=lambda each: each[0]))[0] >= 0:
             return widths
-        code = parse_affine(text)
+        _, unit, code = best
         free -= price(unit, code)
         widths[unit] = code
 
