@@ -174,7 +174,7 @@ def _fit(size: int, trials: Trials[Place], folder_bytes: Any) -> Widths[Place]:
         taken = folder_bytes(widths)
         if taken <= size:
             return widths
-        others += taken - size  # the config's text has grown
+        others = max(others, taken - count_bytes(trials, widths))  # the texts depend on the widths
     return least
 
 

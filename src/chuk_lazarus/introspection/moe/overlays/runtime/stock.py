@@ -105,18 +105,20 @@ class StockNames:
     def rest_codes(self, tensors: Iterable[StockTensor], bits: int | None) -> dict[str, AffineCode]:
         """How modules that are no routed experts are quantised, by path: as mlx-lm does it, to `bits`; None for not.
 
-        Modules for which the model's class wants other settings, such as routers, get these.
+        Modules for which the model's class wants other settings get these, and routers stay as they are.
         """
         if bits is None:
             return {}
         modules: dict[str, Module] = dict(self._model.named_modules())  # type: ignore[no-untyped-call]
         experts = set(self.paths.values())
+        blocks = {path.rsplit(".", 2)[0]: modules[path].num_experts for path in experts}
         predicate = getattr(self._model, "quant_predicate", None)
         codes = {}
         for tensor in tensors:
             path, _, part = tensor.name.rpartition(".")
             module = modules.get(path)
-            if part != "weight" or path in experts or not hasattr(module, "to_quantized"):
+            is_router = tensor.shape[:1] == (blocks.get(path.rpartition(".")[0]),)  # few bytes that decide much
+            if part != "weight" or path in experts or is_router or not hasattr(module, "to_quantized"):
                 continue
             wanted = True if predicate is None else predicate(path, module)
             settings = wanted if isinstance(wanted, dict) else {}
