@@ -269,7 +269,7 @@ def test_held_out_text_is_predicted_better(demo: str, most: float, text: Path, t
     original = predict(DEMOS / demo.removeprefix("demo:"), load_model)
     found = []
     for name, options in (("plain", {}), ("calibrated", {"calibrate": text})):
-        report = MoECompressionService.compress(demo, tmp_path / name, bits=2.25, **options)
+        report = MoECompressionService.compress(demo, tmp_path / name, bits=2.25, format="overlay", **options)
         overlaid = predict(tmp_path / name, load_overlay)
         found.append(float((np.exp(original) * (original - overlaid)).sum(axis=-1).mean()))
         assert report.bits_per_weight == pytest.approx(2.25, rel=0.01)

@@ -177,7 +177,7 @@ def test_the_config_tells_what_it_is(tmp_path: Path) -> None:
 
 def test_copies_in_any_order_become_the_same_bytes(tmp_path: Path) -> None:
     for demo in ("upcycled", "permuted"):
-        MoECompressionService.compress(f"demo:{demo}", tmp_path / demo, bits=2.25)
+        MoECompressionService.compress(f"demo:{demo}", tmp_path / demo, bits=2.25, format="overlay")
     sizes = [
         sum(path.stat().st_size for path in (tmp_path / demo).glob("*.safetensors"))
         for demo in ("upcycled", "permuted")
@@ -197,7 +197,7 @@ def test_copies_in_any_order_become_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2.0, 2.25, 3.1, 5.0])
 @pytest.mark.parametrize("demo", ["upcycled", "native"])
 def test_bits_are_those_of_the_files(demo: str, bits: float, tmp_path: Path) -> None:
-    report = MoECompressionService.compress(f"demo:{demo}", tmp_path / "overlay", bits=bits)
+    report = MoECompressionService.compress(f"demo:{demo}", tmp_path / "overlay", bits=bits, format="overlay")
     size = 0
     for file in (tmp_path / "overlay").glob("*.safetensors"):
         with safe_open(file, "numpy") as opened:
@@ -277,7 +277,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_a_model_that_shares_nothing_is_read_once_and_stays_in_order(tmp_path: Path) -> None:
     native = Experts.open("demo:native")
     size = sum(native.layer(number).stored_bytes for number in native.layers)
-    report = MoECompressionService.compress("demo:native", tmp_path / "overlay", bits=6)
+    report = MoECompressionService.compress("demo:native", tmp_path / "overlay", bits=6, format="overlay")
     assert report.cost.bytes_read < 2.3 * size  # with the trial and with what is copied
     overlay = read_overlay(tmp_path / "overlay")
     for role, matrix in overlay.expert(0, 3).items():

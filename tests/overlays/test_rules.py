@@ -194,7 +194,7 @@ def test_weights_err_no_more_than_was_asked(demo: str, error: float) -> None:
 @pytest.mark.parametrize(("demo", "size"), [("upcycled", 330_000), ("native", "0.41MB"), ("permuted", 250_000)])
 def test_a_folder_has_the_size_that_it_is_to_have(demo: str, size: int | str, tmp_path: Path) -> None:
     wanted = size if isinstance(size, int) else 410_000
-    written = MoECompressionService.compress(f"demo:{demo}", tmp_path / "overlay", fit=size)
+    written = MoECompressionService.compress(f"demo:{demo}", tmp_path / "overlay", fit=size, format="overlay")
     assert 0.995 * wanted <= folder_size(tmp_path / "overlay") <= wanted
     assert written.rule == f"a folder of at most {wanted:,} bytes"
     computed = MoECompressionService.compute(f"demo:{demo}", layers="all", fit=size)

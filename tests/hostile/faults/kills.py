@@ -54,6 +54,7 @@ COMMANDS: dict[str, str] = {
     "compute": "moe-overlay-compute -m {model} --layers all --target-ratio 2 -o {place}/results.json --json",
     "compress": "moe-overlay-compress -m {model} -O {place}/written --target-ratio 2 --json",
     "compress, in codes": "moe-overlay-compress -m {model} -O {place}/written --bits 3 --json",
+    "compress, for mlx-lm": "moe-overlay-compress -m {model} -O {place}/written --bits 4 --format mlx --json",
     "export": "moe-overlay-export {overlay} -O {place}/written --json",
 }
 

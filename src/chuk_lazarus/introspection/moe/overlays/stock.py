@@ -56,6 +56,8 @@ def quantise(
     """
     experts, checkpoint = job.opened.experts, job.opened.experts.checkpoint
     check_copyable(experts)
+    if folder.exists():  # which a run may have made that was stopped before it could clean up
+        remove_rest(folder)
     stock = _open_stock(experts)
     all_layers = {number: experts.layer(number) for number in experts.layers}
     names = sorted(set(checkpoint.names) - expert_names([*map(experts.layer, (*experts.layers, *experts.mtp_layers))]))

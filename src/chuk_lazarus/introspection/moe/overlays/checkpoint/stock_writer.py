@@ -153,8 +153,10 @@ def write_rest(checkpoint: Checkpoint, names: Sequence[str], folder: Path, progr
 
 
 def remove_rest(folder: Path) -> None:
-    """Delete what `write_rest` wrote for the folder."""
-    remove(folder.with_name(f"{folder.name}{REST}"))
+    """Delete what `write_rest` wrote for the folder, if it is there."""
+    target = folder.with_name(f"{folder.name}{REST}")
+    if (target / ORIGIN).is_file():
+        remove(target)
 
 
 def stock_contents(

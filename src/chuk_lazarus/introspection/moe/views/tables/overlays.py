@@ -249,7 +249,7 @@ def render_compression(report: MoEOverlayCompression) -> "RenderableType":
         for error in (layer.output_error,)
     ]
     return stack(
-        "MOE OVERLAY WRITTEN",
+        "MOE QUANTISED FOR MLX" if report.format == "mlx" else "MOE OVERLAY WRITTEN",
         draw_facts(
             [*identity_facts(report), ("Codes" if report.codes else "Ranks", report.rule), ("Folder", report.folder)]
         ),
