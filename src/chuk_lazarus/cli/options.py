@@ -151,6 +151,10 @@ Bits = Annotated[
         show_default=False,
     ),
 ]
+RestBits = Annotated[
+    str,
+    typer.Option("--rest-bits", metavar="N|keep", help="In MLX's format: bits of attention, embeddings and all else."),
+]
 Calibrate = Annotated[
     Path | None,
     typer.Option(

@@ -16,6 +16,7 @@ from .options import (
     Layers,
     Model,
     Plot,
+    RestBits,
     overlay_options,
     parse_experts,
 )
@@ -174,10 +175,7 @@ def compress(
             "--format", help="overlay, or mlx: quantised for mlx-lm itself. auto is mlx where experts share nothing."
         ),
     ] = Format.AUTO,
-    rest_bits: Annotated[
-        str,
-        typer.Option("--rest-bits", metavar="N|keep", help="With mlx: bits of attention, embeddings and all else."),
-    ] = "8",
+    rest_bits: RestBits = "8",
     force: Force = False,
 ) -> "MoEOverlayCompression":
     """Write a model with its experts as overlays (base and low-rank factors) into a new folder, a complete checkpoint.

@@ -16,6 +16,7 @@ from .options import (
     Memory,
     Model,
     Plot,
+    RestBits,
     Thorough,
     Variance,
     parse_experts,
@@ -42,17 +43,25 @@ def layout(
             help="Whose headers to read: 0,5,10 or 0-23/6 or all; the first and the last MoE layer's if not given.",
         ),
     ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", metavar="SIZE", help="Does it fit into 24GB, and what would that cost?")
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=1, help="With --fit: tokens that the cache holds.")] = 8192,
+    rest_bits: RestBits = "8",
 ) -> "MoELayout":
     """Show what is in a checkpoint: layout, storage format, layers, experts, shapes and bytes. No weight is read.
+
+    With --fit, too, whether it fits, in how many bits a weight of its experts, with which error and on which machine.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-layout -m demo:upcycled
       lazarus introspect moe-expert moe-layout -m deepseek-ai/DeepSeek-V3
+      lazarus introspect moe-expert moe-layout -m Qwen/Qwen3-30B-A3B --fit 16GB
     """
     from chuk_lazarus.introspection.moe import MoELayoutService
 
-    return MoELayoutService.describe(model, layers=layers)
+    return MoELayoutService.describe(model, layers=layers, fit=fit, context=context, rest_bits=rest_bits)
 
 
 @command(JSON, OUTPUT, QUIET)

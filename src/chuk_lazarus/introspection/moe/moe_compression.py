@@ -6,10 +6,10 @@ from typing import Unpack
 
 from . import views  # noqa: F401  which registers how reports are shown
 from .errors import InvalidRequest
-from .overlays import analysis, compression
+from .overlays import analysis, compression, estimate
 from .overlays.analysis import INPUTS, TOLERANCE
 from .overlays.bit_budget import OverlayOptions, overlay_rule
-from .overlays.stock import REST_BITS, parse_rest_bits
+from .overlays.fit import REST_BITS, parse_rest_bits
 from .progress import Progress, no_progress
 from .reports import (
     MoEOverlay,
@@ -95,7 +95,7 @@ class MoECompressionService:
         `layers` are measured, or `samples` evenly spaced ones; the others' ranks are interpolated, and labelled so; in
         codes a layer is taken to be as the nearest that was measured. Ranks are spread over the measured layers.
         """
-        return analysis.estimate(model, layers, samples, overlay_rule(**options), experts, progress or no_progress)
+        return estimate.estimate(model, layers, samples, overlay_rule(**options), experts, progress or no_progress)
 
     @staticmethod
     def compress(

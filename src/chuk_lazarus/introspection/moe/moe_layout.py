@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from . import views  # noqa: F401  which registers how reports are shown
 from .jobs.layout import describe_layout
+from .overlays.fit import CONTEXT, REST_BITS, parse_rest_bits, plan_fit
 from .reports import MoELayout
 
 
@@ -15,10 +16,24 @@ class MoELayoutService:
     """
 
     @staticmethod
-    def describe(model: str, *, layers: Sequence[int] | str | None = None) -> MoELayout:
+    def describe(
+        model: str,
+        *,
+        layers: Sequence[int] | str | None = None,
+        fit: int | str | None = None,
+        context: int = CONTEXT,
+        rest_bits: int | str = REST_BITS,
+    ) -> MoELayout:
         """Describe one model, named as for `MoETypeService.analyze`.
 
         The headers that hold `layers` are read; if None, those of the first and the last MoE layer, and the others are
-        taken to be like them unless all headers had to be read anyway. Raises a child of MoEError.
+        taken to be like them unless all headers had to be read anyway. `fit` asks whether it fits into so many bytes
+        ("24GB"), quantised for mlx-lm, all but the experts in `rest_bits`, and at `context` tokens on which machine.
+        Raises a child of MoEError.
         """
-        return describe_layout(model, layers)
+        bits = parse_rest_bits(rest_bits)
+        layout = describe_layout(model, layers)
+        if fit is None:
+            return layout
+        facts = layout.model_dump(include={"parameters", "stored_bytes", "other_bytes", "cache_bytes_per_token"})
+        return layout.model_copy(update={"fit": plan_fit(fit, **facts, context=context, rest_bits=bits)})

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import TypedDict
 
 from ..errors import MoEError, name_model, printable
 from ..reports import Cost, LayerLayout, MoELayout, SharedExperts
@@ -66,6 +67,8 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
         exact={layer.layer for layer in counted} == set(experts.layers),
         parameters=round(share * sum(layer.parameters for layer in counted)),
         stored_bytes=round(share * sum(layer.stored_bytes for layer in counted)),
+        other_bytes=count_other_bytes(experts),
+        cache_bytes_per_token=experts.model_config.cache_bytes_per_token,
         analysis_bytes=measured + beside,
         further_layers=further_layers(experts.layers, first.number),
         further_bytes=beside,
@@ -77,6 +80,41 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
             seconds=time.perf_counter() - started,
         ),
     )
+
+
+class HeaderFacts(TypedDict):
+    """What headers and config tell of a model's size, as MoELayout has it."""
+
+    parameters: int
+    stored_bytes: int
+    other_bytes: int | None
+    cache_bytes_per_token: int | None
+
+
+def header_facts(experts: Experts) -> HeaderFacts:
+    """The size of a model and of its experts."""
+    layers = [experts.layer(number) for number in experts.layers]
+    return {
+        "parameters": sum(layer.parameters for layer in layers),
+        "stored_bytes": sum(layer.stored_bytes for layer in layers),
+        "other_bytes": count_other_bytes(experts),
+        "cache_bytes_per_token": experts.model_config.cache_bytes_per_token,
+    }
+
+
+def count_other_bytes(experts: Experts) -> int | None:
+    """Bytes of all that is no routed expert, as stored; None where headers and index do not tell.
+
+    Where not all headers are read, layers are taken to be like the first one.
+    """
+    total = experts.checkpoint.total_bytes
+    numbers = (*experts.layers, *experts.mtp_layers)
+    if total is None or not numbers:
+        return None
+    layers = [experts.layer(number) for number in numbers]
+    if not all(map(experts.checkpoint.is_at_hand, experts.checkpoint.names)):
+        layers = [layers[0]] * len(layers)
+    return max(0, total - sum(layer.stored_bytes for layer in layers))
 
 
 def _describe_layer(layer: ExpertLayer) -> LayerLayout:

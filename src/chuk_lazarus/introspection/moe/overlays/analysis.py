@@ -3,11 +3,10 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import TypeAdapter
 
 from ..errors import InvalidRequest, name_model, printable
@@ -19,14 +18,14 @@ from ..numerics.bank import bank_variances, may_share, rate_sharing, share_neuro
 from ..numerics.forward import ACTIVATIONS, GATED_ACTIVATIONS
 from ..numerics.rates import Rate, align_grams
 from ..progress import Progress
-from ..reports import LayerVerification, MoEOverlay, MoEOverlayEstimate, MoEOverlayVerification
+from ..reports import LayerVerification, MoEOverlay, MoEOverlayVerification
 from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
 from ..weights.repositories.local import Folder
 from .alignment import align_layer
 from .allocation import RankRule, check_ranks
-from .alternatives import Alternative, Factored, compare_alternatives, sum_alternatives
-from .bit_budget import USUAL_BITS, BitRule, fit_bits
+from .alternatives import Alternative, Factored, compare_alternatives
+from .bit_budget import BitRule, fit_bits
 from .checkpoint.card import card_table
 from .checkpoint.format import Ranks, codes_to_json
 from .checkpoint.writer import coded_folder_bytes
@@ -40,14 +39,11 @@ from .fidelity import (
     draw_inputs,
     measure_coded_layer,
 )
-from .ladder import advise, bits_as_good, draw_ladder, list_variances
+from .ladder import list_variances
 from .layer import (
     bank_notes,
     coded_bytes,
-    coded_layer_estimate,
     coded_layer_overlay,
-    interpolate_saved,
-    layer_estimate,
     layer_overlay,
     layer_verification,
     longest_verification,
@@ -56,7 +52,7 @@ from .layer import (
     total_bytes,
 )
 from .moments import Calibration, ExpertMoments, LayerInputs
-from .trials import RoleTrial, predict_error, spread_trials, try_layer
+from .trials import RoleTrial, spread_trials, try_layer
 
 VERIFIED = 3  # layers of a written overlay that are verified
 TOLERANCE = 0.05
@@ -150,67 +146,6 @@ def verify(
             layers=tuple(results),
             notes=tuple(notes),
             cost=job.opened.cost(),
-        )
-
-
-def estimate(
-    model: str,
-    layers: Sequence[int] | str | None,
-    samples: int,
-    rule: RankRule | BitRule,
-    experts: int | None,
-    progress: Progress,
-) -> MoEOverlayEstimate:
-    """The whole model as an overlay, estimated from some measured layers, and its alternatives at the same bytes."""
-    with name_model(model):
-        job = OverlayJob(model, None, layers, progress, samples)
-        energy = rule.energy if isinstance(rule, RankRule) else RankRule({}).energy
-        compared = job.compare_all(energy, experts)
-        curves, rates, trials = (
-            {number: getattr(layer, name) for number, layer in compared.items()}
-            for name in ("curves", "rates", "trials")
-        )
-        opened = job.opened
-        all_layers = [opened.experts.layer(number) for number in opened.experts.layers]
-        if isinstance(rule, BitRule):
-            spread = spread_trials(trials, all_layers)
-            codes = job.count_bits(rule, trials).choose(spread)
-            results = [
-                coded_layer_estimate(layer, codes[n], predict_error(spread[n], codes[n]), rates)
-                for layer in all_layers
-                for n in (layer.number,)
-            ]
-        else:
-            chosen = rule.choose(curves)
-            results = [layer_estimate(layer, curves, chosen, rates) for layer in all_layers]
-        job.end()
-        original, stored, overlay = total_bytes(results)
-        same_bytes = sum_alternatives([layer.alternatives for layer in compared.values()])
-        ladder = draw_ladder(
-            trials,
-            [layer.factored for layer in compared.values()],
-            {number: layer.variances for number, layer in compared.items()},
-            original // 2,
-        )
-        usual_error = next(row.quantisation for row in same_bytes if row.bits == USUAL_BITS)
-        return MoEOverlayEstimate(
-            **opened.identity(),
-            rule=str(rule),
-            moe_layers=opened.experts.layers,
-            layers_measured=tuple(sorted(curves)),
-            layers=tuple(results),
-            original_bytes=original,
-            stored_bytes=stored,
-            overlay_bytes=overlay,
-            ratio=original / overlay,
-            ratio_vs_stored=stored / overlay,
-            weight_error=sqrt(float(np.mean([result.weight_error**2 for result in results]))),
-            bits_saved=interpolate_saved(results),
-            same_bytes=same_bytes,
-            ladder=ladder,
-            advice=advise(ladder, usual_error, 16 * stored / original, bits_as_good(trials)),
-            notes=tuple(job.notes(curves)),
-            cost=opened.cost(),
         )
 
 

@@ -194,6 +194,18 @@ def coded_layer_estimate(
     layer: ExpertLayer, codes: LayerCodes, weight_error: float, rates: Mapping[int, Mapping[str, Rate]]
 ) -> LayerEstimate:
     """The estimate of one layer in codes; it was measured where `rates` has it."""
+    size = sum_parts(coded_bytes([layer], [codes]))
+    return plain_layer_estimate(layer, projection_codes(codes), size, weight_error, rates)
+
+
+def plain_layer_estimate(
+    layer: ExpertLayer,
+    codes: dict[str, ProjectionCodes],
+    size: int,
+    weight_error: float,
+    rates: Mapping[int, Mapping[str, Rate]],
+) -> LayerEstimate:
+    """As `coded_layer_estimate`, for codes by their texts that take `size` bytes."""
     return LayerEstimate(
         layer=layer.number,
         measured=layer.number in rates,
@@ -201,8 +213,8 @@ def coded_layer_estimate(
         weight_error=weight_error,
         original_bytes=original_bytes({role: layer.shape(role) for role in layer.roles}, layer.count),
         stored_bytes=layer.stored_bytes,
-        overlay_bytes=sum_parts(coded_bytes([layer], [codes])),
-        codes=projection_codes(codes),
+        overlay_bytes=size,
+        codes=codes,
         **_describe_sharing(layer, rates),
     )
 

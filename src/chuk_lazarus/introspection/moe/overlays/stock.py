@@ -1,6 +1,7 @@
 """Models whose experts share nothing: quantised for mlx-lm itself, in as many bits as fit where they count."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from ..errors import InvalidRequest, printable
+from ..jobs.layout import count_other_bytes
+from ..numerics.rates import Rate
 from ..progress import Progress
-from ..reports import LayerVerification, MoEOverlayCompression, OverlayBytes, ProjectionCodes
+from ..reports import LayerEstimate, LayerVerification, MoEOverlayCompression, OverlayBytes, ProjectionCodes
 from ..weights.checkpoint import Checkpoint
 from ..weights.expert_layer import ExpertLayer
 from ..weights.experts import Experts
@@ -22,28 +25,16 @@ from .checkpoint.folder import check_folder, write_model
 from .checkpoint.plan import make_plan, planned_layers
 from .checkpoint.stock_writer import StockModel, remove_rest, stock_contents, write_rest
 from .checkpoint.writer import check_copyable, expert_names
-from .codes.affine import AFFINE_BITS, AffineCode, parse_affine
-from .layer import layer_verification
+from .codes.affine import AffineCode, parse_affine
+from .fit import REST_BITS, SCALE_BITS
+from .layer import layer_verification, plain_layer_estimate
 from .width_budget import Trials, Widths, WidthTrial, count_bytes, try_widths, widths_reaching, widths_within
 
 VERSION = 1  # of the plans of such folders
-REST_BITS = 8
-KEEP = "keep"
 FIT_ROUNDS = 8  # of looking for what fits a folder, whose config's text depends on the widths
 
 Place = tuple[int, str]
 """A layer's number and a role."""
-
-
-def parse_rest_bits(value: int | str) -> int | None:
-    """The bits of all that is no routed expert, None where it is kept; raises InvalidRequest for anything else."""
-    if value == KEEP:
-        return None
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if value not in AFFINE_BITS:
-        raise InvalidRequest(f"{value!r} bits for the rest", f"give {', '.join(map(str, AFFINE_BITS))} or {KEEP}")
-    return int(value)
 
 
 def quantise(
@@ -116,6 +107,33 @@ def quantise(
     remove_rest(folder)
     job.end()
     return _report(job, rule_text, folder, model, verified)
+
+
+def estimate_widths(
+    job: OverlayJob, rule: BitRule, layers: Sequence[ExpertLayer], rates: Mapping[int, Mapping[str, Rate]]
+) -> list[LayerEstimate]:
+    """The widths of all these layers by the rule, and what they err.
+
+    A layer that is not among the job's, whose experts are looked at, is taken to be as the nearest that is. What is no
+    expert is taken to have 16 bits as stored, and the usual ones in the folder.
+    """
+    measured = _try_all(job)
+    numbers = sorted({number for number, _ in measured})
+    trials = {}
+    for layer in layers:
+        nearest = min(numbers, key=lambda number: abs(number - layer.number))
+        for role in layer.roles:
+            trial = measured[nearest, role]
+            trials[layer.number, role] = replace(trial, shape=layer.shape(role), experts=layer.count)
+    rest = int((count_other_bytes(job.opened.experts) or 0) * (REST_BITS + SCALE_BITS) / 16)
+    widths = _choose(rule, trials, lambda widths: rest + count_bytes(trials, widths))
+    codes, results = stock_codes(widths), []
+    for layer in layers:
+        of_layer = {role: (trials[layer.number, role], widths[layer.number, role]) for role in layer.roles}
+        lost = [trial.error(code) for trial, code in of_layer.values()]
+        size = sum(trial.nbytes(code) for trial, code in of_layer.values())
+        results.append(plain_layer_estimate(layer, codes[layer.number], size, sqrt(float(np.mean(lost))), rates))
+    return results
 
 
 def _open_stock(experts: Experts) -> Any:

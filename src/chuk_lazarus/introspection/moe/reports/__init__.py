@@ -1,6 +1,6 @@
 """The results as data: what `--json` prints and what the services return. `views` defines how they look."""
 
-from .layout import LayerLayout, MoELayout, SharedExperts
+from .layout import FitPlan, LayerLayout, MoELayout, SharedExperts
 from .overlays import (
     ErrorSpread,
     Evaluation,
@@ -50,6 +50,7 @@ __all__ = [
     "EmbeddingMatch",
     "ErrorSpread",
     "Evaluation",
+    "FitPlan",
     "Identity",
     "LadderRow",
     "LayerAnalysis",

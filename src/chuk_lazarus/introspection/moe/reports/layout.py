@@ -33,6 +33,33 @@ class SharedExperts(Report):
     stored_bytes: int
 
 
+class FitPlan(Report):
+    """Whether a model fits into a folder of `size` bytes, quantised for mlx-lm, and what that costs.
+
+    `bits_per_weight` are those that are left for each weight of the routed experts, everything counted, null where
+    these are fewer than any width has; `least_bytes` is the least folder. The relative `weight_error` is what to expect
+    of such widths, were the weights Gaussian, or, where `measured` is true, what was measured on the model; `bound` is
+    the least of any code of Gaussian weights. All else, `rest_bytes`, has `rest_bits` (null: as stored). `memory_bytes`
+    are weights and cache of `context` tokens, `machine_bytes` the memory of the smallest Mac that runs it. Null is what
+    headers and config do not tell.
+    """
+
+    size: int
+    fits: bool
+    bits_per_weight: float | None
+    weight_error: float | None
+    bound: float | None
+    measured: bool = False
+    least_bytes: int
+    rest_bits: int | None
+    rest_bytes: int | None
+    context: int
+    cache_bytes: int | None
+    memory_bytes: int | None
+    machine_bytes: int | None
+    download_bytes: int
+
+
 class MoELayout(Identity):
     """What is in a checkpoint, from its headers alone.
 
@@ -44,6 +71,8 @@ class MoELayout(Identity):
     the others to be like them. `dense_layers` have a dense feed-forward, in the place of experts or beside them.
     `analysis_bytes` is what an analysis with default options would read of the experts, of which `further_bytes`
     are parts of `further_layers`, and `quick_bytes` what a quick one would at most.
+    `other_bytes` are those of all else than routed experts, and `cache_bytes_per_token` what keys and values of a token
+    take at most; null where headers and config do not tell. `fit` is there where a size was asked for.
     """
 
     schema_: Literal["moe-layout/1"] = Field(default="moe-layout/1", alias="schema")
@@ -62,6 +91,9 @@ class MoELayout(Identity):
     exact: bool
     parameters: int
     stored_bytes: int
+    other_bytes: int | None = None
+    cache_bytes_per_token: int | None = None
+    fit: FitPlan | None = None
     analysis_bytes: int
     further_layers: tuple[int, ...] = ()
     further_bytes: int = 0

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from .layout import FitPlan
 from .report import Cost, Identity, Report
 
 TokensFrom = Literal["tokenizer", "bytes"]
@@ -178,12 +179,16 @@ class LadderRow(Report):
 class MoEOverlayEstimate(Identity):
     """What an overlay would take for the whole model, and what pays at the same bytes.
 
-    `ladder` is empty in reports of earlier versions. `bits_saved` is what bases save over all layers, as in
-    LayerEstimate, between the measured ones interpolated; null in reports of earlier versions.
+    `format` is what `moe-overlay-compress` writes by this rule: an overlay, or, where experts share nothing, what
+    is plainly quantised for mlx-lm. `fit` is there for a rule of a folder's size. `ladder` is empty in reports of
+    earlier versions. `bits_saved` is what bases save over all layers, as in LayerEstimate, between the measured
+    ones interpolated; null in reports of earlier versions.
     """
 
     schema_: Literal["moe-overlay-estimate/1"] = Field(default="moe-overlay-estimate/1", alias="schema")
     rule: str
+    format: Literal["overlay", "mlx"] = "overlay"
+    fit: FitPlan | None = None
     moe_layers: tuple[int, ...]
     layers_measured: tuple[int, ...]
     layers: tuple[LayerEstimate, ...]

@@ -102,6 +102,15 @@ class Checkpoint:
                 f"{INDEX} says that {name} is in {file}, and it is not", "download it again"
             ) from None
 
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of all tensors, by the headers if all are read, or else by the index; None where neither tells."""
+        if all(map(self.is_at_hand, self.names)):
+            return sum(info.nbytes for name in self.names for info in self.slices(name))
+        metadata = self._json(INDEX).get("metadata") if INDEX in self.repository.files else None
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return total if type(total) is int and total > 0 else None
+
     def is_at_hand(self, name: str) -> bool:
         """Whether the header that describes the tensor is read already."""
         return self._files[name][0] in self._headers

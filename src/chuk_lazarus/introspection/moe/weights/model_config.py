@@ -145,6 +145,24 @@ class ModelConfig:
         return size if type(size) is int and size > 0 else None
 
     @property
+    def cache_bytes_per_token(self) -> int | None:
+        """Bytes that keys and values of a token take at most, in 16 bits; None where the config does not tell.
+
+        Layers with a window or without attention take less. Of latent attention it is the latent vector.
+        """
+        depth, heads = self.num_hidden_layers, self.head_count(0)
+        if depth is None:
+            return None
+        latent, rotary = (self.values.get(key) for key in ("kv_lora_rank", "qk_rope_head_dim"))
+        if type(latent) is int and type(rotary) is int:
+            return 2 * depth * (latent + rotary)
+        hidden, key_heads = self.values.get("hidden_size"), self.values.get("num_key_value_heads", heads)
+        size = self.head_size or (hidden // heads if heads and type(hidden) is int else None)
+        if size is None or type(key_heads) is not int or key_heads < 1:
+            return None
+        return 2 * 2 * depth * key_heads * size
+
+    @property
     def activations(self) -> list[str]:
         """The names under all keys that name the experts' activation; the first one decides."""
         function = self._ffn.get("ffn_act_fn")

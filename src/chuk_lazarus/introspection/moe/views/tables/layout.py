@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from ...reports import LayerLayout, MoELayout
-from ...text import format_bytes, format_count, format_ranges
+from ...reports import FitPlan, LayerLayout, MoELayout
+from ...text import format_bytes, format_count, format_ranges, percent
 from ..words import count_noun, identify, name_layers
 from .grid import LEFT, Fact, draw_facts, draw_table, stack
 
@@ -54,6 +54,7 @@ def render_layout(layout: MoELayout) -> "RenderableType":
     if shared := layout.shared:
         where = f"in {count_noun(len(shared.layers), 'layer')} of {format_bytes(shared.stored_bytes)}"
         facts.append(("Shared", f"{_format_shapes(shared.shapes)}, {shared.storage}, {where}"))
+    fit = list_fit(layout.fit) if layout.fit else []
     measured = layout.analysis_bytes - layout.further_bytes
     whole = measured * layout.stored_bytes / first.stored_bytes
     beside = f"layer {layout.moe_layers[0]}"
@@ -74,8 +75,41 @@ def render_layout(layout: MoELayout) -> "RenderableType":
             f"reads {format_bytes(layout.analysis_bytes)} (moe-type-analyze: {beside}), "
             f"{format_bytes(layout.quick_bytes)} (--quick), or {format_bytes(whole)} (--layers all)",
         ),
+        *fit,
     ]
     return stack("MOE LAYOUT", draw_facts(facts, layout.notes), *([_draw_kinds(kinds)] if len(kinds) > 1 else []))
+
+
+def list_fit(fit: FitPlan) -> list[Fact]:
+    """Whether a model fits, and what that costs."""
+    size = format_bytes(fit.size)
+    rest = "what is not known" if fit.rest_bytes is None else format_bytes(fit.rest_bytes)
+    rest += " as stored" if fit.rest_bits is None else f" in {fit.rest_bits} bits"
+    if fit.bits_per_weight is None:
+        return [("Fits", f"no: quantised for MLX, it takes {format_bytes(fit.least_bytes)} or more, all else {rest}")]
+    if fit.bits_per_weight >= 16:
+        fits = f"yes: {size} hold it in bf16"
+    else:
+        fits = f"yes: {size} leave {fit.bits_per_weight:.2f} bits for a weight of the experts, all else {rest}"
+    facts: list[Fact] = [("Fits", fits)]
+    if fit.weight_error is not None and fit.bound is not None:
+        how = "measured on the sampled layers" if fit.measured else "expected of Gaussian weights, no weight was read"
+        facts.append(
+            ("Error", f"about {percent(fit.weight_error)} of the weights ({how}); the bound is {percent(fit.bound)}")
+        )
+    if fit.memory_bytes is not None:
+        cache = (
+            "the cache's size is not known"
+            if fit.cache_bytes is None
+            else (f"with {format_bytes(fit.cache_bytes)} of cache at most for {fit.context:,} tokens")
+        )
+        machine = (
+            "more than any Mac has"
+            if fit.machine_bytes is None
+            else f"a Mac of {format_bytes(fit.machine_bytes)} runs it"
+        )
+        facts.append(("Memory", f"{format_bytes(fit.memory_bytes)}, {cache}: {machine}"))
+    return [*facts, ("Reads", f"{format_bytes(fit.download_bytes)}, one expert at a time")]
 
 
 def _format_shapes(shapes: dict[str, tuple[int, int]]) -> str:

@@ -19,6 +19,7 @@ from ...terms import ROLES
 from ...text import format_bytes, percent
 from ..words import explain_saving, format_bits, format_ratio, name_layers
 from .grid import LEFT, Fact, draw_facts, draw_table, identity_facts, paint, stack
+from .layout import list_fit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -175,7 +176,14 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
     ]
     return stack(
         "MOE OVERLAY ESTIMATE",
-        draw_facts([*identity_facts(report), ("Codes" if is_coded else "Ranks", report.rule)]),
+        draw_facts(
+            [
+                *identity_facts(report),
+                ("Codes" if is_coded else "Ranks", report.rule),
+                *([("Format", "MLX, plainly quantised: the experts share nothing")] if report.format == "mlx" else []),
+                *(list_fit(report.fit) if report.fit else []),
+            ]
+        ),
         draw_table(
             ["Layer", *(f"{role} {chosen}" for role in roles), "Error", size, "Bits saved", "How"],
             rows,
