@@ -401,9 +401,14 @@ class OverlayJob:
         return work.each(TypeAdapter(LayerVerification), verify)
 
     def fidelity_check(
-        self, layer: ExpertLayer, inputs: int, seed: int, rounding_bits: Sequence[int] = ROUNDING_BITS
+        self,
+        layer: ExpertLayer,
+        inputs: int,
+        seed: int,
+        rounding_bits: Sequence[int] = ROUNDING_BITS,
+        of_experts: Sequence[int] | None = None,
     ) -> FidelityCheck:
-        """The check of a layer's rebuilt experts against the originals, on `inputs` random inputs."""
+        """The check of a layer's rebuilt experts, or of some, against the originals, on `inputs` random inputs."""
         experts = self.opened.experts
         drawn_inputs = draw_inputs(
             layer,
@@ -413,7 +418,7 @@ class OverlayJob:
             scoring=experts.scoring,
             normalise=experts.model_config.normalises_routing_weights,
         )
-        return FidelityCheck(layer, drawn_inputs, experts.activation, rounding_bits)
+        return FidelityCheck(layer, drawn_inputs, experts.activation, rounding_bits, of_experts)
 
     @property
     def knows_activation(self) -> bool:

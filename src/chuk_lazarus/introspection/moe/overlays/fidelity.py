@@ -40,10 +40,13 @@ class Inputs:
 class LayerFidelity:
     """Relative errors of a layer's experts as an overlay.
 
-    `weight_errors`, by role, and `output_errors` have one entry per expert. `mixed_error` is that of the layer's
-    output, the experts' outputs summed by their routing weights; it is None where no router is known.
-    `rounding_errors` are the mean output errors of the same experts, plainly quantised, by bits.
+    `weight_errors`, by role, and `output_errors` have one entry for each of `experts`. `mixed_error` is that of the
+    layer's output, the experts' outputs summed by their routing weights; it is None where no router is known, or only
+    some experts were compared. `rounding_errors` are the mean output errors of the same experts, plainly quantised, by
+    bits.
     """
+
+    experts: tuple[int, ...]
 
     weight_errors: dict[str, tuple[float, ...]]
     output_errors: tuple[float, ...]
@@ -85,14 +88,21 @@ def draw_inputs(layer: ExpertLayer, count: int, seed: int, top_k: int, scoring: 
 class FidelityCheck:
     """Compares the rebuilt experts of one layer with the originals, in their weights and in their outputs.
 
-    The same experts, plainly quantised to each of `rounding_bits`, are compared, too. `compare` may be called from
-    several threads; its results are then added in the order of the experts.
+    `experts` are those that are compared, None for all. The same experts, plainly quantised to each of `rounding_bits`,
+    are compared, too. `compare` may be called from several threads; its results are then added in the order of the
+    experts.
     """
 
     def __init__(
-        self, layer: ExpertLayer, inputs: Inputs, activation: str, rounding_bits: Sequence[int] = ROUNDING_BITS
+        self,
+        layer: ExpertLayer,
+        inputs: Inputs,
+        activation: str,
+        rounding_bits: Sequence[int] = ROUNDING_BITS,
+        experts: Sequence[int] | None = None,
     ) -> None:
         self.layer = layer
+        self.experts = tuple(range(layer.count) if experts is None else experts)
         self._rounding_bits = rounding_bits
         self._inputs, self._activation = inputs, activation
         self._weight_errors: list[dict[str, float]] = []
@@ -126,7 +136,7 @@ class FidelityCheck:
 
     def add(self, errors: "ExpertErrors") -> None:
         """Take the errors of the next expert."""
-        routing_weights, expert = self._inputs.routing_weights, len(self._output_errors)
+        routing_weights, expert = self._inputs.routing_weights, self.experts[len(self._output_errors)]
         self._weight_errors.append(errors.weights)
         self._output_errors.append(relative_error(errors.output, errors.exact_output))
         self._rounding_errors.append(errors.rounding)
@@ -135,15 +145,21 @@ class FidelityCheck:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every expert has been compared."""
-        return len(self._output_errors) == self.layer.count
+        """Whether every expert that is to be compared has been."""
+        return len(self._output_errors) == len(self.experts)
+
+    def _mixed_error(self) -> float | None:
+        if self._inputs.routing_weights is None or len(self.experts) < self.layer.count:
+            return None
+        return relative_error(self._mixed[1], self._mixed[0])
 
     def result(self) -> LayerFidelity:
         """The errors of all experts that have been added."""
         return LayerFidelity(
+            self.experts,
             {role: tuple(errors[role] for errors in self._weight_errors) for role in self.layer.roles},
             tuple(self._output_errors),
-            None if self._inputs.routing_weights is None else relative_error(self._mixed[1], self._mixed[0]),
+            self._mixed_error(),
             {bits: float(np.mean([errors[bits] for errors in self._rounding_errors])) for bits in self._rounding_bits},
         )
 

@@ -146,7 +146,7 @@ def layer_verification(
         ranks=ranks,
         weight_error={role: spread(errors) for role, errors in fidelity.weight_errors.items()},
         output_error=spread(fidelity.output_errors),
-        worst_expert=int(np.argmax(fidelity.output_errors)),
+        worst_expert=fidelity.experts[int(np.argmax(fidelity.output_errors))],
         mixed_output_error=fidelity.mixed_error,
         rounding_error={str(bits): error for bits, error in fidelity.rounding_errors.items()},
         codes=dict(codes or {}),
@@ -155,7 +155,7 @@ def layer_verification(
 
 def longest_verification(number: int, codes: LayerCodes) -> LayerVerification:
     """A verification whose text is as long as that of a coded layer can be, before it is verified."""
-    return layer_verification(number, {}, LayerFidelity({}, (LONGEST_ERROR,), None, {}), projection_codes(codes))
+    return layer_verification(number, {}, LayerFidelity((0,), {}, (LONGEST_ERROR,), None, {}), projection_codes(codes))
 
 
 def layer_estimate(

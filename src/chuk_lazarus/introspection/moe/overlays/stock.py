@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from ..errors import InvalidRequest, printable
 from ..jobs.layout import count_other_bytes
+from ..jobs.model import evenly_spaced
 from ..numerics.rates import Rate
 from ..progress import Progress
 from ..reports import LayerEstimate, LayerVerification, MoEOverlayCompression, OverlayBytes, ProjectionCodes
@@ -30,6 +31,7 @@ from .fit import REST_BITS, SCALE_BITS
 from .layer import layer_verification, plain_layer_estimate
 from .width_budget import Trials, Widths, WidthTrial, count_bytes, try_widths, widths_reaching, widths_within
 
+VERIFIED_EXPERTS = 8  # of a layer
 VERSION = 1  # of the plans of such folders
 FIT_ROUNDS = 8  # of looking for what fits a folder, whose config's text depends on the widths
 
@@ -88,7 +90,11 @@ def quantise(
     model = describe(widths)
     stock.check(model.codes, model.shapes)
     checked = [all_layers[number] for number in job.verified_layers(tuple(all_layers))]
-    checks = {layer.number: job.fidelity_check(layer, INPUTS, 0, rounding_bits_beside(rule)) for layer in checked}
+    bits = rounding_bits_beside(rule)
+    checks = {
+        layer.number: job.fidelity_check(layer, INPUTS, 0, bits, evenly_spaced(layer.count, VERIFIED_EXPERTS))
+        for layer in checked
+    }
     verified: list[LayerVerification] = []
 
     def verify() -> str:
@@ -208,6 +214,9 @@ def _report(
     scales = sum(part.nbytes for part in parts if part.name.endswith((".scales", ".biases")))
     levels = sum(part.nbytes for part in parts if part.name.endswith(".weight"))
     notes = list(job.opened.experts.notes)
+    most = max(layer.count for layer in job.layers)
+    if most > VERIFIED_EXPERTS:
+        notes.append(f"output errors are of {VERIFIED_EXPERTS} of {most} experts of a layer")
     if after >= before:
         notes.append("the folder is no smaller than the model: its bits are too many")
     if job.opened.experts.mtp_layers:

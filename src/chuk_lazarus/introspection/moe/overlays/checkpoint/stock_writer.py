@@ -248,6 +248,7 @@ def _fill_experts(
 
     def write(expert: int) -> ExpertErrors | None:
         exact, rebuilt = source.matrices(expert), {}
+        is_checked = check is not None and expert in check.experts
         for role, bias in source.biases(expert).items():
             data = bias.astype(BF16).tobytes()
             shard.write(f"{model.paths[layer, role]}.bias", data, expert * len(data))
@@ -261,10 +262,10 @@ def _fill_experts(
             for name, part in parts.items():
                 data = part.tobytes()
                 shard.write(f"{path}.{name}", data, expert * len(data))
-            if check:
+            if is_checked:
                 shape = matrix.shape[0], matrix.shape[1]
                 rebuilt[role] = parts["weight"].astype(np.float32) if code is None else code.decode(parts, shape)
-        return check.compare(expert, exact, rebuilt) if check else None
+        return check.compare(expert, exact, rebuilt) if check and is_checked else None
 
     with resources.worker_threads(source, matrices=MATRICES_COMPARED if check else MATRICES_HELD) as pool:
         for errors in pool.map(write, range(source.count)):
