@@ -1,6 +1,7 @@
 """At equal bytes, what do widths by measured error lose, and what do mlx-lm's own uniform and mixed quantisations?
 
     python experiments/stock_widths/run.py [--zoo ZOO ...] [--models NAME ...]     # -> results.json
+    python experiments/stock_widths/run.py --table                                 # the tables of RESULTS.md
 
 mlx-lm quantises each model in its own ways; then `moe-overlay-compress --format mlx --fit` writes a folder whose
 tensors take no more bytes than mlx-lm's. Both are compared with the original on the text that it never saw.
@@ -9,8 +10,10 @@ tensors take no more bytes than mlx-lm's. Both are compared with the original on
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from math import exp, hypot, log
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +24,53 @@ from chuk_lazarus.introspection.moe import MoECompressionService
 from chuk_lazarus.introspection.moe.errors import InvalidRequest
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "coded_overlays"))
+from models import read_demo_text  # noqa: E402  found by the line above
+
 DEMO = HERE.parents[1] / "src" / "chuk_lazarus" / "demo"
 RESULTS = HERE / "results.json"
 UNIFORM = [(bits, group) for bits in (2, 3, 4, 5, 6) for group in (32, 64)]
 MIXED = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 TOKENS = 8_192
-REST_BITS = (8, 6, 5, 4)  # of which the first that fits is taken
+REST_BITS = (8, 6, 5, 4, 3, 2)  # of which the first that fits is taken
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--zoo", type=Path, action="append", default=[])
     parser.add_argument("--models", nargs="*", default=["demo:native", "demo:upcycled"])
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
+    if given.table:
+        print_tables(json.loads(RESULTS.read_text()))
+        return
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for model in given.models:
-        rows = [row for row in rows if row["model"] != model]
-        rows += list(compare(model, find_folder(model, given.zoo), given.text))
-        RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    with tempfile.NamedTemporaryFile(suffix=".txt") as text:
+        text.write(read_demo_text(held_out=True)[:200_000])
+        text.flush()
+        for model in given.models:
+            rows = [row for row in rows if row["model"] != model]
+            rows += list(compare(model, find_folder(model, given.zoo), Path(text.name)))
+            RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """How KL compares on each model, and the rows of a demo model."""
+    print("| model | rows | KL over mlx-lm's (geometric mean) | worst | better, same, worse |\n|---|---|---|---|---|")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        ratios = [row["ours_kl"] / row["theirs_kl"] for row in own]
+        errors = [hypot(row["ours_stderr"], row["theirs_stderr"]) for row in own]
+        differences = [(row["ours_kl"] - row["theirs_kl"]) / error for row, error in zip(own, errors, strict=True)]
+        better, worse = sum(each < -2 for each in differences), sum(each > 2 for each in differences)
+        mean = exp(sum(map(log, ratios)) / len(ratios))
+        verdicts = f"{better}, {len(own) - better - worse}, {worse}"
+        print(f"| {model} | {len(own)} | {mean:.2f} | {max(ratios):.2f} | {verdicts} |")
+    print("\n| mlx-lm | bytes | KL of mlx-lm's | KL of ours | the rest of ours |\n|---|---|---|---|---|")
+    for row in rows:
+        if row["model"] == "demo:native" and (row["peer"].endswith("64") or "mixed" in row["peer"]):
+            kls = f"{row['theirs_kl']:.4f} | {row['ours_kl']:.4f}"
+            print(f"| {row['peer']} | {row['bytes']:,} | {kls} | {row['rest_bits']} bits |")
 
 
 def find_folder(model: str, zoos: list[Path]) -> Path:
@@ -52,8 +83,7 @@ def compare(model: str, folder: Path, text: Path) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         for name, settings in list_settings():
             theirs, ours = Path(scratch, "theirs"), Path(scratch, "ours")
-            if not quantise(folder, theirs, **settings):
-                continue
+            quantise(folder, theirs, **settings)
             size = tensor_bytes(theirs)
             for rest_bits in REST_BITS:
                 try:
@@ -79,7 +109,7 @@ def list_settings() -> Iterator[tuple[str, dict[str, Any]]]:
         yield recipe, {"bits": 4, "group": 64, "recipe": recipe}
 
 
-def quantise(folder: Path, target: Path, bits: int, group: int, recipe: str | None = None) -> bool:
+def quantise(folder: Path, target: Path, bits: int, group: int, recipe: str | None = None) -> None:
     """As `mlx_lm.convert -q`, but for the tokenizer, which these models lack."""
     model, config = load_model(folder, lazy=True)
     predicate = mixed_quant_predicate_builder(recipe, model, group) if recipe else None
@@ -87,7 +117,6 @@ def quantise(folder: Path, target: Path, bits: int, group: int, recipe: str | No
     target.mkdir()
     save_model(target, model)
     save_config(config, target / "config.json")
-    return True
 
 
 def fit(folder: Path, target: Path, size: int, rest_bits: int) -> int:

@@ -104,12 +104,18 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes of all tensors, by the headers if all are read, or else by the index; None where neither tells."""
+        """Bytes of all tensors, by the headers if all are read, or else by the index; None where neither tells.
+
+        Of files on this machine without either, it is their sizes, headers included.
+        """
         if all(map(self.is_at_hand, self.names)):
             return sum(info.nbytes for name in self.names for info in self.slices(name))
         metadata = self._json(INDEX).get("metadata") if INDEX in self.repository.files else None
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        return total if type(total) is int and total > 0 else None
+        if type(total) is int and total > 0:
+            return total
+        is_here = self.repository.folder is not None and self.files <= self.repository.files
+        return sum(self._source(file).size for file in self.files) if is_here else None
 
     def is_at_hand(self, name: str) -> bool:
         """Whether the header that describes the tensor is read already."""

@@ -83,8 +83,8 @@ def render_layout(layout: MoELayout) -> "RenderableType":
 def list_fit(fit: FitPlan) -> list[Fact]:
     """Whether a model fits, and what that costs."""
     size = format_bytes(fit.size)
-    rest = "what is not known" if fit.rest_bytes is None else format_bytes(fit.rest_bytes)
-    rest += " as stored" if fit.rest_bits is None else f" in {fit.rest_bits} bits"
+    how = "as stored" if fit.rest_bits is None else f"in {fit.rest_bits} bits"
+    rest = "not counted" if fit.rest_bytes is None else f"{format_bytes(fit.rest_bytes)} {how}"
     if fit.bits_per_weight is None:
         return [("Fits", f"no: quantised for MLX, it takes {format_bytes(fit.least_bytes)} or more, all else {rest}")]
     if fit.bits_per_weight >= 16:
