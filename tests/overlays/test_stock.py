@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from chuk_lazarus.cli.app import app, run
@@ -19,7 +20,7 @@ from chuk_lazarus.introspection.moe.overlays.codes.affine import AffineCode
 from chuk_lazarus.introspection.moe.reports import MoEOverlayCompression
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.repositories.find import DEMO_FOLDER
-from hub_server import HubServer
+from hub_server import Fault, HubServer
 from mlx_lm_recipes import RECIPES
 from places import FIXTURES
 
@@ -201,6 +202,30 @@ def test_any_family_that_mlx_lm_loads(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
 
 
+def test_what_mlx_lm_drops_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(NATIVE, source)
+    file = next(source.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(tensors, file)
+    with pytest.raises(UnknownFormat, match=r"inv_freq to be absent, and it would be \[8\]"):
+        compress(str(source), tmp_path / "out", bits=4, format="mlx")
+    report = compress(str(FIXTURES / "minimax_m3_vl"), tmp_path / "kept", fit="1GB", rest_bits="keep", format="mlx")
+    assert not any("left out" in note for note in report.notes)
+
+
+def test_from_the_hub_with_cuts(tmp_path: Path, hub: HubServer, three_bits: Any) -> None:
+    hub.add("org/native", NATIVE)
+    hub.faults += [
+        Fault("*.safetensors", cut_after=20_000, times=3, skip=2),
+        Fault("*.safetensors", status=503, skip=5),
+    ]
+    compress("org/native", tmp_path / "hub", bits=3.2)
+    for path in three_bits[1].glob("*.safetensors"):
+        assert (tmp_path / "hub" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_from_the_hub_the_same_bytes(tmp_path: Path, hub: HubServer, three_bits: Any) -> None:
     hub.add("org/native", NATIVE)
     compress("org/native", tmp_path / "hub", bits=3.2)
@@ -265,8 +290,6 @@ def test_a_type_that_mlx_lm_lacks_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_leave_no_folder(tmp_path: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
     source = tmp_path / "source"
     shutil.copytree(NATIVE, source)
     file = next(source.glob("*.safetensors"))

@@ -112,7 +112,7 @@ def quantise(
     write_model(folder, contents, plan, checkpoint.repository.folder, force, progress)
     remove_rest(folder)
     job.end()
-    return _report(job, rule_text, folder, model, verified)
+    return _report(job, rule_text, folder, model, verified, stock.left_out)
 
 
 def estimate_widths(
@@ -205,7 +205,12 @@ def _fit(size: int, trials: Trials[Place], folder_bytes: Any) -> Widths[Place]:
 
 
 def _report(
-    job: OverlayJob, rule: str, folder: Path, model: StockModel, verified: Sequence[LayerVerification]
+    job: OverlayJob,
+    rule: str,
+    folder: Path,
+    model: StockModel,
+    verified: Sequence[LayerVerification],
+    left_out: Sequence[str],
 ) -> MoEOverlayCompression:
     checkpoint, written = job.opened.experts.checkpoint, Checkpoint(Folder(folder))
     before, after = (sum(each.info(name).nbytes for name in each.names) for each in (checkpoint, written))
@@ -221,6 +226,8 @@ def _report(
         notes.append("the folder is no smaller than the model: its bits are too many")
     if job.opened.experts.mtp_layers:
         notes.append("layers for multi-token prediction are left out: mlx-lm does not run them")
+    if left_out:
+        notes.append(f"mlx-lm's class has no {', '.join(left_out)}: left out")
     return MoEOverlayCompression(
         **job.opened.identity(),
         format="mlx",

@@ -42,7 +42,8 @@ class StockTensor:
 class StockNames:
     """mlx-lm's model of a config, without weights.
 
-    `paths` are the modules of the routed experts' projections, by layer and role. Raises UnknownFormat where mlx-lm has
+    `paths` are the modules of the routed experts' projections, by layer and role; `left_out` are parts of the checkpoint
+    that the model's class drops, such as "visual". Raises UnknownFormat where mlx-lm has
     no class for the model type, or another class of experts.
     """
 
@@ -57,6 +58,7 @@ class StockNames:
                 f"mlx-lm has no model for such a {self.model_type}: {reason or type(error).__name__}",
                 "update mlx-lm, or write an overlay: --format overlay",
             ) from None
+        self.left_out: tuple[str, ...] = ()
         self.paths = {(layer, role): path for layer, roles in layers.items() for role, path in self._find(layer, roles)}
 
     def _find(self, layer: int, roles: Sequence[str]) -> Iterable[tuple[str, str]]:
@@ -75,7 +77,7 @@ class StockNames:
     def rest(self, folder: Path) -> list[StockTensor]:
         """The tensors in the safetensors files of a folder, which are no experts', under mlx-lm's names.
 
-        Nothing is read until a tensor's `load` is called.
+        Nothing is read until a tensor's `load` is called. `left_out` then says which parts the model's class drops.
         """
         arrays: dict[str, mx.array] = {}
         for path in sorted(folder.glob("model*.safetensors")):
@@ -89,6 +91,10 @@ class StockNames:
                 "write an overlay: --format overlay",
             ) from None
         named = dict(named)
+        kept = {id(array) for array in named.values()}
+        parts = {name: _part_of(name) for name in arrays}
+        whole = {parts[name] for name, array in arrays.items() if id(array) in kept}
+        self.left_out = tuple(dict.fromkeys(part for part in parts.values() if part not in whole))
         shapes = {name: (DTYPES.get(array.dtype, ""), tuple(array.shape)) for name, array in named.items()}
 
         def load(name: str) -> NDArray[Any]:
@@ -148,3 +154,9 @@ class StockNames:
                     f"mlx-lm's {self.model_type} wants {name} to be {has}, and it would be {had}",
                     "write an overlay: --format overlay",
                 )
+
+
+def _part_of(name: str) -> str:
+    """The part of a model that a tensor belongs to by its name, such as "model.layers", "lm_head" or "visual"."""
+    pieces = name.split(".")
+    return ".".join(pieces[: 2 if pieces[0] in ("model", "language_model") and len(pieces) > 2 else 1])
