@@ -42,9 +42,9 @@ class StockTensor:
 class StockNames:
     """mlx-lm's model of a config, without weights.
 
-    `paths` are the modules of the routed experts' projections, by layer and role; `left_out` are parts of the checkpoint
-    that the model's class drops, such as "visual". Raises UnknownFormat where mlx-lm has
-    no class for the model type, or another class of experts.
+    `paths` are the modules of the routed experts' projections, by layer and role; `left_out` are parts of the
+    checkpoint that the model's class drops, such as "visual". Raises UnknownFormat where mlx-lm has no class for
+    the model type, or another class of experts.
     """
 
     def __init__(self, config: Mapping[str, Any], layers: Mapping[int, Sequence[str]]) -> None:
