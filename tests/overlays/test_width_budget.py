@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from chuk_lazarus.introspection.moe.errors import InvalidRequest
 from chuk_lazarus.introspection.moe.overlays.codes.affine import AffineCode
 from chuk_lazarus.introspection.moe.overlays.width_budget import (
+    FLOOR,
     WidthTrial,
     count_bytes,
     widths_reaching,
@@ -51,6 +52,18 @@ def test_equal_projections_get_equal_widths() -> None:
     trials = dict.fromkeys(range(8), one)
     widths = widths_within(trials, 8 * one.nbytes(one.ladder[2]))
     assert set(widths.values()) == {one.ladder[2]}
+
+
+def test_none_is_below_the_floor_where_the_bytes_allow_it() -> None:
+    """A steep projection would take all bytes from a flat one that loses a fifth of its energy."""
+    flat = WidthTrial((64, 256), 2, {str(code): 0.19 - 0.02 * code.bits for code in WIDTHS}, {})
+    steep = WidthTrial((64, 256), 2, {str(code): 0.12 * 4.0 ** (2 - code.bits) for code in WIDTHS}, {})
+    least = {0: AffineCode(2, 128), 1: AffineCode(2, 128)}
+    step = flat.nbytes(AffineCode(4, 128)) - flat.nbytes(least[0])
+    trials = {0: flat, 1: steep}
+    widths = widths_within(trials, count_bytes(trials, least) + step)
+    assert flat.error(widths[0]) <= FLOOR < flat.error(AffineCode(2, 64))
+    assert widths_within(trials, count_bytes(trials, least)) == least
 
 
 def test_too_few_bytes_are_refused_with_the_least() -> None:

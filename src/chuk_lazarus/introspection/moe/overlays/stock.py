@@ -32,6 +32,7 @@ from .layer import layer_verification, plain_layer_estimate
 from .width_budget import Trials, Widths, WidthTrial, count_bytes, try_widths, widths_reaching, widths_within
 
 VERIFIED_EXPERTS = 8  # of a layer
+TRELLIS_BITS = 4  # a weight, below which trellises err clearly less
 VERSION = 1  # of the plans of such folders
 FIT_ROUNDS = 8  # of looking for what fits a folder, whose config's text depends on the widths
 
@@ -224,6 +225,8 @@ def _report(
         notes.append(f"output errors are of {VERIFIED_EXPERTS} of {most} experts of a layer")
     if after >= before:
         notes.append("the folder is no smaller than the model: its bits are too many")
+    if 8 * (levels + scales) / weights < TRELLIS_BITS:
+        notes.append("--format overlay --trellis errs less in so few bits, and needs chuk-lazarus to run")
     if job.opened.experts.mtp_layers:
         notes.append("layers for multi-token prediction are left out: mlx-lm does not run them")
     if left_out:

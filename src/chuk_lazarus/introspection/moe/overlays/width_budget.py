@@ -24,6 +24,7 @@ from .codes.affine import AFFINE_BITS, AFFINE_GROUPS, AffineCode, parse_affine
 from .codes.code import Shape, code_bytes
 from .quantisation import round_to_bits
 
+FLOOR = 10**-0.9  # squared error, relative: a signal 9 dB above what is lost, as in MINT (baa.ai)
 SAMPLED = 4  # experts of which some rows are coded to measure an error
 ROWS = 64  # of each of them
 PLAIN_BITS = AFFINE_BITS  # of the plain quantisation that widths can be as good as
@@ -114,9 +115,12 @@ def _share(rows: NDArray[np.float32], energy: float) -> float:
 def widths_within(trials: Trials[Unit], budget: int) -> Widths[Unit]:
     """The widths that err least of those that take at most `budget` bytes; raises InvalidRequest where none do.
 
-    What the steps along the hulls leave is spent on the widths between them, the greatest falls of the error first.
+    No projection errs by more than the FLOOR where the budget allows it. What the steps along the hulls leave is spent
+    on the widths between them, the greatest falls of the error first.
     """
-    widths = _least(trials)
+    widths = _above_floor(trials)
+    if count_bytes(trials, widths) > budget:
+        widths = _least(trials)
     free = budget - count_bytes(trials, widths)
     if free < 0:
         weights = sum(trial.weights for trial in trials.values())
@@ -152,6 +156,14 @@ def widths_reaching(trials: Trials[Unit], reached: Callable[[Widths[Unit]], bool
             break
         widths[unit] = code
     return widths
+
+
+def _above_floor(trials: Trials[Unit]) -> Widths[Unit]:
+    """The first widths that err no more than the FLOOR; those that err least where none does."""
+    return {
+        unit: next((code for code in trial.ladder if trial.error(code) <= FLOOR), next(reversed(trial.ladder), None))
+        for unit, trial in trials.items()
+    }
 
 
 def _least(trials: Trials[Unit]) -> Widths[Unit]:
