@@ -159,11 +159,13 @@ def widths_reaching(trials: Trials[Unit], reached: Callable[[Widths[Unit]], bool
 
 
 def _above_floor(trials: Trials[Unit]) -> Widths[Unit]:
-    """The first widths that err no more than the FLOOR; those that err least where none does."""
-    return {
-        unit: next((code for code in trial.ladder if trial.error(code) <= FLOOR), next(reversed(trial.ladder), None))
-        for unit, trial in trials.items()
-    }
+    """The fewest bytes of each unit with which it errs no more than the FLOOR; what errs least where none does."""
+
+    def cheapest(trial: WidthTrial) -> AffineCode | None:
+        fine = [code for code in trial.codes if trial.error(code) <= FLOOR]
+        return min(fine, key=trial.nbytes) if fine else next(reversed(trial.ladder), None)
+
+    return {unit: cheapest(trial) for unit, trial in trials.items()}
 
 
 def _least(trials: Trials[Unit]) -> Widths[Unit]:
