@@ -61,6 +61,8 @@ def export(folder: Path, model: str) -> tuple[Tensors, dict[str, Any] | None]:
         ("rotation_config", {"algorithm": "spinquant", "r1": False, "r2": False, "r3": False, "r4": True}),
         ("spinquant_config", {"R1": True}),
         ("rotation_config", {"algorithm": "quarot"}),
+        ("algo_config", [{"name": "awq"}, {"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": False}]),
+        ("algo_config", [{"name": "rotation", "random": False, "scaling_layers": []}]),
     ],
 )
 @pytest.mark.parametrize("place", [(), ("quantization_config",)])
@@ -74,6 +76,36 @@ def test_rotated_weights_are_refused(
     part[key] = settings
     with pytest.raises(UnknownFormat, match=f"under {key} that weights are stored rotated"):
         MoETypeService.analyze(write(tmp_path / "model", tensors, config))
+
+
+QUAROT = {"rotation_map": {"global_rotation": "optional/quarot.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    "said", [{"optional": {"quarot": QUAROT}}, {"metadata": {"quarot": {"max_tp_size": 4}}}, {"is_rot_used": True}]
+)
+@pytest.mark.parametrize("stated", [{}, {"quantization_config": {"quant_method": "ascend"}}])
+def test_rotated_weights_are_refused_where_modelslim_s_file_tells_of_them(
+    tmp_path: Path, said: dict[str, Any], stated: dict[str, Any]
+) -> None:
+    tensors, config = demo()
+    model = write(tmp_path / "model", tensors, config | stated)
+    description = {"model_quant_type": "W8A8_DYNAMIC", f"{O_PROJ}.weight": "W8A8_DYNAMIC", "version": "1.0.0"} | said
+    (Path(model) / "quant_model_description.json").write_text(json.dumps(description))
+    with pytest.raises(UnknownFormat, match="under quarot that weights are stored rotated"):
+        MoETypeService.analyze(model)
+
+
+def test_what_described_quantised_weights_is_not_copied(tmp_path: Path) -> None:
+    tensors, config = demo()
+    model = Path(write(tmp_path / "model", tensors, config))
+    names = ["quant_model_description.json", "quant_model_description_w8a8.json", "quantization_config.json"]
+    for name in names:
+        (model / name).write_text(json.dumps({"model_quant_type": "W8A8", "metadata": {}, "version": "1.0.0"}))
+    _, exported = export(tmp_path, str(model))
+    assert exported is not None
+    assert exported.keys() <= config.keys()
+    assert not any((tmp_path / "export" / name).exists() for name in names)
 
 
 @pytest.mark.parametrize("settings", [{}, {"algorithm": "spinquant", "r1": False, "r4": False}])
@@ -118,6 +150,8 @@ def test_an_unknown_tensor_of_a_quantised_weight_is_refused(tmp_path: Path) -> N
         "model.layers.0.self_attn.kv_scale",
         "model.layers.0.self_attn.q_proj.q_scale",
         "model.layers.0.self_attn.k_proj.output_quantizer.scale",
+        "model.layers.0.self_attn.k_proj.kv_cache_scale",
+        "model.layers.0.self_attn.v_proj.kv_cache_offset",
     ],
 )
 def test_scales_of_activations_go_with_the_settings(tmp_path: Path, name: str, is_quantised: bool) -> None:

@@ -646,3 +646,40 @@ def test_quark_s_settings_of_a_layer_go_before_the_general_ones(own: dict[str, A
     found = config.quantization("model.layers.0.mlp.experts.3.up_proj")
     np.testing.assert_array_equal(decode(open_parts(encoded.parts, found), encoded.parts), encoded.values)
     assert config.quantization()["global_quant_config"] == general
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings by module
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.3.up_proj", "model.layers.0.mlp.experts", "*.experts.*"])
+@pytest.mark.parametrize("key", ["quantized_layers", "extra_config"])
+def test_settings_of_a_module_go_before_the_general_ones(name: str, key: str) -> None:
+    settings = {"quant_method": "x", "group_size": 128, "bits": 4, key: {name: {"group_size": -1}, "model.layers": 3}}
+    config = ModelConfig({"quantization_config": settings})
+    assert config.quantization("model.layers.0.mlp.experts.3.up_proj") == {**settings, "group_size": -1}
+    assert config.quantization("model.layers.0.self_attn.q_proj") == settings
+    assert config.quantization() == settings
+
+
+def test_modelopt_s_mixed_precision_tells_of_each_module() -> None:
+    """A flat scale of a square matrix is one for each row by its module's own algorithm."""
+    module = "model.layers.0.mlp.experts.3.up_proj"
+    layers = {module: {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "model.layers.0.self_attn.q_proj": {}}
+    said = {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
+    config = ModelConfig.read({"hf_quant_config.json"}, lambda file: said)
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((32, 32)).astype(ml_dtypes.float8_e4m3fn)
+    scale = rng.uniform(0.5, 2, 32).astype(np.float32)
+    parts: Parts = {"weight": ("F8_E4M3", weight), "weight_scale": ("F32", scale)}
+    found = decode(open_parts(parts, config.quantization(module)), parts)
+    np.testing.assert_array_equal(found, weight.astype(np.float32) * scale[:, None])
+
+
+def test_awq_of_auto_round_may_have_other_groups_in_some_modules() -> None:
+    encoded = make("awq_4", 16, 96)
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 128}
+    with pytest.raises(UnknownFormat, match="group_size 128"):
+        open_parts(encoded.parts, said)
+    stored = open_parts(encoded.parts, said | {"extra_config": {".*up_proj": {"group_size": 32}}})
+    np.testing.assert_array_equal(decode(stored, encoded.parts), encoded.values.T)

@@ -17,7 +17,8 @@ from .layouts import Parts
 BIAS = "bias"
 _QUANTISED = re.compile(rf"(?P<stem>.+?)[._](?P<part>{'|'.join(map(re.escape, sorted(PARTS)))})")
 _RUNTIME_SCALE = re.compile(
-    r".+[._](?:(?:input|output|activation|act|[qkv]|kv|prob|[kv]_cache)(?:_quantizer)?[._](?:global_)?(?:scale|zero_point)"
+    r".+[._](?:(?:input|output|activation|act|[qkv]|kv|prob|k?v?_?cache)(?:_quantizer)?[._](?:global_)?"
+    r"(?:scale|zero_point|offset)"
     r"|(?:input|output)_amax|qscale_act)"
 )
 
@@ -54,7 +55,10 @@ def outline(infos: Infos) -> dict[str, tuple[str, tuple[int, ...] | None]]:
 def module_of(parts: Parts) -> str:
     """The name of the module that a stored tensor belongs to, as the config's quantisation settings may have it."""
     part, name = next(iter(parts.items()))
-    return name.removesuffix(f".{part}")
+    if name.endswith(f".{part}"):
+        return name.removesuffix(f".{part}")
+    endings = (f"_{part}", f"_{part.removeprefix('weight_')}")  # of a bare parameter's parts
+    return next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), name)
 
 
 def open_stored(checkpoint: Checkpoint, parts: Parts, quantization: Mapping[str, Any]) -> tuple[Infos, Stored]:
