@@ -571,6 +571,36 @@ def test_autoround_has_the_scales_of_groups_as_one_vector(columns: int, tail: tu
         np.testing.assert_array_equal(window, (weight.astype(np.float32) * each)[start:stop])
 
 
+@pytest.mark.parametrize("size", [-1, 32, 64])
+@pytest.mark.parametrize("tail", [(), (1,)])
+def test_autoround_s_one_scale_of_a_row_is_that_of_a_row_in_square_matrices(size: int, tail: tuple[int, ...]) -> None:
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:fp8", "bits": 8, "group_size": size}
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((32, 32)).astype(ml_dtypes.float8_e4m3fn)
+    scales = rng.uniform(0.5, 2, (32, *tail)).astype(np.float32)
+    parts: Parts = {"weight": ("F8_E4M3", weight), "weight_scale": ("F32", scales)}
+    expected = weight.astype(np.float32) * scales.reshape(-1, 1)
+    np.testing.assert_array_equal(decode(*open_parts(parts, said)), expected)
+
+
+def test_fp8_of_modelslim_has_an_offset_for_each_row() -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((9, 12)).astype(ml_dtypes.float8_e4m3fn)
+    scales, offsets = (rng.uniform(0.5, 2, (9, 1)).astype(np.float32) for _ in range(2))
+    parts: Parts = {
+        "weight": ("F8_E4M3", weight),
+        "weight_scale": ("F32", scales),
+        "weight_offset": ("F32", offsets),
+    }
+    stored, arrays = open_parts(parts, {"quant_method": "modelslim"})
+    expected = (weight.astype(np.float32) - offsets) * scales
+    np.testing.assert_array_equal(decode(stored, arrays), expected)
+    np.testing.assert_array_equal(decode(stored, arrays, 3, 7), expected[3:7])
+    for wrong in (offsets[:8], offsets[:, 0]):
+        with pytest.raises(ModelUnreadable, match="not one for each row"):
+            open_parts(parts | {"weight_offset": ("F32", wrong)}, {})
+
+
 def test_autoround_has_blocks_by_its_group_size() -> None:
     said = {"quant_method": "auto-round", "packing_format": "auto_round:fp8", "group_size": [16, 32]}
     parts = {"weight": Part("F8_E4M3", (32, 64)), "weight_scale_inv": Part("BF16", (2, 2))}
@@ -597,13 +627,14 @@ def test_an_original_shape_must_be_the_decoded_one() -> None:
         ({"Qidxs": ("I64", (8, 4)), "SU": ("F16", (8,)), "SV": ("F16", (8,))}, "quip", "QuIP#"),
         ({"centroids": ("F16", (1, 8)), "indices": ("I32", (1, 8))}, "vptq", "VPTQ"),
         ({"weight": ("I8", (8, 4)), "weight_scales": ("F16", (8,))}, "eetq", "EETQ"),
+        ({"weight": ("I8", (4, 8)), "weight_scale": ("F32", (8, 1)), "scale_bias": ("F32", (8, 1))}, None, "ModelSlim"),
     ],
 )
 def test_known_formats_are_refused_by_name(
     parts: dict[str, tuple[str, tuple[int, ...]]], method: str | None, name: str
 ) -> None:
     described = {part: Part(dtype, shape) for part, (dtype, shape) in parts.items()}
-    with pytest.raises(UnknownFormat, match=f"stored as {name}, which we don't decode"):
+    with pytest.raises(UnknownFormat, match=rf"stored as {name}('s W4A8)?, which we don't decode"):
         recognise(described, {"quant_method": method} if method else {})
 
 
