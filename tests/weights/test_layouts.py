@@ -723,7 +723,7 @@ def test_an_expert_without_its_scales_is_refused() -> None:
         tensors[name] = np.zeros(array.shape, ml_dtypes.float8_e4m3fn)
         tensors[f"{name}_scale"] = np.ones((array.shape[0], 1), "<f4")
     del tensors["model.layers.0.mlp.experts.2.up_proj.weight_scale"]
-    with pytest.raises(ModelUnreadable, match=r"experts\.2\.up_proj.*fp8-unscaled"):
+    with pytest.raises(ModelUnreadable, match="layer 0: expert 2 lacks the weight_scale"):
         open_made(tensors, {"model_type": "olmoe"}).layer(0).sizes  # noqa: B018
 
 
@@ -920,7 +920,14 @@ def test_four_layers_of_olmoe_are_3072_mib(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", ["model.mtp.layers.0.transformer_block.", "mtp.layers.0.mtp_block.inner.", "model.layers.7.inner."]
+    "head",
+    [
+        "model.mtp.layers.0.transformer_block.",
+        "mtp.layers.0.mtp_block.inner.",
+        "model.layers.7.inner.",
+        "mtp_predictor.layers.0.inner.",
+        "model.nextn.layers.0.inner.",
+    ],
 )
 def test_experts_nested_in_a_prediction_head_are_a_note(head: str) -> None:
     row = TABLE["gate_up_down"]
@@ -950,6 +957,36 @@ def test_a_shared_expert_at_the_end_of_a_stack_is_no_routed_one_and_is_not_repla
     tensor = experts.layer(0).tensors[0]
     with pytest.raises(UnknownFormat, match="holds the shared expert, too"):
         _ = tensor.place
+
+
+@pytest.mark.parametrize("plain", [0, 2])
+def test_some_experts_may_be_left_unquantised(plain: int) -> None:
+    row = TABLE["gate_up_down"]
+    tensors = as_stored(row, random_experts(3, 6, 4))
+    expected = {role: values.copy() for role, values in random_experts(3, 6, 4).items()}
+    for role in expected:
+        for expert in range(3):
+            if expert != plain:
+                name = f"model.layers.0.mlp.experts.{expert}.{role}_proj.weight"
+                coded = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+                tensors |= {name: coded, f"{name}_scale": np.asarray(2, np.float32)}
+                expected[role][expert] = 2 * coded.astype(np.float32)
+    layer = open_made(tensors, {"model_type": "qwen3_moe", "num_experts": 3}).layer(0)
+    assert_same(read_all(layer), expected)
+    assert layer.storage == ("f32+fp8" if plain == 0 else "fp8+f32")
+
+
+@pytest.mark.parametrize(
+    ("row", "block"),
+    [("gate_up_down", "zaya_block.experts.{expert}"), ("stacked_gate_up_down", "zaya_block.experts.switch_mlp")],
+)
+def test_other_names_of_zaya(row: str, block: str) -> None:
+    """Cut apart by a quantiser, and stacked for MLX."""
+    tensors = as_stored(TABLE[row], matrices := random_experts(3, 6, 4))
+    old = re.compile(r"mlp\.experts\.(\d+)\." if "{expert}" in block else r"mlp\.switch_mlp\.")
+    new = block.replace("{expert}", r"\1") + "."
+    experts = open_made({old.sub(new, name): w for name, w in tensors.items()}, {"model_type": "zaya"})
+    assert_same(read_all(experts.layer(0)), matrices)
 
 
 def test_a_stack_with_one_expert_too_many_is_refused_for_other_models() -> None:

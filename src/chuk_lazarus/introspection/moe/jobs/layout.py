@@ -80,7 +80,7 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
 
 
 def _describe_layer(layer: ExpertLayer) -> LayerLayout:
-    formats = {role: tensor.stored.codec for tensor in layer.tensors for role in tensor.spec.roles}
+    formats = {role: "+".join(tensor.codecs) for tensor in layer.tensors for role in tensor.spec.roles}
     return LayerLayout(
         layer=layer.number,
         storage=layer.storage,

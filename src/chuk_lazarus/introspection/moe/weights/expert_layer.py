@@ -18,6 +18,7 @@ from ..progress import Progress
 from ..terms import ROLES
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import Stored
+from .codecs.fp8 import UNSCALED
 from .layouts import Layout, LayoutMatch, Parts, StoredTensor, split_name
 from .model_config import ModelConfig
 from .repositories.source import Range
@@ -202,7 +203,7 @@ class ExpertLayer:
     @property
     def storage(self) -> str:
         """The names of the matrices' storage formats, joined by +."""
-        return "+".join(dict.fromkeys(tensor.stored.codec for tensor in self.tensors))
+        return "+".join(dict.fromkeys(codec for tensor in self.tensors for codec in tensor.codecs))
 
     @property
     def parameters(self) -> int:
@@ -272,7 +273,8 @@ class ExpertLayer:
     def open_tensor(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
         """For each entry of `parts`, the slices of its stored tensor and how they are decoded.
 
-        Raises ModelUnreadable where the entries are not all stored as the first one is.
+        A quantiser may leave some experts as they were, or give them other bits. Raises ModelUnreadable where an
+        entry's matrix is not of the first one's shape or is in another dtype, or lacks a part that others have.
         """
         try:
             return self._open_parts(parts)
@@ -296,7 +298,12 @@ class ExpertLayer:
                 opened.append((slices, first))  # to recognise the entry would take reading some of its parts
                 continue
             stored = self._open_stored(entry)
-            if stored.shape != first.shape or stored.codec != first.codec:
+            are_alike = stored.shape == first.shape and stored.transposed == first.transposed
+            if stored.codec != first.codec and not {*stored.rows_per_row, *first.rows_per_row} - {"weight"}:
+                are_alike = False  # no quantiser leaves two formats without scales
+            elif stored.codec != first.codec and UNSCALED in (stored.codec, first.codec):
+                raise UnknownFormat("FP8 with and without scales")  # `open_tensor` names the gap
+            if not are_alike:
                 name = next(iter(slices[0].values())).name
                 this, that = (f"{kind.codec} {list(kind.plain_shape)}" for kind in (stored, first))
                 raise ModelUnreadable(f"{name} is {this}, and the first expert's is {that}: they must be stored alike")
@@ -341,23 +348,29 @@ class ExpertTensor:
         If the two were fused before they were quantised, a block may reach over both. If they were fused afterwards,
         the blocks of gate end with it. Where the number of blocks is the same, no shape tells which.
         """
-        slices, stored = self._opened[0]
-        is_halved = self.spec.axes.groups[0] == ("2", "I") and not stored.transposed
-        half, rest = divmod(stored.shape[-2], 2)
-        grids = [part for part in stored.rows_per_row if part != "weight" and len(slices[0][part].shape) > 1]
-        for part in grids if is_halved and not rest else ():
-            span = stored.rows_per_row[part]
-            if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
-                name = slices[0][part].name
-                raise UnknownFormat(
-                    f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them"
-                )
+        half, rest = divmod(self.stored.shape[-2], 2)
+        is_halved = self.spec.axes.groups[0] == ("2", "I") and not self.stored.transposed and not rest
+        kinds = {id(stored): (slices, stored) for slices, stored in self._opened}
+        for slices, stored in kinds.values() if is_halved else ():
+            grids = [part for part in stored.rows_per_row if part != "weight" and len(slices[0][part].shape) > 1]
+            for part in grids:
+                span = stored.rows_per_row[part]
+                if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
+                    name = slices[0][part].name
+                    raise UnknownFormat(
+                        f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them"
+                    )
         return self._opened
 
     @property
     def stored(self) -> Stored:
         """How the tensor, or each slice of it, is stored; the shape includes the experts' axis if they are stacked."""
         return self._opened[0][1]
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """The names of the formats of all experts, nearly always one."""
+        return tuple(dict.fromkeys(stored.codec for _, stored in self._opened))
 
     @property
     def plain_shape(self) -> tuple[int, ...]:
