@@ -134,8 +134,10 @@ The storage is what reports print. Every format is also tested with random bytes
 (`tests/encoders_float.py`, `tests/encoders_packed.py`), in every layout in which it can occur.
 
 How the weights are quantised is what `config.json` says, or, where it says nothing, `hf_quant_config.json` (ModelOpt),
-`quantize_config.json` (AutoGPTQ) or `quant_config.json` (AutoAWQ) beside it. MLX's `quantization` goes before the
-`quantization_config` of a model that was converted.
+`quantize_config.json` (AutoGPTQ), `quant_config.json` (AutoAWQ) or `quant_model_description.json` (ModelSlim) beside
+it. MLX's `quantization` goes before the `quantization_config` of a model that was converted. Settings of a module go
+before the general ones (MLX, ModelOpt's `quantized_layers`, AutoRound's `extra_config`, Quark). Experts of one layer
+may be in several formats, where each of them is stored as rows of outputs.
 
 | storage | oracle |
 |---|---|
