@@ -289,7 +289,8 @@ def test_an_unknown_layout_names_its_tensor(capsys: Capture, tmp_path: Path, exp
 def test_stacked_experts_whose_model_type_is_unknown_are_ambiguous(
     capsys: Capture, tmp_path: Path, config: Config | None
 ) -> None:
-    refused(capsys, UNKNOWN, write(tmp_path / "m", stacked(), config), "stacked", "gpt_oss", "config.json")
+    """Their weights are random numbers, and show no order either."""
+    refused(capsys, UNKNOWN, write(tmp_path / "m", stacked(), config), "halves", "turns", "config.json")
 
 
 def test_shapes_that_fit_no_layout(capsys: Capture, tmp_path: Path) -> None:
