@@ -17,7 +17,7 @@ from ..errors import ModelUnreadable, UnknownFormat
 from ..progress import Progress
 from ..terms import ROLES
 from .checkpoint import Checkpoint, TensorInfo
-from .codecs import Stored
+from .codecs import Stored, plain
 from .codecs.fp8 import UNSCALED
 from .layouts import Layout, LayoutMatch, Parts, StoredTensor, split_name
 from .model_config import ModelConfig
@@ -249,8 +249,33 @@ class ExpertLayer:
             return None
         return weight + np.float32(1.0) if self._one_plus_norm else weight
 
+    @cached_property
+    def factors(self) -> dict[str, NDArray[np.float32]]:
+        """The factor of each expert that its stored matrix lacks, float32 [experts] by role; {} where all are 1.
+
+        mlx-vlm's Inkling has the second scales of NVFP4 as one factor of what gate puts out, and one of what down puts
+        out, which makes up for up as well. Raises ModelUnreadable where one is missing or has another shape.
+        """
+        scales = {}
+        for kind in ("gate_scale", "out_scale"):
+            name = self._beside(kind).get("weight")
+            scale = self.small_tensor(name)
+            if name and (scale is None or scale.shape != (self.count,) or not np.isfinite(scale).all() or 0 in scale):
+                raise ModelUnreadable(f"{name} is not one factor for each of {self.count} experts")
+            if scale is not None:
+                scales[kind] = scale
+        if len(scales) == 1:
+            raise ModelUnreadable(
+                f"layer {self.number} has a {next(iter(scales))} and no other factor of its experts",
+                "the checkpoint is incomplete: download it again",
+            )
+        if all((scale == 1).all() for scale in scales.values()):
+            return {}
+        gate, out = scales["gate_scale"], scales["out_scale"]
+        return {"gate": gate, "up": gate, "down": out / gate}
+
     def _beside(self, what: str) -> Parts:
-        """The parts of the layer's router, norm or correction."""
+        """The parts of a small tensor beside the layer's experts, such as the router."""
         return self._match.beside.get(self.number, {}).get(what, {})
 
     def small_tensor(self, name: str | None) -> NDArray[np.float32] | None:
@@ -258,9 +283,9 @@ class ExpertLayer:
         if name is None:
             return None
         info = self._checkpoint.info(name)
-        if info.dtype not in ("BF16", "F16", "F32", "F64") or not info.shape or not info.nbytes:
+        if info.dtype not in plain.NAMES or not info.shape or not info.nbytes:
             return None
-        return self._checkpoint.rows(info, 0, info.shape[0]).astype(np.float32)
+        return plain.decode({"weight": self._checkpoint.rows(info, 0, info.shape[0])}, 0, info.shape[0])
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor of the layer's checkpoint is, and of what dtype and shape."""
@@ -393,6 +418,10 @@ class ExpertTensor:
             raise UnknownFormat(
                 f"{next(iter(self.parts[0].values()))} holds the shared expert, too, and can't be replaced"
             )
+        if self.layer.factors:
+            raise UnknownFormat(
+                f"{next(iter(self.parts[0].values()))} has factors of each expert beside it, and can't be replaced"
+            )
         layer, name = split_name(next(iter(self.parts[0].values())))
         template = max((template for template in self.spec.names if name.startswith(template)), key=len)
         return layer, f"{template}.weight" if name.startswith(f"{template}.") else template
@@ -468,7 +497,10 @@ class ExpertTensor:
         values = np.empty((len(experts), stop - start, self.columns), np.float32)
         for place, expert in enumerate(experts):
             values[place] = self._read_expert(expert, start, stop)
-        return list(self._cut(values, start))
+        pieces = list(self._cut(values, start))
+        for piece in pieces if self.layer.factors else ():
+            piece.values[:] *= self.layer.factors[piece.role][list(experts), None, None]
+        return pieces
 
     def _read_expert(self, expert: int, start: int, stop: int) -> NDArray[np.float32]:
         """Stored rows [start, stop) of one expert, float32 [rows, columns]."""

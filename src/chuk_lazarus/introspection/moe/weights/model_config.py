@@ -25,6 +25,7 @@ TOP_K_KEYS = (
     "experts_per_token",
     "router_topk",
     "num_selects",
+    "num_activated_experts",
 )
 EXPERT_COUNT_KEYS = (
     "n_routed_experts",
@@ -32,6 +33,7 @@ EXPERT_COUNT_KEYS = (
     "num_experts",
     "moe_num_experts",
     "moe_num_primary_experts",
+    "num_routed_experts",
 )
 HEAD_COUNT_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 QUANTIZATION_KEYS = ("quantization_config", "quantization")
@@ -106,8 +108,9 @@ class ModelConfig:
 
     @property
     def model_type(self) -> str | None:
-        """The part's model_type or else the model's, safe to print."""
-        name = self.values.get("model_type") or (self.whole or {}).get("model_type")
+        """The part's model_type or else the model's, in diffusers the name of its class; safe to print."""
+        whole = self.whole or {}
+        name = self.values.get("model_type") or whole.get("model_type") or self.values.get("_class_name")
         return printable(name) if isinstance(name, str) else None
 
     @property
