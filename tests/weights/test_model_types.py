@@ -72,8 +72,8 @@ def test_aliases_are_of_listed_types() -> None:
 
 @pytest.mark.parametrize("name", [name for name, why in model_types.REASONS.items() if model_types.BY_NAMES in why])
 def test_what_is_read_by_its_names_is_read_with_a_note(name: str) -> None:
-    row = TABLE["stacked_gate_up_down" if name.startswith("step3") else "gate_up_down"]
-    block = row.tensors[0].names.index("moe.gate_proj") if name.startswith("step3") else 0
+    row = TABLE["stacked_gate_up_down" if name.startswith("step") else "gate_up_down"]
+    block = row.tensors[0].names.index("moe.gate_proj") if name.startswith("step") else 0
     matrices = random_experts(3, 6, 4)
     experts = open_made(as_stored(row, matrices, block=block), {"model_type": name})
     assert experts.family == row.name
