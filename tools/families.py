@@ -41,6 +41,8 @@ LIBRARIES = {
     "packed_quark": "Quark 0.13",
     "float_ct": "compressed-tensors 0.20.0",
     "float_hf": "transformers 5.23.0",
+    "float_modelopt_awq": "ModelOpt 0.47.0",
+    "packed_modelopt": "ModelOpt 0.47.0",
     "float_modelopt": "compressed-tensors 0.20.0, from ModelOpt's parts",
     "packed_ct": "compressed-tensors 0.20.0 (0.12.2 for `weight_g_idx`)",
     "packed_bnb": "bitsandbytes 0.50.2",
@@ -139,6 +141,9 @@ How the weights are quantised is what `config.json` says, or, where it says noth
 it. MLX's `quantization` goes before the `quantization_config` of a model that was converted. Settings of a module go
 before the general ones (MLX, ModelOpt's `quantized_layers`, AutoRound's `extra_config`, Quark). Experts of one layer
 may be in several formats, where each of them is stored as rows of outputs.
+
+ModelOpt's AWQ and SmoothQuant divide a weight, in whatever format it is stored, by factors of its inputs, and keep
+these beside it as `pre_quant_scale`. What is read and exported is the weight itself, multiplied by them again.
 
 | storage | oracle |
 |---|---|

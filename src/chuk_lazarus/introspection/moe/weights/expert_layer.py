@@ -17,12 +17,12 @@ from ..errors import ModelUnreadable, UnknownFormat
 from ..progress import Progress
 from ..terms import ROLES
 from .checkpoint import Checkpoint, TensorInfo
-from .codecs import Stored, plain
+from .codecs import PRE_QUANT_SCALE, OtherInputs, Stored, plain
 from .codecs.fp8 import UNSCALED
 from .layouts import Layout, LayoutMatch, Parts, StoredTensor, split_name
 from .model_config import ModelConfig
 from .repositories.source import Range
-from .stored import BIAS, Infos, find_rows, find_slices, module_of, open_stored, outline, read_rows
+from .stored import BIAS, Infos, find_rows, find_slices, module_of, open_stored, outline, read_rows, weight_of
 
 MATRIX_WINDOW = 4_000_000  # the number of weights of one expert that are decoded at a time
 MAX_EXPERTS = 4096  # twice the largest published layer; the cost of an analysis grows with the square of this number
@@ -295,48 +295,54 @@ class ExpertLayer:
         """As `Checkpoint.chunks`, from the layer's checkpoint."""
         return self._checkpoint.chunks(info.name, size)
 
-    def open_tensor(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
+    def open_tensor(self, parts: Sequence[Parts], inputs_first: bool) -> list[tuple[list[Infos], Stored]]:
         """For each entry of `parts`, the slices of its stored tensor and how they are decoded.
 
-        A quantiser may leave some experts as they were, or give them other bits. Raises ModelUnreadable where an
-        entry's matrix is not of the first one's shape or is in another dtype, or lacks a part that others have.
+        A quantiser may leave some experts as they were, or give them other bits. `inputs_first` is as in `open_stored`.
+        Raises ModelUnreadable where an entry's matrix is not of the first one's shape or is in another dtype, or lacks
+        a part that others have.
         """
         try:
-            return self._open_parts(parts)
+            return self._open_parts(parts, inputs_first)
         except UnknownFormat:
             # a part that others have and one lacks is no unknown format, but a gap
             for expert, entry in enumerate(parts):
                 if wider := next((other for other in parts if other.keys() > entry.keys()), None):
-                    part, name = min(wider.keys() - entry.keys()), next(iter(entry.values()))
+                    part, name = min(wider.keys() - entry.keys()), weight_of(entry)
                     raise ModelUnreadable(
                         f"layer {self.number}: expert {expert} lacks the {part} that belongs to {name}",
                         "the checkpoint is incomplete: download it again",
                     ) from None
             raise
 
-    def _open_parts(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
-        slices, first = find_slices(self._checkpoint, parts[0]), self._open_stored(parts[0])
+    def _open_parts(self, parts: Sequence[Parts], inputs_first: bool) -> list[tuple[list[Infos], Stored]]:
+        slices, first = find_slices(self._checkpoint, parts[0]), self._open_stored(parts[0], inputs_first)
         opened, first_outline = [(slices, first)], outline(slices[0])
         for entry in parts[1:]:
             slices = find_slices(self._checkpoint, entry)
             if all(outline(infos) == first_outline for infos in slices):
                 opened.append((slices, first))  # to recognise the entry would take reading some of its parts
                 continue
-            stored = self._open_stored(entry)
+            stored = self._open_stored(entry, inputs_first)
             are_alike = stored.shape == first.shape and stored.transposed == first.transposed
             if stored.codec != first.codec and not {*stored.rows_per_row, *first.rows_per_row} - {"weight"}:
                 are_alike = False  # no quantiser leaves two formats without scales
             elif stored.codec != first.codec and UNSCALED in (stored.codec, first.codec):
                 raise UnknownFormat("FP8 with and without scales")  # `open_tensor` names the gap
+            elif stored.codec == first.codec and PRE_QUANT_SCALE in {*stored.rows_per_row} ^ {*first.rows_per_row}:
+                raise UnknownFormat("inputs that are scaled for some experts only")  # the same
             if not are_alike:
-                name = next(iter(slices[0].values())).name
+                name = weight_of(entry)
                 this, that = (f"{kind.codec} {list(kind.plain_shape)}" for kind in (stored, first))
                 raise ModelUnreadable(f"{name} is {this}, and the first expert's is {that}: they must be stored alike")
             opened.append((slices, stored))
         return opened
 
-    def _open_stored(self, parts: Parts) -> Stored:
-        return open_stored(self._checkpoint, parts, self._config.quantization(module_of(parts)))[1]
+    def _open_stored(self, parts: Parts, inputs_first: bool) -> Stored:
+        try:
+            return open_stored(self._checkpoint, parts, self._config.quantization(module_of(parts)), inputs_first)[1]
+        except OtherInputs as error:
+            raise DoesNotFit(error.message, error.hint) from None
 
     def read_rows(
         self, infos: Infos, stored: Stored, rows: int, start: int, stop: int, index: int
@@ -358,12 +364,14 @@ class ExpertTensor:
 
     @cached_property
     def _opened(self) -> list[tuple[list[Infos], Stored]]:
-        opened = self.layer.open_tensor(self.parts)
+        inputs_first = _output_axis(self.spec.roles[0]) not in self.spec.axes.groups[0]
+        opened, name = self.layer.open_tensor(self.parts, inputs_first), weight_of(self.parts[0])
         if len({len(slices) for slices, _ in opened}) > 1 or (len(opened[0][0]) > 1 and len(self.spec.roles) > 1):
-            name = next(iter(self.parts[0].values()))
             raise UnknownFormat(f"{name} is cut into {len(opened[0][0])} slices in a way that we don't know")
         if self.spec.axes.flattened and opened[0][1].transposed:
-            raise UnknownFormat(f"{next(iter(self.parts[0].values()))}: {opened[0][1].codec} of several experts in one")
+            raise UnknownFormat(f"{name}: {opened[0][1].codec} of several experts in one")
+        if self.spec.axes.flattened and inputs_first and PRE_QUANT_SCALE in opened[0][1].rows_per_row:
+            raise UnknownFormat(f"{name}: the {PRE_QUANT_SCALE} of several experts in one")
         return opened
 
     @cached_property
@@ -415,14 +423,12 @@ class ExpertTensor:
         The latter has {expert} in place of an expert's number.
         """
         if self.layer.has_shared_last:
-            raise UnknownFormat(
-                f"{next(iter(self.parts[0].values()))} holds the shared expert, too, and can't be replaced"
-            )
+            raise UnknownFormat(f"{weight_of(self.parts[0])} holds the shared expert, too, and can't be replaced")
         if self.layer.factors:
             raise UnknownFormat(
-                f"{next(iter(self.parts[0].values()))} has factors of each expert beside it, and can't be replaced"
+                f"{weight_of(self.parts[0])} has factors of each expert beside it, and can't be replaced"
             )
-        layer, name = split_name(next(iter(self.parts[0].values())))
+        layer, name = split_name(weight_of(self.parts[0]))
         template = max((template for template in self.spec.names if name.startswith(template)), key=len)
         return layer, f"{template}.weight" if name.startswith(f"{template}.") else template
 
