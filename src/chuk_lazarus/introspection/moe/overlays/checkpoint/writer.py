@@ -51,6 +51,7 @@ from .folder import (
     copy_tensor,
     encode_json,
     group_into_shards,
+    name_unfinished,
     write_model,
 )
 from .format import (
@@ -334,8 +335,7 @@ def planned_codes(experts: Experts, folder: Path, rule: str) -> dict[int, LayerC
 def _planned(experts: Experts, folder: Path, rule: str, version: int) -> dict[str, Any] | None:
     """What the plan of a stopped call says of each layer, None where there is no plan of this work."""
     try:
-        real_folder = Path(os.path.realpath(folder))
-        plan = json.loads((real_folder.with_name(f"{real_folder.name}.partial") / PLAN).read_bytes())
+        plan = json.loads((name_unfinished(Path(os.path.realpath(folder))) / PLAN).read_bytes())
         is_ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
         if is_ours and plan.items() >= {"version": version, **fingerprint(experts.checkpoint)}.items():
             ranks: dict[str, Any] = plan["ranks"]
