@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from chuk_lazarus.introspection.moe import ModelUnreadable, MoECompressionService, MoETypeService, UnknownFormat
+from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.repositories.find import DEMO_FOLDER
 
 Tensors = dict[str, NDArray[Any]]
@@ -205,6 +206,19 @@ def test_an_expert_without_the_factors_that_others_have_is_named(tmp_path: Path)
     model = write(tmp_path / "model", tensors, config)
     with pytest.raises(ModelUnreadable, match=r"expert 3 lacks the pre_quant_scale that belongs to .*3\.w2\.weight"):
         MoETypeService.analyze(model)
+
+
+def test_an_expert_that_was_left_unquantised_has_no_factors(tmp_path: Path) -> None:
+    plain, config = demo()
+    tensors, module = plain, "model.layers.0.block_sparse_moe.experts.{}.w2"
+    for expert in (0, 1, 2, 4, 5, 6, 7):
+        tensors = quantise(divide_inputs(tensors, module.format(expert)), module.format(expert))
+    model = write(tmp_path / "model", tensors, {**config, "quantization_config": FP8})
+    layer = Experts.open(model).layer(0)
+    for expert in range(8):
+        wanted = plain[f"{module.format(expert)}.weight"].astype(np.float32)
+        found = layer.matrices(expert)["down"]
+        np.testing.assert_allclose(found, wanted, rtol=0 if expert == 3 else 0.1, atol=0 if expert == 3 else 2e-3)
 
 
 def test_a_refusal_names_the_weight_and_not_a_part_of_it(tmp_path: Path) -> None:
