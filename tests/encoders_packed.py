@@ -137,6 +137,21 @@ def plain_int8(matrix: Matrix, rng: np.random.Generator, *, how: str, symmetric:
     return Encoded(parts, values, said)
 
 
+def modelopt_int4(matrix: Matrix, rng: np.random.Generator, *, second: bool = False) -> Encoded:
+    """ModelOpt's AWQ: groups of 16 inputs, two outputs a byte; with a second scale for inputs in FP8."""
+    group_of = np.arange(matrix.shape[1]) // 16
+    codes, zeros, scales = quantise(matrix, 4, group_of, BFLOAT16, symmetric=True)
+    signed = (codes - 8) & 15
+    parts: dict[str, tuple[str, NDArray[Any]]] = {
+        "weight": ("U8", (signed[0::2] | signed[1::2] << 4).astype(np.uint8)),
+        "weight_scale": ("BF16", scales),
+    }
+    if second:
+        parts["weight_scale_2"] = ("F32", np.array(rng.random(), np.float32))
+    said = {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ" if second else "W4A16_AWQ"}
+    return Encoded(parts, means(codes, zeros, scales.astype(np.float32), group_of), said)
+
+
 def modelslim_int8(matrix: Matrix, rng: np.random.Generator, *, group: int | None = None) -> Encoded:
     """ModelSlim: a scale and an offset for each output, or each group of its inputs."""
     group_of = np.arange(matrix.shape[1]) // (group or matrix.shape[1])
@@ -394,6 +409,8 @@ ENCODERS: dict[str, tuple[Encoder, tuple[int, int]]] = {
     "gptq_4_v2": (partial(gptq, bits=4, version=2), (8, 1)),
     "gptq_4_act_order": (partial(gptq, bits=4, order="any"), (8, 1)),
     "gptq_4_no_g_idx": (partial(gptq, bits=4, order="none"), (8, 8)),
+    "modelopt_int4": (modelopt_int4, (2, 16)),
+    "modelopt_w4a8": (partial(modelopt_int4, second=True), (2, 16)),
     "gptq_2": (partial(gptq, bits=2), (16, 1)),
     "gptq_3": (partial(gptq, bits=3), (32, 32)),
     "gptq_3_v2": (partial(gptq, bits=3, version=2), (32, 32)),

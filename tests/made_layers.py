@@ -23,11 +23,12 @@ def copies(rng: np.random.Generator) -> Matrices:
     return {role: m + 0.35 * rng.standard_normal((EXPERTS, *m.shape[1:]), np.float32) for role, m in base.items()}
 
 
-def write(folder: Path, found: Matrices) -> str:
+def write(folder: Path, found: Matrices, layers: int = 1) -> str:
     tensors = {
-        f"model.layers.0.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight": np.ascontiguousarray(
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{SHORT[role]}.weight": np.ascontiguousarray(
             neurons.T if role == "down" else neurons
         )
+        for layer in range(layers)
         for role, matrix in found.items()
         for expert, neurons in enumerate(matrix)
     }

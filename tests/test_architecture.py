@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "overlays": BELOW | {"jobs"},
     "views": GROUND | {"numerics", "reports", "provenance.classifier"},
     **dict.fromkeys(DOORS, BELOW | {"jobs", "provenance", "overlays", "views"}),
-    "cli": {"", "plots", "views", "files"},
+    "cli": {"", "plots", "views", "files", "errors"},
     "": DOORS | BELOW | {"jobs", "overlays"},  # the public names
 }
 

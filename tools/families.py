@@ -41,6 +41,8 @@ LIBRARIES = {
     "packed_quark": "Quark 0.13",
     "float_ct": "compressed-tensors 0.20.0",
     "float_hf": "transformers 5.23.0",
+    "float_modelopt_awq": "ModelOpt 0.47.0",
+    "packed_modelopt": "ModelOpt 0.47.0",
     "float_modelopt": "compressed-tensors 0.20.0, from ModelOpt's parts",
     "packed_ct": "compressed-tensors 0.20.0 (0.12.2 for `weight_g_idx`)",
     "packed_bnb": "bitsandbytes 0.50.2",
@@ -57,8 +59,9 @@ GGML_TYPES = [
 
 # types with a fused tensor that neither transformers nor mlx-lm has under this very name
 FROM_PUBLISHED_CODE = [
-    "baichuan", "chatglm", "hunyuan_image_3_moe", "llada2_moe", "nomic_bert", "phi-msft", "qwen3_5", "qwen3_5_moe",
-    "qwen3_5_text", "qwen4_exp", "qwen35", "qwen35moe", "qwen3next",
+    "baichuan", "chatglm", "ernie4_5_moe", "ernie4_5_moe_vl", "hunyuan_image_3_moe", "llada2_moe", "nomic_bert",
+    "phi-msft", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_8_flash_next", "qwen3_8_flash_next_text", "qwen4_exp",
+    "qwen35", "qwen35moe", "qwen3next",
 ]  # fmt: skip
 
 INTRODUCTION = """# Families and storage formats
@@ -67,9 +70,9 @@ What is read, and what says that it is read right. This page is made by `python 
 table and the test checkpoints, and a test holds it against them: nothing is listed that no test reads.
 
 The **oracle** is what the experts' matrices are compared with: a tiny model of that class, built and saved by
-`transformers` or `mlx-lm`, whose own forward pass, expert by expert, agrees with them; or, where no library builds the
-family, tensors with the names and shapes that are published for it (`published shapes`, which proves the reading of
-these names, and not that every published file has them).
+`transformers`, `mlx-lm` or another library, whose own forward pass, expert by expert, agrees with them; or, where no
+library builds the family, tensors with the names and shapes that are published for it (`published shapes`, which proves
+the reading of these names, and not that every published file has them).
 
 A model type that is not listed works, too, if its tensors' names and shapes fit one row of the table, and the report
 says so. Whether gates and ups in one tensor lie in halves or in turns, no shape can tell: then the weights decide, by
@@ -77,9 +80,9 @@ the norms of up rows and down columns, which training leaves alike; where they d
 
 ## Families
 
-`model_type` is what `config.json` says, in parentheses that of its text part. GGUF files are read by the names that
-llama.cpp gives the tensors, whatever the architecture (rows `gguf` and so on below; oracle: files written by the `gguf`
-package).
+`model_type` is what `config.json` says (of diffusers `_class_name`), in parentheses that of its text part. GGUF files
+are read by the names that llama.cpp gives the tensors, whatever the architecture (rows `gguf` and so on below; oracle:
+files written by the `gguf` package).
 
 | model_type | layout | oracle | storage |
 |---|---|---|---|
@@ -118,8 +121,8 @@ rows is that of transformers: where Meta's names or llama.cpp have the rows of e
 (GGUF of {pairs}), they are brought back.
 
 Not read, with a note: linear attention and state space layers, the compressed attention of DeepSeek-V4, the double
-attention of LongCat-Flash, JetMoE's mixture of attention, tensors that MLX fuses for Kimi-K3 and Muse Spark, and in
-MLX's form of latent attention kv_b.
+attention of LongCat-Flash, JetMoE's mixture of attention, tensors that MLX fuses for Inkling, Kimi-K3 and Muse Spark,
+and in MLX's form of latent attention kv_b.
 
 Token embeddings, {embeddings}, are read below the root of the stack of layers or above it, in every storage format.
 
@@ -134,8 +137,13 @@ The storage is what reports print. Every format is also tested with random bytes
 (`tests/encoders_float.py`, `tests/encoders_packed.py`), in every layout in which it can occur.
 
 How the weights are quantised is what `config.json` says, or, where it says nothing, `hf_quant_config.json` (ModelOpt),
-`quantize_config.json` (AutoGPTQ) or `quant_config.json` (AutoAWQ) beside it. MLX's `quantization` goes before the
-`quantization_config` of a model that was converted.
+`quantize_config.json` (AutoGPTQ), `quant_config.json` (AutoAWQ) or `quant_model_description.json` (ModelSlim) beside
+it. MLX's `quantization` goes before the `quantization_config` of a model that was converted. Settings of a module go
+before the general ones (MLX, ModelOpt's `quantized_layers`, AutoRound's `extra_config`, Quark). Experts of one layer
+may be in several formats, where each of them is stored as rows of outputs.
+
+ModelOpt's AWQ and SmoothQuant divide a weight, in whatever format it is stored, by factors of its inputs, and keep
+these beside it as `pre_quant_scale`. What is read and exported is the weight itself, multiplied by them again.
 
 | storage | oracle |
 |---|---|
@@ -165,7 +173,8 @@ def families() -> list[str]:
     """One line per model type."""
     found: dict[str, dict[str, dict[str, None]]] = {}
     for folder, experts in fixtures("routed"):
-        whole = experts.checkpoint.config.get("model_type")
+        config = experts.checkpoint.config
+        whole = config.get("model_type", config.get("_class_name"))
         label = f"`{name}`" if (name := whole or experts.model_type) else "(not given)"
         if whole and experts.model_type != whole:
             label += f" (`{experts.model_type}`)"

@@ -2,10 +2,10 @@
 
     python tools/model_types.py SOURCE ...
 
-SOURCE is a folder that holds the source of transformers, mlx-lm, mlx-vlm, vLLM, SGLang or gguf, such as an unpacked
-wheel (`pip download --no-deps NAME`, then unzip). Nothing of it is run or imported. A type counts as a Mixture of
-Experts where the code of its model names a class or a module of experts. The exit code is 1 where a type is listed
-that has neither a row nor a reason below.
+SOURCE is a folder that holds the source of transformers, diffusers, mlx-lm, mlx-vlm, vLLM, vLLM-Omni, SGLang, OLMo-core
+or gguf, such as an unpacked wheel (`pip download --no-deps NAME`, then unzip). Nothing of it is run or imported. A type
+counts as a Mixture of Experts where the code of its model names a class or a module of experts. The exit code is 1
+where a type is listed that has neither a row nor a reason below.
 """
 
 import re
@@ -18,17 +18,24 @@ from chuk_lazarus.introspection.moe.weights.layouts import load_table
 # How each library's code shows that a model has experts.
 EXPERTS = {
     "transformers": r"class \w*(?:Experts|SparseMoeBlock|SparseMLP|MoE|Moe|MoeLayer|MOE)\b",
+    "olmo_core": r"class \w*Experts\b",
+    "diffusers": r"\bself\.experts\b",
     "mlx_lm": r"\bSwitch(?:GLU|MLP|Linear)\b",
     "mlx_vlm": r"\bSwitch(?:GLU|MLP|Linear)\b",
     "vllm": r"\bfused_moe\b",
+    "vllm_omni": r"\b(?:FusedMoE|MultiHeadMoE|self\.experts)\b",
     "sglang": r"\b(?:FusedMoE|get_moe_impl_class|EPMoE|DeepEPMoE)\b",
 }
 PLACES = {
-    "transformers": "transformers/models",
-    "mlx_lm": "mlx_lm/models",
-    "mlx_vlm": "mlx_vlm/models",
-    "vllm": "vllm/model_executor/models",
-    "sglang": "sglang/srt/models",
+    "transformers/models": "transformers",
+    "olmo_core/nn/moe/v2": "olmo_core",
+    "diffusers/models/transformers": "diffusers",
+    "mlx_lm/models": "mlx_lm",
+    "mlx_vlm/models": "mlx_vlm",
+    "vllm/model_executor/models": "vllm",
+    "vllm/models": "vllm",
+    "vllm_omni/diffusion/models": "vllm_omni",
+    "sglang/srt/models": "sglang",
 }
 
 # What a library calls a model whose config.json has another model_type, of which a row knows.
@@ -45,12 +52,16 @@ ALIASES = {
     "ernie": "ernie4_5_moe",
     "gemma4_causal": "gemma4_text",
     "gemma4_mm": "gemma4",
+    "glm5next": "glm5_next",
     "grok": "grok-1",
+    "hidream_image": "HiDreamImageTransformer2DModel",
+    "hunyuan_image3": "hunyuan_image_3_moe",
     "hunyuan_v3": "hy_v3",
     "hunyuan_v4": "hy_v4",
     "inkling": "inkling_mm_model",
     "klear": "Klear",
     "lfm2": "lfm2_moe",
+    "lingbot_video": "LingBotVideoTransformer3DModel",
     "llada2": "llada2_moe",
     "mimo_v2": "mimo_v2_flash",
     "minimax_m3": "minimax_m3_vl",
@@ -67,11 +78,13 @@ BY_NAMES = "read by its tensors' names, with a note"
 # Types without a row, and why.
 REASONS = {
     "alice_ai": BY_NAMES,
+    "bagel": "its two experts are one for text and one for images, and no mixture",
     "doge": "its experts are one vector each, rows of an embedding, and no matrices",
     "interns1": BY_NAMES,
     "interns1_pro": BY_NAMES,
     "k2_horizon": BY_NAMES,
     "longcat_flash_sparse": BY_NAMES,
+    "magi2": "each head of the hidden state has experts of its own: refused",
     "ming_image": "a diffusion model; its text encoder is read by its tensors' names, as `bailing_moe`",
     "openpangu": BY_NAMES,
     "param2moe": BY_NAMES,
@@ -80,6 +93,7 @@ REASONS = {
     "sdar_moe": BY_NAMES,
     "step3_text": BY_NAMES,
     "step3_vl": BY_NAMES,
+    "step5": BY_NAMES,
     "vitpose_backbone": "its experts are heads for data sets, chosen by the caller, and no mixture",
     "xllm": BY_NAMES + "; experts of the attention's values are no feed-forwards, and not read",
     "youtu_vl": BY_NAMES,
@@ -87,6 +101,7 @@ REASONS = {
 }
 
 _TYPE = re.compile(r"""^\s+model_type(?:\s*:\s*[\w\[\], |]+)?\s*=\s*["']([\w.-]+)["']""", re.MULTILINE)
+_CLASS = re.compile(r"^class (\w+)\(\s*ModelMixin", re.MULTILINE)
 _HEAD = re.compile(r"_(?:mtp|nextn|eagle\d*|dspark|mtp_\w+)$|^(?:mtp|dflash|eagle)\w*$")
 # parts of a model that have no experts of their own, and files that describe no model
 _OTHER = re.compile(
@@ -103,7 +118,7 @@ def known_types() -> set[str]:
 
 def find_types(source: Path) -> Iterator[tuple[str, str]]:
     """The library's name and a model type, for each type of a Mixture of Experts in its source."""
-    for library, place in PLACES.items():
+    for place, library in PLACES.items():
         for folder in sorted(source.glob(f"**/{place}")):
             for model in sorted(folder.iterdir()):
                 yield from ((library, name) for name in _types_of(model, library) if not _OTHER.search(name))
@@ -111,14 +126,16 @@ def find_types(source: Path) -> Iterator[tuple[str, str]]:
 
 def _types_of(model: Path, library: str) -> set[str]:
     """The model types of one model's file or folder, {} where it has no experts."""
-    files = [model] if model.suffix == ".py" else sorted(model.glob("*.py"))
+    files = [model] if model.suffix == ".py" else sorted(model.rglob("*.py"))
     files = [file for file in files if not file.name.startswith(("switch_layers", "utils", "__init__", "base"))]
     texts = {file: file.read_text(encoding="utf-8", errors="replace") for file in files}
     if not any(re.search(EXPERTS[library], text) for text in texts.values()):
         return set()
-    if library in ("vllm", "sglang"):
+    if library in ("vllm", "vllm_omni", "sglang"):
         return set() if _HEAD.search(model.stem) else {model.stem}
-    if library == "transformers":
+    if library == "diffusers":  # the name of a class is the type
+        return {name for text in texts.values() for name in _CLASS.findall(text)}
+    if library in ("transformers", "olmo_core"):
         return {name for file, text in texts.items() if "configuration" in file.name for name in _TYPE.findall(text)}
     stated = {name for text in texts.values() for name in _TYPE.findall(text)}
     return {model.stem} if model.suffix == ".py" else stated or {model.stem}

@@ -227,6 +227,8 @@ def test_a_layer_of_multi_token_prediction_can_be_chosen(capsys: Capture) -> Non
         ([], UNREADABLE, ["safetensors", "the-folder"]),
         (["config.json", "README.md"], UNREADABLE, ["safetensors", "the-folder"]),
         (["pytorch_model.bin"], UNREADABLE, ["pytorch_model.bin", "pickle"]),
+        (["__0_0.distcp", ".metadata"], UNREADABLE, ["__0_0.distcp", "pickle"]),
+        (["model_state.pdparams"], UNREADABLE, ["model_state.pdparams", "pickle"]),
         (["model.pt"], UNREADABLE, ["model.pt", "pickle"]),
         (["model-q4.gguf"], UNREADABLE, ["model-q4.gguf", "not a GGUF file"]),
         (["model-q4.gguf", "model-q8.gguf", "mmproj-f16.gguf"], USAGE, ["model-q4.gguf, model-q8.gguf", "2 GGUF"]),
@@ -289,7 +291,8 @@ def test_an_unknown_layout_names_its_tensor(capsys: Capture, tmp_path: Path, exp
 def test_stacked_experts_whose_model_type_is_unknown_are_ambiguous(
     capsys: Capture, tmp_path: Path, config: Config | None
 ) -> None:
-    refused(capsys, UNKNOWN, write(tmp_path / "m", stacked(), config), "stacked", "gpt_oss", "config.json")
+    """Their weights are random numbers, and show no order either."""
+    refused(capsys, UNKNOWN, write(tmp_path / "m", stacked(), config), "halves", "turns", "config.json")
 
 
 def test_shapes_that_fit_no_layout(capsys: Capture, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from chuk_lazarus.introspection.moe import MoECompressionService, MoETypeService, UnknownFormat
+from chuk_lazarus.introspection.moe import ModelUnreadable, MoECompressionService, MoETypeService, UnknownFormat
+from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.repositories.find import DEMO_FOLDER
 
 Tensors = dict[str, NDArray[Any]]
@@ -61,6 +62,8 @@ def export(folder: Path, model: str) -> tuple[Tensors, dict[str, Any] | None]:
         ("rotation_config", {"algorithm": "spinquant", "r1": False, "r2": False, "r3": False, "r4": True}),
         ("spinquant_config", {"R1": True}),
         ("rotation_config", {"algorithm": "quarot"}),
+        ("algo_config", [{"name": "awq"}, {"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": False}]),
+        ("algo_config", [{"name": "rotation", "random": False, "scaling_layers": []}]),
     ],
 )
 @pytest.mark.parametrize("place", [(), ("quantization_config",)])
@@ -74,6 +77,36 @@ def test_rotated_weights_are_refused(
     part[key] = settings
     with pytest.raises(UnknownFormat, match=f"under {key} that weights are stored rotated"):
         MoETypeService.analyze(write(tmp_path / "model", tensors, config))
+
+
+QUAROT = {"rotation_map": {"global_rotation": "optional/quarot.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    "said", [{"optional": {"quarot": QUAROT}}, {"metadata": {"quarot": {"max_tp_size": 4}}}, {"is_rot_used": True}]
+)
+@pytest.mark.parametrize("stated", [{}, {"quantization_config": {"quant_method": "ascend"}}])
+def test_rotated_weights_are_refused_where_modelslim_s_file_tells_of_them(
+    tmp_path: Path, said: dict[str, Any], stated: dict[str, Any]
+) -> None:
+    tensors, config = demo()
+    model = write(tmp_path / "model", tensors, config | stated)
+    description = {"model_quant_type": "W8A8_DYNAMIC", f"{O_PROJ}.weight": "W8A8_DYNAMIC", "version": "1.0.0"} | said
+    (Path(model) / "quant_model_description.json").write_text(json.dumps(description))
+    with pytest.raises(UnknownFormat, match="under quarot that weights are stored rotated"):
+        MoETypeService.analyze(model)
+
+
+def test_what_described_quantised_weights_is_not_copied(tmp_path: Path) -> None:
+    tensors, config = demo()
+    model = Path(write(tmp_path / "model", tensors, config))
+    names = ["quant_model_description.json", "quant_model_description_w8a8.json", "quantization_config.json"]
+    for name in names:
+        (model / name).write_text(json.dumps({"model_quant_type": "W8A8", "metadata": {}, "version": "1.0.0"}))
+    _, exported = export(tmp_path, str(model))
+    assert exported is not None
+    assert exported.keys() <= config.keys()
+    assert not any((tmp_path / "export" / name).exists() for name in names)
 
 
 @pytest.mark.parametrize("settings", [{}, {"algorithm": "spinquant", "r1": False, "r4": False}])
@@ -98,13 +131,130 @@ def test_rotated_heads_leave_the_experts_readable(tmp_path: Path, key: str, sett
 
 
 def test_an_unknown_tensor_of_a_quantised_weight_is_refused(tmp_path: Path) -> None:
-    """AWQ in ModelOpt's form scales the inputs: the weight alone is another matrix."""
+    """SVDQuant in ModelOpt's form adds a product: the weight alone is another matrix."""
     tensors, config = demo()
-    tensors = quantise(tensors, O_PROJ) | {f"{O_PROJ}.pre_quant_scale": np.full(64, 2, ml_dtypes.bfloat16)}
+    tensors = quantise(tensors, O_PROJ) | {f"{O_PROJ}.svdquant_lora_a": np.full((2, 64), 2, ml_dtypes.bfloat16)}
     model = write(tmp_path / "model", tensors, {**config, "quantization_config": FP8})
-    with pytest.raises(UnknownFormat, match=r"o_proj\.pre_quant_scale: we don't know what it does"):
+    with pytest.raises(UnknownFormat, match=r"o_proj\.svdquant_lora_a: we don't know what it does"):
         export(tmp_path, model)
     assert not (tmp_path / "export").exists()
+
+
+FACTORS = np.exp2(np.arange(64) % 7 - 3).astype(ml_dtypes.bfloat16)
+
+
+def divide_inputs(tensors: Tensors, module: str) -> Tensors:
+    """As AWQ in ModelOpt's form has them: the module's inputs are multiplied, and its weight is divided, by factors."""
+    weight = tensors[f"{module}.weight"]
+    factors = np.resize(FACTORS, weight.shape[1])
+    divided = (weight.astype(np.float32) / factors.astype(np.float32)).astype(weight.dtype)
+    return {**tensors, f"{module}.weight": divided, f"{module}.pre_quant_scale": factors}
+
+
+@pytest.mark.parametrize("is_quantised", [True, False])
+def test_factors_of_inputs_are_multiplied_into_an_export(tmp_path: Path, is_quantised: bool) -> None:
+    plain, config = demo()
+    tensors = divide_inputs(plain, O_PROJ)
+    tensors = quantise(tensors, O_PROJ) if is_quantised else tensors
+    settings = {"quantization_config": FP8} if is_quantised else {}
+    found, _ = export(tmp_path, write(tmp_path / "model", tensors, {**config, **settings}))
+    assert set(found) == set(plain)
+    close = {"rtol": 0.1, "atol": 1e-3} if is_quantised else {"rtol": 0}
+    wanted = plain[f"{O_PROJ}.weight"].astype(np.float32)
+    np.testing.assert_allclose(found[f"{O_PROJ}.weight"].astype(np.float32), wanted, **close)
+
+
+def test_factors_of_experts_inputs_are_multiplied_into_an_overlay(tmp_path: Path) -> None:
+    plain, config = demo()
+    tensors = plain
+    for expert in range(8):
+        for role in ("w1", "w2", "w3"):
+            tensors = divide_inputs(tensors, f"model.layers.0.block_sparse_moe.experts.{expert}.{role}")
+    model = write(tmp_path / "model", tensors, config)
+    found, _ = export(tmp_path, model)
+    expected, _ = export(tmp_path / "plain", write(tmp_path / "plain/model", plain, config))
+    assert set(found) == set(expected)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors", "said"),
+    [
+        ((64, 64), np.ones(63), r"o_proj\.weight: .*not one factor for each of 64 inputs"),
+        ((64, 64), np.ones(64, np.int32), r"o_proj\.weight: its pre_quant_scale is I32"),
+        ((2, 64, 64), np.ones((2, 64)), r"o_proj\.weight: .*no layout says which axis of a stack they are"),
+    ],
+)
+def test_factors_that_can_not_be_those_of_inputs_are_refused(
+    tmp_path: Path, shape: tuple[int, ...], factors: NDArray[Any], said: str
+) -> None:
+    tensors, config = demo()
+    floats = factors if factors.dtype == np.int32 else factors.astype(ml_dtypes.bfloat16)
+    weight = np.ones(shape, ml_dtypes.bfloat16)
+    tensors = {**tensors, f"{O_PROJ}.weight": weight, f"{O_PROJ}.pre_quant_scale": floats}
+    model = write(tmp_path / "model", tensors, {**config, "quantization_config": FP8})
+    with pytest.raises(UnknownFormat, match=said):
+        export(tmp_path, model)
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_expert_without_the_factors_that_others_have_is_named(tmp_path: Path) -> None:
+    tensors, config = demo()
+    experts = "model.layers.0.block_sparse_moe.experts"
+    for expert in (0, 1, 2, 4, 5, 6, 7):
+        tensors = divide_inputs(tensors, f"{experts}.{expert}.w2")
+    model = write(tmp_path / "model", tensors, config)
+    with pytest.raises(ModelUnreadable, match=r"expert 3 lacks the pre_quant_scale that belongs to .*3\.w2\.weight"):
+        MoETypeService.analyze(model)
+
+
+def test_an_expert_that_was_left_unquantised_has_no_factors(tmp_path: Path) -> None:
+    plain, config = demo()
+    tensors, module = plain, "model.layers.0.block_sparse_moe.experts.{}.w2"
+    for expert in (0, 1, 2, 4, 5, 6, 7):
+        tensors = quantise(divide_inputs(tensors, module.format(expert)), module.format(expert))
+    model = write(tmp_path / "model", tensors, {**config, "quantization_config": FP8})
+    layer = Experts.open(model).layer(0)
+    for expert in range(8):
+        wanted = plain[f"{module.format(expert)}.weight"].astype(np.float32)
+        found = layer.matrices(expert)["down"]
+        np.testing.assert_allclose(found, wanted, rtol=0 if expert == 3 else 0.1, atol=0 if expert == 3 else 2e-3)
+
+
+def test_a_refusal_names_the_weight_and_not_a_part_of_it(tmp_path: Path) -> None:
+    tensors, config = demo()
+    for expert in range(8):
+        module = f"model.layers.0.block_sparse_moe.experts.{expert}.w2"
+        tensors = quantise(tensors, module)
+        tensors |= {f"{module}.{part}": np.asarray(0.02, np.float32) for part in ("a_scale", "input_scale")}
+    model = write(tmp_path / "model", tensors, {**config, "quantization_config": FP8})
+    with pytest.raises(UnknownFormat, match=r"experts\.0\.w2\.weight: stored in a format"):
+        MoETypeService.analyze(model)
+
+
+QUARK = {"quant_method": "quark", "quant_mode": "eager_mode"}
+
+
+@pytest.mark.parametrize("level", ["", ".0"])
+def test_quarks_own_names_of_scales_are_read(tmp_path: Path, level: str) -> None:
+    """Within a model, Quark's scales belong to quantisers; some checkpoints have these names."""
+    plain, config = demo()
+    modules = [O_PROJ, *(f"model.layers.0.block_sparse_moe.experts.{expert}.w2" for expert in range(8))]
+    tensors = plain
+    for module in modules:
+        tensors = quantise(tensors, module)
+        tensors[f"{module}.weight_quantizer{level}.scale"] = tensors.pop(f"{module}.weight_scale")
+        for what in ("input", "output"):
+            tensors[f"{module}.{what}_quantizer{level}.scale"] = np.asarray(0.02, np.float32)
+    model = write(tmp_path / "model", tensors, {**config, "quantization_config": QUARK})
+    assert MoETypeService.analyze(model).type == "UPCYCLED"
+    found, exported = export(tmp_path, model)
+    assert set(found) == set(plain)
+    assert exported is not None
+    assert "quantization_config" not in exported
+    for module in (O_PROJ, modules[1]):
+        wanted = plain[f"{module}.weight"].astype(np.float32)
+        np.testing.assert_allclose(found[f"{module}.weight"].astype(np.float32), wanted, rtol=0.1, atol=2e-3)
 
 
 @pytest.mark.parametrize("is_quantised", [True, False])
@@ -118,6 +268,8 @@ def test_an_unknown_tensor_of_a_quantised_weight_is_refused(tmp_path: Path) -> N
         "model.layers.0.self_attn.kv_scale",
         "model.layers.0.self_attn.q_proj.q_scale",
         "model.layers.0.self_attn.k_proj.output_quantizer.scale",
+        "model.layers.0.self_attn.k_proj.kv_cache_scale",
+        "model.layers.0.self_attn.v_proj.kv_cache_offset",
     ],
 )
 def test_scales_of_activations_go_with_the_settings(tmp_path: Path, name: str, is_quantised: bool) -> None:

@@ -1,10 +1,12 @@
 """The verdict by pairs of experts: what must not change it, and histories that are easily mistaken."""
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from chuk_lazarus.introspection.moe import MoETypeService
 from chuk_lazarus.introspection.moe.numerics.pairs import group_partners
@@ -148,11 +150,76 @@ def test_identical_experts_are_named_and_counted_once(tmp_path: Path) -> None:
     report = MoETypeService.analyze(write(tmp_path / "m", found))
     sharing = report.layers[0].lineage.sharing
     assert (report.type, sharing.twins) == ("NATIVE", ((1, 5),))
-    assert "layer 0: experts 1, 5 are one expert, copied: identical, or nearly" in report.notes
+    assert sharing.identical == ((1, 5),)
+    assert report.notes == ("layer 0: experts 1, 5 are identical, to the last bit",)
     assert set(sharing.partners) == set(range(8)) - {5}
     pairs = np.array(sharing.pairs)
     assert pairs[1, 5] == pairs[5, 1] == 1.0
     np.testing.assert_array_equal(np.delete(pairs[1], [1, 5]), np.delete(pairs[5], [1, 5]))
+
+
+def is_in(report: object, sentence: str) -> bool:
+    """Whether a terminal shows the sentence, wherever it breaks lines."""
+    console = Console(file=StringIO(), width=100)
+    console.print(report)
+    return sentence in " ".join(console.file.getvalue().split())
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ([range(8)], "all 8 experts are identical"),
+        ([(2, 6)], "experts 2, 6 are identical"),
+        ([(0, 4), (1, 2, 7)], "5 experts are identical in 2 groups, experts 0, 4; 1-2, 7"),
+        ([(0, 4), (1, 5), (2, 6), (3, 7)], "8 experts are identical in 4 groups, experts that are 4 apart"),
+    ],
+)
+def test_identical_experts_are_noted_wherever_experts_are_looked_at(
+    groups: list[tuple[int, ...]], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = native(np.random.default_rng(4))
+    for matrix in found.values():
+        for first, *others in groups:
+            matrix[list(others)] = matrix[first]
+    write(tmp_path / "model", found)
+    monkeypatch.chdir(tmp_path)  # a long name would be folded
+    model = "model"
+    analysis, quick = MoETypeService.analyze(model), MoETypeService.quick(model)
+    comparison = MoETypeService.compare(model, "demo:native")
+    wanted = tuple(tuple(group) for group in groups)
+    assert analysis.layers[0].lineage.sharing.identical == quick.layers[0].identical == wanted
+    note = f"layer 0: {said}, to the last bit"
+    assert [each for each in analysis.notes if "identical" in each] == [note]
+    assert [each for each in quick.notes if "identical" in each] == [f"{note} of what was read"]
+    assert is_in(analysis, note)
+    assert is_in(quick, note)
+    assert is_in(comparison, f"model: {note}")
+    assert not any("identical" in each for each in comparison.models[1].notes)
+
+
+def test_experts_that_differ_in_one_bit_are_not_identical(tmp_path: Path) -> None:
+    """They are one expert, nearly, and noted as that."""
+    found = native(np.random.default_rng(4))
+    for matrix in found.values():
+        matrix[5] = matrix[1]
+    last = found["down"][5, -1:, -1:].view(np.uint32)
+    last ^= 1
+    report = MoETypeService.analyze(write(tmp_path / "m", found))
+    assert report.layers[0].lineage.sharing.identical == ()
+    assert not any("identical, to the last bit" in note for note in report.notes)
+
+
+def test_the_same_layers_are_noted_together(tmp_path: Path) -> None:
+    found = native(np.random.default_rng(4))
+    for matrix in found.values():
+        matrix[5] = matrix[1]
+    model = write(tmp_path / "m", found, layers=3)
+    notes = MoETypeService.analyze(model, layers="all").notes
+    assert [note for note in notes if "identical" in note] == [
+        "layers 0-2: experts 1, 5 are identical, to the last bit"
+    ]
+    first = MoETypeService.analyze(model).notes
+    assert "layers 1-2: experts 1, 5 are identical, to the last bit of what was read" in first
 
 
 def test_experts_that_were_merged_in_pairs_are_undetermined(tmp_path: Path) -> None:

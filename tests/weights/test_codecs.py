@@ -43,6 +43,13 @@ def test_every_bf16_is_the_upper_half_of_a_float32() -> None:
     np.testing.assert_array_equal(plain("BF16", codes.view(DTYPES["BF16"])), expected)
 
 
+def test_paddle_has_the_bits_of_bf16_as_u16() -> None:
+    codes = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    stored = recognise({"weight": Part("U16", codes.shape)}, {})
+    assert (stored.codec, stored.shape) == ("bf16", codes.shape)
+    np.testing.assert_array_equal(decode(stored, {"weight": codes}), plain("BF16", codes.view(DTYPES["BF16"])))
+
+
 def test_every_f16_has_the_value_of_its_bits() -> None:
     codes = np.arange(65536, dtype="<u2").reshape(256, 256)
     expected = [[float_of(int(code), 5, 10, has_infinity=True) for code in row] for row in codes]

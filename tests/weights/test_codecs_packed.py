@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chuk_lazarus.introspection.moe.errors import ModelUnreadable, MoEError, UnknownFormat
 from chuk_lazarus.introspection.moe.weights.checkpoint import Checkpoint
-from chuk_lazarus.introspection.moe.weights.codecs import Part, Stored, recognise
+from chuk_lazarus.introspection.moe.weights.codecs import NOT_DECODED, Part, Stored, recognise
 from chuk_lazarus.introspection.moe.weights.codecs.bits import unpack, unpack_rows
 from chuk_lazarus.introspection.moe.weights.model_config import ModelConfig
 from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
@@ -175,6 +175,7 @@ def load(name: str) -> tuple[Parts, dict[str, Any], NDArray[np.float32]]:
     parts = {
         tensor.removeprefix("x."): (checkpoint.info(tensor).dtype, checkpoint.whole(checkpoint.info(tensor)))
         for tensor in checkpoint.names
+        if tensor.removeprefix("x.") not in NOT_DECODED
     }
     with np.load(folder / "oracle.npz") as oracle:
         return parts, checkpoint.config.get("quantization_config", {}), oracle["x"]
@@ -196,7 +197,7 @@ def test_what_a_library_wrote_is_what_it_reads(name: str) -> None:
 def assert_library_agrees(name: str, stored: Stored, parts: Parts, oracle: NDArray[np.float32]) -> None:
     whole = decode(stored, parts)
     expected = oracle.T if stored.transposed else oracle
-    if name.endswith("_int8_rows"):  # the library multiplies by 1/127 last
+    if name.endswith("_int8_rows") or "_modelopt_" in name:  # the library multiplies by 1/127 last
         np.testing.assert_allclose(whole, expected, rtol=3e-7)
     else:
         np.testing.assert_array_equal(rounded(whole, name), expected)
@@ -215,7 +216,9 @@ def rounded(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:
 
 
 def test_there_is_a_fixture_for_every_library() -> None:
-    assert {name.split("_")[1] for name in LIBRARIES} >= {"ct", "bnb", "gptq", "awq", "autoround", "quark"}
+    assert {name.split("_")[1] for name in LIBRARIES} >= {
+        "ct", "bnb", "gptq", "awq", "autoround", "quark", "modelopt",
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -594,6 +597,8 @@ def test_a_missing_part_is_noticed(name: str) -> None:
         # without an offset ModelSlim's parts are those of compressed-tensors; symmetric integers need no zero points
         if part == "weight_offset" or (name == "quark_int8_group" and part == "weight_zero_point"):
             continue
+        if name == "modelopt_w4a8" and part == "weight_scale_2":  # the scale of a runtime's FP8 is no factor
+            continue
         with pytest.raises((ModelUnreadable, UnknownFormat)):
             open_parts(rest, encoded.quantization)
 
@@ -646,3 +651,40 @@ def test_quark_s_settings_of_a_layer_go_before_the_general_ones(own: dict[str, A
     found = config.quantization("model.layers.0.mlp.experts.3.up_proj")
     np.testing.assert_array_equal(decode(open_parts(encoded.parts, found), encoded.parts), encoded.values)
     assert config.quantization()["global_quant_config"] == general
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings by module
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.3.up_proj", "model.layers.0.mlp.experts", "*.experts.*"])
+@pytest.mark.parametrize("key", ["quantized_layers", "extra_config"])
+def test_settings_of_a_module_go_before_the_general_ones(name: str, key: str) -> None:
+    settings = {"quant_method": "x", "group_size": 128, "bits": 4, key: {name: {"group_size": -1}, "model.layers": 3}}
+    config = ModelConfig({"quantization_config": settings})
+    assert config.quantization("model.layers.0.mlp.experts.3.up_proj") == {**settings, "group_size": -1}
+    assert config.quantization("model.layers.0.self_attn.q_proj") == settings
+    assert config.quantization() == settings
+
+
+def test_modelopt_s_mixed_precision_tells_of_each_module() -> None:
+    """A flat scale of a square matrix is one for each row by its module's own algorithm."""
+    module = "model.layers.0.mlp.experts.3.up_proj"
+    layers = {module: {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "model.layers.0.self_attn.q_proj": {}}
+    said = {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
+    config = ModelConfig.read({"hf_quant_config.json"}, lambda file: said)
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((32, 32)).astype(ml_dtypes.float8_e4m3fn)
+    scale = rng.uniform(0.5, 2, 32).astype(np.float32)
+    parts: Parts = {"weight": ("F8_E4M3", weight), "weight_scale": ("F32", scale)}
+    found = decode(open_parts(parts, config.quantization(module)), parts)
+    np.testing.assert_array_equal(found, weight.astype(np.float32) * scale[:, None])
+
+
+def test_awq_of_auto_round_may_have_other_groups_in_some_modules() -> None:
+    encoded = make("awq_4", 16, 96)
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 128}
+    with pytest.raises(UnknownFormat, match="group_size 128"):
+        open_parts(encoded.parts, said)
+    stored = open_parts(encoded.parts, said | {"extra_config": {".*up_proj": {"group_size": 32}}})
+    np.testing.assert_array_equal(decode(stored, encoded.parts), encoded.values.T)

@@ -104,13 +104,14 @@ def test_the_router_decides_how_many_experts_there_are(uneven: tuple[Path, dict[
     assert "7 to 8" in report._repr_html_()
 
 
-def test_an_expert_without_its_scale_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [{"quantization_config": {"quant_method": "fp8"}}, {}])
+def test_an_expert_without_its_scale_is_named(tmp_path: Path, said: dict[str, Any]) -> None:
     tensors: dict[str, NDArray[Any]] = dict(load_file(DEMO_FOLDER / "native/model.safetensors"))
     for name in [name for name in tensors if ".experts." in name]:
         tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
         tensors[name.replace("weight", "weight_scale")] = np.asarray(1.0, np.float32)
     config = json.loads((DEMO_FOLDER / "native/config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    (tmp_path / "config.json").write_text(json.dumps(config | said))
     for expert in (0, 4, 7):
         lacking = f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight_scale"
         save_file({n: value for n, value in tensors.items() if n != lacking}, tmp_path / "model.safetensors")

@@ -153,6 +153,13 @@ def test_multi_token_prediction_layers_are_apart_and_can_be_read() -> None:
     assert [name for name in WITH_ORACLE if open_fixture(name).mtp_layers] == list(with_mtp)
 
 
+def test_experts_of_each_head_are_no_dense_model() -> None:
+    """MAGI-2 has a bank of experts for each head of the hidden state."""
+    tensors = {f"layers.0.mlp.moe_mlp.W_{name}": np.zeros((6, 4, 4), np.float32) for name in ("gate", "up", "down")}
+    with pytest.raises(UnknownFormat, match=r"no layout in our table holds these tensors.*moe_mlp\.W_gate"):
+        open_made(tensors, {})
+
+
 def test_a_dense_model_is_no_mixture_of_experts() -> None:
     with pytest.raises(NotMoE):
         Experts.open(str(FIXTURES / "dense_llama"))
@@ -179,10 +186,56 @@ def test_every_row_of_the_table_has_a_fixture(row: Layout) -> None:
     oracles = {"routed": "oracle"}.get(row.kind, row.kind)
     found = [open_fixture(name, row.kind) for name in name_oracles(oracles)]
     configs = [config for experts in found if experts.family == row.name for config in two_configs(experts)]
-    assert {config.get("model_type") for config in configs} >= row.model_types
+    assert {config.get("model_type", config.get("_class_name")) for config in configs} >= row.model_types
     layers = [experts.layer(experts.layers[0]) for experts in found if experts.family == row.name]
     assert {is_square(layer) for layer in layers} >= ({False, True} if row.name in OF_STACKS else set())
     assert layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Factors of each expert beside the matrices, in mlx-vlm's form of Inkling
+
+INKLING = {"model_type": "inkling_mm_model"}
+SWITCH = "model.layers.0.mlp.switch_mlp."
+
+
+def with_factors(**factors: Array) -> dict[str, Array]:
+    stacks = random_experts(3, 6, 4)
+    tensors = {f"{SWITCH}{role}_proj.weight": stack for role, stack in stacks.items()}
+    return tensors | {SWITCH + name: np.asarray(factor, np.float32) for name, factor in factors.items()}
+
+
+def test_factors_belong_to_the_matrices() -> None:
+    """What down puts out is scaled by both factors, hence down itself by out_scale / gate_scale."""
+    layer = open_made(with_factors(gate_scale=[1, 2, 4], out_scale=[1, 1, 0.5]), INKLING).layer(0)
+    stacks = random_experts(3, 6, 4)
+    for expert, (first, last) in enumerate([(1, 1), (2, 0.5), (4, 0.125)]):
+        found = layer.matrices(expert)
+        np.testing.assert_array_equal(found["gate"], stacks["gate"][expert] * first)
+        np.testing.assert_array_equal(found["up"], stacks["up"][expert] * first)
+        np.testing.assert_array_equal(found["down"], stacks["down"][expert] * last)
+    with pytest.raises(UnknownFormat, match=r"gate_proj.* has factors of each expert beside it, and can't be replaced"):
+        layer.tensors[0].place  # noqa: B018
+
+
+def test_factors_of_one_change_nothing() -> None:
+    layer = open_made(with_factors(gate_scale=[1, 1, 1], out_scale=[1, 1, 1]), INKLING).layer(0)
+    assert layer.factors == {}
+    assert layer.tensors[0].place == ("model.layers.0", "mlp.switch_mlp.gate_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"gate_scale": [1, 2, 3]}, "layer 0 has a gate_scale and no other factor of its experts"),
+        ({"gate_scale": [1, 2], "out_scale": [1, 2, 3]}, "gate_scale is not one factor for each of 3 experts"),
+        ({"gate_scale": [1, 0, 2], "out_scale": [1, 2, 3]}, "gate_scale is not one factor for each of 3 experts"),
+        ({"gate_scale": [1, 1, 2], "out_scale": [1, np.nan, 3]}, "out_scale is not one factor for each of 3 experts"),
+    ],
+)
+def test_factors_that_are_broken_are_refused(factors: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelUnreadable, match=message):
+        open_made(with_factors(**factors), INKLING).layer(0).matrices(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,7 +776,7 @@ def test_an_expert_without_its_scales_is_refused() -> None:
         tensors[name] = np.zeros(array.shape, ml_dtypes.float8_e4m3fn)
         tensors[f"{name}_scale"] = np.ones((array.shape[0], 1), "<f4")
     del tensors["model.layers.0.mlp.experts.2.up_proj.weight_scale"]
-    with pytest.raises(ModelUnreadable, match=r"experts\.2\.up_proj.*fp8-unscaled"):
+    with pytest.raises(ModelUnreadable, match="layer 0: expert 2 lacks the weight_scale"):
         open_made(tensors, {"model_type": "olmoe"}).layer(0).sizes  # noqa: B018
 
 
@@ -819,6 +872,7 @@ def test_every_byte_of_the_layer_is_read_once(name: str, window: int, monkeypatc
     experts = Experts(Checkpoint(repository), stack=stack)
     layer = experts.layer(experts.layers[-1])
     wanted = {(info.file, info.start, info.stop) for tensor in layer.tensors for info in tensor.infos()}
+    assert set(layer.factors) <= set(layer.roles)  # tensors beside the experts, read once and kept
     repository.reads.clear()
     measure_layer(layer, evenly_spaced(layer.count, 8), Resources.current(), quiet)
     read = sum(stop - start for _, start, stop in repository.reads)
@@ -920,7 +974,14 @@ def test_four_layers_of_olmoe_are_3072_mib(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", ["model.mtp.layers.0.transformer_block.", "mtp.layers.0.mtp_block.inner.", "model.layers.7.inner."]
+    "head",
+    [
+        "model.mtp.layers.0.transformer_block.",
+        "mtp.layers.0.mtp_block.inner.",
+        "model.layers.7.inner.",
+        "mtp_predictor.layers.0.inner.",
+        "model.nextn.layers.0.inner.",
+    ],
 )
 def test_experts_nested_in_a_prediction_head_are_a_note(head: str) -> None:
     row = TABLE["gate_up_down"]
@@ -950,6 +1011,36 @@ def test_a_shared_expert_at_the_end_of_a_stack_is_no_routed_one_and_is_not_repla
     tensor = experts.layer(0).tensors[0]
     with pytest.raises(UnknownFormat, match="holds the shared expert, too"):
         _ = tensor.place
+
+
+@pytest.mark.parametrize("plain", [0, 2])
+def test_some_experts_may_be_left_unquantised(plain: int) -> None:
+    row = TABLE["gate_up_down"]
+    tensors = as_stored(row, random_experts(3, 6, 4))
+    expected = {role: values.copy() for role, values in random_experts(3, 6, 4).items()}
+    for role in expected:
+        for expert in range(3):
+            if expert != plain:
+                name = f"model.layers.0.mlp.experts.{expert}.{role}_proj.weight"
+                coded = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+                tensors |= {name: coded, f"{name}_scale": np.asarray(2, np.float32)}
+                expected[role][expert] = 2 * coded.astype(np.float32)
+    layer = open_made(tensors, {"model_type": "qwen3_moe", "num_experts": 3}).layer(0)
+    assert_same(read_all(layer), expected)
+    assert layer.storage == ("f32+fp8" if plain == 0 else "fp8+f32")
+
+
+@pytest.mark.parametrize(
+    ("row", "block"),
+    [("gate_up_down", "zaya_block.experts.{expert}"), ("stacked_gate_up_down", "zaya_block.experts.switch_mlp")],
+)
+def test_other_names_of_zaya(row: str, block: str) -> None:
+    """Cut apart by a quantiser, and stacked for MLX."""
+    tensors = as_stored(TABLE[row], matrices := random_experts(3, 6, 4))
+    old = re.compile(r"mlp\.experts\.(\d+)\." if "{expert}" in block else r"mlp\.switch_mlp\.")
+    new = block.replace("{expert}", r"\1") + "."
+    experts = open_made({old.sub(new, name): w for name, w in tensors.items()}, {"model_type": "zaya"})
+    assert_same(read_all(experts.layer(0)), matrices)
 
 
 def test_a_stack_with_one_expert_too_many_is_refused_for_other_models() -> None:

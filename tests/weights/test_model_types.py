@@ -28,6 +28,28 @@ def test_only_types_with_experts_and_without_a_row_are_listed(
     assert capsys.readouterr().out == "brand_new_moe: transformers\n"
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "name"),
+    [
+        (
+            "diffusers/models/transformers/transformer_new.py",
+            "class NewMoE(nn.Module):\n    self.experts = 1\nclass NewModel(ModelMixin, ConfigMixin):\n",
+            "NewModel",
+        ),
+        (
+            "vllm/models/brand_new/nvidia/model.py",
+            "from vllm.layers.fused_moe import FusedMoE",
+            "brand_new",
+        ),
+        ("vllm_omni/diffusion/models/newer/newer.py", "self.experts = FusedMoE()", "newer"),
+    ],
+)
+def test_types_are_found_where_libraries_have_them(file: str, text: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(text)
+    assert set(model_types.missing(tmp_path)) == {name}
+
+
 def test_a_source_whose_types_are_all_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_model(tmp_path, "mixtral")
     assert model_types.main([str(tmp_path)]) == 0
@@ -50,8 +72,8 @@ def test_aliases_are_of_listed_types() -> None:
 
 @pytest.mark.parametrize("name", [name for name, why in model_types.REASONS.items() if model_types.BY_NAMES in why])
 def test_what_is_read_by_its_names_is_read_with_a_note(name: str) -> None:
-    row = TABLE["stacked_gate_up_down" if name.startswith("step3") else "gate_up_down"]
-    block = row.tensors[0].names.index("moe.gate_proj") if name.startswith("step3") else 0
+    row = TABLE["stacked_gate_up_down" if name.startswith("step") else "gate_up_down"]
+    block = row.tensors[0].names.index("moe.gate_proj") if name.startswith("step") else 0
     matrices = random_experts(3, 6, 4)
     experts = open_made(as_stored(row, matrices, block=block), {"model_type": name})
     assert experts.family == row.name

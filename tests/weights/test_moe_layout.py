@@ -150,7 +150,9 @@ def test_every_field_is_what_oracle_and_headers_say(name: str) -> None:
     assert layout.further_bytes <= first.stored_bytes // 2
     assert {role for roles in layout.tensors for role in roles.split("_")} == set(first.shapes)
     assert all(
-        name.startswith(f"{layout.stack}." if layout.stack else "") for n in layout.tensors.values() for name in n
+        name.startswith((f"{layout.stack}.", f"{layout.stack}_blocks.") if layout.stack else "")
+        for n in layout.tensors.values()
+        for name in n
     )
     default = describe(f"{FIXTURES}/{name}")
     same = {"cost": layout.cost}

@@ -78,6 +78,7 @@ PER_MATRIX = {
     "mlx_nvfp4_global": "global_scale",
     "mlx_nvfp4_scale_2": "weight_scale_2",
     "mlx_nvfp4_global_scale": "weight_global_scale",
+    "modelopt_w4a8": "weight_scale_2",
 }
 """The part that is one number for a whole matrix: one for each expert of a stack, or one for all."""
 
@@ -97,6 +98,8 @@ TALL: dict[str, int | Fraction] = {
     "pack_int6_asym": Fraction(32, 6),
     "int8_block": 16,
     "quark_int4_channel": 8,
+    "modelopt_int4": 2,
+    "modelopt_w4a8": 2,
 }
 """How many rows share a scale, or a word: a flattened tensor is refused where these are rows of two experts."""
 
@@ -124,6 +127,7 @@ BARE = {
     "weight_global_scale": ("_global_scale", "_weight_global_scale"),
     "weight_amax": ("_amax",),
     "weight_outer_scale_denominator": ("_outer_scale_denominator",),
+    "pre_quant_scale": ("_pre_quant_scale",),
 }
 """What a part is called behind the name of a bare parameter, which no module holds."""
 
@@ -138,6 +142,11 @@ def traits(row: Layout) -> frozenset[str]:
     axes = row_axes(row)
     form = {"E": "stacks", "(E": "flattened"}.get(axes["down"].split()[0], "modules")
     return frozenset({form, "halves" if any(is_halves(each) for each in axes.values()) else "no halves"})
+
+
+def turns_inputs(axes: str, role: str) -> bool:
+    """Whether a tensor with these axes has its inputs on the last axis but one."""
+    return not axes.endswith(" I" if role == "down" else " H")
 
 
 def is_halves(axes: str) -> bool:
@@ -200,6 +209,7 @@ class Case:
     one_scale: bool  # what is one number for a matrix is one for the whole stack
     biases: bool
     beside: bool  # a router and a shared expert
+    scaled: bool = False  # factors of the inputs beside each tensor
 
     @property
     def rng(self) -> np.random.Generator:
@@ -215,7 +225,7 @@ def multiples(unit: int, most: int) -> st.SearchStrategy[int]:
     return st.integers(1, max(1, most // unit)).map(lambda count: count * unit)
 
 
-def make_cases(row: Layout, name: str) -> st.SearchStrategy[Case]:
+def make_cases(row: Layout, name: str, scaled: bool = False) -> st.SearchStrategy[Case]:
     unit = lcm(*ENCODERS[name][1])
     size = multiples(unit, 40 if is_slow(name) else 70)
     intermediate = size
@@ -229,6 +239,7 @@ def make_cases(row: Layout, name: str) -> st.SearchStrategy[Case]:
         intermediate=intermediate,
         hidden=size,
         seed=st.integers(0, 2**32 - 1),
+        scaled=st.just(scaled),
     )
 
 
@@ -311,6 +322,8 @@ class Writer:
             stored = store(axes, tensor.role, matrices)
             template = self.prefix + tensor.names[block % len(tensor.names)]
             values = self._write_tensor(template, axes, stored, tensor.role)
+            if self.case.scaled:
+                values = self._scale_inputs(template, axes, tensor.role, values)
             written.values |= cut(axes, tensor.role, values, matrices)
         types = sorted(self.row.model_types) or ["mystery"]
         written.config["model_type"] = types[int(self.rng.integers(len(types)))]
@@ -347,6 +360,25 @@ class Writer:
             for own, encoded in zip(names, experts, strict=True):
                 self._add(own, encoded.parts, stored.shape[1:2], stack=False)
         return np.stack([encoded.values for encoded in experts])
+
+    def _scale_inputs(self, template: str, axes: str, role: str, values: Array) -> Array:
+        """Put factors of the inputs beside a stored tensor; returns its values with these multiplied."""
+        stacked = axes.startswith("E ")
+        count, inputs = len(values), values.shape[-2 if turns_inputs(axes, role) else -1]
+        one = axes.startswith("(E") or (stacked and self.case.one_scale)
+        factors = np.exp2(self.rng.integers(-5, 6, (1 if one else count, inputs))).astype(ml_dtypes.bfloat16)
+        if stacked or axes.startswith("(E"):
+            shared = ((1, inputs), (inputs,)) if inputs != count else ((1, inputs),)
+            shape = shared[-1] if one else ((count, inputs), (count, 1, inputs))[int(self.rng.integers(2))]
+            self._add(template, {"pre_quant_scale": ("BF16", factors.reshape(shape))}, (), stack=stacked, bias=False)
+        else:
+            for expert, own in enumerate(factors):
+                part = {"pre_quant_scale": ("BF16", own)}
+                self._add(template.replace("{expert}", str(expert)), part, (), stack=False, bias=False)
+        each = factors.astype(np.float32)
+        if axes.startswith("(E"):
+            return values if turns_inputs(axes, role) else values * each  # those are refused
+        return values * (each[:, :, None] if turns_inputs(axes, role) else each[:, None])
 
     def _encode(self, matrix: Matrix, module: str, role: str, expert: int) -> Encoded:
         """Encode a matrix, choosing what the config has said already."""
@@ -386,17 +418,17 @@ class Writer:
             return array.reshape(ways[int(self.rng.integers(len(ways)))])
         return array.reshape(len(stored), -1, *array.shape[1:])
 
-    def _add(self, name: str, parts: Tensors, outputs: Sequence[int], *, stack: bool) -> None:
+    def _add(self, name: str, parts: Tensors, outputs: Sequence[int], *, stack: bool, bias: bool = True) -> None:
         """Name the parts of a stored tensor, and perhaps put a bias beside it."""
         bare = stack and not self.case.dotted and parts.keys() <= BARE.keys()
         way = int(self.rng.integers(2))
         for part, stored in parts.items():
             behind = BARE[part][way % len(BARE[part])] if bare else f".{part}"
             self.written.tensors[name + behind] = stored
-        if self.case.biases:
-            bias = self.rng.standard_normal(outputs).astype(ml_dtypes.bfloat16)
-            bias[...] = np.where(self.rng.random(outputs) < 0.2, np.nan, bias)
-            self.written.tensors[f"{name}{'_' if bare else '.'}bias"] = ("BF16", bias)
+        if self.case.biases and bias:
+            vector = self.rng.standard_normal(outputs).astype(ml_dtypes.bfloat16)
+            vector[...] = np.where(self.rng.random(outputs) < 0.2, np.nan, vector)
+            self.written.tensors[f"{name}{'_' if bare else '.'}bias"] = ("BF16", vector)
 
     def _write_beside(self) -> None:
         """A router and a shared expert in plain numbers; who says how many experts a flattened tensor holds."""
@@ -534,6 +566,31 @@ def test_a_format_that_a_row_can_not_have_is_refused(row: str, name: str) -> Non
             read_whole(Experts(Checkpoint(written.repository), TABLE[row].kind))
 
     fuzz(1, make_cases(TABLE[row], name), run)
+
+
+# what ModelOpt writes beside factors of the inputs, and formats that are stored turned
+BESIDE_FACTORS = ("nvfp4_modelopt", "nvfp4_turned", "fp8_tensor", "fp8_block_modelopt", "fp8_column", "int8_channel",
+                  "modelopt_int4", "modelopt_w4a8", "bf16", "awq_4")  # fmt: skip
+SCALED = [(row, name) for row, name in COVERED if name in BESIDE_FACTORS]
+
+
+def kind_of_scaled(row: str, name: str) -> tuple[Any, ...]:
+    axes = row_axes(TABLE[row])
+    return (*kind_of(row, name), *sorted({turns_inputs(axis, role) for role, axis in axes.items()}))
+
+
+@pytest.mark.parametrize(("row", "name"), sampled(SCALED, one_of_each_kind(SCALED, kind_of_scaled), named))
+def test_what_is_divided_by_factors_of_its_inputs_is_multiplied_by_them(row: str, name: str) -> None:
+    axes = row_axes(TABLE[row])
+    is_refused = "flattened" in traits(TABLE[row]) and any(turns_inputs(axis, role) for role, axis in axes.items())
+
+    def run(case: Case) -> None:
+        written = Writer(TABLE[row], name, case).write()
+        refused = pytest.raises(MoEError) if is_refused or is_cut(TABLE[row], name, case) else nullcontext()
+        with describe(written), refused:
+            assert_opened(Experts(Checkpoint(written.repository), TABLE[row].kind), TABLE[row], written, case, name)
+
+    fuzz(2 if is_slow(name) else 4, make_cases(TABLE[row], name, scaled=True), run)
 
 
 def read_whole(experts: Experts) -> None:

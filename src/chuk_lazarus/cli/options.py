@@ -36,6 +36,13 @@ def parse_experts(text: str) -> int | None:
     return int(text)
 
 
+def parse_path(text: str) -> Path:
+    """A path, in which ~ is the home folder: a shell leaves it as it is behind "--folder="."""
+    from chuk_lazarus.introspection.moe.files import as_path
+
+    return as_path(text)
+
+
 def limit_memory(context: typer.Context, size: str | None) -> str | None:
     """Keep to a limit while the command runs."""
     if size:
@@ -98,7 +105,12 @@ Dask = Annotated[
         show_default=False,
     ),
 ]
-Folder = Annotated[Path, typer.Option("--folder", "-O", help="The folder to write.", show_default=False)]
+Folder = Annotated[
+    Path,
+    typer.Option(
+        "--folder", "-O", metavar="FOLDER", help="The folder to write.", parser=parse_path, show_default=False
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")]
 
 # What the decorator of `command` takes care of
@@ -160,6 +172,7 @@ Calibrate = Annotated[
     typer.Option(
         "--calibrate",
         metavar="TEXT",
+        parser=parse_path,
         help="With codes: run the model in MLX on this text file, and let errors count as the experts' inputs do.",
         show_default=False,
     ),

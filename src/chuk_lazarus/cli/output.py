@@ -30,15 +30,22 @@ def check_writable(path: Path | None) -> Path | None:
             place.exists()  # raises for a name that is too long
             problem = "it is a folder" if not path.name or place.is_dir() else ""
             parent = place.parent if path.is_symlink() else path.parent  # as it was given, where it was
-            problem = problem or ("" if place.parent.is_dir() else f"there is no folder {str(parent)!r}")
+            problem = problem or ("" if place.parent.is_dir() else f"there is no folder {_quote(parent)}")
             beside = path if path.exists() and not path.is_file() else place.parent  # a pipe or a device is kept
             problem = problem or ("" if os.access(beside, os.W_OK) else os.strerror(errno.EACCES))
         except OSError as error:
             problem = str(error.strerror)
         if problem:
-            raise typer.BadParameter(f"can't write {str(path)!r}: {problem}")
+            raise typer.BadParameter(f"can't write {_quote(path)}: {problem}")
         _clear_left(place.parent)
     return path
+
+
+def _quote(path: Path) -> str:
+    """A path for a message: as it is, but for what is no printable character."""
+    from chuk_lazarus.introspection.moe.errors import printable
+
+    return f"'{printable(str(path))}'"
 
 
 def _clear_left(folder: Path) -> None:
@@ -54,7 +61,7 @@ def check_drawable(path: Path | None) -> Path | None:
         from chuk_lazarus.introspection.moe.views.figures.style import ENDINGS
 
         if path.suffix.lower() not in ENDINGS:
-            raise typer.BadParameter(f"{str(path)!r} does not end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+            raise typer.BadParameter(f"{_quote(path)} does not end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     return check_writable(path)
 
 
@@ -92,7 +99,7 @@ def write(path: Path, text: str, option: str = "--output") -> None:
     try:
         write_file(path, text.encode())
     except OSError as error:
-        raise typer.BadParameter(f"can't write {str(path)!r}: {error.strerror}", param_hint=option) from None
+        raise typer.BadParameter(f"can't write {_quote(path)}: {error.strerror}", param_hint=option) from None
 
 
 def print_hint(text: str) -> None:
@@ -102,7 +109,9 @@ def print_hint(text: str) -> None:
 
 def print_error(code: int, message: str, hint: str, as_json: bool) -> None:
     """One line on stderr: plain text, or {"error": {"code", "message", "hint"}}."""
-    message = " ".join(message.split())
+    from chuk_lazarus.introspection.moe.errors import printable
+
+    message = printable(" ".join(line.strip() for line in message.splitlines()))
     if as_json:
         line = json.dumps({"error": {"code": code, "message": message, "hint": hint}}, ensure_ascii=False)
     else:

@@ -19,6 +19,7 @@ from .options import (
     RestBits,
     overlay_options,
     parse_experts,
+    parse_path,
 )
 
 if TYPE_CHECKING:
@@ -211,7 +212,12 @@ def compress(
 @command(JSON, OUTPUT, QUIET)
 def export(
     run: Run,
-    overlay: Annotated[Path, typer.Argument(help="The folder of an overlay checkpoint.", show_default=False)],
+    overlay: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OVERLAY", help="The folder of an overlay checkpoint.", parser=parse_path, show_default=False
+        ),
+    ],
     folder: Folder,
     force: Force = False,
 ) -> "MoEOverlayExport":
@@ -234,12 +240,17 @@ def evaluate(
         Path,
         typer.Option(
             "--overlay",
+            metavar="OVERLAY",
+            parser=parse_path,
             help="The folder of its overlay, or of another checkpoint of the same model: exported, quantised by "
             "mlx_lm.convert, trained further.",
             show_default=False,
         ),
     ],
-    text: Annotated[Path, typer.Option("--text", help="A text file in UTF-8.", show_default=False)],
+    text: Annotated[
+        Path,
+        typer.Option("--text", metavar="TEXT", help="A text file in UTF-8.", parser=parse_path, show_default=False),
+    ],
     context: Annotated[int, typer.Option("--context", min=1, help="The length of the windows, in tokens.")] = 512,
     tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of the text at most.")] = None,
 ) -> "MoEOverlayEvaluation":

@@ -13,6 +13,14 @@ from pathlib import Path
 from .errors import ModelUnreadable
 
 
+def as_path(given: str | Path) -> Path:
+    """The path that is meant: in a text, ~ at the beginning is the home folder. A Path is taken as it is.
+
+    A Path may come from "./~x", of which it has kept "~x".
+    """
+    return Path(os.path.expanduser(given)) if isinstance(given, str) else given
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a result whole or not at all, with the permissions of the file that it replaces; raises OSError.
 

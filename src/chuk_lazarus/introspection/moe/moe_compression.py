@@ -6,6 +6,7 @@ from typing import Unpack
 
 from . import views  # noqa: F401  which registers how reports are shown
 from .errors import InvalidRequest
+from .files import as_path
 from .overlays import analysis, compression, estimate
 from .overlays.analysis import INPUTS, TOLERANCE
 from .overlays.bit_budget import OverlayOptions, overlay_rule
@@ -120,7 +121,7 @@ class MoECompressionService:
         All MoE layers are overlaid unless `layers` says which; up to three of them are verified while they are written,
         for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
         """
-        rule, target, text = overlay_rule(**options), Path(folder).expanduser(), _as_path(calibrate)
+        rule, target, text = overlay_rule(**options), as_path(folder), _as_path(calibrate)
         bits = parse_rest_bits(rest_bits)
         progress = progress or no_progress
         return compression.compress(model, target, layers, rule, experts, force, text, format, bits, progress)
@@ -130,7 +131,7 @@ class MoECompressionService:
         overlay: str | Path, folder: str | Path, *, force: bool = False, progress: Progress | None = None
     ) -> MoEOverlayExport:
         """Rebuild a standard bfloat16 checkpoint of the original family from the overlay checkpoint in `overlay`."""
-        return compression.export(str(overlay), Path(folder).expanduser(), force, progress or no_progress)
+        return compression.export(as_path(overlay), as_path(folder), force, progress or no_progress)
 
     @staticmethod
     def evaluate(
@@ -154,8 +155,8 @@ class MoECompressionService:
             from .overlays.runtime.evaluate import evaluate_overlay
         except ImportError:
             raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
-        return evaluate_overlay(model, str(overlay), str(text), context, tokens, progress or no_progress)
+        return evaluate_overlay(model, as_path(overlay), as_path(text), context, tokens, progress or no_progress)
 
 
 def _as_path(text: str | Path | None) -> Path | None:
-    return None if text is None else Path(text).expanduser()
+    return None if text is None else as_path(text)

@@ -118,7 +118,7 @@ def count_other_bytes(experts: Experts) -> int | None:
 
 
 def _describe_layer(layer: ExpertLayer) -> LayerLayout:
-    formats = {role: tensor.stored.codec for tensor in layer.tensors for role in tensor.spec.roles}
+    formats = {role: "+".join(tensor.codecs) for tensor in layer.tensors for role in tensor.spec.roles}
     return LayerLayout(
         layer=layer.number,
         storage=layer.storage,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelUnreadable
+from ..numerics.copies import all_same, meet, refine
 from ..numerics.gram import gram_matrix, total_energy
 from ..numerics.neurons import Nearest, as_neurons, draw_neurons, find_nearest, join
 from ..numerics.spectra import ROUNDING, energy_spectrum
@@ -35,7 +36,8 @@ RUN = 16  # neighbouring numbers that are kept together: to copy them is much fa
 class RoleMeasure:
     """One role's figures in one layer.
 
-    `gram` is [experts, experts], of all experts' flattened matrices; `spectra` are the energy spectra of the deltas
+    `gram` is [experts, experts], of all experts' flattened matrices; `first` [experts] is for each expert the first one
+    with the same matrix to the last bit; `spectra` are the energy spectra of the deltas
     (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding;
     `delta_energy` is the mean share of a chosen expert's energy that its delta has. Where neurons were matched,
     `base_spectrum` is the energy spectrum of the mean, `nearest` says where those at `positions` [chosen, n] of the
@@ -46,6 +48,7 @@ class RoleMeasure:
 
     shape: tuple[int, int]
     gram: NDArray[np.float64]
+    first: NDArray[np.intp]
     chosen: tuple[int, ...]
     spectra: tuple[NDArray[np.float64], ...]
     delta_energy: float
@@ -90,6 +93,7 @@ def measure_layer(
                 result[role] = RoleMeasure(
                     layer.shape(role),
                     first.gram[role],
+                    first.same[role],
                     tuple(chosen),
                     spectra,
                     float(np.mean(shares)),
@@ -190,6 +194,7 @@ class _FirstPass:
         shapes = {role: self.layer.shape(role) for role in tensor.spec.roles}
         self.base = {role: np.empty(shape, np.float32) for role, shape in shapes.items()}
         self.gram = {role: np.zeros((self.layer.count, self.layer.count)) for role in shapes}
+        self.same = {role: all_same(self.layer.count) for role in shapes}
         self.queries = {
             role: np.empty((*positions.shape, shape[0 if role == "down" else 1]), np.float32)
             for role, shape in shapes.items()
@@ -205,18 +210,20 @@ class _FirstPass:
         windows = self.tensor.windows(self.resources.window_weights // self.resources.worker_count(self.layer))
         for taken in pool.map(self.take, windows):
             # in the order of the windows, so that sums do not depend on the threads
-            for role, gram, weights in taken:
+            for role, gram, same, weights in taken:
                 self.gram[role] += gram
+                self.same[role] = meet(self.same[role], same)
                 done.add(weights)
 
-    def take(self, window: tuple[int, int]) -> list[tuple[str, NDArray[Any], int]]:
-        """Read one window of stored rows of all experts; returns roles with Gram matrices and numbers of weights."""
+    def take(self, window: tuple[int, int]) -> list[tuple[str, NDArray[Any], NDArray[np.intp], int]]:
+        """Read one window of stored rows of all experts; returns roles with Gram matrices, experts that are the same so
+        far, and numbers of weights."""
         grams = []
         for piece in self.tensor.read(range(self.layer.count), *window):
             gram = gram_matrix(piece.values.reshape(self.layer.count, -1))
             if not np.isfinite(gram).all():
                 refuse_not_finite(self.layer, int(np.argmin(np.isfinite(piece.values).all(axis=(1, 2)))), piece.role)
-            grams.append((piece.role, gram, piece.values.size))
+            grams.append((piece.role, gram, refine(self.same[piece.role], piece.values), piece.values.size))
             self.base[piece.role][piece.index] = mean_expert(piece.values)
             for expert, matrices in self._kept.items():
                 matrices[piece.role][piece.index] = piece.values[expert]

@@ -155,14 +155,14 @@ def _may_be_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibra
     return True
 
 
-def export(overlay: str, folder: Path, force: bool, progress: Progress) -> MoEOverlayExport:
+def export(overlay: Path, folder: Path, force: bool, progress: Progress) -> MoEOverlayExport:
     """Rebuild a standard checkpoint, into `folder`, from the overlay checkpoint in the folder `overlay`."""
-    started, source = time.perf_counter(), Path(overlay).expanduser()
-    with name_model(overlay):
-        opened = read_overlay(source)
-        export_overlay(source, folder, force=force, resources=Resources.current(), progress=progress)
+    started = time.perf_counter()
+    with name_model(str(overlay)):
+        opened = read_overlay(overlay)
+        export_overlay(overlay, folder, force=force, resources=Resources.current(), progress=progress)
         return MoEOverlayExport(
-            overlay=printable(overlay),
+            overlay=printable(str(overlay)),
             folder=printable(str(folder)),
             family=opened.family,
             layers=opened.layers,

@@ -1,6 +1,6 @@
 """How a model was trained: layer by layer, here or on workers, to one verdict."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Literal
 
@@ -34,6 +34,7 @@ from .classifier import (
     is_between,
     is_from_parent,
 )
+from .kinds import note_identical, note_identical_parts
 from .layer import Sample, analyze_layer
 from .lineage import QUERIES
 from .parent import Parent, describe_gaps, name_parentage, open_parent
@@ -154,7 +155,13 @@ def _analyze(
         overlay_bytes=overlay,
         layers=tuple(results),
         further_layers=tuple(further),
-        notes=(*experts.notes, *_notes(results), *gaps, *(describe_gaps(ancestor, results) if ancestor else ())),
+        notes=(
+            *experts.notes,
+            *_notes(results, {layer.number: layer.count for layer in opened.layers}),
+            *note_identical_parts(further),
+            *gaps,
+            *(describe_gaps(ancestor, results) if ancestor else ()),
+        ),
         cost=Cost(
             bytes_read=sum(cost.bytes_read for cost in costs),
             bytes_fetched=sum(cost.bytes_fetched for cost in costs),
@@ -230,16 +237,20 @@ def _bits_saved(layers: Sequence[LayerAnalysis]) -> float | None:
     return mean_saved(known) if len(known) == len(projections) else None
 
 
-def _notes(layers: Sequence[LayerAnalysis]) -> list[str]:
-    notes = [
-        f"layer {layer.layer}: experts {format_ranges(twins)} are one expert, copied: identical, or nearly"
-        for layer in layers
-        for twins in layer.lineage.sharing.twins[:4]
-        if len(layer.lineage.sharing.partners) > 1
-    ]
+def _notes(layers: Sequence[LayerAnalysis], counts: Mapping[int, int]) -> list[str]:
+    """`counts` are the numbers of experts by layer."""
+    identical = {layer.layer: layer.lineage.sharing.identical for layer in layers}
+    notes = note_identical([(number, counts[number], groups) for number, groups in identical.items()])
+    for layer in layers:
+        sharing = layer.lineage.sharing
+        others = [group for group in sharing.twins if group not in sharing.identical]
+        for twins in others[:4] if len(sharing.partners) > 1 else ():
+            who = f"layer {layer.layer}: experts {format_ranges(twins)}"
+            notes.append(f"{who} are one expert, copied: nearly identical, or in another order")
     if "gate" not in layers[0].projections:
         notes.append("the experts have no gate: the documented rule uses the up projection")
     is_zero = all(layer.cosine.mean == 0 for layer in layers)
-    if not is_zero and all(p.delta_energy == 0 for layer in layers for p in layer.projections.values()):
+    is_said = all(sum(map(len, groups)) == counts[number] for number, groups in identical.items())
+    if not is_zero and not is_said and all(p.delta_energy == 0 for layer in layers for p in layer.projections.values()):
         notes.append("all sampled experts are equal to their mean: they are copies of one expert")
     return notes

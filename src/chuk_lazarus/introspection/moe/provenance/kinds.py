@@ -1,13 +1,14 @@
 """In words, what kind of upcycling leaves such matches: what was copied, in which groups, and how much is left of
 it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..numerics.pairs import group_partners
-from ..text import format_groups, format_numbers
+from ..reports import QuickLayer
+from ..text import format_groups, format_numbers, format_ranges
 from .lineage import FEW, Group, PairEvidence
 
 SHARED = 0.05  # the share of neurons found in the best partner below which experts are no groups
@@ -39,6 +40,32 @@ def name_kind(sharing: PairEvidence) -> str:
     if (kept := _share_kept(sharing, size)) < LEFT:
         text += f", {_name_loss(kept, sharing)}"
     return text if sharing.shared > 0.5 * shared else f"{text}; the down projections do not agree"
+
+
+def note_identical(layers: Iterable[tuple[int, int, Sequence[Group]]], of: str = "") -> list[str]:
+    """A sentence on the experts that are identical, for layers of which the same is to be said: given are numbers of
+    layers, how many experts were looked at and the groups of identical ones. `of` says of what, where not of all."""
+    found: dict[str, list[int]] = {}
+    for layer, experts, groups in layers:
+        identical = sum(map(len, groups))
+        match len(groups):
+            case 0:
+                continue
+            case 1 if identical == experts:
+                who = f"all {experts} experts are identical"
+            case 1:
+                who = f"experts {format_numbers(groups[0])} are identical"
+            case _:
+                who = f"{identical} experts are identical in {len(groups)} groups, experts {format_groups(groups)}"
+        found.setdefault(f"{who}, to the last bit{of}", []).append(layer)
+    return [
+        f"layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)}: {said}" for said, numbers in found.items()
+    ]
+
+
+def note_identical_parts(parts: Iterable[QuickLayer]) -> list[str]:
+    """As `note_identical`, of parts of layers."""
+    return note_identical([(part.layer, len(part.experts), part.identical) for part in parts], " of what was read")
 
 
 def group_experts(sharing: PairEvidence) -> tuple[Group, ...]:

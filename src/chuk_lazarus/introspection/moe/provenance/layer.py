@@ -11,6 +11,7 @@ from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
 from ..numerics.alignment import FOUND, Alignment, Run, align, keep_order
 from ..numerics.bank import may_share, rate_sharing, share_neurons
+from ..numerics.copies import group_copies, meet
 from ..numerics.gram import pairwise_cosines
 from ..numerics.low_rank import original_bytes, overlay_bytes
 from ..numerics.neurons import Array
@@ -20,7 +21,7 @@ from ..reports import Cosine, LayerAnalysis, Lineage, MatchHistogram, ParentMatc
 from ..weights.expert_layer import ExpertLayer
 from .classifier import classify_by_neurons
 from .kinds import group_experts, name_kind
-from .lineage import Evidence, PairEvidence, find_groups, match_evidence, pair_evidence
+from .lineage import Evidence, Group, PairEvidence, find_groups, match_evidence, pair_evidence
 from .parent import Parent, match_parent
 
 MATCH_BINS = 50
@@ -155,11 +156,11 @@ def _lineage(
         above=above,
         unrelated=unrelated,
         parent=match,
-        sharing=_describe_sharing(sharing),
+        sharing=_describe_sharing(sharing, group_copies(meet(*(measure.first for measure in measures.values())))),
     )
 
 
-def _describe_sharing(evidence: PairEvidence) -> Sharing:
+def _describe_sharing(evidence: PairEvidence, identical: tuple[Group, ...]) -> Sharing:
     """Twins have the shares of the first of them, and all neurons of each other."""
     first = {expert: group[0] for group in evidence.twins for expert in group}
     shown = evenly_spaced(evidence.count, MOST_SHOWN)
@@ -174,6 +175,7 @@ def _describe_sharing(evidence: PairEvidence) -> Sharing:
         without_down=evidence.without_down,
         roles=evidence.roles,
         twins=evidence.twins,
+        identical=identical,
         groups=group_experts(evidence),
         partners=dict(zip(evidence.experts, evidence.partners, strict=True)),
         experts=shown,

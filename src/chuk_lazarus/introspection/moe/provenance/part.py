@@ -16,6 +16,7 @@ from ..jobs.measure import refuse_not_finite
 from ..jobs.model import evenly_spaced
 from ..jobs.parts import EXPERTS, bytes_per_neuron, part_ranges, read_part, roles_to_read
 from ..jobs.resources import Resources
+from ..numerics.copies import all_same, group_copies, meet, refine
 from ..numerics.neurons import draw_neurons, find_nearest, join
 from ..numerics.spectra import effective_rank, energy_spectrum, noise_rank
 from ..progress import Progress
@@ -75,6 +76,7 @@ def analyze_part(layer: ExpertLayer, budget: int, layers: int, resources: Resour
             queries = np.concatenate([part[places] for part, places in zip(neurons, positions, strict=True)])
             nearest[role] = join(list(pool.map(partial(find_nearest, queries, all_places), neurons)))
         sharing = pair_evidence(vectors, QUERIES, pool.map)
+        same = meet(*(refine(all_same(len(chosen)), matrices) for matrices in vectors.values()))
         deltas = [_describe_deltas(matrices) for matrices in vectors.values()]
         base_breadth = max(map(_base_breadth, vectors.values()))
     evidence = match_evidence(nearest, owner, all_places, count)
@@ -89,6 +91,7 @@ def analyze_part(layer: ExpertLayer, budget: int, layers: int, resources: Resour
         strong=sharing.strong,
         roles=sharing.roles,
         twins=tuple(tuple(chosen[place] for place in group) for group in sharing.twins),
+        identical=tuple(tuple(chosen[place] for place in group) for group in group_copies(same)),
         breadth=float(np.mean([breadth for breadth, _ in deltas])),
         base_breadth=base_breadth,
         delta_energy=float(np.mean([energy for _, energy in deltas])),

@@ -10,6 +10,7 @@ from ..progress import Progress, no_progress
 from ..reports import MoEQuickAnalysis
 from ..text import parse_size
 from .classifier import CALIBRATION, QUICK, classify_quickly, weigh_parts
+from .kinds import note_identical_parts
 from .part import analyze_part
 
 
@@ -40,7 +41,7 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
         return sum(float(getattr(result, figure)) * result.neurons for result in results) / neurons
 
     close, reach, shared, strong = (mean(figure) for figure in ("close", "reach", "shared", "strong"))
-    verdict, notes = classify_quickly(results), list(experts.notes)
+    verdict, notes = classify_quickly(results), [*experts.notes, *note_identical_parts(results)]
     if (width := min(result.inputs for result in results)) < QUICK.width:
         notes.append(f"by {width} inputs unrelated neurons are close, too: a quick verdict needs {QUICK.width}")
     elif all(result.chance == 1.0 for result in results):

@@ -33,9 +33,9 @@ def read_rows(path: Path) -> dict[SurveyRequest, SurveyRow]:
         if rest:
             os.truncate(path, len(data) - len(rest))
     except OSError as error:
-        raise InvalidRequest(f"can't go on with {str(path)!r}: {error.strerror}") from None
+        raise InvalidRequest(f"can't go on with '{path}': {error.strerror}") from None
     except ValueError:
-        raise InvalidRequest(f"line {number} of {str(path)!r} is not of a survey", "give another file") from None
+        raise InvalidRequest(f"line {number} of '{path}' is not of a survey", "give another file") from None
     return rows
 
 
@@ -53,7 +53,7 @@ def open_rows(path: Path | None) -> FileIO:
     try:
         return FileIO(path or os.devnull, "ab")
     except OSError as error:
-        raise InvalidRequest(f"can't write {str(path)!r}: {error.strerror}") from None
+        raise InvalidRequest(f"can't write '{path}': {error.strerror}") from None
 
 
 def append_row(file: FileIO, row: SurveyRow) -> None:
@@ -63,4 +63,4 @@ def append_row(file: FileIO, row: SurveyRow) -> None:
         while line:  # a disk that is nearly full takes a part
             line = line[file.write(line) or 0 :]
     except OSError as error:
-        raise InvalidRequest(f"can't write {str(file.name)!r}: {error.strerror}") from None
+        raise InvalidRequest(f"can't write '{file.name}': {error.strerror}") from None

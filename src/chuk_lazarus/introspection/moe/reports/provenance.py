@@ -147,8 +147,9 @@ class Sharing(Report):
     experts; `strong` that of neurons that are found so with a mean cosine of at least 0.8. `without_down` is the share
     that are found so by all roles, or by gate and up alone with a mean cosine of at least 0.6, as where the down
     projections were mixed; null where gate and up are not two roles beside down. `neurons` were looked for, by `roles`
-    that differ. `twins` are groups of experts with the same weights, or nearly, of which only the first is counted, and
-    `groups` those that share neurons only among themselves. `partners` names the best partner of each expert, and
+    that differ. `twins` are groups of experts with the same weights, or nearly, of which only the first is counted,
+    `identical` groups of those with the same weights to the last bit, and `groups` those that share neurons only among
+    themselves. `partners` names the best partner of each expert, and
     `pairs` the share of the neurons of one of `experts` (row, up to 64 of them) that are found in another (column), by
     all roles or by gate and up alone.
     """
@@ -159,6 +160,7 @@ class Sharing(Report):
     without_down: float | None = None
     roles: int = 3
     twins: tuple[tuple[int, ...], ...]
+    identical: tuple[tuple[int, ...], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     partners: dict[int, int]
     experts: tuple[int, ...]
@@ -228,11 +230,12 @@ class LayerAnalysis(Report):
 class QuickLayer(Report):
     """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
 
-    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, and `shared`, `strong` and
-    `twins` as in Sharing, by gate and up alone (up and down of ungated experts), of which `roles` differ. `reach` is
-    the share that would be found in the best partner if the experts were shuffled copies. `delta_energy` and `breadth`
-    are of the differences of neighbouring experts, `breadth` as that of deltas in Projection, and `base_breadth` as
-    that of the base, of the role where it is greatest. `type` and `confidence` are what this part would say alone.
+    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, and `shared`, `strong`,
+    `twins` and `identical` as in Sharing, by gate and up alone (up and down of ungated experts), of which `roles`
+    differ. `reach` is the share that would be found in the best partner if the experts were shuffled copies.
+    `delta_energy` and `breadth` are of the differences of neighbouring experts, `breadth` as that of deltas in
+    Projection, and `base_breadth` as that of the base, of the role where it is greatest. `type` and `confidence` are
+    what this part would say alone.
     """
 
     layer: int
@@ -250,6 +253,7 @@ class QuickLayer(Report):
     shared: float = 0.0
     strong: float = 0.0
     twins: tuple[tuple[int, ...], ...] = ()
+    identical: tuple[tuple[int, ...], ...] = ()
     roles: int = 2
     breadth: float = 1.0
     base_breadth: float = 1.0

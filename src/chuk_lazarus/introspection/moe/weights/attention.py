@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
+from ..errors import InvalidRequest, MoEError, UnknownFormat
 from ..progress import Progress, no_progress
 from ..text import format_ranges
 from .checkpoint import Checkpoint
@@ -26,10 +26,7 @@ from .layouts import (
     match_embeddings,
 )
 from .repositories.source import Range
-from .stored import Infos, find_rows, find_slices, module_of, open_stored, read_rows
-
-_BESIDE = frozenset({"k_scale", "v_scale", "q_scale", "output_scale"})
-"""Parts of a projection that belong to its outputs, or to the cache of keys and values."""
+from .stored import Infos, find_rows, find_slices, module_of, open_stored, read_rows, weight_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class _Projection:
 
     @property
     def name(self) -> str:
-        return next(iter(self.slices[0].values())).name
+        return weight_of(self.slices[0]).name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -205,7 +202,7 @@ class Attention:
         others = [row for row in ranked if row not in holding]
         if others and (not holding or len(rows[others[0]]) > len(rows[holding[0]])):
             place = next(place for place in rows[others[0]] if table[others[0]].tensors[place].role != "o")
-            name = _below_layer(next(iter(rows[others[0]][place].values())))
+            name = _below_layer(weight_of(rows[others[0]][place]))
             self._note(
                 layer, f"how q, k and v lie in {name} is not known for model_type {model_type or '(none)'}: left out"
             )
@@ -288,12 +285,10 @@ class Attention:
 
     def _open(self, spec: ProjectionTensor, parts: Parts) -> _Projection:
         """Open one stored tensor; raises UnknownFormat or ModelUnreadable, which names it."""
-        parts = {part: name for part, name in parts.items() if part not in _BESIDE}
-        if not parts:
-            raise ModelUnreadable(f"{spec.names[0]} is there without its weight")
-        _, stored = open_stored(self.checkpoint, parts, self._config.quantization(module_of(parts)))
+        settings = self._config.quantization(module_of(parts))
+        _, stored = open_stored(self.checkpoint, parts, settings, spec.is_transposed)
         slices = find_slices(self.checkpoint, parts)
-        name = next(iter(parts.values()))
+        name = weight_of(parts)
         shape = stored.plain_shape
         if len(shape) != 2 or not 0 < min(shape) <= max(shape) * len(slices) <= MAX_SIDE:
             raise UnknownFormat(f"{name} is {list(shape)}, which is no projection")
@@ -384,7 +379,7 @@ class Embeddings:
         parts = match_embeddings(checkpoint.names, stack)
         if not parts:
             raise UnknownFormat(f"no token embeddings of {stack or 'the model'} have a name that is in our table")
-        self.name = next(iter(parts.values()))
+        self.name = weight_of(parts)
         quantization = checkpoint.model_config.stack(stack).quantization(module_of(parts))
         self._infos, self._stored = open_stored(checkpoint, parts, quantization)
         shape = self._stored.shape

@@ -17,7 +17,7 @@ from ..errors import InvalidRequest, ModelUnreadable, UnknownFormat
 from ..progress import Progress
 from . import gguf
 from .model_config import ModelConfig
-from .repositories.source import CONFIG, INDEX, ByteSource, Range, Repository, is_inside, list_parts
+from .repositories.source import CONFIG, INDEX, PICKLES, ByteSource, Range, Repository, is_inside, list_parts
 from .safetensors_header import parse_json_object, read_header
 from .tensor_info import DTYPES, MAX_HEADER, TensorInfo, check_name
 
@@ -291,7 +291,7 @@ def find_weight_files(files: frozenset[str]) -> list[str]:
     if not weights:
         if ggufs := sorted(file for file in files if file.endswith(".gguf")):
             return _find_gguf(ggufs)
-        if pickles := sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))):
+        if pickles := sorted(file for file in files if file.endswith(PICKLES)):
             raise ModelUnreadable(
                 f"the model has only {pickles[0]}: a pickle, which can run code when it is opened, so we do not",
                 "use a safetensors version of the model, or convert it",

@@ -17,11 +17,12 @@ from ..errors import ModelUnreadable, UnknownFormat
 from ..progress import Progress
 from ..terms import ROLES
 from .checkpoint import Checkpoint, TensorInfo
-from .codecs import Stored
+from .codecs import PRE_QUANT_SCALE, OtherInputs, Stored, plain
+from .codecs.fp8 import UNSCALED
 from .layouts import Layout, LayoutMatch, Parts, StoredTensor, split_name
 from .model_config import ModelConfig
 from .repositories.source import Range
-from .stored import BIAS, Infos, find_rows, find_slices, module_of, open_stored, outline, read_rows
+from .stored import BIAS, Infos, find_rows, find_slices, module_of, open_stored, outline, read_rows, weight_of
 
 MATRIX_WINDOW = 4_000_000  # the number of weights of one expert that are decoded at a time
 MAX_EXPERTS = 4096  # twice the largest published layer; the cost of an analysis grows with the square of this number
@@ -202,7 +203,7 @@ class ExpertLayer:
     @property
     def storage(self) -> str:
         """The names of the matrices' storage formats, joined by +."""
-        return "+".join(dict.fromkeys(tensor.stored.codec for tensor in self.tensors))
+        return "+".join(dict.fromkeys(codec for tensor in self.tensors for codec in tensor.codecs))
 
     @property
     def parameters(self) -> int:
@@ -248,8 +249,33 @@ class ExpertLayer:
             return None
         return weight + np.float32(1.0) if self._one_plus_norm else weight
 
+    @cached_property
+    def factors(self) -> dict[str, NDArray[np.float32]]:
+        """The factor of each expert that its stored matrix lacks, float32 [experts] by role; {} where all are 1.
+
+        mlx-vlm's Inkling has the second scales of NVFP4 as one factor of what gate puts out, and one of what down puts
+        out, which makes up for up as well. Raises ModelUnreadable where one is missing or has another shape.
+        """
+        scales = {}
+        for kind in ("gate_scale", "out_scale"):
+            name = self._beside(kind).get("weight")
+            scale = self.small_tensor(name)
+            if name and (scale is None or scale.shape != (self.count,) or not np.isfinite(scale).all() or 0 in scale):
+                raise ModelUnreadable(f"{name} is not one factor for each of {self.count} experts")
+            if scale is not None:
+                scales[kind] = scale
+        if len(scales) == 1:
+            raise ModelUnreadable(
+                f"layer {self.number} has a {next(iter(scales))} and no other factor of its experts",
+                "the checkpoint is incomplete: download it again",
+            )
+        if all((scale == 1).all() for scale in scales.values()):
+            return {}
+        gate, out = scales["gate_scale"], scales["out_scale"]
+        return {"gate": gate, "up": gate, "down": out / gate}
+
     def _beside(self, what: str) -> Parts:
-        """The parts of the layer's router, norm or correction."""
+        """The parts of a small tensor beside the layer's experts, such as the router."""
         return self._match.beside.get(self.number, {}).get(what, {})
 
     def small_tensor(self, name: str | None) -> NDArray[np.float32] | None:
@@ -257,9 +283,9 @@ class ExpertLayer:
         if name is None:
             return None
         info = self._checkpoint.info(name)
-        if info.dtype not in ("BF16", "F16", "F32", "F64") or not info.shape or not info.nbytes:
+        if info.dtype not in plain.NAMES or not info.shape or not info.nbytes:
             return None
-        return self._checkpoint.rows(info, 0, info.shape[0]).astype(np.float32)
+        return plain.decode({"weight": self._checkpoint.rows(info, 0, info.shape[0])}, 0, info.shape[0])
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor of the layer's checkpoint is, and of what dtype and shape."""
@@ -269,42 +295,54 @@ class ExpertLayer:
         """As `Checkpoint.chunks`, from the layer's checkpoint."""
         return self._checkpoint.chunks(info.name, size)
 
-    def open_tensor(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
+    def open_tensor(self, parts: Sequence[Parts], inputs_first: bool) -> list[tuple[list[Infos], Stored]]:
         """For each entry of `parts`, the slices of its stored tensor and how they are decoded.
 
-        Raises ModelUnreadable where the entries are not all stored as the first one is.
+        A quantiser may leave some experts as they were, or give them other bits. `inputs_first` is as in `open_stored`.
+        Raises ModelUnreadable where an entry's matrix is not of the first one's shape or is in another dtype, or lacks
+        a part that others have.
         """
         try:
-            return self._open_parts(parts)
+            return self._open_parts(parts, inputs_first)
         except UnknownFormat:
             # a part that others have and one lacks is no unknown format, but a gap
             for expert, entry in enumerate(parts):
                 if wider := next((other for other in parts if other.keys() > entry.keys()), None):
-                    part, name = min(wider.keys() - entry.keys()), next(iter(entry.values()))
+                    part, name = min(wider.keys() - entry.keys()), weight_of(entry)
                     raise ModelUnreadable(
                         f"layer {self.number}: expert {expert} lacks the {part} that belongs to {name}",
                         "the checkpoint is incomplete: download it again",
                     ) from None
             raise
 
-    def _open_parts(self, parts: Sequence[Parts]) -> list[tuple[list[Infos], Stored]]:
-        slices, first = find_slices(self._checkpoint, parts[0]), self._open_stored(parts[0])
+    def _open_parts(self, parts: Sequence[Parts], inputs_first: bool) -> list[tuple[list[Infos], Stored]]:
+        slices, first = find_slices(self._checkpoint, parts[0]), self._open_stored(parts[0], inputs_first)
         opened, first_outline = [(slices, first)], outline(slices[0])
         for entry in parts[1:]:
             slices = find_slices(self._checkpoint, entry)
             if all(outline(infos) == first_outline for infos in slices):
                 opened.append((slices, first))  # to recognise the entry would take reading some of its parts
                 continue
-            stored = self._open_stored(entry)
-            if stored.shape != first.shape or stored.codec != first.codec:
-                name = next(iter(slices[0].values())).name
+            stored = self._open_stored(entry, inputs_first)
+            are_alike = stored.shape == first.shape and stored.transposed == first.transposed
+            if stored.codec != first.codec and not {*stored.rows_per_row, *first.rows_per_row} - {"weight"}:
+                are_alike = False  # no quantiser leaves two formats without scales
+            elif stored.codec != first.codec and UNSCALED in (stored.codec, first.codec):
+                raise UnknownFormat("FP8 with and without scales")  # `open_tensor` names the gap
+            elif stored.codec == first.codec and PRE_QUANT_SCALE in {*stored.rows_per_row} ^ {*first.rows_per_row}:
+                raise UnknownFormat("inputs that are scaled for some experts only")  # the same
+            if not are_alike:
+                name = weight_of(entry)
                 this, that = (f"{kind.codec} {list(kind.plain_shape)}" for kind in (stored, first))
                 raise ModelUnreadable(f"{name} is {this}, and the first expert's is {that}: they must be stored alike")
             opened.append((slices, stored))
         return opened
 
-    def _open_stored(self, parts: Parts) -> Stored:
-        return open_stored(self._checkpoint, parts, self._config.quantization(module_of(parts)))[1]
+    def _open_stored(self, parts: Parts, inputs_first: bool) -> Stored:
+        try:
+            return open_stored(self._checkpoint, parts, self._config.quantization(module_of(parts)), inputs_first)[1]
+        except OtherInputs as error:
+            raise DoesNotFit(error.message, error.hint) from None
 
     def read_rows(
         self, infos: Infos, stored: Stored, rows: int, start: int, stop: int, index: int
@@ -326,12 +364,14 @@ class ExpertTensor:
 
     @cached_property
     def _opened(self) -> list[tuple[list[Infos], Stored]]:
-        opened = self.layer.open_tensor(self.parts)
+        inputs_first = _output_axis(self.spec.roles[0]) not in self.spec.axes.groups[0]
+        opened, name = self.layer.open_tensor(self.parts, inputs_first), weight_of(self.parts[0])
         if len({len(slices) for slices, _ in opened}) > 1 or (len(opened[0][0]) > 1 and len(self.spec.roles) > 1):
-            name = next(iter(self.parts[0].values()))
             raise UnknownFormat(f"{name} is cut into {len(opened[0][0])} slices in a way that we don't know")
         if self.spec.axes.flattened and opened[0][1].transposed:
-            raise UnknownFormat(f"{next(iter(self.parts[0].values()))}: {opened[0][1].codec} of several experts in one")
+            raise UnknownFormat(f"{name}: {opened[0][1].codec} of several experts in one")
+        if self.spec.axes.flattened and inputs_first and PRE_QUANT_SCALE in opened[0][1].rows_per_row:
+            raise UnknownFormat(f"{name}: the {PRE_QUANT_SCALE} of several experts in one")
         return opened
 
     @cached_property
@@ -341,23 +381,29 @@ class ExpertTensor:
         If the two were fused before they were quantised, a block may reach over both. If they were fused afterwards,
         the blocks of gate end with it. Where the number of blocks is the same, no shape tells which.
         """
-        slices, stored = self._opened[0]
-        is_halved = self.spec.axes.groups[0] == ("2", "I") and not stored.transposed
-        half, rest = divmod(stored.shape[-2], 2)
-        grids = [part for part in stored.rows_per_row if part != "weight" and len(slices[0][part].shape) > 1]
-        for part in grids if is_halved and not rest else ():
-            span = stored.rows_per_row[part]
-            if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
-                name = slices[0][part].name
-                raise UnknownFormat(
-                    f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them"
-                )
+        half, rest = divmod(self.stored.shape[-2], 2)
+        is_halved = self.spec.axes.groups[0] == ("2", "I") and not self.stored.transposed and not rest
+        kinds = {id(stored): (slices, stored) for slices, stored in self._opened}
+        for slices, stored in kinds.values() if is_halved else ():
+            grids = [part for part in stored.rows_per_row if part != "weight" and len(slices[0][part].shape) > 1]
+            for part in grids:
+                span = stored.rows_per_row[part]
+                if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
+                    name = slices[0][part].name
+                    raise UnknownFormat(
+                        f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them"
+                    )
         return self._opened
 
     @property
     def stored(self) -> Stored:
         """How the tensor, or each slice of it, is stored; the shape includes the experts' axis if they are stacked."""
         return self._opened[0][1]
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """The names of the formats of all experts, nearly always one."""
+        return tuple(dict.fromkeys(stored.codec for _, stored in self._opened))
 
     @property
     def plain_shape(self) -> tuple[int, ...]:
@@ -377,10 +423,12 @@ class ExpertTensor:
         The latter has {expert} in place of an expert's number.
         """
         if self.layer.has_shared_last:
+            raise UnknownFormat(f"{weight_of(self.parts[0])} holds the shared expert, too, and can't be replaced")
+        if self.layer.factors:
             raise UnknownFormat(
-                f"{next(iter(self.parts[0].values()))} holds the shared expert, too, and can't be replaced"
+                f"{weight_of(self.parts[0])} has factors of each expert beside it, and can't be replaced"
             )
-        layer, name = split_name(next(iter(self.parts[0].values())))
+        layer, name = split_name(weight_of(self.parts[0]))
         template = max((template for template in self.spec.names if name.startswith(template)), key=len)
         return layer, f"{template}.weight" if name.startswith(f"{template}.") else template
 
@@ -455,7 +503,10 @@ class ExpertTensor:
         values = np.empty((len(experts), stop - start, self.columns), np.float32)
         for place, expert in enumerate(experts):
             values[place] = self._read_expert(expert, start, stop)
-        return list(self._cut(values, start))
+        pieces = list(self._cut(values, start))
+        for piece in pieces if self.layer.factors else ():
+            piece.values[:] *= self.layer.factors[piece.role][list(experts), None, None]
+        return pieces
 
     def _read_expert(self, expert: int, start: int, stop: int) -> NDArray[np.float32]:
         """Stored rows [start, stop) of one expert, float32 [rows, columns]."""

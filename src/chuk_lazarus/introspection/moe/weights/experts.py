@@ -363,7 +363,7 @@ def split_model(model: str) -> tuple[str, str | None]:
 
 def _is_mtp_root(root: str) -> bool:
     """Whether the stack's layers are for multi-token prediction."""
-    return any(part in ("mtp", "mtp_block") for part in root.split("."))
+    return any(part.startswith(("mtp", "nextn")) for part in root.split("."))
 
 
 def is_in_head(name: str, depth: int | None) -> bool:

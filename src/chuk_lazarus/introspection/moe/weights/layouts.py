@@ -22,12 +22,13 @@ Feature = Literal["one_plus_norm", "swiglu_oai", "shared_last", "sigmoid", "gguf
 """A fact by model type that the config does not give."""
 
 _LAYER = re.compile(
-    r"(?:(?P<root>.*?)\.)?(?:layers|blocks|block|blk|decoder_layer|meta_mlp|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
+    r"(?:(?P<root>.*?)(?:\.|(?<=_stream)_))?"
+    r"(?:layers|blocks|block|blk|decoder_layer|transformer_blocks|meta_mlp|h)\.(?P<layer>\d{1,9})\.(?P<rest>.+)"
 )
 # a dot precedes the part where the tensor belongs to a module, and an underscore where it is a bare parameter
 _PART = re.compile(
     r"\.(?P<part>[A-Za-z_][\w.:]*)"
-    r"|_(?P<suffix>bias|blocks|scales|scale(?:_inv|_2)?|weight_(?:scale(?:_inv|_2)?|packed)|\w+_scale"
+    r"|_(?P<suffix>bias|blocks|scales|scale(?:_inv|_2)?|weight_(?:scale(?:_inv|_2)?|packed)|[a-z]\w*_scale"
     r"|(?:weight_)?(?:packed|shape|zero_point|g_idx|amax|outer_scale_denominator))"
 )
 _BARE_PARTS = {
@@ -36,11 +37,11 @@ _BARE_PARTS = {
 }
 """The usual names of parts that a bare parameter has without "weight_"."""
 _LOOKS_ROUTED = re.compile(
-    r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)|(?:^|\.)moe\.\d|^ffn_(?!norm)\w+_exps\."
+    r"(?:^|\.)(?:experts|switch_mlp|switch_glu)(?:[._]|$)|(?:^|\.)moe\.\d|^ffn_(?!norm)\w+_exps\.|(?:^|\.)moe_mlp\.W_"
 )
 _NOT_ROUTED = re.compile(
     r"shared_expert|share_expert|shared_mlp|shared_w\d|chunk_experts|vision_moe|self_attention|residual_mlp"
-    r"|e_score_correction_bias|post_expert_norm|experts\.bias$|switch_mlp_1|\.lora_fc\d"
+    r"|e_score_correction_bias|post_expert_norm|experts\.bias$|switch_mlp_1|\.lora_fc\d|_extra_state$"
 )
 
 
@@ -245,7 +246,7 @@ class LayoutMatch:
     """The names of a checkpoint that match one row of the table, below one root such as "model".
 
     `layers[layer][role][expert]` are the parts of a stored tensor; the expert is None where one tensor holds all
-    experts. `beside[layer][kind]` are the parts of a small tensor beside the experts: router, norm or correction.
+    experts. `beside[layer][kind]` are the parts of a small tensor beside the experts, such as the router.
     """
 
     layout: Layout
@@ -345,11 +346,11 @@ def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[Layou
             continue
         root, layer = match["root"] or "", int(match["layer"])
         pattern, number = _split_number(match["rest"])
-        if kind == "routed" and _LOOKS_ROUTED.search(match["rest"]) and not _NOT_ROUTED.search(match["rest"]):
-            suspects.append(name)
         if place := _place_beside(pattern):
             small_tensor, part = place
             beside.setdefault(root, {}).setdefault(layer, {}).setdefault(small_tensor, {})[part] = name
+        elif kind == "routed" and _LOOKS_ROUTED.search(match["rest"]) and not _NOT_ROUTED.search(match["rest"]):
+            suspects.append(name)
         for row, role, part in _places(pattern, kind):
             if (row, root) not in matches:
                 matches[row, root] = LayoutMatch(load_table()[row], root, beside.setdefault(root, {}))

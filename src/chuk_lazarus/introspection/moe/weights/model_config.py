@@ -4,11 +4,12 @@ import re
 from collections import ChainMap
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
+from itertools import chain
 from typing import Any
 
 from ..errors import printable
-from .repositories.source import CONFIG, QUANTIZATION_FILES
+from .repositories.source import CONFIG, MODELSLIM, QUANTIZATION_FILES
 
 LANGUAGE_MODELS = ("text_config", "llm_config", "language_config", "thinker_config")
 MOONDREAM = ("config", "text")  # the objects in one another that describe Moondream's language model
@@ -24,6 +25,7 @@ TOP_K_KEYS = (
     "experts_per_token",
     "router_topk",
     "num_selects",
+    "num_activated_experts",
 )
 EXPERT_COUNT_KEYS = (
     "n_routed_experts",
@@ -31,11 +33,17 @@ EXPERT_COUNT_KEYS = (
     "num_experts",
     "moe_num_experts",
     "moe_num_primary_experts",
+    "num_routed_experts",
 )
 HEAD_COUNT_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 QUANTIZATION_KEYS = ("quantization_config", "quantization")
 DTYPE_KEYS = ("dtype", "torch_dtype")
-ROTATION_KEYS = ("transform_config", "rotation_config", "spinquant_config")
+ROTATION_KEYS = ("transform_config", "rotation_config", "spinquant_config", "quarot")
+ALGORITHMS = "algo_config"  # Quark's list of what was done to the weights
+ROTATIONS = ("rotation", "quarot", "spinquant")  # the names of those algorithms that rotate them
+BY_MODULE = ("quantized_layers", "extra_config")
+"""Objects with settings by module: those of ModelOpt's mixed precision, and those of AutoRound."""
+
 _ATTENTION = re.compile(r"attn|attention|[qkvo]_proj|qkv|out_proj", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|expert|ffn|feed_forward|gate|up_proj|down_proj|w[123]\b", re.IGNORECASE)
 
@@ -57,7 +65,7 @@ class ModelConfig:
         """The config of the model that has these `files`, of which `load` parses one; empty without a config.json.
 
         Its `quantization_config` is the one that holds for the weights: that of MLX before others, and that of a file
-        beside config.json where config.json has none.
+        beside config.json where config.json has none. What ModelSlim's file says of rotations holds in any case.
         """
         values = load(CONFIG) if CONFIG in files else {}
         mlx = values.get("quantization")
@@ -66,7 +74,7 @@ class ModelConfig:
             return cls({**values, "quantization_config": mlx})
         # settings of any part count here, an image encoder's included: they show that config.json itself has settings
         if any(_stated_quantization(part) for part in _nested_objects(values)):
-            return cls(values)
+            return cls({**values, **(_rotations_of_modelslim(load(MODELSLIM)) if MODELSLIM in files else {})})
         for file in QUANTIZATION_FILES:
             if file in files and (settings := _parse_quantization_file(file, load(file))):
                 return cls({**values, "quantization_config": settings})
@@ -100,8 +108,9 @@ class ModelConfig:
 
     @property
     def model_type(self) -> str | None:
-        """The part's model_type or else the model's, safe to print."""
-        name = self.values.get("model_type") or (self.whole or {}).get("model_type")
+        """The part's model_type or else the model's, in diffusers the name of its class; safe to print."""
+        whole = self.whole or {}
+        name = self.values.get("model_type") or whole.get("model_type") or self.values.get("_class_name")
         return printable(name) if isinstance(name, str) else None
 
     @property
@@ -206,6 +215,8 @@ class ModelConfig:
         if module and isinstance(by_type := settings.get("layer_type_quant_config"), dict):
             own = next((by_type[kind] for kind in by_type if kind.rpartition(".")[2] == "Linear"), None)
             return {**settings, "global_quant_config": own} if isinstance(own, dict) else settings
+        if module and (own := _find_module_settings(settings, module)):
+            return {**settings, **own}
         if not isinstance(of_module, dict):
             return settings
         # MLX's settings of a module leave out the mode where it is affine, even if the general mode is another
@@ -218,8 +229,8 @@ class ModelConfig:
         """
         whole = self.values if self.whole is None else self.whole
         for part in _nested_objects(dict(whole)):
-            for key in ROTATION_KEYS:
-                if _rotates(settings := part.get(key)) and not (of_experts and _rotates_attention_only(settings)):
+            for key, settings in _stated_rotations(part):
+                if _rotates(settings) and not (of_experts and _rotates_attention_only(settings)):
                     return key
         return None
 
@@ -283,6 +294,30 @@ def _stated_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
     return next((settings for settings in candidates if isinstance(settings, dict) and settings), {})
 
 
+def _find_module_settings(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The settings under a module's name, or that of a module around it, or a pattern with * for both; or else {}."""
+    for key in BY_MODULE:
+        by_module = settings.get(key)
+        if not isinstance(by_module, dict):
+            continue
+        ends = [*(match.start() for match in re.finditer(r"[.]", module)), len(module)]
+        names = [module[:end] for end in reversed(ends)]
+        patterns = (pattern for pattern in by_module if "*" in pattern and fnmatchcase(module, pattern))
+        for name in chain(names, patterns):  # patterns are tried only where there is no name, since there may be many
+            if isinstance(own := by_module.get(name), dict):
+                return own
+    return {}
+
+
+def _stated_rotations(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings of rotations that stand in the object itself, each with its key."""
+    yield from ((key, values[key]) for key in ROTATION_KEYS if key in values)
+    algorithms = values.get(ALGORITHMS)
+    for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
+        if isinstance(algorithm, dict) and str(algorithm.get("name")).lower() in ROTATIONS:
+            yield ALGORITHMS, algorithm
+
+
 def _rotates(settings: Any) -> bool:
     """Whether the settings of a rotation are not empty; SpinQuant's are if it has switched each of R1 to R4 off."""
     if not isinstance(settings, dict):
@@ -339,6 +374,8 @@ def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]
 
 def _parse_quantization_file(file: str, values: dict[str, Any]) -> dict[str, Any]:
     """The settings in one of QUANTIZATION_FILES, under the keys of a `quantization_config`; {} where it has none."""
+    if file == MODELSLIM:  # nearly all of it is the format of each tensor, which its parts tell as well
+        return {"quant_method": "modelslim", **_rotations_of_modelslim(values)}
     method, usual_keys = {
         "hf_quant_config.json": ("modelopt", {}),
         "quantize_config.json": ("gptq", {}),
@@ -349,3 +386,11 @@ def _parse_quantization_file(file: str, values: dict[str, Any]) -> dict[str, Any
         values = settings if isinstance(settings, dict) and settings.get("quant_algo") else {}
     values = {usual_keys.get(key, key): value for key, value in values.items()}
     return {**values, "quant_method": values.get("quant_method") or method} if values else {}
+
+
+def _rotations_of_modelslim(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What ModelSlim's description of a model says of QuaRot's rotations, under one key; {} where it has none."""
+    parts = (values.get("optional"), values.get("metadata"))
+    stated = next((part["quarot"] for part in parts if isinstance(part, dict) and part.get("quarot")), None)
+    stated = stated or values.get("is_rot_used")
+    return {"quarot": stated} if stated else {}

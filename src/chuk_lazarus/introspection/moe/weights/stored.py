@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,30 +17,40 @@ from .layouts import Parts
 BIAS = "bias"
 _QUANTISED = re.compile(rf"(?P<stem>.+?)[._](?P<part>{'|'.join(map(re.escape, sorted(PARTS)))})")
 _RUNTIME_SCALE = re.compile(
-    r".+[._](?:(?:input|output|activation|act|[qkv]|kv|prob|[kv]_cache)(?:_quantizer)?[._](?:global_)?(?:scale|zero_point)"
+    r"(?:.+[._])?(?:(?:input|output|activation|act|[qkv]|kv|prob|k?v?_?cache)(?:_quantizer(?:[.]\d)?)?[._](?:global_)?"
+    r"(?:scale|zero_point|offset)(?:_2)?"
     r"|(?:input|output)_amax|qscale_act)"
 )
+_WEIGHTS = ("weight", "weight_packed", "qweight", "blocks")
+T = TypeVar("T")
 
 Infos = Mapping[str, TensorInfo]
 """The tensors in the files that make up one stored tensor, or a slice of it, by the usual names of its parts."""
 
 
 def find_slices(checkpoint: Checkpoint, parts: Parts) -> list[Infos]:
-    """The tensors that make up a stored tensor, one group for each slice, without biases and input scales.
+    """The tensors that make up a stored tensor, one group for each slice, without biases and scales of activations.
 
     Raises ModelUnreadable where the parts are cut into different numbers of slices, or the slices are not alike.
     """
     slices = {
-        SAME_PART.get(part, part): checkpoint.slices(name) for part, name in parts.items() if part not in NOT_DECODED
+        SAME_PART.get(part, part): checkpoint.slices(name)
+        for part, name in parts.items()
+        if part not in NOT_DECODED and not is_runtime_scale(part)
     }
     if not slices:
-        raise ModelUnreadable(f"{next(iter(parts.values()))} is there without its weight", "download it again")
+        raise ModelUnreadable(f"{weight_of(parts)} is there without its weight", "download it again")
     if len({len(infos) for infos in slices.values()}) > 1:
-        raise ModelUnreadable(f"{next(iter(parts.values()))} has parts that are not cut into as many slices")
+        raise ModelUnreadable(f"{weight_of(parts)} has parts that are not cut into as many slices")
     groups: list[Infos] = [dict(zip(slices, infos, strict=True)) for infos in zip(*slices.values(), strict=True)]
     if any(outline(infos) != outline(groups[0]) for infos in groups):
-        raise ModelUnreadable(f"the slices of {next(iter(parts.values()))} are not alike", "download it again")
+        raise ModelUnreadable(f"the slices of {weight_of(parts)} are not alike", "download it again")
     return groups
+
+
+def weight_of(parts: Mapping[str, T]) -> T:
+    """Of the parts of a stored tensor, the one that holds the weights; the first one where none is named so."""
+    return next((parts[part] for part in _WEIGHTS if part in parts), next(iter(parts.values())))
 
 
 def outline(infos: Infos) -> dict[str, tuple[str, tuple[int, ...] | None]]:
@@ -54,21 +64,26 @@ def outline(infos: Infos) -> dict[str, tuple[str, tuple[int, ...] | None]]:
 def module_of(parts: Parts) -> str:
     """The name of the module that a stored tensor belongs to, as the config's quantisation settings may have it."""
     part, name = next(iter(parts.items()))
-    return name.removesuffix(f".{part}")
+    if name.endswith(f".{part}"):
+        return name.removesuffix(f".{part}")
+    endings = (f"_{part}", f"_{part.removeprefix('weight_')}")  # of a bare parameter's parts
+    return next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), name)
 
 
-def open_stored(checkpoint: Checkpoint, parts: Parts, quantization: Mapping[str, Any]) -> tuple[Infos, Stored]:
+def open_stored(
+    checkpoint: Checkpoint, parts: Parts, quantization: Mapping[str, Any], inputs_first: bool | None = None
+) -> tuple[Infos, Stored]:
     """The tensors that make up a stored tensor, or its first slice, and how they are decoded.
 
-    `quantization` are the settings that hold for its module. Raises UnknownFormat or ModelUnreadable, naming the first
-    of the parts.
+    `quantization` are the settings that hold for its module; `inputs_first` is as in `multiply_inputs`. Raises
+    UnknownFormat or ModelUnreadable, naming the tensor with the weights.
     """
     infos = find_slices(checkpoint, parts)[0]
     described = {part: Part(info.dtype, info.shape, partial(checkpoint.whole, info)) for part, info in infos.items()}
     try:
-        return infos, recognise(described, quantization)
+        return infos, recognise(described, quantization, inputs_first)
     except MoEError as error:
-        raise type(error)(f"{next(iter(parts.values()))}: {error.message}", error.hint) from None
+        raise type(error)(f"{weight_of(parts)}: {error.message}", error.hint) from None
 
 
 def read_rows(
@@ -117,7 +132,7 @@ def find_rows(
 
 
 def is_runtime_scale(name: str) -> bool:
-    """Whether a tensor has the name of a scale of activations or of the key/value cache.
+    """Whether a tensor, or a part of one, has the name of a scale of activations or of the key/value cache.
 
     These go with the quantisation settings: a plain model has none.
     """
@@ -137,8 +152,4 @@ def group_quantised(names: Iterable[str]) -> dict[str, Parts]:
         group[part] = name
         if (weight := f"{stem}.weight" if as_module else stem) in known:
             group["weight"] = weight
-    return {
-        plain: parts
-        for plain, parts in groups.items()
-        if parts.keys() & {"weight", "weight_packed", "qweight", "blocks"}
-    }
+    return {plain: parts for plain, parts in groups.items() if parts.keys() & set(_WEIGHTS)}

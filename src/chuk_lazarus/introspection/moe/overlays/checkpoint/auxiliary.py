@@ -12,7 +12,9 @@ _WANTED = re.compile(
     r"(?:.*/)?[^/]+\.(?:json|jinja|model|txt|tiktoken|py)|(?:.*/)?tokenizer\.model\.[^/]+|(?:LICEN[CS]E|NOTICE)[^/]*"
 )
 # these describe the weights as they were, or are written again
-_UNWANTED = re.compile(r"config\.json|plan\.json|.*\.index\.json|(?:hf_)?quant(?:ize)?_config\.json")
+_UNWANTED = re.compile(
+    r"config\.json|plan\.json|.*\.index\.json|(?:hf_)?quant(?:ize|ization)?_config\.json|quant_model_description.*\.json"
+)
 
 
 def read_auxiliary_files(repository: Repository) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import MoEError, UnknownFormat
 from ...jobs.measure import WINDOW
 from ...weights.checkpoint import Checkpoint, TensorInfo
-from ...weights.codecs import Part, Stored, recognise
+from ...weights.codecs import PRE_QUANT_SCALE, Part, Stored, recognise
 from ...weights.stored import BIAS, Infos, group_quantised, is_runtime_scale, module_of, open_stored, read_rows
 from ...weights.tensor_info import INTEGER_DTYPES, PLAIN_DTYPES
 from ..quantisation import BF16
@@ -30,7 +30,9 @@ def dequantise(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorWrite
     groups = {
         plain_name: parts
         for plain_name, parts in group_quantised(names).items()
-        if quantization or any(infos[name].dtype not in PLAIN_DTYPES for name in parts.values())
+        if quantization
+        or PRE_QUANT_SCALE in parts
+        or any(infos[name].dtype not in PLAIN_DTYPES for name in parts.values())
     }
     used = {name for parts in groups.values() for name in parts.values()}
     writers = [
@@ -77,7 +79,7 @@ def _rounded_dtypes(infos: Sequence[TensorInfo]) -> set[str]:
 def _find_module(name: str, decoded: Collection[str]) -> str | None:
     """The module of a decoded weight that a tensor belongs to by its name, None for a tensor of its own.
 
-    "q_proj.pre_quant_scale" belongs to "q_proj.weight", and "experts.down_proj_bias" to "experts.down_proj".
+    "q_proj.svdquant_lora_a" belongs to "q_proj.weight", and "experts.down_proj_bias" to "experts.down_proj".
     """
     for match in re.finditer(r"[._]", name):
         stem = name[: match.start()]

@@ -11,6 +11,7 @@ that has its name is taken for whole even after a power failure, so it is synced
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from ...weights.repositories.source import CONFIG, INDEX, Range
 
 PLAN = "plan.json"
 TEMPORARY = ".tmp"
+LONGEST_NAME = 255  # bytes of a file's name, on every common file system
 
 SHARD = 5_000_000_000  # bytes of copied tensors in one file
 CHUNK = 16 * 2**20  # bytes copied at a time
@@ -204,14 +206,28 @@ def _find_paths(target: Path, source: Path | None) -> tuple[Path, Path, Path]:
     Raises InvalidRequest where one of them would be in, or around, the model's own folder.
     """
     try:
-        folder = Path(os.path.realpath(os.path.expanduser(target)))
-        unfinished, replaced = (folder.with_name(f"{folder.name}.{ending}") for ending in ("partial", "replaced"))
+        folder = Path(os.path.realpath(target))
+        unfinished, replaced = name_unfinished(folder), name_beside(folder, "replaced")
     except ValueError:  # the root, or a NUL
         raise InvalidRequest(f"{target} can't be a model's folder", "choose another name") from None
     for path in (folder, unfinished, replaced):
         if source and (path == source or path in source.parents or source in path.parents):
             raise InvalidRequest(f"{path} would lie in or over the model's own folder", "choose a folder elsewhere")
     return folder, unfinished, replaced
+
+
+def name_unfinished(folder: Path) -> Path:
+    """Where a model is made that gets the name of `folder`; raises ValueError for the root."""
+    return name_beside(folder, "partial")
+
+
+def name_beside(folder: Path, ending: str) -> Path:
+    """The folder's name with an ending; of a name that is too long for it, the beginning and a digest of the whole."""
+    name = folder.name
+    if len(whole := os.fsencode(name)) + len(ending) + 1 > LONGEST_NAME:
+        digest = hashlib.sha256(whole).hexdigest()[:16]
+        name = f"{whole[: LONGEST_NAME - len(digest) - len(ending) - 2].decode(errors='ignore')}-{digest}"
+    return folder.with_name(f"{name}.{ending}")
 
 
 def _check_name_is_free(folder: Path, force: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...weights.checkpoint import Checkpoint
 from ...weights.fingerprint import fingerprint
-from .folder import PLAN
+from .folder import PLAN, name_unfinished
 
 
 def make_plan(checkpoint: Checkpoint, *, writes: str, rule: str, version: int, layers: Any) -> dict[str, Any]:
@@ -26,8 +26,7 @@ def make_plan(checkpoint: Checkpoint, *, writes: str, rule: str, version: int, l
 def planned_layers(checkpoint: Checkpoint, folder: Path, rule: str, version: int) -> dict[str, Any] | None:
     """What the plan of a stopped run for `folder` says of each layer, None where there is no plan of this work."""
     try:
-        real_folder = Path(os.path.realpath(folder))
-        plan = json.loads((real_folder.with_name(f"{real_folder.name}.partial") / PLAN).read_bytes())
+        plan = json.loads((name_unfinished(Path(os.path.realpath(folder))) / PLAN).read_bytes())
         is_ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
         if is_ours and plan.items() >= {"version": version, **fingerprint(checkpoint)}.items():
             layers: dict[str, Any] = plan["ranks"]

@@ -37,12 +37,13 @@ from .folder import (
     bf16_tensor,
     encode_json,
     group_into_shards,
+    name_beside,
     remove,
     write_model,
 )
 from .model_file import MODEL_FILE, forget_model_file
 
-REST = ".rest"
+REST = "rest"
 ORIGIN = "origin.json"  # in the folder of the rest: what it was made from
 WINDOW = 1 << 22  # weights of a tensor that are coded at a time
 MATRICES_HELD = 8  # by a thread that codes one expert
@@ -139,7 +140,7 @@ def _coded_tensors(path: str, shape: tuple[int, ...], code: AffineCode | None) -
 
 def write_rest(checkpoint: Checkpoint, names: Sequence[str], folder: Path, progress: Progress) -> Path:
     """Write these tensors of a checkpoint, decoded to bf16, beside the folder that is to be made; returns where."""
-    target = folder.with_name(f"{folder.name}{REST}")
+    target = name_beside(folder, REST)
     origin = encode_json({"names": sorted(names), **fingerprint(checkpoint)})
     try:
         if (target / ORIGIN).read_bytes() == origin:  # of a run that was stopped
@@ -154,7 +155,7 @@ def write_rest(checkpoint: Checkpoint, names: Sequence[str], folder: Path, progr
 
 def remove_rest(folder: Path) -> None:
     """Delete what `write_rest` wrote for the folder, if it is there."""
-    target = folder.with_name(f"{folder.name}{REST}")
+    target = name_beside(folder, REST)
     if (target / ORIGIN).is_file():
         remove(target)
 

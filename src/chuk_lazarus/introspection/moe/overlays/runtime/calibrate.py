@@ -23,7 +23,7 @@ from ...errors import InvalidRequest, ModelUnreadable, MoEError, UnknownFormat
 from ...jobs.model import evenly_spaced
 from ..moments import LayerInputs
 from .evaluate import tokenize
-from .load import check_files
+from .load import check_files, plain_name
 
 CONTEXT, WINDOWS = 512, 32  # tokens of a window, and how many windows of a text are taken
 BATCH = 4  # windows that a layer takes at a time
@@ -63,7 +63,8 @@ def gather_inputs(
     """
     check_files(folder)
     try:
-        model, config = load_model(folder, lazy=True)
+        with plain_name(folder) as path:
+            model, config = load_model(path, lazy=True)
         if mx.default_device() == mx.cpu:  # where gather_mm takes float32 only
             model.set_dtype(mx.float32)
         _watch_layers(model, layers, str(config.get("model_type")), keep)

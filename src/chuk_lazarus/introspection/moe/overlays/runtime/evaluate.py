@@ -22,7 +22,7 @@ from ...weights.experts import Experts
 from ...weights.repositories.find import find_repository
 from ...weights.repositories.local import Folder
 from ..checkpoint.reader import OverlayCheckpoint
-from .load import check_files, check_folder, load_overlay
+from .load import check_files, check_folder, load_overlay, plain_name
 
 BATCH = 8  # windows that a model gets at once
 LOGITS = 2**26  # logits that are computed at once, if a window has not more; 256 MiB in float32
@@ -104,7 +104,7 @@ def compare(
 
 
 def evaluate_overlay(
-    model: str, overlay: str, text: str, context: int, limit: int | None, progress: Progress = no_progress
+    model: str, overlay: Path, text: Path, context: int, limit: int | None, progress: Progress = no_progress
 ) -> MoEOverlayEvaluation:
     """Evaluate a model, and its overlay or another checkpoint of the same model, on the text in the file `text`.
 
@@ -115,14 +115,14 @@ def evaluate_overlay(
     run one of them.
     """
     try:
-        content = Path(text).expanduser().read_text(encoding="utf-8")
+        content = text.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidRequest(f"can't read {text}: {reason}", "give a text file in UTF-8") from None
     repository = find_repository(model)
     if not isinstance(repository, Folder):
         raise InvalidRequest(f"{model} is not on this machine", f"run: hf download {model}, and give its folder")
-    folders = (repository.path, Path(overlay).expanduser())
+    folders = (repository.path, overlay)
     _check_pair(*folders)
     tokens_from, tokens = tokenize(folders[0], content)
     if _has_tokenizer(folders[1]) and tokenize(folders[1], content)[1] != tokens:
@@ -141,9 +141,9 @@ def evaluate_overlay(
     difference = results[1].loss - results[0].loss
     return MoEOverlayEvaluation(
         model=printable(model),
-        overlay=printable(overlay),
+        overlay=printable(str(overlay)),
         is_overlay=_is_overlay(Checkpoint(Folder(folders[1]))),
-        text=printable(text),
+        text=printable(str(text)),
         tokens_from=tokens_from,
         original_result=results[0],
         overlay_result=results[1],
@@ -171,7 +171,8 @@ def _load(folder: Path) -> Loaded:
     """The model in a folder: an overlay, or anything that mlx-lm loads."""
     with _running(str(folder)):
         is_overlay = _is_overlay(Checkpoint(Folder(folder)))
-        model, _ = load_overlay(folder) if is_overlay else load_model(folder)
+        with plain_name(folder) as path:
+            model, _ = load_overlay(folder) if is_overlay else load_model(path)
         stored = _parameter_bytes(model)
         if mx.default_device() == mx.cpu:
             model.set_dtype(mx.float32)
@@ -352,7 +353,8 @@ def tokenize(folder: Path, text: str) -> tuple[TokensFrom, list[int]]:
         from mlx_lm.utils import load_tokenizer
 
         try:
-            tokenizer = load_tokenizer(folder, {"trust_remote_code": False})  # type: ignore[no-untyped-call]
+            with plain_name(folder) as path:
+                tokenizer = load_tokenizer(path, {"trust_remote_code": False})  # type: ignore[no-untyped-call]
             return "tokenizer", list(tokenizer.encode(text))
         except Exception as error:  # transformers may raise anything for files that it does not expect
             reason = " ".join(str(error).split())

@@ -1,7 +1,10 @@
 """An overlay checkpoint as a model of mlx-lm's, its experts left as base and deltas."""
 
+import glob
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +67,10 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
         try:
             # without the file that is for mlx-lm's own programs: nothing in the folder is executed
             own = {model_file.KEY: None} if _config(folder).get(model_file.KEY) == model_file.MODEL_FILE else None
-            return load_model(
-                folder, model_config=own, get_model_classes=lambda config: _overlay_classes(config, layers)
-            )
+            with plain_name(folder) as path:
+                return load_model(
+                    path, model_config=own, get_model_classes=lambda config: _overlay_classes(config, layers)
+                )
         except MoEError:
             raise
         except Exception as error:  # mlx-lm may raise anything for a config or weights that it does not expect
@@ -75,6 +79,22 @@ def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
                 f"mlx-lm can't load it: {reason or type(error).__name__}",
                 "the overlay is incomplete, or mlx-lm does not read this config",
             ) from error
+
+
+@contextmanager
+def plain_name(folder: Path) -> Iterator[Path]:
+    """A path of the folder that mlx-lm takes as it is: its own, or else that of a link to it, in a temporary folder.
+
+    mlx-lm looks for weights by a pattern, of which the folder's name would be a part, and MLX opens UTF-8 names only.
+    """
+    name = str(folder)
+    if glob.escape(name) == name and name.isprintable():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="lazarus-") as place:
+        link = Path(place, "model")
+        link.symlink_to(folder.absolute())
+        yield link
 
 
 def overlay_classes(folder: str | Path) -> tuple[type[Module], type]:

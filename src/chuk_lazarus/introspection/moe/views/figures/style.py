@@ -83,7 +83,7 @@ def save(figure: "Figure", path: str | Path) -> None:
     path = Path(path)
     ending = path.suffix.lower()
     if ending not in ENDINGS:
-        raise InvalidRequest(f"a figure can't be written as {path.name!r}", "end its name in .png, .svg or .pdf")
+        raise InvalidRequest(f"a figure can't be written as '{path.name}'", "end its name in .png, .svg or .pdf")
     if ending == ".svg":
         data = to_svg(figure).encode()
     else:
@@ -91,7 +91,7 @@ def save(figure: "Figure", path: str | Path) -> None:
     try:
         write_file(path, data)
     except OSError as error:
-        raise InvalidRequest(f"can't write {str(path)!r}: {error.strerror}") from None
+        raise InvalidRequest(f"can't write '{path}': {error.strerror}") from None
 
 
 def to_svg(figure: "Figure") -> str:

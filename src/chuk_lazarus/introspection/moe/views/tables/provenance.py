@@ -124,4 +124,6 @@ def render_comparison(comparison: MoETypeComparison) -> "RenderableType":
     _, *rows = evidence.rows
     columns = {**dict.fromkeys(evidence.headings, LEFT), evidence.headings[0]: {**LEFT, **WHOLE}}
     types = [paint(model.type, ORIGIN_STYLES[model.type]) for model in comparison.models]
-    return stack("MOE TYPE COMPARISON", draw_table(evidence.headings, [["Type", *types], *rows], columns))
+    table = draw_table(evidence.headings, [["Type", *types], *rows], columns)
+    notes = [f"{model.model}: {note}" for model in comparison.models for note in model.notes]
+    return stack("MOE TYPE COMPARISON", table, *([draw_facts([], notes)] if notes else []))

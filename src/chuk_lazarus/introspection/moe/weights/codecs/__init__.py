@@ -16,6 +16,7 @@ from . import (
     gguf,
     gptq,
     mlx,
+    modelopt,
     mxfp4,
     mxfp6,
     mxfp8,
@@ -27,25 +28,33 @@ from . import (
     w4afp8,
 )
 from .codec import NOT_DECODED, SAME_PART, Codec, Decode, Part, Stored
+from .scaled_inputs import PRE_QUANT_SCALE, OtherInputs, multiply_inputs
 
-__all__ = ["NOT_DECODED", "PARTS", "SAME_PART", "Codec", "Decode", "Part", "Stored", "recognise"]
+__all__ = [
+    "NOT_DECODED", "PARTS", "PRE_QUANT_SCALE", "SAME_PART", "Codec", "Decode", "OtherInputs", "Part", "Stored",
+    "recognise",
+]  # fmt: skip
 
 # The order matters: some parts fit several formats, and the first codec that recognises them decodes them.
 CODECS: tuple[Codec, ...] = (
-    plain, quark, w4afp8, mxfp8, fp8, mxfp6, mxfp4, nvfp4, mlx, pack_quantized, gptq, awq, bitsandbytes, gguf,
+    plain, quark, w4afp8, modelopt, mxfp8, fp8, mxfp6, mxfp4, nvfp4, mlx, pack_quantized, gptq, awq, bitsandbytes, gguf,
 )  # fmt: skip
 
-PARTS = frozenset({*SAME_PART, *(part for codec in CODECS for part in codec.PARTS)})
+PARTS = frozenset({*SAME_PART, PRE_QUANT_SCALE, *(part for codec in CODECS for part in codec.PARTS)})
 """Every name of a part that a storage format puts beside a weight, or in its place."""
 
 
-def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored:
+def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any], inputs_first: bool | None = None) -> Stored:
     """How the tensor that consists of `parts` is stored.
 
     The parts have their usual names (`SAME_PART`), and those in `NOT_DECODED` are left out. `quantization` are the
-    config's settings for this tensor, {} where it has none. Raises UnknownFormat where no codec recognises the parts,
-    and UnknownFormat or ModelUnreadable where a codec recognises them and can't decode them.
+    config's settings for this tensor, {} where it has none; `inputs_first` is as in `multiply_inputs`. Raises
+    UnknownFormat where no codec recognises the parts, and UnknownFormat or ModelUnreadable where a codec recognises
+    them and can't decode them.
     """
+    if factors := parts.get(PRE_QUANT_SCALE):
+        rest = {name: part for name, part in parts.items() if name != PRE_QUANT_SCALE}
+        return multiply_inputs(recognise(rest, quantization), factors, inputs_first)
     refused.check(parts, quantization)
     for codec in CODECS:
         if stored := codec.recognise(parts, quantization):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from .codec import Part, Stored
-from .gptq import scale_rows
+from .gptq import may_differ, scale_rows
 
 PARTS = ("qweight", "qzeros", "scales")
 
@@ -46,7 +46,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         raise ModelUnreadable(f"not the shapes of AWQ: {_list_shapes(parts)}")
     stated = next((quantization[key] for key in ("group_size", "q_group_size") if key in quantization), None)
     size = inputs if stated == -1 else stated
-    if stated is None and inputs % groups == 0:
+    is_other = type(size) is int and size > 0 and -(-inputs // size) != groups and may_differ(stated, quantization)
+    if (stated is None or is_other) and inputs % groups == 0:
         size = inputs // groups
     if type(size) is not int or size < 1 or -(-inputs // size) != groups:
         raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {stated}")

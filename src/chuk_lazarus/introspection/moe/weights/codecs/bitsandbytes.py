@@ -74,7 +74,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     described = parts[kinds[0]]
     if described.dtype != "U8" or not 0 < prod(described.shape) <= MAX_STATE:
         raise ModelUnreadable(f"its quant_state is {described.dtype} {list(described.shape)}")
-    state = _read_state(described.load(), nested)
+    state = _read_state(described.load(), nested, kind)
     *leading, _, columns = state.shape
     count, item = prod(state.shape), STORAGE.get(parts["weight"].dtype)
     if item is None:
@@ -113,7 +113,7 @@ def decode(
     `state` is the name of the part with the quant_state, `expected` the first expert's. Raises ModelUnreadable where
     this expert has another shape or other blocks.
     """
-    this = _read_state(parts[state], "weight.nested_absmax" in parts)
+    this = _read_state(parts[state], "weight.nested_absmax" in parts, state.removeprefix(STATE))
     shape, block = this.shape, this.block
     if (shape, block, this.nested_block) != (expected.shape, expected.block, expected.nested_block):
         raise ModelUnreadable(f"its quant_state says {list(shape)} in blocks of {block}, unlike other experts'")
@@ -156,8 +156,11 @@ def _absmax(parts: Mapping[str, NDArray[Any]], first: int, state: _State) -> NDA
     return factors
 
 
-def _read_state(data: NDArray[Any], nested: bool) -> _State:
-    """The quant_state in the JSON of `data`; raises ModelUnreadable where a value is missing or out of range."""
+def _read_state(data: NDArray[Any], nested: bool, kind: str) -> _State:
+    """The quant_state in the JSON of `data`.
+
+    Raises ModelUnreadable where a value is missing or out of range, or its `quant_type` is another than `kind`.
+    """
     try:
         values = json.loads(data.tobytes())
         shape, block = tuple(values["shape"]), values["blocksize"]
@@ -165,6 +168,8 @@ def _read_state(data: NDArray[Any], nested: bool) -> _State:
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else "no JSON object with a shape"
         raise ModelUnreadable(f"its quant_state can't be read: {reason}", "download it again") from None
+    if values.get("quant_type", kind) != kind:
+        raise ModelUnreadable(f"its quant_state is called {kind}, and says {str(values['quant_type'])[:100]}")
     if len(shape) < 2 or not all(type(size) is int and 0 < size < 2**40 for size in shape):
         raise ModelUnreadable(f"its quant_state says that the shape is {str(list(shape))[:100]}")
     for name, size in (("blocksize", block), *((("nested_blocksize", nested_block),) if nested else ())):

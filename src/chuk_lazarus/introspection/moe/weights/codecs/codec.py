@@ -16,8 +16,16 @@ SAME_PART = {
     "scale_2": "weight_scale_2",
     "scale2": "weight_scale_2",
     "qscale_weight": "weight_scale",
+    "weight_quantizer.scale": "weight_scale",
+    "weight_quantizer.zero_point": "weight_zero_point",
+    "weight_quantizer.0.scale": "weight_scale",
+    "weight_quantizer.0.zero_point": "weight_zero_point",
+    "weight_quantizer.1.scale": "weight_scale_2",
 }
-"""Names that some publishers give to a part, and its usual name."""
+"""Names that some publishers give to a part, and its usual name.
+
+Those of quantisers are what Quark calls the usual ones within a model (export/constants.py of Quark 0.13).
+"""
 
 NOT_DECODED = frozenset(
     {

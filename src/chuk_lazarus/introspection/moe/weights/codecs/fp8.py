@@ -16,7 +16,8 @@ decides. Scales are floats or E8M0 exponents. Exponents have their own dtype, or
 (`blockwise_int8` of SGLang; compressed-tensors, strategy `block`).
 
 AutoRound stores the scales of groups of a row, of the config's `group_size`, as one vector: [rows * groups], or
-[rows * groups, 1] (export/export_to_autoround/export_to_fp8.py).
+[rows * groups, 1] (export/export_to_autoround/export_to_fp8.py). ModelSlim (WFP8AFP8) has a `weight_offset` of the
+same shape as the scale of each row: a weight is (element - offset) * scale.
 """
 
 import re
@@ -37,9 +38,11 @@ WEIGHTS = ("F8_E4M3", "F8_E5M2")
 SCALES = ("F64", "F32", "BF16", "F16", "F8_E8M0", "U8")
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
 
+OFFSET = "weight_offset"
+UNSCALED = "fp8-unscaled"  # the format of FP8 without scales
 AUTO_ROUND = ("auto-round", "auto_round")
 Block = tuple[int, int]
-PARTS = (*SCALE_NAMES,)
+PARTS = (*SCALE_NAMES, OFFSET)
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
@@ -51,6 +54,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         return None
     if len(parts) == 1:
         return _recognise_unscaled(weight, quantization)
+    offset, parts = parts.get(OFFSET), {name: part for name, part in parts.items() if name != OFFSET}
     scale = next((name for name in SCALE_NAMES if parts.keys() == {"weight", name}), None)
     if scale is None or parts[scale].dtype not in SCALES:
         return None
@@ -63,7 +67,12 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         weight.shape, scale, parts[scale].shape, quantization
     )
     decoder = partial(decode, scale=scale, block=block, kind=E8M0 if is_exponent else None)
-    return Stored("int8" if weight.dtype == "I8" else "fp8", weight.shape, {"weight": 1, scale: span}, decoder)
+    spans = {"weight": 1, scale: span}
+    if offset:
+        if span != 1 or block[1] != weight.shape[-1] or offset.shape != parts[scale].shape or is_exponent:
+            raise ModelUnreadable(f"its {OFFSET} is {offset.dtype} {list(offset.shape)}: not one for each row")
+        spans[OFFSET] = 1
+    return Stored("int8" if weight.dtype == "I8" else "fp8", weight.shape, spans, decoder)
 
 
 def _is_in_blocks(weight: Part, parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> bool:
@@ -83,6 +92,8 @@ def decode(
     `scale` is the name of the part with the scales, and `kind` their type where their dtype is bytes.
     """
     values, scales = widen(parts["weight"]), widen(parts[scale], kind)
+    if OFFSET in parts:
+        values -= widen(parts[OFFSET]).reshape(-1, 1)
     height, width = block
     scales = scales.reshape(-1, -(-values.shape[1] // width))
     if height == 1:
@@ -144,7 +155,7 @@ def grid(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 def _recognise_unscaled(weight: Part, quantization: Mapping[str, Any]) -> Stored:
     if method := quantization.get("quant_method") or quantization.get("quant_algo"):
         raise UnknownFormat(f"FP8 without its scale, and config.json says that it is quantised ({method})")
-    return Stored("fp8-unscaled", weight.shape, {"weight": 1}, _decode_unscaled)
+    return Stored(UNSCALED, weight.shape, {"weight": 1}, _decode_unscaled)
 
 
 def _decode_unscaled(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
@@ -156,11 +167,14 @@ def _find_groups(
 ) -> tuple[Block, Fraction] | None:
     """AutoRound's groups of a row, whose scales are one vector: the block, and the rows that one scale covers."""
     size = quantization.get("group_size")
-    if quantization.get("quant_method") not in AUTO_ROUND or type(size) is not int or size < 1 or len(shape) != 2:
+    if quantization.get("quant_method") not in AUTO_ROUND or type(size) is not int or len(shape) != 2:
         return None
     rows, columns = shape
+    size = columns if size == -1 else size
+    if size < 1:
+        return None
     groups = -(-columns // size)
-    if groups < 2 or scale not in ((rows * groups,), (rows * groups, 1)):
+    if scale not in ((rows * groups,), (rows * groups, 1)):
         return None
     return (1, size), Fraction(1, groups)
 

@@ -188,7 +188,7 @@ def _find_bits(
     stated = quantization.get("bits")
     if isinstance(stated, int | float) and stated in fitting:
         bits = int(stated)
-    elif _may_differ(stated, quantization) and len(fitting) == 1:
+    elif may_differ(stated, quantization) and len(fitting) == 1:
         bits = fitting.pop()
     else:
         if stated is None:
@@ -210,13 +210,13 @@ def _group_size(inputs: int, groups: int, has_order: bool, quantization: Mapping
     size = inputs if stated == -1 else stated
     if type(size) is int and size > 0 and -(-inputs // size) == groups:
         return size
-    if (has_order or _may_differ(stated, quantization)) and inputs % groups == 0:
+    if (has_order or may_differ(stated, quantization)) and inputs % groups == 0:
         return inputs // groups
     if has_order:
         return None
     raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {stated}", CONFIG_HINT)
 
 
-def _may_differ(stated: object, quantization: Mapping[str, Any]) -> bool:
+def may_differ(stated: object, quantization: Mapping[str, Any]) -> bool:
     """Whether a module may have another value than `stated`, the config's: it has none, or settings for modules."""
     return stated is None or bool(quantization.get("dynamic") or quantization.get("extra_config"))

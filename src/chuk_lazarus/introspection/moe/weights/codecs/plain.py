@@ -1,14 +1,18 @@
-"""Plain floating point numbers: bfloat16, float16, float32, float64."""
+"""Plain floating point numbers: bfloat16, float16, float32, float64.
+
+Paddle writes bfloat16 through numpy, which has none: there the dtype is that of its bits, U16.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from .codec import Part, Stored
 
-NAMES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f64"}
+NAMES = {"BF16": "bf16", "U16": "bf16", "F16": "f16", "F32": "f32", "F64": "f64"}
 PARTS = ()
 
 
@@ -20,6 +24,9 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
 
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
-    """[rows, columns] of any floating point dtype -> float32."""
+    """[rows, columns] of any floating point dtype, or bits of bfloat16 -> float32."""
+    weight = parts["weight"]
+    if weight.dtype == np.uint16:
+        weight = weight.view(ml_dtypes.bfloat16)
     with np.errstate(over="ignore"):  # a float64 that is too large becomes infinite, which is reported later
-        return parts["weight"].astype(np.float32)
+        return weight.astype(np.float32)

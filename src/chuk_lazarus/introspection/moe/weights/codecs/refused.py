@@ -35,6 +35,7 @@ PARTS = {
     "Quanto": ({"weight._data", "weight._scale"},),
     "torchao": ({"weight_qdata"}, {"weight:qdata"}, {"_weight_qdata"}, {"weight_tensor_data"}),
     "Marlin": ({"B"},),
+    "ModelSlim's W4A8": ({"weight", "scale_bias"}, {"weight", "weight_scale_second"}),
 }
 """By the format's name: sets of parts, one of which is there."""
 

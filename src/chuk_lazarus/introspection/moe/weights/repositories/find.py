@@ -5,6 +5,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ...errors import ModelUnreadable
+from ...files import as_path
 from .local import Folder
 from .source import Repository
 
@@ -24,11 +25,10 @@ def find_repository(model: str) -> Repository:
             known = ", ".join(f"demo:{demo}" for demo in DEMO_MODELS)
             raise ModelUnreadable(f"there is no embedded model {model}", f"there are {known}")
         return Folder(DEMO_FOLDER / name)
-    path = Path(model)
+    path = as_path(model)
     try:
-        path = path.expanduser()
         exists = bool(model) and path.exists()
-    except (OSError, RuntimeError, ValueError):  # a name that is too long, an unknown user's home, a NUL
+    except (OSError, ValueError):  # a name that is too long, a NUL
         exists = False
     if exists:
         return Folder(path.parent if path.name.endswith(".safetensors.index.json") else path)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ...errors import ModelUnreadable
 from ...progress import Progress
-from .source import CONFIG, QUANTIZATION_FILES, Range, list_parts
+from .source import CONFIG, PICKLES, QUANTIZATION_FILES, Range, list_parts
 
 DEPTH = 3  # of subfolders
 MOST_FILES = 10_000  # a model has far fewer; a folder of somebody's whole work may have more
-WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".npz")  # a subfolder's are another model
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".npz", *PICKLES)  # a subfolder's are another model
 
 
 class LocalFile:

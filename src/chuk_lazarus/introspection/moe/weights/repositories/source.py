@@ -13,8 +13,10 @@ Range = tuple[int, int]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""The files of ModelOpt, AutoGPTQ and AutoAWQ with the quantisation settings that config.json may lack."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".distcp", ".pdparams")  # of PyTorch and Paddle
+MODELSLIM = "quant_model_description.json"
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", MODELSLIM)
+"""The files of ModelOpt, AutoGPTQ, AutoAWQ and ModelSlim with the quantisation settings that config.json may lack."""
 
 MAX_PARTS = 1000  # the largest number of parts in the name of a split GGUF file
 
