@@ -1,23 +1,19 @@
-"""Overlay checkpoints: written, verified while they are written, and rebuilt into standard ones."""
+"""Overlay checkpoints: written, verified while they are written."""
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from ..errors import InvalidRequest, name_model, printable
-from ..jobs.resources import Resources
 from ..progress import Progress
-from ..reports import LayerVerification, MoEOverlayCompression, MoEOverlayExport
+from ..reports import LayerVerification, MoEOverlayCompression
 from ..text import format_ranges
 from ..weights.checkpoint import Checkpoint
-from ..weights.repositories.local import Folder
 from .allocation import RankRule
 from .analysis import INPUTS, TOLERANCE, OverlayJob, rounding_bits_beside
 from .bit_budget import BitRule
 from .checkpoint.card import card_table
-from .checkpoint.export import export_overlay
 from .checkpoint.format import Ranks
 from .checkpoint.reader import read_overlay
 from .checkpoint.writer import check_target, planned_codes, planned_ranks, write_coded_overlay, write_overlay
@@ -153,22 +149,6 @@ def _may_be_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibra
     except InvalidRequest:
         return False
     return True
-
-
-def export(overlay: Path, folder: Path, force: bool, progress: Progress) -> MoEOverlayExport:
-    """Rebuild a standard checkpoint, into `folder`, from the overlay checkpoint in the folder `overlay`."""
-    started = time.perf_counter()
-    with name_model(str(overlay)):
-        opened = read_overlay(overlay)
-        export_overlay(overlay, folder, force=force, resources=Resources.current(), progress=progress)
-        return MoEOverlayExport(
-            overlay=printable(str(overlay)),
-            folder=printable(str(folder)),
-            family=opened.family,
-            layers=opened.layers,
-            bytes=_tensor_bytes(Checkpoint(Folder(folder))),
-            seconds=time.perf_counter() - started,
-        )
 
 
 def _tensor_bytes(checkpoint: Checkpoint) -> int:
