@@ -64,7 +64,7 @@ def quantise_packed(
 
         return spread(_choose(rule, trials, lambda widths: open_contents(spread(widths), {}, str).nbytes))
 
-    return write_quantised(
+    written = write_quantised(
         job,
         folder,
         kind=METHOD,
@@ -75,6 +75,8 @@ def quantise_packed(
         force=force,
         progress=progress,
     )
+    job.end()
+    return written
 
 
 def _choose(rule: BitRule, trials: Trials[int], total_bytes: Callable[[Widths[int]], int]) -> Widths[int]:

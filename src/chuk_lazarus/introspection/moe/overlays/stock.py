@@ -69,7 +69,11 @@ def quantise(
 
     def choose() -> Widths[Place]:
         trials = try_all(job, MLX, affine_widths)
-        return choose_widths(rule, trials, lambda widths: open_contents(widths, {}, str).nbytes)
+        try:
+            return choose_widths(rule, trials, lambda widths: open_contents(widths, {}, str).nbytes)
+        except InvalidRequest:  # no run goes on with the rest
+            remove_rest(folder)
+            raise
 
     def open_checked(widths: Widths[Place], checks: Checks, card: Callable[[], str]) -> Contents:
         model = describe(widths)
