@@ -24,6 +24,8 @@ from .layer import bank_notes, coded_bytes, layer_verification, projection_codes
 from .stock import quantise
 
 Format = Literal["auto", "overlay", "mlx"]
+TRELLIS_BITS = 4  # a weight, below which trellises err clearly less
+TRELLIS_NOTE = "--format overlay --trellis errs less in so few bits, and needs chuk-lazarus to run"
 LEAST_BITS = 1.0  # a weight that a coded overlay is taken to need on disk, where its rule does not say it
 
 
@@ -50,7 +52,12 @@ def compress(
         job = OverlayJob(model, None, layers, progress)
         if kind == "mlx" or (kind == "auto" and _may_be_stock(rule, layers, calibrate) and not job.has_bases()):
             assert isinstance(rule, BitRule)
-            return quantise(job, rule, folder, rest_bits, force, progress)
+            report = quantise(job, rule, folder, rest_bits, force, progress)
+            return (
+                report
+                if report.bits_per_weight >= TRELLIS_BITS
+                else report.model_copy(update={"notes": (*report.notes, TRELLIS_NOTE)})
+            )
         opened, numbers = job.opened, [layer.number for layer in job.layers]
         bits = (rule.bits or LEAST_BITS) if isinstance(rule, BitRule) else None
         check_target(opened.experts, folder, numbers, force, bits)

@@ -27,7 +27,6 @@ from .quantised import Checks, Place, list_widths, try_all, verified_note, width
 from .width_budget import Widths, choose_widths, count_bytes, resize_trial
 
 MLX = "mlx"
-TRELLIS_BITS = 4  # a weight, below which trellises err clearly less
 
 
 def quantise(
@@ -153,8 +152,6 @@ def _report(
     notes = [*job.opened.experts.notes, *verified_note(job)]
     if after >= before:
         notes.append("the folder is no smaller than the model: its bits are too many")
-    if 8 * (levels + scales) / weights < TRELLIS_BITS:
-        notes.append("--format overlay --trellis errs less in so few bits, and needs chuk-lazarus to run")
     if job.opened.experts.mtp_layers:
         notes.append("layers for multi-token prediction are left out: mlx-lm does not run them")
     if left_out:
