@@ -1,6 +1,8 @@
 """Models quantised in the format of compressed-tensors, which transformers and vLLM load: a width for each layer.
 
-vLLM runs the projections of a layer in one kernel, which needs one width for all of them.
+vLLM runs the projections of a layer in one kernel, which needs one width for all of them. transformers (up to 5.24)
+decodes all experts by the first group of the config: with others of other bits and as many scales it would read wrong
+numbers and not say so. So the widths of one checkpoint differ in their groups where they differ in bits, and it fails.
 """
 
 from collections.abc import Callable
@@ -15,11 +17,21 @@ from .checkpoint.card import CARD, write_packed_card
 from .checkpoint.folder import Contents, check_folder
 from .checkpoint.packed_writer import METHOD, PackedModel, check_modules, packed_contents
 from .checkpoint.writer import check_copyable, expert_names
-from .codes.packed import packed_widths, parse_packed
+from .codes.code import Shape
+from .codes.packed import PackedCode, packed_widths, parse_packed
 from .quantised import Checks, Place, list_widths, try_all, write_quantised
 from .width_budget import Trials, Widths, choose_widths, join_trials
 
 USUAL_BITS = (4, 8)  # of which every vLLM has kernels for experts
+# the widths that one checkpoint may have, those of the usual bits first; in each line a group goes with one width
+WIDTH_SETS = (
+    ("int4:128", "int4:32", "int8:64"),
+    ("int4:64", "int8:32"),
+    ("int3:32", "int4:128"),
+    ("int2:32", "int3:64", "int4:128"),
+    ("int2:64", "int3:128", "int4:32"),
+    ("int2:128",),
+)
 
 
 def quantise_packed(
@@ -27,8 +39,8 @@ def quantise_packed(
 ) -> tuple[Widths[Place], list[LayerVerification]]:
     """Write the job's model with its experts in packed integers into `folder`, and verify some of its layers.
 
-    Widths are of 4 or 8 bits, unless only others meet the rule. Raises InvalidRequest where none do, UnknownFormat for
-    a family whose experts' matrices are not modules of their own.
+    Widths are of 4 or 8 bits, unless only others meet the rule (WIDTH_SETS). Raises InvalidRequest where none do,
+    UnknownFormat for a family whose experts' matrices are not modules of their own.
     """
     experts, checkpoint = job.opened.experts, job.opened.experts.checkpoint
     check_copyable(experts)
@@ -54,7 +66,7 @@ def quantise_packed(
         )
 
     def choose() -> Widths[Place]:
-        tried = try_all(job, METHOD, packed_widths)
+        tried = try_all(job, METHOD, _widths)
         trials = {
             number: join_trials([tried[number, role] for role in layer.roles]) for number, layer in layers.items()
         }
@@ -79,16 +91,21 @@ def quantise_packed(
     return written
 
 
+def _widths(shape: Shape) -> list[PackedCode]:
+    """The codes of all sets that fit a matrix of that shape."""
+    wanted = {width for widths in WIDTH_SETS for width in widths}
+    return [code for code in packed_widths(shape) if str(code) in wanted]
+
+
 def _choose(rule: BitRule, trials: Trials[int], total_bytes: Callable[[Widths[int]], int]) -> Widths[int]:
-    """The widths of the usual bits that the rule chooses, or else of any."""
-    usual = {
-        number: trial.only({width for width in trial.sizes if parse_packed(width).bits in USUAL_BITS})
-        for number, trial in trials.items()
-    }
-    try:
-        return choose_widths(rule, usual, total_bytes)
-    except InvalidRequest:
-        return choose_widths(rule, trials, total_bytes)
+    """The widths that the rule chooses from the first set that can meet it; raises InvalidRequest where none can."""
+    for widths in WIDTH_SETS:
+        try:
+            return choose_widths(rule, {number: trial.only(widths) for number, trial in trials.items()}, total_bytes)
+        except InvalidRequest:
+            continue
+    choose_widths(rule, trials, total_bytes)  # says what the least or the finest is
+    raise InvalidRequest("only widths that loaders would mistake meet the rule", "ask for more bits")
 
 
 def loader_notes(widths: Widths[Place]) -> list[str]:
@@ -98,7 +115,7 @@ def loader_notes(widths: Widths[Place]) -> list[str]:
     if others := sorted({code.bits for code in codes} - set(USUAL_BITS)):
         notes.append(f"experts of {', '.join(map(str, others))} bits need a vLLM that has kernels for these")
     if len(codes) > 1:
-        notes.append("transformers up to 5.24 takes all experts to have the width of the first group: load it in vLLM")
+        notes.append("vLLM loads experts of several widths, and transformers up to 5.24 those of one alone")
     if None in widths.values():
         notes.append("layers whose rows have no whole groups of 32 stay in bf16")
     return notes
