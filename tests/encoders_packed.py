@@ -39,6 +39,16 @@ def pack_stream(codes: Codes, bits: int) -> NDArray[np.int32]:
     return packed.view(np.int32)
 
 
+def unpack_stream(packed: NDArray[np.int32], bits: int, count: int) -> Codes:
+    """I32 [rows, words] -> [rows, count]: the inverse of `pack_stream`."""
+    codes = np.zeros((len(packed), count), np.int64)
+    for row, words in enumerate(packed.view(np.uint32).tolist()):
+        stream = sum(word << (32 * place) for place, word in enumerate(words))
+        for place in range(count):
+            codes[row, place] = stream >> (place * bits) & ((1 << bits) - 1)
+    return codes
+
+
 def means(codes: Codes, zeros: Codes, scales: Matrix, group_of: Codes) -> Matrix:
     """[out, in] from codes [out, in], zeros and scales [out, groups] and the group of each input, one by one."""
     values = np.empty(codes.shape, np.float32)

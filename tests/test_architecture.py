@@ -66,7 +66,7 @@ LIBRARIES: dict[str, set[str]] = {
     "threadpoolctl": {"jobs.resources"},
     "dask": {"jobs.cluster"},
     "distributed": {"jobs.cluster"},
-    "gguf": {"weights.gguf", "weights.codecs.gguf"},
+    "gguf": {"weights.gguf", "weights.codecs.gguf", "overlays.ggml"},
     "huggingface_hub": {"weights.repositories.hub"},
     "httpx2": {"weights.repositories.hub"},
     "jinja2": {"views.page"},

@@ -44,6 +44,7 @@ LIBRARIES = {
     "float_modelopt_awq": "ModelOpt 0.47.0",
     "packed_modelopt": "ModelOpt 0.47.0",
     "float_modelopt": "compressed-tensors 0.20.0, from ModelOpt's parts",
+    "packed_ours": "compressed-tensors 0.20.1",
     "packed_ct": "compressed-tensors 0.20.0 (0.12.2 for `weight_g_idx`)",
     "packed_bnb": "bitsandbytes 0.50.2",
     "packed_gptq": "GPTQModel 7.7.0",

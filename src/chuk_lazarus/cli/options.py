@@ -233,3 +233,36 @@ def overlay_options(
         "coded": coded,
         "trellis": trellis,
     }
+
+
+def width_options(
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Bits for each weight of the experts, everything counted.", show_default=False),
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE",
+            help="The bits with which all of it takes at most so much: 24GB.",
+            show_default=False,
+        ),
+    ] = None,
+    as_good_as: Annotated[
+        int | None,
+        typer.Option(
+            "--as-good-as",
+            metavar="BITS",
+            help="The fewest bits that err no more than plain quantisation at BITS; 4 if nothing else is given.",
+            show_default=False,
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option("--max-error", help="The fewest bits within this relative weight error.", show_default=False),
+    ] = None,
+    coded: Annotated[bool, typer.Option("--coded", help="As --as-good-as 4, which is meant without it, too.")] = False,
+) -> "OverlayOptions":
+    """How the widths of experts in a plain format are chosen, as the services take it."""
+    return {"bits": bits, "fit": fit, "as_good_as": as_good_as, "max_error": max_error, "coded": coded}

@@ -77,7 +77,7 @@ def show(report: "BaseModel", as_json: bool, output: Path | None, more: Sequence
 
         console = Console(highlight=False)
         with console.capture() as capture:
-            console.print(report, *more, sep="\n")
+            console.print(report, *more, sep="\n", crop=False)  # commands are whole, however long
         sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 

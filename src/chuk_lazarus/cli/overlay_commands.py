@@ -20,6 +20,7 @@ from .options import (
     overlay_options,
     parse_experts,
     parse_path,
+    width_options,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ class Format(StrEnum):
     AUTO = "auto"
     OVERLAY = "overlay"
     MLX = "mlx"
+
+
+class ExportFormat(StrEnum):
+    """What an export writes."""
+
+    STANDARD = "standard"
+    MLX = "mlx"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    GGUF_RECIPE = "gguf-recipe"
 
 
 @command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
@@ -209,27 +219,72 @@ def compress(
     )
 
 
-@command(JSON, OUTPUT, QUIET)
+@command(MEMORY, JSON, OUTPUT, QUIET)
 def export(
     run: Run,
     overlay: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="OVERLAY", help="The folder of an overlay checkpoint.", parser=parse_path, show_default=False
+            metavar="OVERLAY",
+            help="The folder of an overlay; for few bits, any model.",
+            show_default=False,
         ),
     ],
-    folder: Folder,
+    folder: Annotated[
+        Path,
+        typer.Option(
+            "--folder",
+            "-O",
+            metavar="TARGET",
+            help="The folder to write, or the file of a recipe.",
+            parser=parse_path,
+            show_default=False,
+        ),
+    ],
+    *,
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="standard: bfloat16; mlx: for mlx-lm; compressed-tensors: for vLLM; gguf-recipe: for llama-quantize.",
+        ),
+    ] = ExportFormat.STANDARD,
+    widths: Annotated["OverlayOptions", OptionGroup(width_options)],
+    rest_bits: Annotated[
+        str | None,
+        typer.Option(
+            "--rest-bits",
+            metavar="N|keep",
+            help="With mlx and gguf-recipe: bits of attention, embeddings and all else; 8 if not given.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
 ) -> "MoEOverlayExport":
-    """Rebuild a standard checkpoint of the original family, in bfloat16, from an overlay.
+    """Rebuild a standard checkpoint of the original family, in bfloat16, from an overlay, or write it in few bits.
+
+    The formats other than standard give each projection of each layer the width that errs least at a size, and take any
+    model in the place of an overlay. A recipe is the file for llama-quantize --tensor-type-file; the commands that make
+    a GGUF file with it are printed.
 
     \b
-    Example:
+    Examples:
       lazarus introspect moe-expert moe-overlay-export ./overlay -O ./rebuilt
+      lazarus introspect moe-expert moe-overlay-export ./overlay -O ./mlx --format mlx --bits 4.5
+      lazarus introspect moe-expert moe-overlay-export ./overlay -O ./packed --format compressed-tensors
+      lazarus introspect moe-expert moe-overlay-export ./my-model -O ./types.txt --format gguf-recipe --fit 24GB
     """
     from chuk_lazarus.introspection.moe import MoECompressionService
 
-    return MoECompressionService.export(overlay, folder, force=force, progress=run.progress)
+    return MoECompressionService.export(
+        overlay,
+        folder,
+        format=format.value,
+        rest_bits=rest_bits,
+        force=force,
+        progress=run.progress,
+        **widths,
+    )
 
 
 @command(JSON, OUTPUT, QUIET)

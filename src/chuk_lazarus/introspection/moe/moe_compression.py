@@ -7,7 +7,7 @@ from typing import Unpack
 from . import views  # noqa: F401  which registers how reports are shown
 from .errors import InvalidRequest
 from .files import as_path
-from .overlays import analysis, compression, estimate
+from .overlays import analysis, compression, estimate, exporting
 from .overlays.analysis import INPUTS, TOLERANCE
 from .overlays.bit_budget import OverlayOptions, overlay_rule
 from .overlays.fit import REST_BITS, parse_rest_bits
@@ -128,10 +128,25 @@ class MoECompressionService:
 
     @staticmethod
     def export(
-        overlay: str | Path, folder: str | Path, *, force: bool = False, progress: Progress | None = None
+        overlay: str | Path,
+        folder: str | Path,
+        *,
+        format: exporting.ExportFormat = "standard",
+        rest_bits: int | str | None = None,
+        force: bool = False,
+        progress: Progress | None = None,
+        **options: Unpack[OverlayOptions],
     ) -> MoEOverlayExport:
-        """Rebuild a standard bfloat16 checkpoint of the original family from the overlay checkpoint in `overlay`."""
-        return compression.export(as_path(overlay), as_path(folder), force, progress or no_progress)
+        """Write the overlay checkpoint in `overlay` in another `format` into `folder`.
+
+        "standard" is a bfloat16 checkpoint of the original family. In the others experts have few bits, by default as
+        good as plain quantisation at 4 bits (see `options`), and any model is taken in the place of an overlay: "mlx"
+        is a plain quantised checkpoint that mlx-lm itself loads, "compressed-tensors" one for vLLM and transformers,
+        both with a few layers verified. "gguf-recipe" writes a file for `llama-quantize --tensor-type-file`, and
+        `commands` of the report are those that make the GGUF with it. All else has `rest_bits`, 8 where nothing else is
+        said, or is kept with "keep", and always in compressed-tensors.
+        """
+        return exporting.export(overlay, as_path(folder), format, rest_bits, force, progress or no_progress, **options)
 
     @staticmethod
     def evaluate(

@@ -24,8 +24,8 @@ class OpenedModel:
     """A model that a job works on.
 
     `layers` are the chosen ones (see `Experts.choose_layers`), or, where none are chosen, `samples` evenly spaced
-    ones. `purpose` ends the message of the NotMoE that is raised for a layer with a single expert. Limits of memory and
-    threads are read here, once for the whole job.
+    ones. `experts` are the model's where they are open already. `purpose` ends the message of the NotMoE that is raised
+    for a layer with a single expert. Limits of memory and threads are read here, once for the whole job.
     """
 
     def __init__(
@@ -36,11 +36,12 @@ class OpenedModel:
         *,
         purpose: str,
         samples: int | None = None,
+        experts: Experts | None = None,
     ) -> None:
         self._started = time.perf_counter()
         self.name = name
         self.resources = Resources.current()
-        self.experts = Experts.open(name)
+        self.experts = Experts.open(name) if experts is None else experts
         if samples is not None and layer is None and layers is None:
             layers = [self.experts.layers[place] for place in evenly_spaced(len(self.experts.layers), samples)]
         self.layers: tuple[ExpertLayer, ...] = tuple(

@@ -21,6 +21,7 @@ from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlay, MoEOverlayVerification
 from ..text import format_ranges
 from ..weights.expert_layer import ExpertLayer
+from ..weights.experts import Experts
 from ..weights.repositories.local import Folder
 from .alignment import align_layer
 from .allocation import RankRule, check_ranks
@@ -175,8 +176,9 @@ class OverlayJob:
         layers: Sequence[int] | str | None,
         progress: Progress,
         samples: int | None = None,
+        experts: Experts | None = None,
     ) -> None:
-        self.opened = OpenedModel(model, layer, layers, samples=samples, purpose="share")
+        self.opened = OpenedModel(model, layer, layers, samples=samples, purpose="share", experts=experts)
         self.layers = self.opened.layers
         self.progress = progress
         self.calibration: Calibration | None = None

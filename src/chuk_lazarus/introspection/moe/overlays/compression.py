@@ -1,23 +1,19 @@
-"""Overlay checkpoints: written, verified while they are written, and rebuilt into standard ones."""
+"""Overlay checkpoints: written, verified while they are written."""
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from ..errors import InvalidRequest, name_model, printable
-from ..jobs.resources import Resources
 from ..progress import Progress
-from ..reports import LayerVerification, MoEOverlayCompression, MoEOverlayExport
+from ..reports import LayerVerification, MoEOverlayCompression
 from ..text import format_ranges
 from ..weights.checkpoint import Checkpoint
-from ..weights.repositories.local import Folder
 from .allocation import RankRule
 from .analysis import INPUTS, TOLERANCE, OverlayJob, rounding_bits_beside
 from .bit_budget import BitRule
 from .checkpoint.card import card_table
-from .checkpoint.export import export_overlay
 from .checkpoint.format import Ranks
 from .checkpoint.reader import read_overlay
 from .checkpoint.writer import check_target, planned_codes, planned_ranks, write_coded_overlay, write_overlay
@@ -28,6 +24,8 @@ from .layer import bank_notes, coded_bytes, layer_verification, projection_codes
 from .stock import quantise
 
 Format = Literal["auto", "overlay", "mlx"]
+TRELLIS_BITS = 4  # a weight, below which trellises err clearly less
+TRELLIS_NOTE = "--format overlay --trellis errs less in so few bits, and needs chuk-lazarus to run"
 LEAST_BITS = 1.0  # a weight that a coded overlay is taken to need on disk, where its rule does not say it
 
 
@@ -54,7 +52,12 @@ def compress(
         job = OverlayJob(model, None, layers, progress)
         if kind == "mlx" or (kind == "auto" and _may_be_stock(rule, layers, calibrate) and not job.has_bases()):
             assert isinstance(rule, BitRule)
-            return quantise(job, rule, folder, rest_bits, force, progress)
+            report = quantise(job, rule, folder, rest_bits, force, progress)
+            return (
+                report
+                if report.bits_per_weight >= TRELLIS_BITS
+                else report.model_copy(update={"notes": (*report.notes, TRELLIS_NOTE)})
+            )
         opened, numbers = job.opened, [layer.number for layer in job.layers]
         bits = (rule.bits or LEAST_BITS) if isinstance(rule, BitRule) else None
         check_target(opened.experts, folder, numbers, force, bits)
@@ -153,22 +156,6 @@ def _may_be_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibra
     except InvalidRequest:
         return False
     return True
-
-
-def export(overlay: Path, folder: Path, force: bool, progress: Progress) -> MoEOverlayExport:
-    """Rebuild a standard checkpoint, into `folder`, from the overlay checkpoint in the folder `overlay`."""
-    started = time.perf_counter()
-    with name_model(str(overlay)):
-        opened = read_overlay(overlay)
-        export_overlay(overlay, folder, force=force, resources=Resources.current(), progress=progress)
-        return MoEOverlayExport(
-            overlay=printable(str(overlay)),
-            folder=printable(str(folder)),
-            family=opened.family,
-            layers=opened.layers,
-            bytes=_tensor_bytes(Checkpoint(Folder(folder))),
-            seconds=time.perf_counter() - started,
-        )
 
 
 def _tensor_bytes(checkpoint: Checkpoint) -> int:

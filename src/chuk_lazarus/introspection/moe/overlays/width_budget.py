@@ -5,11 +5,11 @@ hull of what each projection's widths take and err, steepest steps first, which 
 (a fractional knapsack). The errors are relative to each projection's own energy, so that none is given up for another.
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
-from typing import TypeVar
+from math import inf, prod, sqrt
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,99 +17,175 @@ from numpy.typing import NDArray
 from ..errors import InvalidRequest, ModelUnreadable
 from ..jobs.model import evenly_spaced
 from ..jobs.resources import Resources
+from ..numerics.gram import total_energy
 from ..numerics.hull import lower_hull
-from ..progress import Progress
 from ..weights.expert_layer import ExpertLayer
-from .codes.affine import AFFINE_BITS, AFFINE_GROUPS, AffineCode, parse_affine
-from .codes.code import Shape, code_bytes
+from .bit_budget import BitRule
+from .codes.affine import AFFINE_BITS
+from .codes.code import Shape
 from .quantisation import round_to_bits
 
 FLOOR = 10**-0.9  # squared error, relative: a signal 9 dB above what is lost, as in MINT (baa.ai)
 SAMPLED = 4  # experts of which some rows are coded to measure an error
 ROWS = 64  # of each of them
 PLAIN_BITS = AFFINE_BITS  # of the plain quantisation that widths can be as good as
+FIT_ROUNDS = 8  # of looking for what fits a folder, whose texts depend on the widths
 
 Unit = TypeVar("Unit", bound=Hashable)
 
 
+class Width(Protocol):
+    """A way to keep a matrix in few bits, known by its text."""
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of a matrix of that shape; raises ValueError where it does not fit the rows."""
+
+    def lost(self, rows: NDArray[np.float32]) -> float:
+        """The squared error of rows [rows, columns] that are kept so."""
+
+
 @dataclass(frozen=True, slots=True)
 class WidthTrial:
-    """What some rows of some experts show of a projection: the squared error of each width that fits it, by its text,
-    relative to the rows' energy, and that of plain quantisation, by bits, in groups of 64.
+    """What some rows of some experts show of a projection, or of several that get one width.
 
-    Without a width that fits, the projection stays in bf16.
+    `sizes` are the bytes of all its experts by the text of each width that fits it, `errors` the squared error relative
+    to the rows' energy, and `plain_errors` that of plain quantisation, by bits, in groups of 64; errors are summed over
+    the `projections`. Without a width that fits, these stay in bf16.
     """
 
-    shape: Shape
-    experts: int
+    weights: int
+    sizes: dict[str, int]
     errors: dict[str, float]
     plain_errors: dict[int, float]
+    projections: int = 1
+
+    def nbytes(self, width: str | None) -> int:
+        """Bytes of all experts; without a width, in bf16."""
+        return 2 * self.weights if width is None else self.sizes[width]
+
+    def only(self, widths: Collection[str]) -> "WidthTrial":
+        """The trial without all other widths."""
+        return replace(
+            self,
+            sizes={width: size for width, size in self.sizes.items() if width in widths},
+            errors={width: error for width, error in self.errors.items() if width in widths},
+        )
 
     @property
-    def weights(self) -> int:
-        return self.experts * prod(self.shape)
-
-    def nbytes(self, code: AffineCode | None) -> int:
-        """Bytes of the projection of all experts; without a code, in bf16."""
-        return self.experts * (2 * prod(self.shape) if code is None else code_bytes(code, self.shape))
-
-    @property
-    def codes(self) -> list[AffineCode]:
-        """All widths that fit."""
-        return [parse_affine(text) for text in self.errors]
-
-    @property
-    def ladder(self) -> list[AffineCode]:
+    def ladder(self) -> list[str]:
         """The widths that are worth their bytes, from the fewest on."""
-        codes = self.codes
-        return [codes[place] for place in lower_hull([self.nbytes(code) for code in codes], list(self.errors.values()))]
+        widths = list(self.sizes)
+        places = lower_hull([self.sizes[width] for width in widths], [self.errors[width] for width in widths])
+        return [widths[place] for place in places]
 
-    def error(self, code: AffineCode | None) -> float:
+    def error(self, width: str | None) -> float:
         """The squared error of a width; without one, in bf16, it is nothing beside those of all widths."""
-        return 0.0 if code is None else self.errors[str(code)]
+        return 0.0 if width is None else self.errors[width]
 
 
 Trials = Mapping[Unit, WidthTrial]
-Widths = dict[Unit, AffineCode | None]
+Widths = dict[Unit, str | None]
 """The width of each unit, None for bf16."""
 
 
-def try_widths(layer: ExpertLayer, resources: Resources, progress: Progress) -> dict[str, WidthTrial]:
-    """The trials of a layer by role, from parts of a few experts; raises ModelUnreadable where these are not finite."""
-    trials = {}
+def try_widths(
+    layer: ExpertLayer, widths: Callable[[Shape], Sequence[Width]], resources: Resources
+) -> dict[str, WidthTrial]:
+    """The trials of a layer by role, from parts of a few experts; `widths` are those of a matrix of some shape.
+
+    Raises ModelUnreadable where a weight is not finite.
+    """
     chosen = evenly_spaced(layer.count, SAMPLED)
     sampled: dict[str, list[NDArray[np.float32]]] = {role: [] for role in layer.roles}
     with resources.worker_threads(layer, matrices=len(layer.roles) + 2) as pool:
         for matrices in pool.map(layer.matrices, chosen):
             for role, matrix in matrices.items():
                 sampled[role].append(matrix[list(evenly_spaced(len(matrix), ROWS))])
-        roles = list(layer.roles)
-        for role, trial in zip(roles, pool.map(lambda role: _try_rows(layer, role, sampled[role]), roles), strict=True):
-            trials[role] = trial
-    return trials
+
+        def try_role(role: str) -> WidthTrial:
+            rows, shape = np.concatenate(sampled[role]), layer.shape(role)
+            if not np.isfinite(rows).all():
+                problem = f"layer {layer.number}: a weight of {role} is not finite"
+                raise ModelUnreadable(problem, "the checkpoint is broken")
+            return try_rows(rows, shape, layer.count, widths(shape))
+
+        return dict(zip(layer.roles, pool.map(try_role, layer.roles), strict=True))
 
 
-def _try_rows(layer: ExpertLayer, role: str, sampled: list[NDArray[np.float32]]) -> WidthTrial:
-    rows = np.concatenate(sampled)
-    if not np.isfinite(rows).all():
-        raise ModelUnreadable(f"layer {layer.number}: a weight of {role} is not finite", "the checkpoint is broken")
-    energy = _energy(rows)
-    groups = [group for group in AFFINE_GROUPS if rows.shape[1] % group == 0]
-    codes = [AffineCode(bits, group) for group in groups for bits in AFFINE_BITS]
+def try_rows(rows: NDArray[np.float32], shape: Shape, experts: int, widths: Sequence[Width]) -> WidthTrial:
+    """The trial of a projection of so many experts of that shape, from rows [rows, columns] of some of them."""
+    energy = total_energy(rows) or 1.0  # of zeros nothing is lost
     return WidthTrial(
-        layer.shape(role),
-        layer.count,
-        {str(code): _share(rows - code.decode(code.encode(rows), rows.shape), energy) for code in codes},
-        {bits: _share(rows - round_to_bits(rows, bits), energy) for bits in PLAIN_BITS},
+        experts * prod(shape),
+        {str(width): experts * width.nbytes(shape) for width in widths},
+        {str(width): width.lost(rows) / energy for width in widths},
+        {bits: total_energy(rows - round_to_bits(rows, bits)) / energy for bits in PLAIN_BITS},
     )
 
 
-def _energy(rows: NDArray[np.float32]) -> float:
-    return float(np.square(rows, dtype=np.float64).sum())
+def resize_trial(trial: WidthTrial, shape: Shape, experts: int, widths: Sequence[Width]) -> WidthTrial:
+    """The trial of a like projection of so many experts of another shape, which these widths fit."""
+    sizes = {str(width): experts * width.nbytes(shape) for width in widths if str(width) in trial.errors}
+    return replace(trial.only(sizes), weights=experts * prod(shape), sizes=sizes)
 
 
-def _share(rows: NDArray[np.float32], energy: float) -> float:
-    return _energy(rows) / energy if energy else 0.0
+def join_trials(trials: Sequence[WidthTrial]) -> WidthTrial:
+    """The trial of projections that get one width, which must fit them all."""
+    widths = [width for width in trials[0].sizes if all(width in trial.sizes for trial in trials)]
+    return WidthTrial(
+        sum(trial.weights for trial in trials),
+        {width: sum(trial.sizes[width] for trial in trials) for width in widths},
+        {width: sum(trial.errors[width] for trial in trials) for width in widths},
+        {bits: sum(trial.plain_errors[bits] for trial in trials) for bits in trials[0].plain_errors},
+        sum(trial.projections for trial in trials),
+    )
+
+
+def choose_widths(rule: BitRule, trials: Trials[Unit], total_bytes: Callable[[Widths[Unit]], int]) -> Widths[Unit]:
+    """The widths that the rule chooses; `total_bytes` are those of all that is written with some widths.
+
+    Raises InvalidRequest where none meet the rule.
+    """
+    if rule.bits is not None:
+        return widths_within(trials, int(rule.bits / 8 * sum(trial.weights for trial in trials.values())))
+    if rule.fit is not None:
+        return _fit(rule.fit, trials, total_bytes)
+    if rule.max_error is not None:
+        goal, allowed = f"within a weight error of {rule.max_error:g}", rule.max_error**2
+    else:
+        assert rule.as_good_as is not None
+        goal = f"as good as plain quantisation at {rule.as_good_as} bits"
+        plain = sum(trial.plain_errors[rule.as_good_as] for trial in trials.values())
+        allowed = plain / sum(trial.projections for trial in trials.values())
+    widths = widths_reaching(trials, lambda widths: mean_error(trials, widths) <= allowed)
+    if (error := mean_error(trials, widths)) > allowed:
+        factor = sqrt(error / allowed) if allowed else inf
+        raise InvalidRequest(f"no widths are {goal}", f"the finest err {factor:.3g} times as much")
+    return widths
+
+
+def _fit(size: int, trials: Trials[Unit], total_bytes: Callable[[Widths[Unit]], int]) -> Widths[Unit]:
+    """The widths with which all that is written takes at most `size` bytes."""
+    least = _least(trials)
+    taken = total_bytes(least)
+    if taken > size:
+        raise InvalidRequest(
+            f"a folder of {size:,} bytes is out of reach", f"the least takes {taken:,} (fewer bits for the rest help)"
+        )
+    others = taken - count_bytes(trials, least)
+    for _ in range(FIT_ROUNDS):
+        widths = widths_within(trials, size - others)
+        taken = total_bytes(widths)
+        if taken <= size:
+            return widths
+        others = max(others, taken - count_bytes(trials, widths))  # the texts depend on the widths
+    return least
+
+
+def mean_error(trials: Trials[Unit], widths: Widths[Unit]) -> float:
+    """The mean squared error over all projections, each relative to its energy."""
+    errors = sum(trials[unit].error(width) for unit, width in widths.items())
+    return errors / sum(trial.projections for trial in trials.values())
 
 
 def widths_within(trials: Trials[Unit], budget: int) -> Widths[Unit]:
@@ -127,42 +203,42 @@ def widths_within(trials: Trials[Unit], budget: int) -> Widths[Unit]:
         bits, least = (8 * each / weights for each in (budget, budget - free))
         raise InvalidRequest(f"{bits:.2f} bits a weight of the experts are out of reach", f"the least is {least:.2f}")
 
-    def price(unit: Unit, code: AffineCode) -> int:
-        return trials[unit].nbytes(code) - trials[unit].nbytes(widths[unit])
+    def price(unit: Unit, width: str) -> int:
+        return trials[unit].nbytes(width) - trials[unit].nbytes(widths[unit])
 
-    for unit, code in _steps(trials):
-        if 0 < price(unit, code) <= free:
-            free -= price(unit, code)
-            widths[unit] = code
+    for unit, width in _steps(trials):
+        if 0 < price(unit, width) <= free:
+            free -= price(unit, width)
+            widths[unit] = width
     while True:
         finer = [
-            (trials[unit].error(code) - trials[unit].error(widths[unit]), unit, code)
+            (trials[unit].error(width) - trials[unit].error(widths[unit]), unit, width)
             for unit, trial in trials.items()
-            for code in trial.codes
-            if 0 < price(unit, code) <= free
+            for width in trial.sizes
+            if 0 < price(unit, width) <= free
         ]
         if not finer or (best := min(finer, key=lambda each: each[0]))[0] >= 0:
             return widths
-        _, unit, code = best
-        free -= price(unit, code)
-        widths[unit] = code
+        _, unit, width = best
+        free -= price(unit, width)
+        widths[unit] = width
 
 
 def widths_reaching(trials: Trials[Unit], reached: Callable[[Widths[Unit]], bool]) -> Widths[Unit]:
     """The first widths, from the fewest bytes on, of which `reached` is true; else the widest."""
     widths = _least(trials)
-    for unit, code in _steps(trials):
+    for unit, width in _steps(trials):
         if reached(widths):
             break
-        widths[unit] = code
+        widths[unit] = width
     return widths
 
 
 def _above_floor(trials: Trials[Unit]) -> Widths[Unit]:
     """The fewest bytes of each unit with which it errs no more than the FLOOR; what errs least where none does."""
 
-    def cheapest(trial: WidthTrial) -> AffineCode | None:
-        fine = [code for code in trial.codes if trial.error(code) <= FLOOR]
+    def cheapest(trial: WidthTrial) -> str | None:
+        fine = [width for width in trial.sizes if trial.error(width) <= FLOOR * trial.projections]
         return min(fine, key=trial.nbytes) if fine else next(reversed(trial.ladder), None)
 
     return {unit: cheapest(trial) for unit, trial in trials.items()}
@@ -172,16 +248,16 @@ def _least(trials: Trials[Unit]) -> Widths[Unit]:
     return {unit: next(iter(trial.ladder), None) for unit, trial in trials.items()}
 
 
-def _steps(trials: Trials[Unit]) -> list[tuple[Unit, AffineCode]]:
+def _steps(trials: Trials[Unit]) -> list[tuple[Unit, str]]:
     """The rungs of all ladders but the first, those first by which the error falls most for a byte."""
     steps = [
         ((trial.error(high) - trial.error(low)) / (trial.nbytes(high) - trial.nbytes(low)), unit, high)
         for unit, trial in trials.items()
         for low, high in pairwise(trial.ladder)
     ]
-    return [(unit, code) for _, unit, code in sorted(steps, key=lambda step: step[0])]
+    return [(unit, width) for _, unit, width in sorted(steps, key=lambda step: step[0])]
 
 
 def count_bytes(trials: Trials[Unit], widths: Widths[Unit]) -> int:
     """Bytes of all units with these widths."""
-    return sum(trials[unit].nbytes(code) for unit, code in widths.items())
+    return sum(trials[unit].nbytes(width) for unit, width in widths.items())

@@ -254,14 +254,27 @@ class MoEOverlayCompression(Identity):
 
 
 class MoEOverlayExport(Report):
-    """A standard checkpoint that was rebuilt from an overlay."""
+    """An overlay, or another model, in the format that was asked for; `bytes` are of all tensors.
+
+    `widths` are by layer and role, "bf16" for what has no width, {} in the format `standard`; `rule` says how they were
+    chosen. `verification` are the errors of some layers, against the overlay where it is one. For a `gguf-recipe`,
+    `folder` is the file that was written, `bytes` and `weight_error` are those expected of the GGUF file. `commands`
+    are what to run next.
+    """
 
     schema_: Literal["moe-overlay-export/1"] = Field(default="moe-overlay-export/1", alias="schema")
     overlay: str
+    format: Literal["standard", "mlx", "compressed-tensors", "gguf-recipe"] = "standard"
     folder: str
     family: str
     layers: tuple[int, ...]
+    rule: str | None = None
+    widths: dict[int, dict[str, str]] = Field(default_factory=dict)
+    weight_error: float | None = None
+    verification: tuple[LayerVerification, ...] = ()
     bytes: int
+    commands: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     seconds: float
 
 

@@ -67,11 +67,24 @@ def write_stock_card(source: str, widths: Mapping[str, Sequence[int]], rule: str
     """The card, in Markdown, of a model that is quantised for mlx-lm: the layers of each listing of `widths`, the rule
     that chose them, and further `text`.
     """
+    how = "`mlx_lm.generate --model FOLDER` runs it"
+    return _write_width_card(f"{_code_span(source)} in MLX", how, "projection by projection", widths, rule, text)
+
+
+def write_packed_card(source: str, widths: Mapping[str, Sequence[int]], rule: str, text: str) -> str:
+    """As `write_stock_card`, of a model in the format of compressed-tensors."""
+    how = "vLLM loads it, format compressed-tensors"
+    return _write_width_card(f"{_code_span(source)} in packed integers", how, "layer by layer", widths, rule, text)
+
+
+def _write_width_card(
+    title: str, how: str, measured: str, widths: Mapping[str, Sequence[int]], rule: str, text: str
+) -> str:
     lines = [
-        f"# {_code_span(source)} in MLX",
+        f"# {title}",
         "",
-        "A plain quantised checkpoint: `mlx_lm.generate --model FOLDER` runs it. The widths of routed experts",
-        "are those that err least at this size, measured projection by projection (bits:weights that share a scale).",
+        f"A plain quantised checkpoint: {how}. The widths of routed experts",
+        f"are those that err least at this size, measured {measured} (bits:weights that share a scale).",
         "",
         f"- rule: {_code_span(printable(rule))}",
         *(

@@ -12,7 +12,7 @@ from ...terms import OVERLAY_CONFIG
 from ...weights.expert_layer import stored_rows
 from ...weights.experts import refuse_rotated
 from ...weights.fingerprint import fingerprint
-from ...weights.layouts import Layout, load_table
+from ...weights.layouts import Layout, StoredTensor, load_table
 from ...weights.model_config import name_dtype
 from ...weights.repositories.source import CONFIG
 from ..quantisation import BF16
@@ -37,8 +37,7 @@ def export_overlay(
     checkpoint = overlay.checkpoint
     if rotation := checkpoint.model_config.rotation():
         raise refuse_rotated(rotation)
-    rows = {row.name: row for row in load_table()}
-    layout = rows[rows[overlay.family].plain or overlay.family]
+    layout = plain_layout(overlay)
     for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
         check_copy(checkpoint.repository, file)
     names = sorted(set(checkpoint.names) - overlay.names)
@@ -47,7 +46,7 @@ def export_overlay(
         *group_into_shards(writers, checkpoint, progress),
         *(
             Shard(
-                _expert_tensors(overlay, layer, layout),
+                expert_tensors(overlay, layer, layout),
                 partial(_fill_experts, overlay, layer, layout, resources, progress),
             )
             for layer in overlay.layers
@@ -72,22 +71,34 @@ def export_overlay(
     )
 
 
-def _expert_tensors(overlay: OverlayCheckpoint, layer: int, layout: Layout) -> tuple[Tensor, ...]:
+def plain_layout(overlay: OverlayCheckpoint) -> Layout:
+    """The layout in which loaders expect the experts of an overlay as plain numbers."""
+    rows = {row.name: row for row in load_table()}
+    return rows[rows[overlay.family].plain or overlay.family]
+
+
+def stored_name(overlay: OverlayCheckpoint, layer: int, spec: StoredTensor, expert: int) -> str:
+    """What a plain checkpoint calls the stored tensor that has an expert; raises ModelUnreadable for unknown names."""
+    name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}"
+    if not spec.axes.stacked and "{expert}" not in name:
+        raise ModelUnreadable(f"overlay_config: {name} has no place for the expert's number")
+    return name.replace("{expert}", str(expert))
+
+
+def expert_tensors(overlay: OverlayCheckpoint, layer: int, layout: Layout) -> tuple[Tensor, ...]:
     """The experts' tensors of one layer in a plain checkpoint."""
     hidden, intermediate = overlay.shape(layer, "down")
     sizes = {"2": 2, "E": overlay.count(layer), "I": intermediate, "H": hidden}
     tensors = []
     for spec in layout.tensors:
         shape = tuple(prod(sizes[letter] for letter in group) for group in spec.axes.groups)
-        name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}"
         if not spec.axes.stacked:
-            if "{expert}" not in name:
-                raise ModelUnreadable(f"overlay_config: {name} has no place for the expert's number")
-            tensors += [bf16_tensor(name.replace("{expert}", str(expert)), shape) for expert in range(sizes["E"])]
+            names = (stored_name(overlay, layer, spec, expert) for expert in range(sizes["E"]))
+            tensors += [bf16_tensor(name, shape) for name in names]
         elif spec.axes.flattened:
-            tensors.append(bf16_tensor(name, (sizes["E"] * shape[0], shape[1])))
+            tensors.append(bf16_tensor(stored_name(overlay, layer, spec, 0), (sizes["E"] * shape[0], shape[1])))
         else:
-            tensors.append(bf16_tensor(name, (sizes["E"], *shape)))
+            tensors.append(bf16_tensor(stored_name(overlay, layer, spec, 0), (sizes["E"], *shape)))
     return tuple(tensors)
 
 
@@ -104,7 +115,7 @@ def _fill_experts(
             with slots:
                 matrices = {role: overlay.rebuild(bases[role], layer, role, expert).astype(BF16) for role in spec.roles}
                 data = stored_rows(spec, matrices).tobytes()
-                name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}".replace("{expert}", str(expert))
+                name = stored_name(overlay, layer, spec, expert)
                 shard.write(name, data, expert * len(data) if spec.axes.stacked else 0)
 
     with resources.worker_threads() as pool:

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .code import PartLayout, Parts, Shape, check_finite
+from ...numerics.gram import total_energy
+from .code import PartLayout, Parts, Shape, as_shape, check_finite, code_bytes
 from .packing import pack_levels, unpack_levels
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -75,6 +76,14 @@ class AffineCode:
         values += parts["biases"].astype(np.float32).reshape(-1, 1)
         return values.reshape(shape)
 
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of a matrix of that shape, scales and biases counted; raises as `layout`."""
+        return code_bytes(self, shape)
+
+    def lost(self, rows: NDArray[np.float32]) -> float:
+        """The squared error of rows [rows, columns]."""
+        return total_energy(rows - self.decode(self.encode(rows), as_shape(rows)))
+
     def _fit(self, block: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The scale and the bias of each row of the block."""
         count, top = np.float32(self.group), np.float32((1 << self.bits) - 1)
@@ -101,6 +110,12 @@ class AffineCode:
         np.rint(levels, out=levels)
         np.clip(levels, 0, (1 << self.bits) - 1, out=levels)
         return levels
+
+
+def affine_widths(shape: Shape) -> list[AffineCode]:
+    """The codes that fit a matrix of that shape."""
+    groups = [group for group in AFFINE_GROUPS if shape[1] % group == 0]
+    return [AffineCode(bits, group) for group in groups for bits in AFFINE_BITS]
 
 
 def parse_affine(text: str) -> AffineCode:

@@ -29,7 +29,7 @@ class PartLayout:
         return WIDTHS[self.dtype] * prod(self.shape)
 
 
-WIDTHS = {"U8": 1, "U16": 2, "U32": 4, "BF16": 2, "F32": 4}  # bytes of a number
+WIDTHS = {"U8": 1, "U16": 2, "U32": 4, "I32": 4, "I64": 8, "BF16": 2, "F32": 4}  # bytes of a number
 
 
 class HasLayout(Protocol):

@@ -56,7 +56,7 @@ class StockNames:
             reason = " ".join(str(error).split())[:200]
             raise UnknownFormat(
                 f"mlx-lm has no model for such a {self.model_type}: {reason or type(error).__name__}",
-                "update mlx-lm, or write an overlay: --format overlay",
+                "update mlx-lm, or choose another --format",
             ) from None
         self.left_out: tuple[str, ...] = ()
         self.paths = {(layer, role): path for layer, roles in layers.items() for role, path in self._find(layer, roles)}
@@ -71,7 +71,7 @@ class StockNames:
                     return [(role, f"{path}.{name}") for role, name in names.items()]
         raise UnknownFormat(
             f"mlx-lm's {self.model_type} has no block of such experts in layer {layer}",
-            "write an overlay: --format overlay",
+            "choose another --format",
         )
 
     def rest(self, folder: Path) -> list[StockTensor]:
@@ -88,7 +88,7 @@ class StockNames:
             reason = " ".join(str(error).split())[:200]
             raise UnknownFormat(
                 f"mlx-lm can't name the tensors of this {self.model_type}: {reason or type(error).__name__}",
-                "write an overlay: --format overlay",
+                "choose another --format",
             ) from None
         named = dict(named)
         kept = {id(array) for array in named.values()}
@@ -152,7 +152,7 @@ class StockNames:
                 had, has = (str(list(each[name])) if name in each else "absent" for each in (shapes, wanted))
                 raise UnknownFormat(
                     f"mlx-lm's {self.model_type} wants {name} to be {has}, and it would be {had}",
-                    "write an overlay: --format overlay",
+                    "choose another --format",
                 )
 
 

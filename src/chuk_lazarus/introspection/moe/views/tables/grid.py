@@ -63,6 +63,13 @@ def draw_facts(facts: Iterable[Fact], notes: Iterable[str] = ()) -> "Table":
     return grid
 
 
+def draw_commands(commands: Iterable[str]) -> "Text":
+    """What to run next, each command in one line, however long, so that it can be copied."""
+    from rich.text import Text
+
+    return Text("\n".join(["Next:", *(f"    {command}" for command in commands)]), no_wrap=True, overflow="ignore")
+
+
 def draw_table(
     headings: Sequence[str],
     rows: Iterable[Sequence["str | Text"]],

@@ -16,9 +16,9 @@ from ...reports import (
     ProjectionCodes,
 )
 from ...terms import ROLES
-from ...text import format_bytes, percent
+from ...text import format_bytes, format_ranges, percent
 from ..words import explain_saving, format_bits, format_ratio, name_layers
-from .grid import LEFT, Fact, draw_facts, draw_table, identity_facts, paint, stack
+from .grid import LEFT, Fact, draw_commands, draw_facts, draw_table, identity_facts, paint, stack
 from .layout import list_fit
 
 if TYPE_CHECKING:
@@ -267,14 +267,35 @@ def render_compression(report: MoEOverlayCompression) -> "RenderableType":
 
 
 def render_export(report: MoEOverlayExport) -> "RenderableType":
-    """Where it is and what it takes."""
+    """Where it is and what it takes; its widths, the errors of the layers that were verified, and what to run next."""
+    is_recipe = report.format == "gguf-recipe"
     facts = [
-        ("Overlay", report.overlay),
-        ("Folder", report.folder),
+        ("Model" if report.widths else "Overlay", report.overlay),
+        ("Recipe" if is_recipe else "Folder", report.folder),
         ("Family", report.family),
-        ("Bytes", format_bytes(report.bytes)),
+        *([("Format", report.format), ("Widths", report.rule)] if report.rule else []),
     ]
-    return stack("MOE OVERLAY EXPORTED", draw_facts(facts))
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for number, widths in report.widths.items():
+        layers.setdefault(tuple(widths.values()), []).append(number)
+    roles = tuple(next(iter(report.widths.values()), ()))
+    rows = [[format_ranges(numbers), *widths] for widths, numbers in layers.items()]
+    size = f"about {format_bytes(report.bytes)}" if is_recipe else format_bytes(report.bytes)
+    errors = [
+        [str(layer.layer), percent(layer.output_error.mean), percent(layer.output_error.max)]
+        for layer in report.verification
+    ]
+    expected = (
+        [] if report.weight_error is None else [("Error", f"about {percent(report.weight_error)} of the weights")]
+    )
+    return stack(
+        "MOE OVERLAY EXPORTED",
+        draw_facts(facts),
+        *([draw_table(["Layers", *roles], rows, dict.fromkeys(["Layers", *roles], LEFT))] if rows else []),
+        *([draw_table(["Layer", "Output error", "Worst expert"], errors)] if errors else []),
+        draw_facts([("Bytes", size), *expected], report.notes),
+        *([draw_commands(report.commands)] if report.commands else []),
+    )
 
 
 def render_evaluation(report: MoEOverlayEvaluation) -> "RenderableType":
