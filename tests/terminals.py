@@ -27,3 +27,8 @@ def run_on_terminal(command: Sequence[str], columns: int) -> tuple[int, bytes, b
         out = process.communicate()[0]
     os.close(shown)
     return process.returncode, out, b"".join(chunks)
+
+
+def without_steps(err: str) -> str:
+    """What stands on stderr but for the next steps, which follow a result."""
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith("Next, "))

@@ -11,6 +11,7 @@ from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import MoECompressionService
 from chuk_lazarus.introspection.moe.weights.repositories.find import DEMO_FOLDER
 from sampling import keep
+from terminals import without_steps
 
 Capture = pytest.CaptureFixture[str]
 
@@ -58,7 +59,7 @@ def call(capsys: Capture, command: str, *arguments: str | bytes, code: int = 0) 
     found = run(["introspect", "moe-expert", command, *words])
     out, err = capsys.readouterr()
     assert (found, "Traceback" in err) == (code, False), err
-    assert err.count("\n") == bool(code)
+    assert without_steps(err).count("\n") == bool(code)
     return err if code else out
 
 

@@ -197,7 +197,7 @@ def test_any_family_that_mlx_lm_loads(tmp_path: Path, name: str) -> None:
     if name in RECIPES:
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps({**config, **RECIPES[name].config}))
-    compress(str(source), tmp_path / "mlx", fit="1GB", rest_bits="keep", format="mlx")
+    compress(str(source), tmp_path / "mlx", fit="1GB", rest_bits="keep", format="mlx", force=True)
     before, after = logits(source), logits(tmp_path / "mlx")
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
+from .next_steps import next_steps
 from .options import Json, Memory, Output, Quiet, Verbose
 from .output import print_hint, progress_bar, show
 
@@ -112,6 +113,11 @@ def command(
             show(result.report, values["as_json"], output, result.more)
             for hint in result.hints if values.get("verbose") else ():
                 print_hint(hint)
+            if not (values["as_json"] or values.get("quiet")):
+                run = Run(typer_context, None)
+                given = {name: value for name, value in typer_context.params.items() if name in run.given}
+                for step in next_steps(result.report, function.__name__, given):
+                    print_hint(step)
             if result.exit_code:
                 raise typer.Exit(result.exit_code)
 

@@ -14,13 +14,14 @@ from .allocation import RankRule
 from .analysis import INPUTS, TOLERANCE, OverlayJob, rounding_bits_beside
 from .bit_budget import BitRule
 from .checkpoint.card import card_table
+from .checkpoint.folder import check_smaller
 from .checkpoint.format import Ranks
 from .checkpoint.reader import read_overlay
 from .checkpoint.writer import check_target, planned_codes, planned_ranks, write_coded_overlay, write_overlay
 from .codes import LayerCodes
 from .curves import LayerCurves
 from .fidelity import check_coded_layer, check_layer
-from .layer import bank_notes, coded_bytes, layer_verification, projection_codes, ranked_bytes, sum_parts
+from .layer import bank_notes, coded_bytes, layer_verification, plain_bytes, projection_codes, ranked_bytes, sum_parts
 from .stock import quantise
 
 Format = Literal["auto", "overlay", "mlx"]
@@ -52,7 +53,7 @@ def compress(
         job = OverlayJob(model, None, layers, progress)
         if kind == "mlx" or (kind == "auto" and _may_be_stock(rule, layers, calibrate) and not job.has_bases()):
             assert isinstance(rule, BitRule)
-            report = quantise(job, rule, folder, rest_bits, force, progress)
+            report = quantise(job, rule, folder, rest_bits, force, progress, larger=force)
             return (
                 report
                 if report.bits_per_weight >= TRELLIS_BITS
@@ -109,6 +110,8 @@ def compress(
         else:
             parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
             write = partial(write_overlay, opened.experts, ranks)
+        if not force:
+            check_smaller(sum(plain_bytes(layer) for layer in job.layers), sum_parts(parts))
         write(
             folder,
             force=force,

@@ -99,7 +99,7 @@ def _quantise(
         }
     bits = parse_rest_bits(REST_BITS if rest_bits is None else rest_bits)
     if kind == "mlx":
-        report = quantise(job, rule, target, bits, force, progress)
+        report = quantise(job, rule, target, bits, force, progress, larger=True)
         codes = {(number, role): each.delta for number, roles in report.codes.items() for role, each in roles.items()}
         return {
             **facts,

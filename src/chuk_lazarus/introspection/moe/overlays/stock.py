@@ -17,12 +17,12 @@ from ..weights.repositories.local import Folder
 from .analysis import OverlayJob
 from .bit_budget import BitRule
 from .checkpoint.card import CARD, write_stock_card
-from .checkpoint.folder import Contents, check_folder
+from .checkpoint.folder import Contents, check_folder, check_smaller
 from .checkpoint.stock_writer import StockModel, remove_rest, stock_contents, write_rest
 from .checkpoint.writer import check_copyable, expert_names
 from .codes.affine import affine_widths, parse_affine
 from .fit import REST_BITS, SCALE_BITS
-from .layer import plain_layer_estimate
+from .layer import plain_bytes, plain_layer_estimate
 from .quantised import Checks, Place, list_widths, try_all, verified_note, width_codes, write_quantised
 from .width_budget import Widths, choose_widths, count_bytes, resize_trial
 
@@ -30,12 +30,19 @@ MLX = "mlx"
 
 
 def quantise(
-    job: OverlayJob, rule: BitRule, folder: Path, rest_bits: int | None, force: bool, progress: Progress
+    job: OverlayJob,
+    rule: BitRule,
+    folder: Path,
+    rest_bits: int | None,
+    force: bool,
+    progress: Progress,
+    *,
+    larger: bool,
 ) -> MoEOverlayCompression:
     """Write the job's model, quantised for mlx-lm, into `folder`, and verify some of its layers.
 
-    Raises InvalidRequest for a rule that can't be met and where MLX is not installed, UnknownFormat for a model that
-    mlx-lm has no class for.
+    `larger` says whether it may take no fewer bytes than the model. Raises InvalidRequest for a rule that can't be
+    met and where MLX is not installed, UnknownFormat for a model that mlx-lm has no class for.
     """
     experts, checkpoint = job.opened.experts, job.opened.experts.checkpoint
     check_copyable(experts)
@@ -69,7 +76,11 @@ def quantise(
     def choose() -> Widths[Place]:
         trials = try_all(job, MLX, affine_widths)
         try:
-            return choose_widths(rule, trials, lambda widths: open_contents(widths, {}, str).nbytes)
+            widths = choose_widths(rule, trials, lambda widths: open_contents(widths, {}, str).nbytes)
+            if not larger:
+                after = sum(shard.nbytes for shard in open_contents(widths, {}, str).shards)
+                check_smaller(rest_stored + sum(plain_bytes(layer) for layer in all_layers.values()), after)
+            return widths
         except InvalidRequest:  # no run goes on with the rest
             remove_rest(folder)
             raise

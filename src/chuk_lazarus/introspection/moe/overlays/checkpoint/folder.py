@@ -26,6 +26,7 @@ from typing import Any
 
 from ...errors import InvalidRequest, printable
 from ...progress import Counter, Progress
+from ...text import format_bytes
 from ...weights.checkpoint import Checkpoint, TensorInfo
 from ...weights.repositories.source import CONFIG, INDEX, Range
 
@@ -198,6 +199,15 @@ def check_folder(target: Path, source: Path | None, force: bool, least: int) -> 
         parent = next(parent for parent in folder.parents if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InvalidRequest(f"can't write into {parent}", "choose a folder elsewhere")
+
+
+def check_smaller(before: int, after: int) -> None:
+    """Raise InvalidRequest where what is to be written takes no fewer bytes than what is there."""
+    if after >= before:
+        raise InvalidRequest(
+            f"it would be no smaller: {format_bytes(before)} before, {format_bytes(after)} after",
+            "ask for fewer bits or lower ranks, or force it",
+        )
 
 
 def _find_paths(target: Path, source: Path | None) -> tuple[Path, Path, Path]:

@@ -1,0 +1,68 @@
+"""What somebody may want next, as a command to paste: printed on stderr below a result."""
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chuk_lazarus.introspection.moe import MoEOverlayCompression, MoEOverlayEstimate
+
+PROGRAM = "lazarus introspect moe-expert"
+PROMPT = "The history of "
+RULES = ("bits", "fit", "as_good_as", "max_error", "target_ratio", "coded", "trellis", "energy", "rest_bits")
+
+
+def next_steps(report: Any, command: str, parameters: dict[str, Any]) -> list[str]:
+    """A line for each step: what it does, and the command.
+
+    `command` is the name of the function that gave the report, `parameters` are the options that the user gave it.
+    """
+    match command:
+        case "layout":
+            return [_step("see how it was trained", "moe-type-analyze", report.model)]
+        case "analyze":
+            return [_step("see what can be saved", "moe-overlay-estimate", report.model)]
+        case "estimate":
+            return _after_estimate(report, parameters)
+        case "compute" | "verify":
+            rule = _options(parameters)
+            return [_step("write it", "moe-overlay-compress", report.model, *rule, "-O", "./smaller")] if rule else []
+        case "compress":
+            return _after_compression(report)
+        case _:
+            return []
+
+
+def _after_estimate(report: "MoEOverlayEstimate", parameters: dict[str, Any]) -> list[str]:
+    """The command that writes what was estimated; without a rule of the user's, as good as 4 bits, where that pays."""
+    rule = _options(parameters)
+    if not rule:
+        if report.advice.startswith("nothing"):
+            return []
+        rule = ["--as-good-as", "4"]
+    return [_step("write it", "moe-overlay-compress", report.model, *rule, "-O", "./smaller")]
+
+
+def _after_compression(report: "MoEOverlayCompression") -> list[str]:
+    """How to run what was written, and how to see what it costs."""
+    words = ["mlx_lm.generate", "--model", report.folder]
+    if report.format == "overlay":
+        words.append("--trust-remote-code")
+    run = f"Next, run it: {shlex.join([*words, '--prompt', PROMPT])}"
+    check = _step(
+        "see what it costs", "moe-overlay-eval", report.model, "--overlay", report.folder, "--text", "text.txt"
+    )
+    return [run, check]
+
+
+def _options(parameters: dict[str, Any]) -> list[str]:
+    """The rule among the options that were given, as words of a command."""
+    words: list[str] = []
+    for name in RULES:
+        if name in parameters:
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if parameters[name] is True else [option, str(parameters[name])]
+    return words
+
+
+def _step(what: str, command: str, model: str, *words: str) -> str:
+    return f"Next, {what}: {PROGRAM} {shlex.join([command, '-m', model, *words])}"
