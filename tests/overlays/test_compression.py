@@ -485,14 +485,18 @@ def test_a_bad_overlay_is_not_passed_over_in_silence(tmp_path: Path) -> None:
         write(tmp_path / "m", planted(2)), tmp_path / "good", ranks=dict.fromkeys(NAMES, 2)
     )
     assert not good.notes
-    larger = dict.fromkeys(NAMES, 64)
-    with pytest.raises(InvalidRequest, match=r"no smaller: 786\.4 kB before"):
-        MoECompressionService.compress("demo:native", tmp_path / "larger", ranks=larger)
-    assert not (tmp_path / "larger").exists()
     for name, rank, word in (("rough", 0, "output error"), ("larger", 64, "no smaller")):
-        ranks = dict.fromkeys(NAMES, rank)
-        report = MoECompressionService.compress("demo:native", tmp_path / name, ranks=ranks, force=name == "larger")
+        report = MoECompressionService.compress("demo:native", tmp_path / name, ranks=dict.fromkeys(NAMES, rank))
         assert any(word in note for note in report.notes), report.notes
+
+
+def test_nothing_larger_is_written_unless_it_is_forced(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"no smaller: 786\.4 kB before"):
+        MoECompressionService.compress("demo:native", tmp_path / "larger")
+    assert not any(tmp_path.iterdir())
+    assert MoECompressionService.compress("demo:native", tmp_path / "forced", force=True).ratio < 1
+    with pytest.raises(InvalidRequest, match="no smaller"):  # rows are too short for a scale
+        MoECompressionService.compress(str(FIXTURES / "qwen3_moe"), tmp_path / "larger", fit="1GB", format="mlx")
 
 
 def test_sampled_experts_are_said_to_be_a_sample(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ class RankOptions(TypedDict, total=False):
     target_ratio: float | None
 
 
+USUAL_ENERGY = 0.95  # of the deltas, that ranks hold where nothing else is asked for
+
+
 @dataclass(frozen=True, slots=True)
 class RankRule:
     """How ranks are chosen: by `max_error`, by `target_ratio`, or as the mean rank at a share of the deltas' energy.
@@ -64,7 +67,7 @@ class RankRule:
     """
 
     given: Mapping[str, int]
-    energy: float = 0.95
+    energy: float = USUAL_ENERGY
     max_error: float | None = None
     target_ratio: float | None = None
 
@@ -79,6 +82,11 @@ class RankRule:
             raise InvalidRequest(f"the greatest error is {self.max_error:g}", "give a share between 0 and 1")
         if self.target_ratio is not None and not 0 < self.target_ratio < inf:
             raise InvalidRequest(f"the ratio is {self.target_ratio:g}", "give a number above 0, such as 4")
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether nothing was asked for: neither ranks nor an error, a size or a share of the energy."""
+        return self == RankRule({})
 
     def __str__(self) -> str:
         if self.max_error is not None:

@@ -44,6 +44,7 @@ def compress(
 ) -> MoEOverlayCompression:
     """Write the model with its experts as an overlay into `folder`, or quantised, and verify some of its layers.
 
+    What is no smaller than the model is written only if it is forced, or if its ranks or its accuracy were asked for.
     By the format "auto", experts that no base pays for are quantised for mlx-lm where the rule is one of bits. Raises
     InvalidRequest where a rule and a format do not go together.
     """
@@ -110,7 +111,7 @@ def compress(
         else:
             parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
             write = partial(write_overlay, opened.experts, ranks)
-        if not force:
+        if not force and (isinstance(rule, BitRule) or rule.is_usual):
             check_smaller(sum(plain_bytes(layer) for layer in job.layers), sum_parts(parts))
         write(
             folder,
