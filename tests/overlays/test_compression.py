@@ -496,7 +496,7 @@ def test_nothing_larger_is_written_unless_it_is_forced(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
     assert MoECompressionService.compress("demo:native", tmp_path / "forced", force=True).ratio < 1
     with pytest.raises(InvalidRequest, match="no smaller"):  # rows are too short for a scale
-        MoECompressionService.compress(str(FIXTURES / "qwen3_moe"), tmp_path / "larger", fit="1GB", format="mlx")
+        MoECompressionService.compress(str(FIXTURES / "mixtral"), tmp_path / "larger", fit="1GB", format="mlx")
 
 
 def test_sampled_experts_are_said_to_be_a_sample(tmp_path: Path) -> None:
