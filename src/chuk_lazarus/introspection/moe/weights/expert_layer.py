@@ -5,10 +5,10 @@ not part of a matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from ..errors import ModelUnreadable, UnknownFormat
 from ..progress import Progress
 from ..terms import ROLES
 from .checkpoint import Checkpoint, TensorInfo
-from .codecs import PRE_QUANT_SCALE, OtherInputs, Stored, plain
+from .codecs import PARTS, PRE_QUANT_SCALE, Grid, OtherInputs, Stored, plain
 from .codecs.fp8 import UNSCALED
 from .layouts import Layout, LayoutMatch, Parts, StoredTensor, split_name
 from .model_config import ModelConfig
@@ -51,7 +51,20 @@ class Router:
 
 
 class DoesNotFit(UnknownFormat):
-    """Raised where the stored shapes are not those of the layout."""
+    """Raised where the stored shapes in a layer are not those of its layout; `shapes` are by the layout's roles."""
+
+    def __init__(self, layer: int, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        listing = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
+        super().__init__(f"layer {layer}: expert tensors {listing} do not fit layout {layout.name}")
+        self.layer, self.layout, self.shapes = layer, layout, dict(shapes)
+
+
+class LacksRole(ModelUnreadable):
+    """Raised where all layers lack the same of an expert's roles."""
+
+    def __init__(self, message: str, roles: Sequence[str]) -> None:
+        super().__init__(message, "the checkpoint is incomplete: download it again")
+        self.roles = tuple(roles)
 
 
 class ExpertLayer:
@@ -59,7 +72,8 @@ class ExpertLayer:
 
     `expected` has the number of experts by the source that states it, such as a config's file name; `tensors` are the
     stored tensors, each of which holds one role or two. Where the config says another number of experts than there are
-    and the router has a row for each of these, the router is right, and `remark` is given a sentence on it.
+    and the router has a row for each of these, the router is right, and `remark` is given a sentence on it. Where the
+    model may be `damaged`, their number is not checked.
     """
 
     def __init__(
@@ -72,8 +86,10 @@ class ExpertLayer:
         one_plus_norm: bool = False,
         shared_last: bool = False,
         remark: Callable[[str], None] = lambda sentence: None,
+        damaged: bool = False,
     ) -> None:
         self.number = number
+        self._damaged = damaged
         self._shared_last = shared_last
         self._remark = remark
         self._one_plus_norm = one_plus_norm
@@ -99,8 +115,7 @@ class ExpertLayer:
             experts = next(reversed(self.expected.values()), None)  # the last source is the router where there is one
         sizes = self.layout.solve(shapes, experts)
         if sizes is None:
-            listing = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
-            raise DoesNotFit(f"layer {self.number}: expert tensors {listing} do not fit layout {self.layout.name}")
+            raise DoesNotFit(self.number, self.layout, shapes)
         if sizes["E"] > MAX_EXPERTS or max(sizes["I"], sizes["H"]) > MAX_SIDE:
             raise UnknownFormat(
                 f"layer {self.number} has {sizes['E']} experts of {sizes['I']} x {sizes['H']}",
@@ -108,7 +123,7 @@ class ExpertLayer:
             )
         if self._counts_shared(sizes["E"]):
             sizes = {**sizes, "E": sizes["E"] - 1}
-        for source, count in self.expected.items():
+        for source, count in {} if self._damaged else self.expected.items():
             if sizes["E"] != count and self._router_rows == sizes["E"]:
                 self._remark(
                     f"layer {self.number} has {sizes['E']} experts, as many as its router, and {source} says {count}"
@@ -133,6 +148,20 @@ class ExpertLayer:
     @property
     def count(self) -> int:
         return self.sizes["E"]
+
+    def alone(self, expert: int) -> "ExpertLayer":
+        """The layer with this expert as its only one, number 0, whatever the others lack; where one tensor holds all
+        experts, the layer as it is."""
+        if self.layout.is_single:
+            return self
+        by_role = self._match.layers[self.number]
+        own = {role: {0: experts[expert]} for role, experts in by_role.items() if expert in experts}
+        match = replace(self._match, layers={self.number: cast(dict[str, dict[int | None, Parts]], own)})
+        return ExpertLayer(self._checkpoint, match, self.number, {}, self._config, damaged=True)
+
+    def parts(self) -> dict[str, dict[int | None, Parts]]:
+        """The names of the tensors that hold its experts, by the layout's roles and expert, None for all experts."""
+        return self._match.layers[self.number]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -241,6 +270,26 @@ class ExpertLayer:
         if any(vector is not None and len(vector) != self.count for vector in (bias, correction)):
             return None
         return Router(weight, bias, correction)
+
+    def router_weight(self) -> tuple[NDArray[np.float32], Grid | None] | None:
+        """The router's weight [rows, inputs] of whatever shape, and the numbers that its format can hold; None where we
+        find none."""
+        parts = {part: name for part, name in self._beside("router").items() if part in (*PARTS, "weight")}
+        if not parts:
+            return None
+        infos, stored = open_stored(self._checkpoint, parts, self._config.quantization(module_of(parts)))
+        if len(stored.shape) != 2:
+            return None
+        values = read_rows(self._checkpoint, infos, stored, stored.shape[0], 0, stored.shape[0])
+        return values.T if stored.transposed else values, stored.grid
+
+    def router_vectors(self) -> dict[str, NDArray[np.float32]]:
+        """The router's bias and the correction of its scores, flattened, by these names, where it has them."""
+        found = {
+            "bias": self.small_tensor(self._beside("router").get("bias")),
+            "correction": self.small_tensor(next(iter(self._beside("correction").values()), None)),
+        }
+        return {name: vector.reshape(-1) for name, vector in found.items() if vector is not None}
 
     def norm(self) -> NDArray[np.float32] | None:
         """The factors of the norm before the experts, float32 [hidden]; None where we find no such norm."""
@@ -447,6 +496,10 @@ class ExpertTensor:
         """The canonical axes that the rows and the columns stand for after decoding."""
         first, second = self.spec.axes.groups
         return (second, first) if self.stored.transposed else (first, second)
+
+    def is_turned(self, role: str) -> bool:
+        """Whether a stored row of this role runs along its outputs, and not its inputs."""
+        return _output_axis(role) not in self._groups[0]
 
     def _length(self, group: tuple[str, ...]) -> int:
         return prod(2 if letter == "2" else self.layer.sizes[letter] for letter in group)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -13,16 +14,21 @@ from ..terms import OVERLAY_CONFIG
 from ..text import format_ranges
 from .checkpoint import Checkpoint
 from .codecs import refused
-from .expert_layer import DoesNotFit, ExpertLayer
+from .expert_layer import DoesNotFit, ExpertLayer, LacksRole
 from .gate_up_order import SAMPLE, weigh_orders
 from .layouts import Kind, LayoutMatch, Order, has_feature, is_listed, match_names, usual_activation
 from .repositories.find import find_repository
+
+PROBED = 8  # experts of a damaged model of which one must fit
 
 
 class Experts:
     """The routed experts of a model, or its shared experts, or its dense feed-forwards, one per layer.
 
     `stack` chooses among a model's stacks of layers by name, such as "encoder"; None is the largest stack.
+
+    Of a model that may be `damaged`, what there is is read: the experts of a layer need not be complete, nor stored
+    alike, and each is read by `ExpertLayer.alone`.
 
     `layers` are the numbers of the layers that have these experts, `mtp_layers` those for multi-token prediction.
     `stacks` are the names of all stacks, `family` is the name of the layout, `model_type` the one in the config, and
@@ -33,7 +39,10 @@ class Experts:
     Raises InvalidRequest, NotMoE, UnknownFormat or ModelUnreadable.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kind: Kind = "routed", stack: str | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, kind: Kind = "routed", stack: str | None = None, damaged: bool = False
+    ) -> None:
+        self._damaged = damaged
         self.checkpoint = checkpoint
         self.kind = kind
         self.model_config = checkpoint.model_config.language_model()
@@ -61,7 +70,7 @@ class Experts:
             end = depth
         self.layers = tuple(sorted(layer for layer in self._match.layers if layer < end))
         self.mtp_layers = tuple(sorted(layer for layer in self._match.layers if layer >= end))
-        first = self._open(self._match, min(self._match.layers))
+        first = self._probe(self._match)
         if first.has_shared_last:
             self.notes.append(f"expert {first.count} of each stack is the shared expert, and is left out")
         elif left_out := first.left_out:
@@ -84,10 +93,10 @@ class Experts:
         return [name for name in unmatched if name not in set(heads)] if heads else unmatched
 
     @classmethod
-    def open(cls, model: str, kind: Kind = "routed") -> "Experts":
+    def open(cls, model: str, kind: Kind = "routed", damaged: bool = False) -> "Experts":
         """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`, each perhaps followed by `#STACK`."""
         name, stack = split_model(model)
-        return cls(Checkpoint(find_repository(name)), kind, stack)
+        return cls(Checkpoint(find_repository(name)), kind, stack, damaged)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -156,7 +165,35 @@ class Experts:
             one_plus_norm=has_feature(self.model_type, "one_plus_norm"),
             shared_last=has_feature(self.model_type, "shared_last"),
             remark=self._remark,
+            damaged=self._damaged,
         )
+
+    def _probe(self, match: LayoutMatch) -> ExpertLayer:
+        """The first layer, by which layout and sizes are known; of a damaged model one of its experts that fits.
+
+        Raises what the first expert's tensors raise where none of the first PROBED fits.
+        """
+        first = self._open(match, min(match.layers))
+        if not self._damaged or first.layout.is_single:
+            return first
+        required = {tensor.role for tensor in match.layout.tensors}
+        complete = (
+            layer.alone(expert)
+            for layer in (self._open(match, number) for number in sorted(match.layers))
+            for expert in sorted(next(iter(layer.parts().values())), key=lambda number: number or 0)
+            if expert is not None
+            and all(expert in experts for experts in layer.parts().values())
+            and layer.parts().keys() == required
+        )
+        reason: MoEError | None = None
+        for candidate in islice(complete, PROBED):
+            try:
+                candidate.sizes  # noqa: B018  which raises where it does not fit
+            except MoEError as error:
+                reason = reason or error
+            else:
+                return candidate
+        raise reason or ModelUnreadable("no expert has all its tensors", "the checkpoint is incomplete")
 
     def _remark(self, sentence: str) -> None:
         """Add a sentence to the notes, once."""
@@ -199,10 +236,10 @@ class Experts:
                 roles = {role for experts in match.layers.values() for role in experts}
                 absent = [tensor for tensor in match.layout.tensors if tensor.role not in roles]
                 lacking = [f"{tensor.role} projections ({tensor.leaf})" for tensor in absent]
-                raise ModelUnreadable(
+                raise LacksRole(
                     f"no layer has {f'its {lacking[0]}' if lacking else 'all that it needs'}, as layout "
                     f"{match.layout.name} has",
-                    "the checkpoint is incomplete: download it again",
+                    [role for tensor in absent for role in tensor.roles],
                 )
         if method := refused.name_method(self.checkpoint.model_config.quantization()):
             raise UnknownFormat(
@@ -267,12 +304,12 @@ class Experts:
         fitting = []
         for match in candidates:
             try:
-                self._open(match, min(match.layers)).sizes  # noqa: B018  which raises where the shapes do not fit
+                self._probe(match).sizes  # noqa: B018  which raises where the shapes do not fit
                 fitting.append(match)
             except DoesNotFit as error:
                 reason = error
         if not fitting:
-            raise UnknownFormat(reason.message, reason.hint)
+            raise reason
         all_names = set().union(*(match.names for match in candidates))
         whole = [match for match in fitting if match.names == all_names]
         if not whole:
@@ -307,7 +344,7 @@ class Experts:
         Raises UnknownFormat where they show none, and the names leave both orders open.
         """
         assert match.layout.order
-        layer = self._open(match, min(match.layers))
+        layer = self._probe(match)
         sample = np.linspace(0, layer.count - 1, min(SAMPLE, layer.count)).astype(int)
         evidence = weigh_orders((layer.matrices(int(expert)) for expert in sample), match.layout.order)
         if not evidence.order:

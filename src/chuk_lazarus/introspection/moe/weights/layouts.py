@@ -70,6 +70,16 @@ class StoredAxes:
             raise ValueError(f"not the axes of an expert: {text}")
         return cls(text, (groups[0], groups[1]), stacked, flattened)
 
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of a stored tensor with these sizes E, I and H."""
+        groups: list[tuple[str, ...]] = list(self.groups)
+        if self.flattened:
+            groups[0] = ("E", *groups[0])
+        elif self.stacked:
+            groups.insert(0, ("E",))
+        known = {"2": 2, **sizes}
+        return tuple(prod(known[letter] for letter in group) for group in groups)
+
     def solve(self, shape: Sequence[int], sizes: Mapping[str, int]) -> dict[str, int] | None:
         """`sizes` and those of E, I and H that follow from the shape, or None where the shape does not fit the axes.
 

@@ -27,11 +27,11 @@ from . import (
     refused,
     w4afp8,
 )
-from .codec import NOT_DECODED, SAME_PART, Codec, Decode, Part, Stored
+from .codec import NOT_DECODED, SAME_PART, Codec, Decode, Grid, Part, Stored
 from .scaled_inputs import PRE_QUANT_SCALE, OtherInputs, multiply_inputs
 
 __all__ = [
-    "NOT_DECODED", "PARTS", "PRE_QUANT_SCALE", "SAME_PART", "Codec", "Decode", "OtherInputs", "Part", "Stored",
+    "NOT_DECODED", "PARTS", "PRE_QUANT_SCALE", "SAME_PART", "Codec", "Decode", "Grid", "OtherInputs", "Part", "Stored",
     "recognise",
 ]  # fmt: skip
 

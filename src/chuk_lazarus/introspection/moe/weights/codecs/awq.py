@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from .codec import Part, Stored
+from .codec import Grid, Part, Stored
 from .gptq import may_differ, scale_rows
 
 PARTS = ("qweight", "qzeros", "scales")
@@ -52,7 +52,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if type(size) is not int or size < 1 or -(-inputs // size) != groups:
         raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {stated}")
     spans = {"qweight": 1, "qzeros": size, "scales": size}
-    return Stored("awq", (*leading, inputs, words * 8), spans, partial(decode, size=size), transposed=True)
+    grid = Grid("int", (size, 1), 4, has_zero=True)
+    return Stored("awq", (*leading, inputs, words * 8), spans, partial(decode, size=size), True, grid)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, size: int) -> NDArray[np.float32]:

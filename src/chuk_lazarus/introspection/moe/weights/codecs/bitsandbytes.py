@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from .codec import Part, Stored
+from .codec import Grid, Part, Stored
 
 STATE = "weight.quant_state.bitsandbytes__"
 STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -102,7 +102,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             raise ModelUnreadable(f"its {name} is {part.dtype} {list(part.shape)}, expected {dtypes[0]} [{size}]")
     if leading:
         raise UnknownFormat(f"bitsandbytes {kind} of {len(state.shape)} axes")
-    return Stored(f"bnb-{kind}", state.shape, spans, partial(decode, state=kinds[0], expected=state))
+    grid = Grid("nf4" if kind == "nf4" else "fp4", (1, state.block))
+    return Stored(f"bnb-{kind}", state.shape, spans, partial(decode, state=kinds[0], expected=state), grid=grid)
 
 
 def decode(
@@ -188,7 +189,7 @@ def _recognise_int8(parts: Mapping[str, Part]) -> Stored:
         )
     if (order := parts.get("weight_format")) and (prod(order.shape) != 1 or order.load().reshape(-1)[0] != 0):
         raise UnknownFormat("LLM.int8() whose weight_format is not rows")
-    return Stored("bnb-int8", weight.shape, {"weight": 1, "SCB": 1}, decode_int8)
+    return Stored("bnb-int8", weight.shape, {"weight": 1, "SCB": 1}, decode_int8, grid=Grid("int", (1, None), 8))
 
 
 def decode_int8(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,29 @@ class Part:
     load: Callable[[], NDArray[Any]] = field(default=_unread, compare=False)
 
 
+Element = Literal[
+    "int", "float64", "float32", "float16", "bfloat16", "e4m3", "e5m2", "e2m3", "e3m2", "e2m1", "nf4", "fp4", "iq4"
+]
+"""What an element is: an integer, a float by its exponent and mantissa, or an entry of a fixed table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The numbers that a stored matrix can hold, so that one can tell what storing it costs.
+
+    A number is an element times the scale of its group, which spans `group` rows and columns of the decoded matrix,
+    None for all of them. Integers have `bits`; `has_zero` tells that a group has a zero point or a least value, too.
+    `scale` says how fine scales are: floats, powers of two ("e8m0"), or eight bits below a second scale ("e4m3");
+    "none" where elements have no scale.
+    """
+
+    element: Element
+    group: tuple[int | None, int | None] = (None, None)
+    bits: int = 0
+    has_zero: bool = False
+    scale: Literal["none", "float", "e8m0", "e4m3"] = "float"
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """How one tensor is stored.
@@ -68,7 +91,7 @@ class Stored:
     GPTQ, whereas the rows of a plain weight are outputs. `rows_per_row` has the parts that decoding takes, each with
     the number of decoded rows that one of its rows covers (a fraction where a decoded row takes several of them), or
     None for a part that every window takes whole. All parts have the same leading axes, such as the experts'; a whole
-    part may lack them.
+    part may lack them. `grid` are the numbers that the format can hold, None where that is not known.
     """
 
     codec: str
@@ -76,6 +99,7 @@ class Stored:
     rows_per_row: Mapping[str, int | Fraction | None]
     decode: Decode
     transposed: bool = False
+    grid: Grid | None = None
 
     @property
     def granule(self) -> int:

@@ -30,11 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
-from .codec import CONFIG_HINT, Part, Stored
+from .codec import CONFIG_HINT, Element, Grid, Part, Stored
 from .quark import weight_scheme
 from .small_floats import E8M0, is_one_per_matrix, scale_groups, widen
 
-WEIGHTS = ("F8_E4M3", "F8_E5M2")
+ELEMENTS: dict[str, Element] = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
+WEIGHTS = tuple(ELEMENTS)
 SCALES = ("F64", "F32", "BF16", "F16", "F8_E8M0", "U8")
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
 
@@ -72,7 +73,9 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         if span != 1 or block[1] != weight.shape[-1] or offset.shape != parts[scale].shape or is_exponent:
             raise ModelUnreadable(f"its {OFFSET} is {offset.dtype} {list(offset.shape)}: not one for each row")
         spans[OFFSET] = 1
-    return Stored("int8" if weight.dtype == "I8" else "fp8", weight.shape, spans, decoder)
+    grid = Grid("int", block, 8) if weight.dtype == "I8" else Grid(ELEMENTS[weight.dtype], block)
+    codec = "int8" if weight.dtype == "I8" else "fp8"
+    return Stored(codec, weight.shape, spans, decoder, grid=grid)
 
 
 def _is_in_blocks(weight: Part, parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> bool:
@@ -155,7 +158,8 @@ def grid(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 def _recognise_unscaled(weight: Part, quantization: Mapping[str, Any]) -> Stored:
     if method := quantization.get("quant_method") or quantization.get("quant_algo"):
         raise UnknownFormat(f"FP8 without its scale, and config.json says that it is quantised ({method})")
-    return Stored(UNSCALED, weight.shape, {"weight": 1}, _decode_unscaled)
+    grid = Grid(ELEMENTS[weight.dtype], scale="none")
+    return Stored(UNSCALED, weight.shape, {"weight": 1}, _decode_unscaled, grid=grid)
 
 
 def _decode_unscaled(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:

@@ -14,10 +14,28 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from . import plain
-from .codec import Part, Stored
+from .codec import Grid, Part, Stored
 
 SCALE = "weight_scale"
 PARTS = (SCALE,)
+
+# of vectors from a table, which err less, the integers of the next fewer bits
+GRIDS = {
+    **{f"Q{bits}_0": Grid("int", (1, 32), bits) for bits in (4, 5, 8)},
+    **{f"Q{bits}_1": Grid("int", (1, 32), bits, has_zero=True) for bits in (4, 5)},
+    "Q2_K": Grid("int", (1, 16), 2, has_zero=True),
+    "Q3_K": Grid("int", (1, 16), 3),
+    "Q4_K": Grid("int", (1, 32), 4, has_zero=True),
+    "Q5_K": Grid("int", (1, 32), 5, has_zero=True),
+    "Q6_K": Grid("int", (1, 16), 6),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), Grid("iq4", (1, 32))),
+    **dict.fromkeys(("IQ3_XXS", "IQ3_S"), Grid("int", (1, 32), 3, has_zero=True)),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S"), Grid("int", (1, 32), 2, has_zero=True)),
+    **dict.fromkeys(("IQ1_S", "IQ1_M"), Grid("int", (1, 32), 1, has_zero=True)),
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), Grid("int", (1, 256), 2)),
+    "MXFP4": Grid("e2m1", (1, 32), scale="e8m0"),
+    "NVFP4": Grid("e2m1", (1, 16), scale="e4m3"),
+}
 
 
 def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Stored | None:
@@ -36,7 +54,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         if scale.dtype not in plain.NAMES or scale.shape not in ((), (1,), weight.shape[:-2]):
             raise ModelUnreadable(f"its weight is {list(weight.shape)} and its scale {scale.dtype} {list(scale.shape)}")
         rows_per_row[SCALE] = None
-    return Stored(weight.dtype, weight.shape, rows_per_row, partial(decode, weight.dtype))
+    decoder = partial(decode, weight.dtype)
+    return Stored(weight.dtype, weight.shape, rows_per_row, decoder, grid=GRIDS.get(weight.dtype))
 
 
 def decode(dtype: str, parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:

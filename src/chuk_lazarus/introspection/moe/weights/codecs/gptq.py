@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from .bits import unpack, unpack_rows
-from .codec import CONFIG_HINT, Part, Stored
+from .codec import CONFIG_HINT, Grid, Part, Stored
 
 WIDTHS = (2, 3, 4, 8)
 FORMATS = {"gptq": 1, "gptq_v2": 0}
@@ -77,7 +77,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     spans: dict[str, int | Fraction | None] = {"qweight": Fraction(32, bits), "qzeros": size, "scales": size}
     spans |= {"g_idx": 1} if order else {}
     decoder = partial(decode, bits=bits, offset=offset, groups=groups, size=size)
-    return Stored("gptq", (*leading, inputs, outputs), spans, decoder, transposed=True)
+    grid = Grid("int", (size or -(-inputs // groups), 1), bits, has_zero=True)
+    return Stored("gptq", (*leading, inputs, outputs), spans, decoder, True, grid)
 
 
 def decode(

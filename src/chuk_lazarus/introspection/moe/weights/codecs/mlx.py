@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from .bits import unpack
-from .codec import CONFIG_HINT, Part, Stored
+from .codec import CONFIG_HINT, Grid, Part, Stored
 from .small_floats import E4M3, E8M0, is_one_per_matrix, scale_groups, unpack_e2m1, widen
 
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -58,14 +58,16 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         raise ModelUnreadable(f"its parts are {listing}: they do not fit MLX's mode {mode}")
     spans: dict[str, int | None] = {"weight": 1, "scales": 1}
     if is_affine:
-        return Stored(f"mlx-{bits}bit", shape, spans | {"biases": 1}, partial(_decode_affine, bits=bits, group=group))
+        decoder, grid = partial(_decode_affine, bits=bits, group=group), Grid("int", (1, group), bits, has_zero=True)
+        return Stored(f"mlx-{bits}bit", shape, spans | {"biases": 1}, decoder, grid=grid)
     if second:
         part = parts[second]
         by_row = second != "global_scale" and part.shape in (shape[:-1], (*shape[:-1], 1))
         if part.dtype not in ("F32", "BF16", "F16") or not (by_row or is_one_per_matrix(part.shape, shape[:-2])):
             raise ModelUnreadable(f"its {second} is {part.dtype} {list(part.shape)}: not one number per matrix")
         spans[second] = 1 if by_row else None
-    return Stored(f"mlx-{mode}", shape, spans, partial(_decode_float, mode=mode, group=group))
+    grid = Grid("e4m3" if bits == 8 else "e2m1", (1, group), scale="e4m3" if mode == "nvfp4" else "e8m0")
+    return Stored(f"mlx-{mode}", shape, spans, partial(_decode_float, mode=mode, group=group), grid=grid)
 
 
 def _settings(quantization: Mapping[str, Any], parts: list[str]) -> tuple[str, int, int]:

@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable
-from .codec import Part, Stored
+from .codec import Grid, Part, Stored
 from .fp8 import SCALE_NAMES
 from .small_floats import E8M0, is_grid, scale_groups, unpack_e2m1, widen
 
 GROUP = 32
+GRID = Grid("e2m1", (1, GROUP), scale="e8m0")
 PARTS = ("blocks", "scales", "weight_packed", "weight_scale", "weight_scale_inv")
 
 
@@ -40,7 +41,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     shape, scales = pairs_shape(parts[packed]), parts[scale].shape
     if shape[-1] % GROUP or not is_grid(scales, (*shape[:-1], shape[-1] // GROUP)):
         raise ModelUnreadable(f"its {packed} is {list(parts[packed].shape)} and its {scale} {list(scales)}: not MXFP4")
-    return Stored("mxfp4", shape, {packed: 1, scale: 1}, partial(decode, elements=packed, scale=scale))
+    return Stored("mxfp4", shape, {packed: 1, scale: 1}, partial(decode, elements=packed, scale=scale), grid=GRID)
 
 
 def decode(
@@ -74,4 +75,5 @@ def _recognise_blocks(blocks: Part, scales: Part) -> Stored | None:
     if len(blocks.shape) < 3 or blocks.shape[-1] != GROUP // 2 or scales.shape != blocks.shape[:-1]:
         raise ModelUnreadable(f"its blocks are {list(blocks.shape)} and its scales {list(scales.shape)}: not MXFP4")
     shape = (*blocks.shape[:-2], blocks.shape[-2] * GROUP)
-    return Stored("mxfp4", shape, {"blocks": 1, "scales": 1}, partial(decode, elements="blocks", scale="scales"))
+    decoder = partial(decode, elements="blocks", scale="scales")
+    return Stored("mxfp4", shape, {"blocks": 1, "scales": 1}, decoder, grid=GRID)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ...errors import UnknownFormat
 from .bits import unpack_bytes
-from .codec import CONFIG_HINT, Part, Stored
+from .codec import CONFIG_HINT, Element, Grid, Part, Stored
 from .quark import weight_scheme
 from .small_floats import E8M0, is_grid, scale_groups, widen
 
@@ -49,7 +49,10 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             )
         kind = stated
     decoder = partial(decode, packed=packed, kind=kind)
-    return Stored("mxfp6", (*rows, width // GROUP_BYTES * GROUP), {packed: 1, "weight_scale": 1}, decoder)
+    element: Element = "e2m3" if kind == "fp6_e2m3" else "e3m2"
+    shape = (*rows, width // GROUP_BYTES * GROUP)
+    grid = Grid(element, (1, GROUP), scale="e8m0")
+    return Stored("mxfp6", shape, {packed: 1, "weight_scale": 1}, decoder, grid=grid)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, packed: str, kind: str) -> NDArray[np.float32]:

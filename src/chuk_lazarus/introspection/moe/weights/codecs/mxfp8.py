@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import Part, Stored
-from .fp8 import SCALE_NAMES, WEIGHTS, find_blocks, grid
+from .codec import Grid, Part, Stored
+from .fp8 import ELEMENTS, SCALE_NAMES, WEIGHTS, find_blocks, grid
 from .small_floats import E8M0, is_grid, scale_groups, widen
 
 GROUP = 32
@@ -30,7 +30,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         return None
     if any(block != (1, GROUP) and grid(shape, block) == parts[scale].shape for block in find_blocks(quantization)[1]):
         return None
-    return Stored("mxfp8", shape, {"weight": 1, scale: 1}, partial(decode, scale=scale))
+    grid_of_numbers = Grid(ELEMENTS[parts["weight"].dtype], (1, GROUP), scale="e8m0")
+    return Stored("mxfp8", shape, {"weight": 1, scale: 1}, partial(decode, scale=scale), grid=grid_of_numbers)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, scale: str) -> NDArray[np.float32]:

@@ -25,11 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable
-from .codec import Part, Stored
+from .codec import Grid, Part, Stored
 from .mxfp4 import find_pairs, pairs_shape
 from .small_floats import is_grid, is_one_per_matrix, scale_groups, unpack_e2m1, widen
 
 GROUP = 16
+GRID = Grid("e2m1", (1, GROUP), scale="e4m3")
 SECOND_SCALES = {"weight_packed": "weight_global_scale", "weight": "weight_scale_2"}
 AMAX, DENOMINATOR = "weight_amax", "weight_outer_scale_denominator"
 PARTS = ("weight_packed", "weight_scale", *SECOND_SCALES.values(), AMAX, DENOMINATOR, "original_shape")
@@ -63,13 +64,13 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     decoder = partial(decode, packed=packed, second=second, half=rows // 2 if halves else None)
     whole = dict.fromkeys(sorted(expected - {packed, "weight_scale"}, key=list(PARTS).index))
     if columns % GROUP == 0 and is_grid(scale.shape, (*leading, rows, columns // GROUP)):
-        return Stored("nvfp4", shape, {packed: 1, "weight_scale": 1, **whole}, decoder)
+        return Stored("nvfp4", shape, {packed: 1, "weight_scale": 1, **whole}, decoder, grid=GRID)
     width, inputs = parts[packed].shape[-1], 2 * rows
     is_turned = parts[packed].dtype == "U8" and scale.shape == (*leading, inputs // GROUP, width)
     if is_turned and not inputs % GROUP and not halves and leading:
         turned = partial(_decode_turned, packed=packed, second=second)
         spans = {packed: 2, "weight_scale": GROUP, **whole}
-        return Stored("nvfp4", (*leading, inputs, width), spans, turned)
+        return Stored("nvfp4", (*leading, inputs, width), spans, turned, grid=Grid("e2m1", (GROUP, 1), scale="e4m3"))
     raise ModelUnreadable(
         f"its {packed} is {list(parts[packed].shape)} and its weight_scale {list(scale.shape)}: not NVFP4"
     )

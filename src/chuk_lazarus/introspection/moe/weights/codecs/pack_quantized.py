@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable, UnknownFormat
 from .bits import unpack, unpack_rows
-from .codec import CONFIG_HINT, Part, Stored
+from .codec import CONFIG_HINT, Grid, Part, Stored
 
 FLOATS = ("BF16", "F16", "F32")
 METHODS = (None, "compressed-tensors", "modelopt", "modelslim", "ascend", "w8a8_int8")
@@ -87,7 +87,9 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             raise ModelUnreadable(f"its weight_g_idx is {order.dtype} {list(order.shape)} for {columns} inputs")
         spans["weight_g_idx"] = None
     group = _group_size(columns, groups, quantization)
-    return Stored(codec, shape, spans, partial(decode, bits=bits, columns=columns, group=group))
+    height = 1 if spans["weight_scale"] else None
+    grid = Grid("int", (height, group), bits, has_zero="weight_zero_point" in parts or "weight_offset" in parts)
+    return Stored(codec, shape, spans, partial(decode, bits=bits, columns=columns, group=group), grid=grid)
 
 
 def decode(

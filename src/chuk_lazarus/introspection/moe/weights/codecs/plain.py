@@ -10,9 +10,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import Part, Stored
+from .codec import Element, Grid, Part, Stored
 
 NAMES = {"BF16": "bf16", "U16": "bf16", "F16": "f16", "F32": "f32", "F64": "f64"}
+ELEMENTS: dict[str, Element] = {
+    "BF16": "bfloat16", "U16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
+}  # fmt: skip
 PARTS = ()
 
 
@@ -20,7 +23,9 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     """Takes `weight` of a floating point dtype, without other parts."""
     if parts.keys() != {"weight"} or (weight := parts["weight"]).dtype not in NAMES:
         return None
-    return Stored(NAMES[weight.dtype], weight.shape, {"weight": 1}, decode)
+    return Stored(
+        NAMES[weight.dtype], weight.shape, {"weight": 1}, decode, grid=Grid(ELEMENTS[weight.dtype], scale="none")
+    )
 
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ...errors import ModelUnreadable, UnknownFormat
 from .awq import unpack_in_turns
 from .bits import unpack
-from .codec import Part, Stored
+from .codec import Grid, Part, Stored
 from .gptq import scale_rows
 
 WIDTHS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
@@ -79,7 +79,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             raise ModelUnreadable(f"its weight_zero_point is {list(zero.shape)} for {groups} groups of {outputs}")
         by_group = {name: size for name in ("weight_scale", "weight_zero_point") if name in parts}
         decode = partial(_decode_groups, unpack=decoder, size=size, outputs=outputs)
-        return Stored(dtype, (rows, outputs), {"weight": 1, **by_group}, decode, transposed=True)
+        grid = Grid("int", (size, 1), bits, has_zero=zero is not None)
+        return Stored(dtype, (rows, outputs), {"weight": 1, **by_group}, decode, True, grid)
     one_per_row = scale.shape in ((rows,), (rows, 1)) and scheme.get("qscheme") != "per_tensor"
     if not one_per_row and prod(scale.shape) != 1:
         raise ModelUnreadable(f"its weight is {list(weight.shape)} and its scale {list(scale.shape)}")
@@ -90,7 +91,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if zero:
         spans["weight_zero_point"] = per_zero if one_per_row else None
     decode_rows = partial(_decode_rows, unpack=decoder, per_zero=per_zero if one_per_row else None)
-    return Stored(dtype, (rows, columns), {"weight": 1, **spans}, decode_rows)
+    grid = Grid("int", (1 if one_per_row else None, None), bits, has_zero=zero is not None)
+    return Stored(dtype, (rows, columns), {"weight": 1, **spans}, decode_rows, grid=grid)
 
 
 def _reorders(quantization: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable
-from .codec import Part, Stored
+from .codec import Grid, Part, Stored
 from .fp8 import SCALE_NAMES
 from .small_floats import is_grid, scale_groups, widen
 
@@ -35,7 +35,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             f"its weight is {list(parts['weight'].shape)} and its {scale} {scales.dtype} {list(scales.shape)}: not "
             f"four-bit integers in groups of {group}"
         )
-    return Stored("w4afp8", (*rows, columns), {"weight": 1, scale: 1}, partial(decode, scale=scale, group=group))
+    decoder, grid = partial(decode, scale=scale, group=group), Grid("int", (1, group), 4)
+    return Stored("w4afp8", (*rows, columns), {"weight": 1, scale: 1}, decoder, grid=grid)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int, *, scale: str, group: int) -> NDArray[np.float32]:
