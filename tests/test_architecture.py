@@ -17,7 +17,7 @@ FILES = {
 
 GROUND = {"errors", "terms", "text", "files", "progress"}
 BELOW = GROUND | {"numerics", "weights", "reports"}
-DOORS = {"moe_layout", "moe_type", "moe_survey", "moe_compression", "plots"}
+DOORS = {"moe_layout", "moe_type", "moe_survey", "moe_weights", "moe_compression", "plots"}
 
 # room -> the rooms, or single modules, that it may import beside itself
 ROOMS: dict[str, set[str]] = {
@@ -32,8 +32,9 @@ ROOMS: dict[str, set[str]] = {
     "jobs": BELOW,
     "provenance": BELOW | {"jobs"},
     "overlays": BELOW | {"jobs"},
+    "conversion": BELOW | {"jobs"},
     "views": GROUND | {"numerics", "reports", "provenance.classifier"},
-    **dict.fromkeys(DOORS, BELOW | {"jobs", "provenance", "overlays", "views"}),
+    **dict.fromkeys(DOORS, BELOW | {"jobs", "provenance", "overlays", "conversion", "views"}),
     "cli": {"", "plots", "views", "files", "errors"},
     "": DOORS | BELOW | {"jobs", "overlays"},  # the public names
 }
@@ -62,7 +63,7 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {"cli", "views", "reports.report"},
     "pydantic": {"cli", "reports", "jobs.resume", "provenance", "overlays"},
     "scipy": {"numerics", "provenance", "views.figures"},
-    "ml_dtypes": {"weights", "numerics", "overlays"},
+    "ml_dtypes": {"weights", "numerics", "overlays", "conversion"},
     "threadpoolctl": {"jobs.resources"},
     "dask": {"jobs.cluster"},
     "distributed": {"jobs.cluster"},

@@ -4,6 +4,7 @@ import typer
 
 from .overlay_commands import compress, compute, estimate, evaluate, export, verify
 from .type_commands import analyze, compare, layout, survey
+from .weights_commands import verify as verify_weights
 
 EXAMPLE = "\b\nExample:\n  lazarus introspect moe-expert moe-type-analyze -m demo:native"
 
@@ -23,6 +24,7 @@ for name, run, short_help in (
     ("moe-overlay-compress", compress, "Write a model with its experts as overlays."),
     ("moe-overlay-export", export, "Rebuild a standard checkpoint from an overlay."),
     ("moe-overlay-eval", evaluate, "Run a model and its overlay on a text, side by side."),
+    ("moe-weights-verify", verify_weights, "Tell whether a converted model still has the original's experts."),
     ("moe-type-survey", survey, "Analyse many models into one table, and go on where it was interrupted."),
 ):
     app.command(name, short_help=short_help)(run)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .moe_layout import MoELayoutService
     from .moe_survey import MoESurveyService
     from .moe_type import MoETypeService
+    from .moe_weights import MoEWeightsService
     from .overlays.allocation import RankOptions
     from .overlays.bit_budget import OverlayOptions
     from .overlays.runtime.load import load_overlay as load_overlay  # not in __all__: these need MLX,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         MoETypeAnalysis,
         MoETypeComparison,
         MoETypeSurvey,
+        MoEWeightsVerification,
         SurveyRequest,
         SurveyRow,
     )
@@ -62,6 +64,8 @@ __all__ = [
     "MoETypeComparison",
     "MoETypeService",
     "MoETypeSurvey",
+    "MoEWeightsService",
+    "MoEWeightsVerification",
     "ModelUnreadable",
     "NotMoE",
     "OverlayOptions",
@@ -79,6 +83,7 @@ _HOMES = {
     "moe_layout": ("MoELayoutService",),
     "moe_survey": ("MoESurveyService",),
     "moe_type": ("MoETypeService",),
+    "moe_weights": ("MoEWeightsService",),
     "reports": (
         "Cost",
         "MoELayout",
@@ -93,6 +98,7 @@ _HOMES = {
         "MoETypeAnalysis",
         "MoETypeComparison",
         "MoETypeSurvey",
+        "MoEWeightsVerification",
         "SurveyRequest",
         "SurveyRow",
     ),

@@ -9,6 +9,7 @@ from .views.figures import (
     plot_matches,
     plot_parents,
     plot_similarity,
+    plot_verification,
     save,
     to_svg,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "plot_matches",
     "plot_parents",
     "plot_similarity",
+    "plot_verification",
     "save",
     "to_svg",
 ]

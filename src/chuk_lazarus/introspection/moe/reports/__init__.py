@@ -1,5 +1,6 @@
 """The results as data: what `--json` prints and what the services return. `views` defines how they look."""
 
+from .conversion import FaultKind, LayerConversion, MoEWeightsVerification, ProjectionConversion, WeightFault
 from .layout import FitPlan, LayerLayout, MoELayout, SharedExperts
 from .overlays import (
     ErrorSpread,
@@ -50,10 +51,12 @@ __all__ = [
     "EmbeddingMatch",
     "ErrorSpread",
     "Evaluation",
+    "FaultKind",
     "FitPlan",
     "Identity",
     "LadderRow",
     "LayerAnalysis",
+    "LayerConversion",
     "LayerEstimate",
     "LayerLayout",
     "LayerOverlay",
@@ -72,11 +75,13 @@ __all__ = [
     "MoETypeAnalysis",
     "MoETypeComparison",
     "MoETypeSurvey",
+    "MoEWeightsVerification",
     "OverlayBytes",
     "ParentMatch",
     "PlannedModel",
     "Projection",
     "ProjectionCodes",
+    "ProjectionConversion",
     "ProjectionMatch",
     "QuickLayer",
     "Report",
@@ -91,6 +96,7 @@ __all__ = [
     "SurveyRequest",
     "SurveyRow",
     "TokensFrom",
+    "WeightFault",
     "as_details",
     "as_html",
     "as_rich",

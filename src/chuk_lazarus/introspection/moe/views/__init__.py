@@ -16,11 +16,13 @@ from ..reports import (
     MoETypeAnalysis,
     MoETypeComparison,
     MoETypeSurvey,
+    MoEWeightsVerification,
     as_details,
     as_html,
     as_rich,
 )
 from .page import show_estimate, to_fragment
+from .tables.conversion import render_weights
 from .tables.layout import render_layout
 from .tables.overlays import (
     render_compression,
@@ -43,6 +45,7 @@ as_rich.register(MoEOverlayEstimate, render_estimate)
 as_rich.register(MoEOverlayCompression, render_compression)
 as_rich.register(MoEOverlayExport, render_export)
 as_rich.register(MoEOverlayEvaluation, render_evaluation)
+as_rich.register(MoEWeightsVerification, render_weights)
 as_rich.register(MoETypeSurvey, SurveyTable)
 as_rich.register(MoESurveyPlan, render_survey_plan)
 
@@ -51,4 +54,5 @@ as_details.register(MoETypeSurvey, render_survey_summary)
 
 as_html.register(MoETypeAnalysis, to_fragment)
 as_html.register(MoETypeComparison, to_fragment)
+as_html.register(MoEWeightsVerification, to_fragment)
 as_html.register(MoEOverlayEstimate, show_estimate)

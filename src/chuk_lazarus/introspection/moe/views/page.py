@@ -1,4 +1,5 @@
-"""An analysis or a comparison as HTML: a page that can be sent, and the part of it that a notebook shows."""
+"""An analysis, a comparison or a verified conversion as HTML: a page that can be sent, and the part of it that a
+notebook shows."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -6,15 +7,22 @@ from functools import cache
 from importlib.resources import files
 from itertools import accumulate
 from shlex import quote
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chuk_lazarus import __version__
 
 from ..errors import printable
 from ..provenance.classifier import LINEAGE
-from ..reports import LayerAnalysis, MoEOverlayEstimate, MoETypeAnalysis, MoETypeComparison, as_html
+from ..reports import (
+    LayerAnalysis,
+    MoEOverlayEstimate,
+    MoETypeAnalysis,
+    MoETypeComparison,
+    MoEWeightsVerification,
+    as_html,
+)
 from ..text import format_bytes, format_ranges, percent
-from . import facts
+from . import facts, verdicts
 from .figures import (
     plot_comparison,
     plot_decay,
@@ -23,6 +31,7 @@ from .figures import (
     plot_matches,
     plot_parents,
     plot_similarity,
+    plot_verification,
     to_svg,
 )
 from .words import (
@@ -124,12 +133,15 @@ class Step(NamedTuple):
     command: str
 
 
-def to_page(report: MoETypeAnalysis | MoETypeComparison, command: str | None = None) -> str:
+Shown = MoETypeAnalysis | MoETypeComparison | MoEWeightsVerification
+
+
+def to_page(report: Shown, command: str | None = None) -> str:
     """The report as one self-contained HTML page without scripts, its JSON inside; `command` is what made it."""
     return _render(report, command and printable(command), whole=True)
 
 
-def to_fragment(report: MoETypeAnalysis | MoETypeComparison) -> str:
+def to_fragment(report: Shown) -> str:
     """The report's verdict, figures and tables as HTML for a notebook: the page without its frame."""
     return _render(report, None, whole=False)
 
@@ -143,38 +155,87 @@ def show_estimate(report: MoEOverlayEstimate) -> str:
         return text
 
 
-def _render(report: MoETypeAnalysis | MoETypeComparison, command: str | None, whole: bool) -> str:
-    models = report.models if isinstance(report, MoETypeComparison) else (report,)
-    return _template().render(
+def _render(report: Shown, command: str | None, whole: bool) -> str:
+    if isinstance(report, MoEWeightsVerification):
+        template, shown = "verification.html", _show_conversion(report)
+    else:
+        template, shown = "page.html", _show_analyses(report)
+    return _template(template).render(
         whole=whole,
-        models=models,
         command=command,
-        verdicts=[(model, _verdict(model), explain(model), _facts(model)) for model in models],
-        headline=_headline(models[0]) if len(models) == 1 else [],
-        evidence=facts.compare(models),
-        pictures=_pictures(report),
-        tables=[table for model in models for table in _tables(model)],
-        expert_tables=[
+        data=report.model_dump(mode="json"),
+        version=__version__,
+        **shown,
+    )
+
+
+def _show_conversion(report: MoEWeightsVerification) -> dict[str, Any]:
+    """What the page of a verified conversion shows."""
+    facts_of = [
+        ("Original", verdicts.identify_original(report)),
+        ("Family", describe_family(report)),
+        ("Compared", verdicts.describe_compared(report)),
+        *(("Note", note) for note in report.notes),
+    ]
+    return {
+        "report": report,
+        "outcome": "PASSED" if report.passed else "FAILED",
+        "verdict": "It is still the same model." if report.passed else "It is not the same model any more.",
+        "why": f"{verdicts.summarise(report).capitalize()}.",
+        "facts": facts_of,
+        "faults": verdicts.list_faults(report),
+        "errors": verdicts.list_errors(report),
+        "pictures": _picture_errors(report),
+        "meanings": verdicts.MEANINGS,
+    }
+
+
+def _picture_errors(report: MoEWeightsVerification) -> list[Picture]:
+    """The heat map; none where nothing was compared, or matplotlib is not installed."""
+    try:
+        if not report.layers:
+            return []
+        return [Picture("Errors by expert", to_svg(plot_verification(report)), verdicts.describe_heat(report))]
+    except ImportError:
+        return []
+
+
+def _show_analyses(report: MoETypeAnalysis | MoETypeComparison) -> dict[str, Any]:
+    """What the page of one analysis or of several shows."""
+    models = report.models if isinstance(report, MoETypeComparison) else (report,)
+    return {
+        "models": models,
+        "verdicts": [(model, _verdict(model), explain(model), _facts(model)) for model in models],
+        "headline": _headline(models[0]) if len(models) == 1 else [],
+        "evidence": facts.compare(models),
+        "pictures": _pictures(report),
+        "tables": [table for model in models for table in _tables(model)],
+        "expert_tables": [
             (f"{model.model}, layer {layer.layer}", facts.list_expert_ranks(layer))
             for model in models
             for layer in model.layers
         ],
-        steps=[step for model in models for step in _next_steps(model)],
-        meanings=[(term, text) for term, text in MEANINGS if term != "Parent" or any(model.parent for model in models)],
-        data=report.model_dump(mode="json"),
-        version=__version__,
-    )
+        "steps": [step for model in models for step in _next_steps(model)],
+        "meanings": [
+            (term, text) for term, text in MEANINGS if term != "Parent" or any(model.parent for model in models)
+        ],
+    }
 
 
 @cache
-def _template() -> "Template":
-    from jinja2 import Environment, StrictUndefined
+def _template(name: str) -> "Template":
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    def load(file: str) -> str:
+        return files(__package__).joinpath(file).read_text(encoding="utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(load), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.policies["json.dumps_kwargs"] = {
         "ensure_ascii": False
     }  # which also keeps the keys in the report's order
-    return environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    return environment.get_template(name)
 
 
 def _verdict(model: MoETypeAnalysis) -> str:

@@ -1,5 +1,6 @@
 """Reports as figures, and figures as files."""
 
+from .conversion import plot_verification
 from .overlays import plot_estimate
 from .provenance import (
     plot_analysis,
@@ -22,6 +23,7 @@ __all__ = [
     "plot_matches",
     "plot_parents",
     "plot_similarity",
+    "plot_verification",
     "save",
     "to_svg",
 ]

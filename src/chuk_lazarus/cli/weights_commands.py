@@ -1,0 +1,71 @@
+"""Commands about a model's weights beside those of another: parse, call the service, return its report."""
+
+from typing import Annotated
+
+import typer
+
+from .command import JSON, MEMORY, OUTPUT, QUIET, VERBOSE, Result, Run, command
+from .options import MODEL, Html, Plot, parse_experts
+from .output import write
+
+FAILED = 1  # the exit code where a check failed
+
+
+@command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
+def verify(
+    run: Run,
+    model: Annotated[str, typer.Option("--model", "-m", help=f"The converted model: {MODEL}.", show_default=False)],
+    against: Annotated[
+        str,
+        typer.Option("--against", "-a", help="The model that it was made from, named likewise.", show_default=False),
+    ],
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="SPEC",
+            help="Which layers to compare: 0,5,10 or 0-23/6, or all, with all experts; three if not given.",
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts", metavar="N|all", help="How many experts of a layer to compare; up to 8 if not given."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", metavar="FACTOR", help="How many times what its format costs an expert may err."),
+    ] = 1.5,
+    html: Html = None,
+    plot: Plot = None,
+) -> Result:
+    """Tell whether a converted model still has the experts of the original, and what is wrong with those it has not.
+
+    Each expert's relative error stands beside what its storage format should cost. Faults are named: experts left
+    unquantised, missing, empty, all the same, in another order, gate and up exchanged, and the like. Both models are
+    read by ranges, a sample by default. Exits with 1 where there is a fault.
+
+    \b
+    Examples:
+      lazarus introspect moe-expert moe-weights-verify -m ./my-model-4bit --against ./my-model
+      lazarus introspect moe-expert moe-weights-verify -m org/OLMoE-1B-7B-0924-4bit -a allenai/OLMoE-1B-7B-0924
+      lazarus introspect moe-expert moe-weights-verify -m model.Q4_K_M.gguf -a ./my-model --layers all --html page.html
+    """
+    from chuk_lazarus.introspection.moe import MoEWeightsService, plots
+    from chuk_lazarus.introspection.moe.views import page
+
+    wanted = parse_experts(experts) if experts else None
+    report = MoEWeightsService.verify(
+        model,
+        against,
+        layers=layers,
+        experts="all" if experts == "all" else wanted,
+        tolerance=tolerance,
+        progress=run.progress,
+    )
+    if html:
+        write(html, page.to_page(report, run.command_line), "--html")
+    if plot:
+        plots.save(plots.plot_verification(report, run.command_line), plot)
+    return Result(report, hints=[report.cost.describe()], exit_code=0 if report.passed else FAILED)

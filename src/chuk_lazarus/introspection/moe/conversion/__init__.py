@@ -1,0 +1,1 @@
+"""Is a conversion still the same model?"""

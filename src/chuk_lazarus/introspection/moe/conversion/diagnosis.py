@@ -1,0 +1,295 @@
+"""What was done to an expert that is not what it was. Each fault is a guess at what the conversion did, and the one
+that leaves no more error than the format explains is named. Pure arrays.
+
+Matrices are by role, [out, in]; gate and up have neurons as rows, down as columns.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..numerics.deviation import deviation
+from ..numerics.neurons import Array, unit_rows
+from .faults import Kind
+
+LINES = 256  # rows or columns whose products are compared, to tell a rotation
+ROTATED = 0.5  # the least correlation of products that only a rotation leaves
+UNLIKE = 0.5  # the greatest cosine of a matrix with the original for it to be rotated
+BLOCKS = ((128, 128), (1, 128), (1, 64), (1, 32), (1, 16), (128, 1), (64, 1), (32, 1), (16, 1))  # that share a scale
+BLOCK_ROWS = 1024  # rows that are matched at a time
+
+Matrices = Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What explains the error of some roles of one expert.
+
+    A `harmless` finding changes nothing in what the model computes. `error` by role is what is left unexplained.
+    """
+
+    roles: tuple[str, ...]
+    kind: Kind
+    detail: str
+    error: Mapping[str, float]
+    harmless: bool = False
+
+
+def diagnose(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> list[Finding]:
+    """What explains that the roles in `bad` err by more than is allowed; each of them is in one finding."""
+    findings: list[Finding] = []
+    left = list(bad)
+    for guess in (
+        _empty, _exchanged, _transposed, _interleaved, _scaled, _reordered, _shifted, _rotated,
+    ):  # fmt: skip
+        for finding in guess(original, converted, left, allowed):
+            findings.append(finding)
+            left = [role for role in left if role not in finding.roles]
+        if not left:
+            return findings
+    for role in left:
+        error = deviation(converted[role], original[role])
+        cosine = _cosine(converted[role], original[role])
+        findings.append(Finding((role,), "error", f"{_say_error(error)}; its cosine is {cosine:.2f}", {role: error}))
+    return findings
+
+
+def _say_error(error: float) -> str:
+    return "it is not finite" if error == inf else f"it errs by {100 * error:.3g} %"
+
+
+def _empty(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """Zeros, a constant, or no numbers, everywhere or in some rows or columns."""
+    for role in bad:
+        matrix, exact = converted[role], original[role]
+        broken = ~np.isfinite(matrix)
+        if broken.any():
+            share = float(broken.mean())
+            detail = "NaN or infinity" + ("" if share == 1 else f" in {100 * share:.3g} % of its numbers")
+            yield Finding((role,), "empty", detail, {role: inf})
+            continue
+        if matrix.min() == matrix.max():
+            value = float(matrix[0, 0])
+            yield Finding((role,), "empty", "all zeros" if value == 0 else f"all {value:.4g}", {role: 1.0})
+            continue
+        for axis, name in ((1, "rows"), (0, "columns")):
+            gone = np.logical_and(~matrix.any(axis=axis), exact.any(axis=axis)).reshape(-1)
+            if gone.any():
+                kept = np.flatnonzero(~gone)
+                error = deviation(np.take(matrix, kept, 1 - axis), np.take(exact, kept, 1 - axis))
+                if error <= allowed[role]:
+                    detail = f"{int(gone.sum())} of {len(gone)} {name} are zeros"
+                    yield Finding((role,), "empty", detail, {role: error})
+                    break
+
+
+def _exchanged(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """Another role's matrix of the same expert."""
+    holds: dict[str, tuple[str, float]] = {}
+    for role in bad:
+        for other in original:
+            if other == role:
+                continue
+            for matrix in (original[other], original[other].T):
+                if matrix.shape == converted[role].shape:
+                    error = deviation(converted[role], matrix)
+                    if error <= allowed[role]:
+                        holds.setdefault(role, (other, error))
+    for role, (other, error) in holds.items():
+        if holds.get(other, ("", 0.0))[0] == role:
+            if role == next(name for name in original if name in (role, other)):
+                errors = {role: error, other: holds[other][1]}
+                yield Finding((role, other), "exchanged", f"{role} is {other}, and {other} is {role}", errors)
+        else:
+            yield Finding((role,), "exchanged", f"it is {other}", {role: error})
+
+
+def _transposed(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """Inputs in the place of outputs, with or without the shape that belongs to them."""
+    for role in bad:
+        exact = original[role]
+        error = deviation(converted[role], np.ascontiguousarray(exact.T).reshape(exact.shape))
+        if error <= allowed[role]:
+            is_square = exact.shape[0] == exact.shape[1]
+            detail = "inputs are in the place of outputs" + ("" if is_square else ", in the shape that it should have")
+            yield Finding((role,), "transposed", detail, {role: error})
+
+
+def _interleaved(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """Gates and ups that lie in halves, read as if in turns, or the other way round."""
+    if not {"gate", "up"} <= set(bad):
+        return
+    gate, up = original["gate"], original["up"]
+    size = len(gate)
+    for pair, order in (((gate, up), "gate first"), ((up, gate), "up first")):
+        in_turns, in_halves = np.stack(pair, axis=1).reshape(2 * size, -1), np.concatenate(pair)
+        for rows, detail in (
+            ((in_turns[:size], in_turns[size:]), f"gates and ups lie in turns, {order}, and are read in halves"),
+            ((in_halves[::2], in_halves[1::2]), f"gates and ups lie in halves, {order}, and are read in turns"),
+        ):
+            errors = {role: deviation(converted[role], part) for role, part in zip(("gate", "up"), rows, strict=True)}
+            if all(errors[role] <= allowed[role] for role in errors):
+                yield Finding(("gate", "up"), "interleaved", detail, errors)
+                return
+
+
+def _scaled(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """A factor for the matrix, its rows, its columns, or blocks of these."""
+    for role in bad:
+        exact, matrix = original[role], converted[role]
+        shape = exact.shape
+        whole, row, column = shape, (1, shape[1]), (shape[0], 1)
+        blocks = [
+            block
+            for block in BLOCKS
+            if all((a % b == 0 and a > b) or b == 1 for a, b in zip(shape, block, strict=True))
+        ]
+        for block in (whole, row, column, *blocks):
+            factors = fit_factors(matrix, exact, block)
+            error = _error_of_scaled(matrix, exact, factors, block)
+            if error <= allowed[role]:
+                where = {whole: "it", row: "each row", column: "each column"}.get(
+                    block, f"each {block[0]} x {block[1]}"
+                )
+                yield Finding((role,), "scale", f"{where} is {_say_factors(factors)} what it should be", {role: error})
+                break
+
+
+def fit_factors(matrix: Array, exact: Array, block: tuple[int, int]) -> NDArray[np.float64]:
+    """The factor of each block that brings the exact matrix nearest to the other, [rows / height, columns / width]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product, energy = _block_sums(matrix * exact, block), _block_sums(exact * exact, block)
+    return np.divide(product, energy, out=np.zeros_like(product), where=energy > 0)
+
+
+def _block_sums(values: Array, block: tuple[int, int]) -> NDArray[np.float64]:
+    height, width = block
+    grouped = values.reshape(values.shape[0] // height, height, values.shape[1] // width, width)
+    return np.asarray(grouped.sum(axis=(1, 3), dtype=np.float64))
+
+
+def _error_of_scaled(matrix: Array, exact: Array, factors: NDArray[np.float64], block: tuple[int, int]) -> float:
+    """The error that is left, as each block's share of its own energy: small blocks count as large ones do."""
+    (height, width), known = block, factors != 0
+    safe = np.where(known, factors, 1.0)
+    spread = np.repeat(np.repeat(1 / safe, height, axis=0), width, axis=1)
+    if not known.all() and _block_sums(np.abs(exact), block)[~known].any():
+        return inf
+    return deviation((matrix * spread).astype(np.float32), exact)
+
+
+def _say_factors(factors: NDArray[np.float64]) -> str:
+    low, high = float(factors.min()), float(factors.max())
+    return f"{low:.4g} times" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.3g} to {high:.3g} times"
+
+
+def _shifted(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """A constant in each group of inputs, as wrong zero points leave."""
+    for role in bad:
+        difference = converted[role] - original[role]
+        for width in (16, 32, 64, 128, difference.shape[1]):
+            if difference.shape[1] % width:
+                continue
+            grouped = difference.reshape(len(difference), -1, width)
+            rest = (grouped - grouped.mean(axis=2, keepdims=True)).reshape(difference.shape)
+            error = float(np.linalg.norm(rest) / np.linalg.norm(original[role]))
+            if error <= allowed[role]:
+                detail = f"each {width} inputs of a row are off by a constant, as by wrong zero points"
+                yield Finding((role,), "error", detail, {role: error})
+                break
+
+
+def _reordered(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """Neurons, or inputs and outputs of the expert, in another order; harmless where all roles have the neurons so."""
+    orders: dict[str, NDArray[np.intp]] = {}
+    errors: dict[str, float] = {}
+    for role in bad:
+        axis = 1 if role == "down" else 0
+        found = _match_lines(converted[role], original[role], axis)
+        error = deviation(converted[role], np.take(original[role], found, axis))
+        if error <= allowed[role]:
+            orders[role], errors[role] = found, error
+    if orders:
+        first = next(iter(orders.values()))
+        is_shared = len(orders) == len(original) and all((order == first).all() for order in orders.values())
+        if is_shared:
+            yield Finding(tuple(orders), "reordered", "its neurons are in another order", errors, harmless=True)
+        else:
+            others = " and ".join(role for role in original if role not in orders) or "the others"
+            for role in orders:
+                detail = f"its neurons are in another order than those of {others}"
+                yield Finding((role,), "reordered", detail, {role: errors[role]})
+    for role in bad:
+        if role in orders:
+            continue
+        axis = 0 if role == "down" else 1
+        found = _match_lines(converted[role], original[role], axis)
+        error = deviation(converted[role], np.take(original[role], found, axis))
+        if error <= allowed[role]:
+            which = "outputs" if role == "down" else "inputs"
+            yield Finding((role,), "reordered", f"its {which} are in another order", {role: error})
+
+
+def _match_lines(matrix: Array, exact: Array, axis: int) -> NDArray[np.intp]:
+    """For each row or column of a matrix, the exact one's that is nearest by cosine."""
+    lines, pool = (unit_rows(np.ascontiguousarray(values if axis == 0 else values.T)) for values in (matrix, exact))
+    steps = range(0, len(lines), BLOCK_ROWS)
+    return np.concatenate([(lines[start : start + BLOCK_ROWS] @ pool.T).argmax(axis=1) for start in steps])
+
+
+def _rotated(
+    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """Rows whose products with each other are the original's, which a rotation of their inputs leaves; or columns."""
+    for role in bad:
+        matrix, exact = converted[role], original[role]
+        if abs(_cosine(matrix, exact)) > UNLIKE:
+            continue
+        for turned, side in ((False, "inputs"), (True, "outputs")):
+            likeness = _product_likeness(matrix.T if turned else matrix, exact.T if turned else exact)
+            if likeness >= ROTATED:
+                detail = (
+                    f"its {side} are rotated: the products of its {'columns' if turned else 'rows'} are the original's"
+                )
+                yield Finding((role,), "rotated", f"{detail} by a correlation of {likeness:.2f}", {role: 0.0})
+                break
+
+
+def _product_likeness(matrix: Array, exact: Array) -> float:
+    """The correlation of the products of different rows, of some rows."""
+    places = np.linspace(0, len(matrix) - 1, min(LINES, len(matrix))).round().astype(np.intp)
+    off = np.triu_indices(len(places), 1)
+    left, right = ((rows @ rows.T)[off] for rows in (unit_rows(matrix[places]), unit_rows(exact[places])))
+    if len(left) < 3 or not left.std() or not right.std():
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def _cosine(matrix: Array, exact: Array) -> float:
+    """The cosine of two matrices as vectors; 0 where one is zero or not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = float(np.vdot(matrix, exact))
+        lengths = float(np.linalg.norm(matrix)) * float(np.linalg.norm(exact))
+    return product / lengths if 0 < lengths < inf and np.isfinite(product) else 0.0
+
+
+Guess = Callable[[Matrices, Matrices, Sequence[str], Mapping[str, float]], Iterator[Finding]]

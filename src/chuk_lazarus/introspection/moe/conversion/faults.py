@@ -1,0 +1,53 @@
+"""What may be wrong with a conversion."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Kind = Literal[
+    "unquantised",
+    "missing",
+    "empty",
+    "identical",
+    "reordered",
+    "exchanged",
+    "transposed",
+    "interleaved",
+    "scale",
+    "rotated",
+    "router",
+    "error",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong in a layer, with one role or all, and one expert or all; `detail` is a sentence without its end."""
+
+    layer: int
+    kind: Kind
+    detail: str
+    role: str | None = None
+    expert: int | None = None
+
+
+def gather(faults: Iterable[Fault], roles: Sequence[str], experts: Sequence[int]) -> list[Fault]:
+    """The faults of a layer with those of all `experts`, and of all `roles`, told as one where they are alike.
+
+    Details may differ; the first stands for all.
+    """
+    result = list(dict.fromkeys(faults))
+    ways: tuple[tuple[Callable[[Fault], Fault], Callable[[Fault], object], Sequence[object]], ...] = (
+        (lambda fault: replace(fault, expert=None), lambda fault: fault.expert, experts),
+        (lambda fault: replace(fault, role=None), lambda fault: fault.role, roles),
+    )
+    for of_all, of, everything in ways:
+        alike: dict[Fault, list[Fault]] = {}
+        for fault in result:
+            alike.setdefault(replace(of_all(fault), detail=""), []).append(fault)
+        result = [
+            other
+            for same in alike.values()
+            for other in ([of_all(same[0])] if len(everything) > 1 and {*map(of, same)} >= {*everything} else same)
+        ]
+    return result

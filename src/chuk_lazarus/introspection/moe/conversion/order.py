@@ -1,0 +1,86 @@
+"""Which expert of the original a converted expert is. Pure arrays."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..numerics.neurons import Array
+
+Corners = Mapping[int, Array]  # expert -> some of the numbers of one of its matrices, of one shape
+SLACK = 1.5  # how much more a part of a matrix may err than the whole
+NEARER = 0.5  # how far the expert that is found may be, as a share of how far the one that should be there is
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """For experts that are not what they should be: `of` which other expert of the original each is, where it is found;
+    and another converted expert that is the `same`, though the original's are not."""
+
+    of: Mapping[int, int]
+    same: Mapping[int, int]
+
+
+def find_sources(original: Corners, converted: Corners, experts: Sequence[int], allowed: float) -> Sources:
+    """Where `experts` are found among all of the original.
+
+    `original` has the corners of all experts, `converted` those of `experts` and of some others; `allowed` is the
+    relative error that a converted expert may have.
+    """
+    numbers = sorted(original)
+    pool = _flatten([original[number] for number in numbers])
+    own = {expert: _flatten([corner])[0] for expert, corner in converted.items()}
+    of: dict[int, int] = {}
+    same: dict[int, int] = {}
+    for expert in experts:
+        far = _distances(own[expert], pool)
+        nearest = int(far.argmin())
+        is_nearer = far[nearest] <= SLACK * allowed and far[nearest] < NEARER * far[numbers.index(expert)]
+        if is_nearer and numbers[nearest] != expert:
+            of[expert] = numbers[nearest]
+        for other in sorted(own.keys() - {expert}):
+            there = _distances(pool[numbers.index(expert)], pool[numbers.index(other)][None])[0]
+            if _distances(own[expert], own[other][None])[0] < min(SLACK * allowed, NEARER * there):
+                same[expert] = other
+                break
+    return Sources(of, same)
+
+
+def find_order(original: Corners, converted: Corners) -> tuple[int, ...]:
+    """For each converted expert, which expert of the original is nearest."""
+    pool = _flatten([original[number] for number in sorted(original)])
+    return tuple(int(_distances(_flatten([converted[number]])[0], pool).argmin()) for number in sorted(converted))
+
+
+def keeps_groups(order: Sequence[int], groups: int) -> bool:
+    """Whether experts that follow each other in so many equal groups stay together, as group-limited routing asks."""
+    if groups < 2 or len(order) % groups:
+        return True
+    return all(
+        len({source // (len(order) // groups) for source in part}) == 1 for part in np.split(np.array(order), groups)
+    )
+
+
+def common_corner(corners: Sequence[Corners]) -> list[Corners]:
+    """The part that all corners have."""
+    shapes = [corner.shape for some in corners for corner in some.values()]
+    rows, columns = min(shape[0] for shape in shapes), min(shape[1] for shape in shapes)
+    return [{number: corner[:rows, :columns] for number, corner in some.items()} for some in corners]
+
+
+def name_order(order: Sequence[int]) -> str:
+    """For instance "expert 0 is 3 of the original, 1 is 0, ...\""""
+    moved = [(here, there) for here, there in enumerate(order) if here != there]
+    names = [f"{here} is {there}{' of the original' if not place else ''}" for place, (here, there) in enumerate(moved)]
+    return "expert " + ", ".join(names if len(names) < 5 else [*names[:3], "..."])
+
+
+def _flatten(corners: Sequence[Array]) -> NDArray[np.float64]:
+    return np.stack([np.nan_to_num(corner.reshape(-1).astype(np.float64)) for corner in corners])
+
+
+def _distances(values: NDArray[np.float64], pool: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The distance of some numbers from each row of a pool, relative to the row's length."""
+    lengths, lost = np.linalg.norm(pool, axis=1), np.linalg.norm(pool - values, axis=1)
+    return np.asarray(np.divide(lost, lengths, out=np.where(lost > 0, np.inf, 0.0), where=lengths > 0))

@@ -1,0 +1,111 @@
+"""One layer of a model and of its conversion, side by side: the same expert's matrices of both, and how far apart."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..jobs.measure import refuse_not_finite
+from ..numerics.deviation import deviation
+from ..numerics.neurons import Array
+from ..weights.codecs import Grid
+from ..weights.expert_layer import ExpertLayer, ExpertTensor
+from .format_error import ARITHMETIC, format_error
+
+CORNER = 64  # neurons and inputs of an expert by which experts are told apart
+
+Matrices = dict[str, Array]  # by role, [out, in]
+
+
+@dataclass(frozen=True, slots=True)
+class RoleError:
+    """How far a converted matrix is from the original, and what its format should cost: relative Frobenius errors.
+
+    The error is infinite where the matrix is not finite.
+    """
+
+    error: float
+    expected: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPair:
+    """A layer of the original and the same layer of its conversion, whose experts are each read by itself.
+
+    An expert errs too much where it does so by more than `tolerance` times what its format should cost, which is never
+    taken to be less than that of arithmetic in bfloat16.
+    """
+
+    original: ExpertLayer
+    converted: ExpertLayer
+    tolerance: float
+    _alone: dict[int, ExpertLayer] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        return self.original.number
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.original.roles
+
+    def alone(self, expert: int) -> ExpertLayer:
+        """The converted layer that holds this expert."""
+        if expert not in self._alone:
+            self._alone[expert] = self.converted.alone(expert)
+        return self._alone[expert]
+
+    def place(self, expert: int) -> int:
+        """The number of an expert in the layer that `alone` gives."""
+        return expert if self.converted.layout.is_single else 0
+
+    def read_converted(self, expert: int) -> Matrices:
+        """The matrices of a converted expert, which may be anything."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.alone(expert).matrices(self.place(expert))
+
+    def read_original(self, expert: int) -> Matrices:
+        """The matrices of an original expert; raises ModelUnreadable where one is not finite."""
+        matrices = self.original.matrices(expert)
+        for role, matrix in matrices.items():
+            if not np.isfinite(matrix.sum(dtype=np.float64)) and not np.isfinite(matrix).all():
+                refuse_not_finite(self.original, expert, role)
+        return matrices
+
+    def compare(self, expert: int, source: int) -> dict[str, RoleError]:
+        """The errors of a converted expert by role, as against expert `source` of the original."""
+        original, converted = self.read_original(source), self.read_converted(expert)
+        return {
+            role: RoleError(deviation(converted[role], matrix), self.expected(expert, role, matrix))
+            for role, matrix in original.items()
+        }
+
+    def expected(self, expert: int, role: str, matrix: Array) -> float:
+        """The error that an original matrix should have in the format of a converted expert."""
+        tensor = tensor_of(self.alone(expert), role)
+        grid = tensor.stored.grid or Grid("int", (1, 32), max(1, int(bits_per_weight(tensor))), has_zero=True)
+        return format_error(matrix.T if tensor.is_turned(role) else matrix, grid)
+
+    def allowed(self, expected: float) -> float:
+        """The greatest error that a matrix may have."""
+        return self.tolerance * max(expected, ARITHMETIC / 2)
+
+    def corners(self, layer: ExpertLayer, expert: int) -> Matrices:
+        """By role, some neurons of an expert by some of their inputs, as far as a few stored rows have them."""
+        found: Matrices = {}
+        for tensor in layer.tensors:
+            for window in tensor.neurons(min(CORNER, layer.sizes["I"])):
+                for piece in tensor.read([expert], *window):
+                    found[piece.role] = piece.values[0][:CORNER, :CORNER]
+        return found
+
+
+def tensor_of(layer: ExpertLayer, role: str) -> ExpertTensor:
+    """The stored tensor that holds a role."""
+    return next(tensor for tensor in layer.tensors if role in tensor.spec.roles)
+
+
+def bits_per_weight(tensor: ExpertTensor) -> float:
+    """What the file spends on a weight of a stored tensor."""
+    layer = tensor.layer
+    weights = sum(np.prod(layer.shape(role)) for role in tensor.spec.roles) * max(1, layer.sizes["E"])
+    return float(8 * sum(info.nbytes for info in tensor.infos()) / weights)

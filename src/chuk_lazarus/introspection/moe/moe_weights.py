@@ -1,0 +1,37 @@
+"""Is this conversion still the same model? `MoEWeightsService` compares its experts with the original's."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from . import views  # noqa: F401  which registers how reports are shown
+from .conversion.verification import TOLERANCE, verify
+from .progress import Progress
+from .reports import MoEWeightsVerification
+
+
+class MoEWeightsService:
+    """Verifies the experts of a converted model: quantised, renamed, stacked or split.
+
+    >>> MoEWeightsService.verify("demo:native", "demo:native").passed
+    True
+    """
+
+    @staticmethod
+    def verify(
+        model: str,
+        against: str,
+        *,
+        layers: Sequence[int] | str | None = None,
+        experts: int | Literal["all"] | None = None,
+        tolerance: float = TOLERANCE,
+        progress: Progress | None = None,
+    ) -> MoEWeightsVerification:
+        """Compare the experts of `model` with those of the model `against` that it was made from.
+
+        Both are named as for `MoETypeService.analyze`. `layers` are those of the original, three evenly spaced ones
+        where none are given; `experts` are evenly spaced, by default up to eight of a layer, and all where `layers` is
+        "all". Names and headers are checked in all layers. An expert may err by `tolerance` times what its storage
+        format costs on the original's weights, written the plain way. Raises a child of MoEError where the models can't
+        be compared: what is missing from `model` is no error, but a fault in the report.
+        """
+        return verify(model, against, layers=layers, experts=experts, tolerance=tolerance, progress=progress)

@@ -1,0 +1,128 @@
+"""The verification of a conversion in words and rows, for the terminal and the page."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..reports import LayerConversion, MoEWeightsVerification, ProjectionConversion, WeightFault
+from ..terms import ROLES
+from ..text import format_ranges, percent
+from .facts import Table
+from .words import count_noun, name_layers
+
+FAULT_HEADINGS = ("Layer", "Role", "Expert", "What is wrong")
+MEANINGS = (
+    (
+        "Error",
+        "The Frobenius norm of the difference of a converted matrix from the original one, over that of the original: "
+        "the mean over the compared experts, and the worst.",
+    ),
+    (
+        "Expected",
+        "What the same weights err in this storage format when each group is scaled to its largest and rounded, by a "
+        "sample of the groups: the plain way to write it.",
+    ),
+    (
+        "Ratio",
+        "The largest ratio of an expert's error to what is expected of it. Errors of up to 0.2 % are always expected, "
+        "for arithmetic in bfloat16.",
+    ),
+    (
+        "Harmless",
+        "Experts in another order are no fault where the router's rows are in the same one, nor are neurons whose "
+        "gate row, up row and down column moved together: a note tells of them.",
+    ),
+)
+HEADINGS = ("Role", "Format", "Bits", "Error", "Worst", "Expected", "Ratio")
+
+
+def summarise(report: MoEWeightsVerification) -> str:
+    """For instance "no faults; no expert errs by more than 1.5 times what its format costs"."""
+    if report.passed:
+        return f"no expert errs by more than {report.tolerance:g} times what its format costs"
+    counts = Counter(fault.fault for fault in report.faults)
+    return ", ".join(
+        f"{count_noun(number, 'fault')}: {kind}" if number > 1 else kind for kind, number in counts.items()
+    )
+
+
+def identify_original(report: MoEWeightsVerification) -> str:
+    """For instance "org/name @ 0123456789ab (bf16)"."""
+    revision = f" @ {report.against_revision[:12]}" if report.against_revision else ""
+    return f"{report.against}{revision} ({report.against_storage})"
+
+
+def describe_compared(report: MoEWeightsVerification) -> str:
+    """For instance "layers 0, 8, 15 of 16, with 8 of 64 experts"."""
+    if not report.layers:
+        return "nothing: the names and shapes of the tensors say enough"
+    numbers = [layer.layer for layer in report.layers]
+    counts = sorted({len(layer.experts) for layer in report.layers})
+    most = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"{name_layers(numbers)} of {len(report.moe_layers)}, {most} of {report.experts} experts in each"
+
+
+def describe_projection(role: str, projection: ProjectionConversion) -> list[str]:
+    """The cells of `HEADINGS`."""
+    return [
+        role,
+        projection.format,
+        f"{projection.bits_per_weight:.3g}",
+        _say(projection.mean),
+        _say(projection.max),
+        _say(projection.expected_error),
+        "–" if projection.ratio is None else f"{projection.ratio:.2f}",
+    ]
+
+
+def _say(error: float | None) -> str:
+    return "–" if error is None else percent(error) if error == 0 or error >= 0.001 else f"{100 * error:.1g} %"
+
+
+def list_faults(report: MoEWeightsVerification) -> Table:
+    """A row for each fault."""
+    rows = [[fault.fault, *place_fault(fault), fault.detail] for fault in report.faults]
+    return Table("The faults that were found", ["Fault", *FAULT_HEADINGS], rows)
+
+
+def place_fault(fault: WeightFault) -> list[str]:
+    """The layer, role and expert of a fault, as cells."""
+    if fault.fault == "router":
+        return [str(fault.layer), "–", "–"]
+    return [str(fault.layer), fault.role or "all", "all" if fault.expert is None else str(fault.expert)]
+
+
+def list_errors(report: MoEWeightsVerification) -> Table:
+    """A row for each layer and role that were compared."""
+    rows = [
+        [f"{layer.layer} {role}", *describe_projection(role, layer.projections[role])[1:]]
+        for layer in report.layers
+        for role in ROLES
+        if role in layer.projections
+    ]
+    return Table("Relative errors of the experts, by layer and role", ["Layer", *HEADINGS[1:]], rows)
+
+
+def heat_rows(layers: Sequence[LayerConversion]) -> list[tuple[str, dict[int, float | None], float]]:
+    """For each layer and role: its name, the error of each compared expert by number, and what is expected."""
+    return [
+        (
+            f"{layer.layer} {role}",
+            dict(zip(layer.experts, layer.projections[role].error, strict=True)),
+            layer.projections[role].expected_error,
+        )
+        for layer in layers
+        for role in ROLES
+        if role in layer.projections
+    ]
+
+
+def describe_heat(report: MoEWeightsVerification) -> str:
+    """The heat map's main numbers in words."""
+    ratios = [p.ratio for layer in report.layers for p in layer.projections.values() if p.ratio is not None]
+    if not ratios:
+        return "No expert could be compared."
+    experts = sorted({expert for layer in report.layers for expert in layer.experts})
+    return (
+        f"The error of experts {format_ranges(experts)} over what their format should cost, by layer and role; the "
+        f"largest ratio is {max(ratios):.3g}, and {report.tolerance:g} is allowed."
+    )
