@@ -24,7 +24,7 @@ from chuk_lazarus.introspection.moe.weights.repositories.source import Range
 Array = NDArray[Any]
 Matrices = dict[str, NDArray[np.float32]]  # role -> [experts, out, in]
 TABLE = {layout.name: layout for layout in load_table()}
-DTYPES = {"<f4": "F32", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "|u1": "U8"}
+DTYPES = {"<f4": "F32", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "|u1": "U8", "<u4": "U32", "<i4": "I32"}
 
 
 @dataclass

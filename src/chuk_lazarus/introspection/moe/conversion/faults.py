@@ -34,7 +34,7 @@ class Fault:
 def gather(faults: Iterable[Fault], roles: Sequence[str], experts: Sequence[int]) -> list[Fault]:
     """The faults of a layer with those of all `experts`, and of all `roles`, told as one where they are alike.
 
-    Details may differ; the first stands for all.
+    Details may differ; the first stands for all, with its place.
     """
     result = list(dict.fromkeys(faults))
     ways: tuple[tuple[Callable[[Fault], Fault], Callable[[Fault], object], Sequence[object]], ...] = (
@@ -48,6 +48,14 @@ def gather(faults: Iterable[Fault], roles: Sequence[str], experts: Sequence[int]
         result = [
             other
             for same in alike.values()
-            for other in ([of_all(same[0])] if len(everything) > 1 and {*map(of, same)} >= {*everything} else same)
+            for other in ([_join(of_all(same[0]), same)] if {*map(of, same)} >= {*everything} and everything else same)
         ]
     return result
+
+
+def _join(joined: Fault, parts: Sequence[Fault]) -> Fault:
+    """The fault that stands for its parts, whose first has its detail."""
+    if len({part.detail for part in parts}) == 1:
+        return joined
+    where = f"expert {parts[0].expert}" if parts[0].expert != joined.expert else str(parts[0].role)
+    return replace(joined, detail=f"{joined.detail} ({where})")

@@ -10,7 +10,8 @@ from ..numerics.neurons import Array
 
 Corners = Mapping[int, Array]  # expert -> some of the numbers of one of its matrices, of one shape
 SLACK = 1.5  # how much more a part of a matrix may err than the whole
-NEARER = 0.5  # how far the expert that is found may be, as a share of how far the one that should be there is
+NEARER = 0.8  # how far the expert that is found may be, as a share of how far the one that should be there is
+ALIKE = 0.5  # how far the same two experts may be, as a share of how far the original's are
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def find_sources(original: Corners, converted: Corners, experts: Sequence[int], 
             of[expert] = numbers[nearest]
         for other in sorted(own.keys() - {expert}):
             there = _distances(pool[numbers.index(expert)], pool[numbers.index(other)][None])[0]
-            if _distances(own[expert], own[other][None])[0] < min(SLACK * allowed, NEARER * there):
+            if _distances(own[expert], own[other][None])[0] < min(SLACK * allowed, ALIKE * there):
                 same[expert] = other
                 break
     return Sources(of, same)

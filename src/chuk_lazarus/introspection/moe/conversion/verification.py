@@ -198,6 +198,11 @@ class _Verification:
                 ]
             )
             found = find_sources(here, there, experts, max(bad[expert][role] for expert in experts))
+            if len(readable) > 1 and found.same.keys() | {*found.same.values()} == {*readable}:
+                faults.append(Fault(pair.number, "identical", "all experts are the same", role))
+                for expert in experts:
+                    del left[expert][role]
+                continue
             for expert in experts:
                 if expert in found.same:
                     detail = f"it is the same as expert {found.same[expert]}"

@@ -154,7 +154,8 @@ class Experts:
         if self.kind == "routed":
             expected[self.checkpoint.config_file] = self.model_config.layer(number).expert_count
             router = match.beside.get(number, {}).get("router", {}).get("weight")
-            if router and match.layout.is_flattened:
+            is_counted = self._damaged and any(expected.values())  # and the router may be what is wrong
+            if router and match.layout.is_flattened and not is_counted:
                 expected[router] = next(iter(self.checkpoint.info(router).shape), None)
         return ExpertLayer(
             self.checkpoint,
