@@ -6,7 +6,7 @@ Matrices are by role, [out, in]; gate and up have neurons as rows, down as colum
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from .faults import Kind
 
 LINES = 256  # rows or columns whose products are compared, to tell a rotation
 ROTATED = 0.5  # the least correlation of products that only a rotation leaves
+MOSTLY = 0.6  # the greatest error that factors may leave where large blocks are explained
 UNLIKE = 0.5  # the greatest cosine of a matrix with the original for it to be rotated
 BLOCKS = ((128, 128), (1, 128), (1, 64), (1, 32), (1, 16), (128, 1), (64, 1), (32, 1), (16, 1))  # that share a scale
 BLOCK_ROWS = 1024  # rows that are matched at a time
@@ -160,9 +161,8 @@ def _scaled(
             if all((a % b == 0 and a > b) or b == 1 for a, b in zip(shape, block, strict=True))
         ]
         for block in (whole, row, column, *blocks):
-            factors = fit_factors(matrix, exact, block)
-            error = _error_of_scaled(matrix, exact, factors, block)
-            if error <= allowed[role]:
+            factors, error, share = _fit_factors(matrix, exact, block)
+            if error <= allowed[role] or (share <= allowed[role] and error < MOSTLY):
                 where = {whole: "it", row: "each row", column: "each column"}.get(
                     block, f"each {block[0]} x {block[1]}"
                 )
@@ -170,11 +170,20 @@ def _scaled(
                 break
 
 
-def fit_factors(matrix: Array, exact: Array, block: tuple[int, int]) -> NDArray[np.float64]:
-    """The factor of each block that brings the exact matrix nearest to the other, [rows / height, columns / width]."""
+def _fit_factors(matrix: Array, exact: Array, block: tuple[int, int]) -> tuple[NDArray[np.float64], float, float]:
+    """The factor that each block of a matrix has, [rows / height, columns / width]; and the errors that are left once
+    factors are taken from the matrix, and once the exact matrix has them: in the latter large blocks count more."""
     with np.errstate(over="ignore", invalid="ignore"):
         product, energy = _block_sums(matrix * exact, block), _block_sums(exact * exact, block)
-    return np.divide(product, energy, out=np.zeros_like(product), where=energy > 0)
+        own = _block_sums(matrix * matrix, block)
+    factors = np.divide(product, energy, out=np.zeros_like(product), where=energy > 0)
+    undo = np.divide(product, own, out=np.zeros_like(product), where=own > 0)
+    left = max(0.0, float((energy - undo * product).sum()))  # |undo * matrix - exact|^2, undo being the best there is
+    rest = max(0.0, float((own - factors * product).sum()))  # |matrix - factors * exact|^2
+    whole, scaled = float(energy.sum()), float(own.sum())
+    if not (0 < whole < inf and 0 < scaled < inf):
+        return factors, inf, inf
+    return factors, sqrt(left / whole), sqrt(rest / scaled)
 
 
 def _block_sums(values: Array, block: tuple[int, int]) -> NDArray[np.float64]:
@@ -183,19 +192,9 @@ def _block_sums(values: Array, block: tuple[int, int]) -> NDArray[np.float64]:
     return np.asarray(grouped.sum(axis=(1, 3), dtype=np.float64))
 
 
-def _error_of_scaled(matrix: Array, exact: Array, factors: NDArray[np.float64], block: tuple[int, int]) -> float:
-    """The error that is left, as each block's share of its own energy: small blocks count as large ones do."""
-    (height, width), known = block, factors != 0
-    safe = np.where(known, factors, 1.0)
-    spread = np.repeat(np.repeat(1 / safe, height, axis=0), width, axis=1)
-    if not known.all() and _block_sums(np.abs(exact), block)[~known].any():
-        return inf
-    return deviation((matrix * spread).astype(np.float32), exact)
-
-
 def _say_factors(factors: NDArray[np.float64]) -> str:
-    low, high = float(factors.min()), float(factors.max())
-    return f"{low:.4g} times" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.3g} to {high:.3g} times"
+    low, high = f"{factors.min():.3g}", f"{factors.max():.3g}"
+    return f"{low} times" if low == high else f"{low} to {high} times"
 
 
 def _shifted(

@@ -34,6 +34,7 @@ TABLES = {
     ),
     # bitsandbytes, create_fp4_map of functional.py
     "fp4": (-12, -8, -6, -4, -3, -2, -0.0625, 0, 0.0625, 2, 3, 4, 6, 8, 12),
+    "ternary": (-1, 0, 1),
     # llama.cpp, kvalues_iq4nl of ggml-common.h
     "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
 }  # fmt: skip
@@ -54,7 +55,8 @@ def format_error(matrix: Array, grid: Grid) -> float:
     whole = float(max(matrix.max(), -matrix.min())) if is_whole or grid.scale == "e4m3" else 0.0
     largest = whole if is_whole else None
     if grid.element == "int":
-        rounded = round_integers(taken, grid.bits, grid.has_zero and not is_whole, largest)
+        kind = CASTS[grid.scale]
+        rounded = round_integers(taken, grid.bits, grid.has_zero and not is_whole, kind, largest)
     else:
         rounded = round_levels(taken, _levels(grid.element), grid.scale, whole, largest)
     return relative(rounded, taken)

@@ -40,12 +40,30 @@ def find_sources(original: Corners, converted: Corners, experts: Sequence[int], 
         is_nearer = far[nearest] <= SLACK * allowed and far[nearest] < NEARER * far[numbers.index(expert)]
         if is_nearer and numbers[nearest] != expert:
             of[expert] = numbers[nearest]
-        for other in sorted(own.keys() - {expert}):
+        for other in sorted(own.keys() - {expert}) if own[expert].std() else ():
             there = _distances(pool[numbers.index(expert)], pool[numbers.index(other)][None])[0]
             if _distances(own[expert], own[other][None])[0] < min(SLACK * allowed, ALIKE * there):
                 same[expert] = other
                 break
     return Sources(of, same)
+
+
+def find_strays(original: Corners, converted: Corners) -> set[int]:
+    """The experts that are nearer to another one of the original than to their own, or the same as another one though
+    the original's are not; both have the same experts."""
+    numbers = sorted(original)
+    here, there = (_flatten([corners[number] for number in numbers]) for corners in (converted, original))
+    far = np.stack([_distances(values, there) for values in here])
+    own = far.diagonal().copy()
+    np.fill_diagonal(far, np.inf)
+    apart = np.stack([_distances(values, here) for values in here])
+    were_apart = np.stack([_distances(values, there) for values in there])
+    same = (apart < ALIKE * were_apart) & (here.std(axis=1, keepdims=True) > 0)
+    return {
+        number
+        for place, number in enumerate(numbers)
+        if far[place].min(initial=np.inf) < NEARER * own[place] or same[place].any()
+    }
 
 
 def find_order(original: Corners, converted: Corners) -> tuple[int, ...]:

@@ -20,11 +20,13 @@ Matrices = dict[str, Array]  # by role, [out, in]
 class RoleError:
     """How far a converted matrix is from the original, and what its format should cost: relative Frobenius errors.
 
-    The error is infinite where the matrix is not finite.
+    The error is infinite where the matrix is not finite. `original` and `converted` are corners of both.
     """
 
     error: float
     expected: float
+    original: Array = field(repr=False)
+    converted: Array = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class LayerPair:
     """A layer of the original and the same layer of its conversion, whose experts are each read by itself.
 
     An expert errs too much where it does so by more than `tolerance` times what its format should cost, which is never
-    taken to be less than that of arithmetic in bfloat16.
+    taken to be less than that of arithmetic in bfloat16; or, in the coarsest formats, by more than half way from that
+    to 1, which is the error of zeros.
     """
 
     original: ExpertLayer
@@ -75,7 +78,12 @@ class LayerPair:
         """The errors of a converted expert by role, as against expert `source` of the original."""
         original, converted = self.read_original(source), self.read_converted(expert)
         return {
-            role: RoleError(deviation(converted[role], matrix), self.expected(expert, role, matrix))
+            role: RoleError(
+                deviation(converted[role], matrix),
+                self.expected(expert, role, matrix),
+                matrix[:CORNER, :CORNER].copy(),
+                converted[role][:CORNER, :CORNER].copy(),
+            )
             for role, matrix in original.items()
         }
 
@@ -87,7 +95,8 @@ class LayerPair:
 
     def allowed(self, expected: float) -> float:
         """The greatest error that a matrix may have."""
-        return self.tolerance * max(expected, ARITHMETIC / 2)
+        expected = max(expected, ARITHMETIC / 2)
+        return min(self.tolerance * expected, max(expected, (1 + expected) / 2))
 
     def corners(self, layer: ExpertLayer, expert: int) -> Matrices:
         """By role, some neurons of an expert by some of their inputs, as far as a few stored rows have them."""

@@ -16,7 +16,7 @@ from ..weights.experts import Experts
 from .diagnosis import diagnose
 from .faults import Fault, gather
 from .format_error import ARITHMETIC
-from .order import common_corner, find_order, find_sources, keeps_groups, name_order
+from .order import common_corner, find_order, find_sources, find_strays, keeps_groups, name_order
 from .pair import LayerPair, RoleError, bits_per_weight, tensor_of
 from .router import check_router, rows_agree
 from .structure import compare_shapes, explain_misfit, explain_unreadable, find_missing, find_unquantised
@@ -125,7 +125,7 @@ class _Verification:
                     self._fetch_original(pair, [sources[expert] for expert in readable])
                     errors = self._measure(pair, readable, sources)
                     bad = _find_bad(pair, errors)
-                faults += self._explain(pair, bad, sources, readable)
+                faults += self._explain(pair, bad, sources, errors)
             faults += _compare_biases(pair, [e for e in readable if e not in {f.expert for f in faults}], sources)
         router = check_router(pair, list(sources.values()))
         faults = [*gather(faults, pair.roles, chosen), *router.faults]
@@ -178,15 +178,15 @@ class _Verification:
         pair: LayerPair,
         bad: Mapping[int, Mapping[str, float]],
         sources: Mapping[int, int],
-        readable: Sequence[int],
+        errors: Mapping[int, Mapping[str, RoleError]],
     ) -> list[Fault]:
-        """What is wrong with experts that err by more than is allowed, which is given by role."""
+        """What is wrong with experts that are not what they should be; what they may err is given by role."""
         faults: list[Fault] = []
         left = {expert: dict(allowed) for expert, allowed in bad.items()}
         if not bad:
             return faults
         original = [pair.corners(pair.original, sources[expert]) for expert in sources]
-        converted = {expert: pair.corners(pair.alone(expert), pair.place(expert)) for expert in readable}
+        converted = {expert: pair.corners(pair.alone(expert), pair.place(expert)) for expert in errors}
         for role in pair.roles:
             experts = [expert for expert in bad if role in bad[expert]]
             if not experts:
@@ -198,7 +198,7 @@ class _Verification:
                 ]
             )
             found = find_sources(here, there, experts, max(bad[expert][role] for expert in experts))
-            if len(readable) > 1 and found.same.keys() | {*found.same.values()} == {*readable}:
+            if len(errors) > 1 and found.same.keys() | {*found.same.values()} == {*errors}:
                 faults.append(Fault(pair.number, "identical", "all experts are the same", role))
                 for expert in experts:
                     del left[expert][role]
@@ -210,7 +210,7 @@ class _Verification:
                 elif expert in found.of:
                     detail = f"it is expert {found.of[expert]} of the original"
                     faults.append(Fault(pair.number, "reordered", detail, role, expert))
-                else:
+                elif not errors[expert][role].error <= bad[expert][role]:
                     continue
                 del left[expert][role]
         for expert, allowed in left.items():
@@ -300,18 +300,18 @@ def _check_readable(pair: LayerPair, expert: int) -> list[Fault]:
 
 
 def _find_bad(pair: LayerPair, errors: Mapping[int, Mapping[str, RoleError]]) -> dict[int, dict[str, float]]:
-    """The experts and roles that err by more than is allowed, with what is."""
-    return {
-        expert: allowed
-        for expert, roles in errors.items()
-        if (
-            allowed := {
-                role: pair.allowed(one.expected)
-                for role, one in roles.items()
-                if not one.error <= pair.allowed(one.expected)
-            }
+    """The experts and roles that err by more than is allowed, or are nearer to another expert; with what is allowed."""
+    bad: dict[int, dict[str, float]] = {}
+    for role in pair.roles:
+        strays = find_strays(
+            {expert: roles[role].original for expert, roles in errors.items()},
+            {expert: roles[role].converted for expert, roles in errors.items()},
         )
-    }
+        for expert, roles in errors.items():
+            allowed = pair.allowed(roles[role].expected)
+            if expert in strays or not roles[role].error <= allowed:
+                bad.setdefault(expert, {})[role] = allowed
+    return bad
 
 
 def _compare_biases(pair: LayerPair, experts: Sequence[int], sources: Mapping[int, int]) -> list[Fault]:

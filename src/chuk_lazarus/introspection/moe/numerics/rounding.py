@@ -3,6 +3,7 @@ arrays."""
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -37,17 +38,24 @@ def sample_groups(matrix: Array, height: int | None, width: int | None, count: i
     return np.ascontiguousarray(taken.reshape(len(places), -1))
 
 
-def round_integers(groups: Array, bits: int, has_zero: bool, largest: float | None = None) -> Array:
+def round_integers(
+    groups: Array, bits: int, has_zero: bool, kind: Any = np.float32, largest: float | None = None
+) -> Array:
     """Groups [n, numbers] as integers of `bits` bits times a scale, and plus a least value where they have a zero.
 
-    `largest` is the magnitude that the scale is for, by default the greatest in each group.
+    Scales and least values are numbers of the type `kind`. `largest` is the magnitude that the scale is for, by default
+    the greatest in each group.
     """
     top = (1 << bits) - 1
+
+    def keep(numbers: Array) -> Array:
+        return numbers.astype(kind).astype(np.float32)
+
     if has_zero:
         low = groups.min(axis=1, keepdims=True)
         step = _or_one((groups.max(axis=1, keepdims=True) - low) / np.float32(top))
-        return np.asarray(np.rint((groups - low) / step) * step + low)
-    scale = _or_one(_magnitudes(groups, largest) / np.float32(top / 2))
+        return np.asarray(np.rint((groups - low) / step) * keep(step) + keep(low))
+    scale = _or_one(keep(_magnitudes(groups, largest) / np.float32(top / 2)))
     half = 1 << (bits - 1)
     return np.asarray(np.clip(np.rint(groups / scale), -half, half - 1) * scale)
 
@@ -55,8 +63,8 @@ def round_integers(groups: Array, bits: int, has_zero: bool, largest: float | No
 def round_levels(groups: Array, levels: Array, scale: str, whole: float, largest: float | None = None) -> Array:
     """Groups [n, numbers] as the nearest of `levels`, ascending, times a scale.
 
-    `scale` is "float", "e8m0" or "e4m3"; scales of the latter are eight bits below a second one, which is for a matrix
-    whose greatest magnitude is `whole`. `largest` as in `round_integers`. Powers of two are chosen as the OCP
+    `scale` is a float type, "e8m0" or "e4m3"; scales of the latter are eight bits below a second one, which is for a
+    matrix whose greatest magnitude is `whole`. `largest` as in `round_integers`. Powers of two are chosen as the OCP
     Microscaling Formats v1.0 do, section 6.3.
     """
     top = np.float32(np.abs(levels).max())

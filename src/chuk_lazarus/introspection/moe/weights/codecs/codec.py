@@ -61,7 +61,20 @@ class Part:
 
 
 Element = Literal[
-    "int", "float64", "float32", "float16", "bfloat16", "e4m3", "e5m2", "e2m3", "e3m2", "e2m1", "nf4", "fp4", "iq4"
+    "int",
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "e4m3",
+    "e5m2",
+    "e2m3",
+    "e3m2",
+    "e2m1",
+    "nf4",
+    "fp4",
+    "iq4",
+    "ternary",
 ]
 """What an element is: an integer, a float by its exponent and mantissa, or an entry of a fixed table."""
 
@@ -72,15 +85,15 @@ class Grid:
 
     A number is an element times the scale of its group, which spans `group` rows and columns of the decoded matrix,
     None for all of them. Integers have `bits`; `has_zero` tells that a group has a zero point or a least value, too.
-    `scale` says how fine scales are: floats, powers of two ("e8m0"), or eight bits below a second scale ("e4m3");
-    "none" where elements have no scale.
+    `scale` says what scales and least values are: numbers of some float type, powers of two ("e8m0"), or eight bits
+    below a second scale ("e4m3"); "none" where elements have no scale.
     """
 
     element: Element
     group: tuple[int | None, int | None] = (None, None)
     bits: int = 0
     has_zero: bool = False
-    scale: Literal["none", "float", "e8m0", "e4m3"] = "float"
+    scale: Literal["none", "float32", "float16", "bfloat16", "e8m0", "e4m3"] = "float32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ GRIDS = {
     **dict.fromkeys(("IQ3_XXS", "IQ3_S"), Grid("int", (1, 32), 3, has_zero=True)),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S"), Grid("int", (1, 32), 2, has_zero=True)),
     **dict.fromkeys(("IQ1_S", "IQ1_M"), Grid("int", (1, 32), 1, has_zero=True)),
-    **dict.fromkeys(("TQ1_0", "TQ2_0"), Grid("int", (1, 256), 2)),
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), Grid("ternary", (1, 256))),
     "MXFP4": Grid("e2m1", (1, 32), scale="e8m0"),
     "NVFP4": Grid("e2m1", (1, 16), scale="e4m3"),
 }

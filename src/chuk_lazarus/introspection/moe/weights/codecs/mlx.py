@@ -15,7 +15,7 @@ The modes (documentation of `mlx.core.quantize`; mlx/ops.cpp), for matrices that
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from .small_floats import E4M3, E8M0, is_one_per_matrix, scale_groups, unpack_e2
 
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+SCALES: dict[str, Literal["float32", "float16", "bfloat16"]] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LARGEST = np.float32(6 * 448)
 SECOND_SCALES = ("global_scale", "weight_scale_2", "weight_global_scale")
 PARTS = ("scales", "biases", *SECOND_SCALES)
@@ -52,13 +53,14 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             f"{group}, as config.json says"
         )
     beside = parts.get("biases", scales)
-    dtypes = ("F32", "BF16", "F16") if is_affine else ("U8",)
+    dtypes = tuple(SCALES) if is_affine else ("U8",)
     if scales.dtype not in dtypes or beside.dtype not in dtypes or beside.shape != scales.shape:
         listing = ", ".join(f"{name} {parts[name].dtype} {list(parts[name].shape)}" for name in sorted(parts))
         raise ModelUnreadable(f"its parts are {listing}: they do not fit MLX's mode {mode}")
     spans: dict[str, int | None] = {"weight": 1, "scales": 1}
     if is_affine:
-        decoder, grid = partial(_decode_affine, bits=bits, group=group), Grid("int", (1, group), bits, has_zero=True)
+        decoder = partial(_decode_affine, bits=bits, group=group)
+        grid = Grid("int", (1, group), bits, True, SCALES[scales.dtype])
         return Stored(f"mlx-{bits}bit", shape, spans | {"biases": 1}, decoder, grid=grid)
     if second:
         part = parts[second]
