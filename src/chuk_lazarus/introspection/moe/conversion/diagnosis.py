@@ -6,6 +6,7 @@ Matrices are by role, [out, in]; gate and up have neurons as rows, down as colum
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, sqrt
 
 import numpy as np
@@ -17,6 +18,7 @@ from .faults import Kind
 
 LINES = 256  # rows or columns whose products are compared, to tell a rotation
 ROTATED = 0.5  # the least correlation of products that only a rotation leaves
+CLEARLY = 0.7  # the greatest share of its error that may be left of what is explained
 MOSTLY = 0.6  # the greatest error that factors may leave where large blocks are explained
 UNLIKE = 0.5  # the greatest cosine of a matrix with the original for it to be rotated
 BLOCKS = ((128, 128), (1, 128), (1, 64), (1, 32), (1, 16), (128, 1), (64, 1), (32, 1), (16, 1))  # that share a scale
@@ -39,15 +41,31 @@ class Finding:
     harmless: bool = False
 
 
+Guess = Callable[[Matrices, Matrices, Sequence[str], Mapping[str, float]], Iterator[Finding]]
+
+
 def diagnose(
-    original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
+    original: Matrices,
+    converted: Matrices,
+    bad: Sequence[str],
+    allowed: Mapping[str, float],
+    inputs: Array | None = None,
 ) -> list[Finding]:
-    """What explains that the roles in `bad` err by more than is allowed; each of them is in one finding."""
+    """What explains that the roles in `bad` err by more than is allowed; each of them is in one finding.
+
+    `inputs` [hidden] is what the norm before the experts was divided by, None where it was not changed.
+    """
     findings: list[Finding] = []
     left = list(bad)
-    for guess in (
-        _empty, _exchanged, _transposed, _interleaved, _scaled, _reordered, _shifted, _rotated,
-    ):  # fmt: skip
+    allowed = {
+        role: min(limit, CLEARLY * deviation(converted[role], original[role])) if role in bad else limit
+        for role, limit in allowed.items()
+    }
+    guesses: tuple[Guess, ...] = (
+        _empty, _exchanged, _transposed, _interleaved, partial(_rescaled, inputs=inputs), _scaled, _reordered, _shifted,
+        _rotated,
+    )  # fmt: skip
+    for guess in guesses:
         for finding in guess(original, converted, left, allowed):
             findings.append(finding)
             left = [role for role in left if role not in finding.roles]
@@ -145,6 +163,30 @@ def _interleaved(
             if all(errors[role] <= allowed[role] for role in errors):
                 yield Finding(("gate", "up"), "interleaved", detail, errors)
                 return
+
+
+def _rescaled(
+    original: Matrices,
+    converted: Matrices,
+    bad: Sequence[str],
+    allowed: Mapping[str, float],
+    inputs: Array | None = None,
+) -> Iterator[Finding]:
+    """Factors that cancel out, as AWQ leaves them: those of the inputs in the norm before the experts, those of a
+    neuron's up row in its down column."""
+    if set(original) != {"gate", "up", "down"} or not all(np.isfinite(matrix).all() for matrix in converted.values()):
+        return
+    factors = np.float32(1) if inputs is None else inputs
+    gate, up = original["gate"] * factors, original["up"] * factors
+    energy = np.einsum("ij,ij->i", up, up)
+    neurons = np.divide(np.einsum("ij,ij->i", converted["up"], up), energy, out=np.ones_like(energy), where=energy > 0)
+    if not neurons.all():
+        return
+    wanted = {"gate": gate, "up": neurons[:, None] * up, "down": original["down"] / neurons}
+    errors = {role: deviation(converted[role], matrix) for role, matrix in wanted.items()}
+    if all(errors[role] <= allowed[role] for role in errors):
+        what = "factors of its neurons cancel out" if inputs is None else "factors are taken back by the norm"
+        yield Finding(tuple(errors), "scale", what, errors, harmless=True)
 
 
 def _scaled(
@@ -289,6 +331,3 @@ def _cosine(matrix: Array, exact: Array) -> float:
         product = float(np.vdot(matrix, exact))
         lengths = float(np.linalg.norm(matrix)) * float(np.linalg.norm(exact))
     return product / lengths if 0 < lengths < inf and np.isfinite(product) else 0.0
-
-
-Guess = Callable[[Matrices, Matrices, Sequence[str], Mapping[str, float]], Iterator[Finding]]

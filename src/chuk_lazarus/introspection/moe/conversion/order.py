@@ -10,7 +10,7 @@ from ..numerics.neurons import Array
 
 Corners = Mapping[int, Array]  # expert -> some of the numbers of one of its matrices, of one shape
 SLACK = 1.5  # how much more a part of a matrix may err than the whole
-NEARER = 0.8  # how far the expert that is found may be, as a share of how far the one that should be there is
+NEARER = 0.9  # how far the expert that is found may be, as a share of how far the one that should be there is
 ALIKE = 0.5  # how far the same two experts may be, as a share of how far the original's are
 
 

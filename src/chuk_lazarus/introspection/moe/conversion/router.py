@@ -38,11 +38,22 @@ def check_router(pair: LayerPair, order: Sequence[int]) -> RouterCheck:
         return RouterCheck(None, (Fault(pair.number, "router", detail),))
     allowed = pair.allowed(format_error(original, grid) if grid else 0.0)
     lost = deviation(weight, original[list(order)])
+    if lost > allowed and (factors := norm_factors(pair)) is not None:
+        lost = deviation(weight, original[list(order)] * factors)
     details = [] if lost <= allowed else [_explain(weight, original, allowed, lost)]
     vectors = pair.converted.router_vectors()
     for name, vector in pair.original.router_vectors().items():
         details += filter(None, [_compare_vectors(name, vectors.get(name), vector, order)])
     return RouterCheck(lost if np.isfinite(lost) else None, tuple(Fault(pair.number, "router", d) for d in details))
+
+
+def norm_factors(pair: LayerPair) -> Array | None:
+    """By what the norm before the experts and the router was divided, [hidden]; None where it is as it was."""
+    here, there = pair.converted.norm(), pair.original.norm()
+    if here is None or there is None or here.shape != there.shape or not here.all():
+        return None
+    factors = there / here
+    return None if np.abs(factors - 1).max() <= ARITHMETIC else factors
 
 
 def rows_agree(pair: LayerPair, order: Sequence[int]) -> bool:
