@@ -19,6 +19,7 @@ from .faults import Kind
 LINES = 256  # rows or columns whose products are compared, to tell a rotation
 ROTATED = 0.5  # the least correlation of products that only a rotation leaves
 CLEARLY = 0.7  # the greatest share of its error that may be left of what is explained
+TURNS = 4  # in which factors of rows and columns are found
 MOSTLY = 0.6  # the greatest error that factors may leave where large blocks are explained
 UNLIKE = 0.5  # the greatest cosine of a matrix with the original for it to be rotated
 BLOCKS = ((128, 128), (1, 128), (1, 64), (1, 32), (1, 16), (128, 1), (64, 1), (32, 1), (16, 1))  # that share a scale
@@ -196,20 +197,32 @@ def _scaled(
     for role in bad:
         exact, matrix = original[role], converted[role]
         shape = exact.shape
-        whole, row, column = shape, (1, shape[1]), (shape[0], 1)
+        names = {shape: "it", (1, shape[1]): "each row", (shape[0], 1): "each column"}
         blocks = [
             block
             for block in BLOCKS
-            if all((a % b == 0 and a > b) or b == 1 for a, b in zip(shape, block, strict=True))
+            if all(a % b == 0 and (a > b or b == 1) for a, b in zip(shape, block, strict=True))
         ]
-        for block in (whole, row, column, *blocks):
+        for block in (*names, *blocks):
             factors, error, share = _fit_factors(matrix, exact, block)
             if error <= allowed[role] or (share <= allowed[role] and error < MOSTLY):
-                where = {whole: "it", row: "each row", column: "each column"}.get(
-                    block, f"each {block[0]} x {block[1]}"
-                )
+                where = names.get(block, f"each {block[0]} x {block[1]}")
                 yield Finding((role,), "scale", f"{where} is {_say_factors(factors)} what it should be", {role: error})
                 break
+        else:
+            if (error := _error_of_rows_and_columns(matrix, exact)) <= allowed[role]:
+                yield Finding((role,), "scale", "its rows and its columns have factors", {role: error})
+
+
+def _error_of_rows_and_columns(matrix: Array, exact: Array) -> float:
+    """The error that is left where each row and each column has a factor, found in turns."""
+    scaled = exact
+    for turn in range(2 * TURNS):
+        axis = 1 - turn % 2
+        with np.errstate(over="ignore", invalid="ignore"):
+            product, energy = ((values * scaled).sum(axis=axis, keepdims=True) for values in (matrix, scaled))
+        scaled = scaled * np.divide(product, energy, out=np.zeros_like(product), where=energy > 0)
+    return deviation(matrix, scaled)
 
 
 def _fit_factors(matrix: Array, exact: Array, block: tuple[int, int]) -> tuple[NDArray[np.float64], float, float]:

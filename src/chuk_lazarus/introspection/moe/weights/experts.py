@@ -302,14 +302,16 @@ class Experts:
 
         Raises UnknownFormat where no layout does, or where model_type leaves a choice.
         """
-        fitting = []
+        fitting: list[LayoutMatch] = []
+        reason: DoesNotFit | None = None
         for match in candidates:
             try:
                 self._probe(match).sizes  # noqa: B018  which raises where the shapes do not fit
                 fitting.append(match)
             except DoesNotFit as error:
-                reason = error
-        if not fitting:
+                is_usual = reason is not None and self.model_type in reason.layout.model_types
+                reason = reason if is_usual else error
+        if not fitting and reason:
             raise reason
         all_names = set().union(*(match.names for match in candidates))
         whole = [match for match in fitting if match.names == all_names]
