@@ -36,7 +36,7 @@ def verify(
     tolerance: Annotated[
         float,
         typer.Option("--tolerance", metavar="FACTOR", help="How many times what its format costs an expert may err."),
-    ] = 2.0,
+    ] = 2.5,
     html: Html = None,
     plot: Plot = None,
 ) -> Result:

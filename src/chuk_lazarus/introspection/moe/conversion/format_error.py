@@ -6,8 +6,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..numerics.deviation import deviation
 from ..numerics.neurons import Array
-from ..numerics.rounding import relative, round_integers, round_levels, sample_groups, table_levels
+from ..numerics.rounding import round_integers, round_levels, sample_groups, table_levels
 from ..weights.codecs import Grid
 
 ARITHMETIC = 2.0**-8  # the relative error of numbers that went through bfloat16 once or twice on their way
@@ -48,18 +49,19 @@ def format_error(matrix: Array, grid: Grid) -> float:
     if grid.scale == "none":
         taken = sample_groups(matrix, 1, 64)
         with np.errstate(over="ignore"):
-            return relative(taken.astype(CASTS[grid.element]).astype(np.float32), taken)
+            return deviation(taken.astype(CASTS[grid.element]).astype(np.float32), taken)
     height, width = grid.group
     is_whole = height is None and width is None
     taken = sample_groups(matrix, *((1, 64) if is_whole else grid.group))
-    whole = float(max(matrix.max(), -matrix.min())) if is_whole or grid.scale == "e4m3" else 0.0
+    # a second scale only keeps the first ones in range, so that the sample's will do for it
+    whole = float(max(matrix.max(), -matrix.min()) if is_whole else np.abs(taken).max())
     largest = whole if is_whole else None
     if grid.element == "int":
         kind = CASTS[grid.scale]
         rounded = round_integers(taken, grid.bits, grid.has_zero and not is_whole, kind, largest)
     else:
         rounded = round_levels(taken, _levels(grid.element), grid.scale, whole, largest)
-    return relative(rounded, taken)
+    return deviation(rounded, taken)
 
 
 @cache

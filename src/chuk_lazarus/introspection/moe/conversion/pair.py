@@ -1,6 +1,7 @@
 """One layer of a model and of its conversion, side by side: the same expert's matrices of both, and how far apart."""
 
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
@@ -66,26 +67,20 @@ class LayerPair:
         with np.errstate(over="ignore", invalid="ignore"):
             return self.alone(expert).matrices(self.place(expert))
 
-    def read_original(self, expert: int) -> Matrices:
-        """The matrices of an original expert; raises ModelUnreadable where one is not finite."""
-        matrices = self.original.matrices(expert)
-        for role, matrix in matrices.items():
-            if not np.isfinite(matrix.sum(dtype=np.float64)) and not np.isfinite(matrix).all():
-                refuse_not_finite(self.original, expert, role)
-        return matrices
-
     def compare(self, expert: int, source: int) -> dict[str, RoleError]:
-        """The errors of a converted expert by role, as against expert `source` of the original."""
-        original, converted = self.read_original(source), self.read_converted(expert)
-        return {
-            role: RoleError(
-                deviation(converted[role], matrix),
-                self.expected(expert, role, matrix),
-                matrix[:CORNER, :CORNER].copy(),
-                converted[role][:CORNER, :CORNER].copy(),
-            )
-            for role, matrix in original.items()
-        }
+        """The errors of a converted expert by role, as against expert `source` of the original.
+
+        Raises ModelUnreadable where the latter is not finite.
+        """
+        original, converted = self.original.matrices(source), self.read_converted(expert)
+        errors = {}
+        for role, matrix in original.items():
+            error = deviation(converted[role], matrix)
+            if error == inf and not np.isfinite(matrix).all():
+                refuse_not_finite(self.original, source, role)
+            corners = (values[:CORNER, :CORNER].copy() for values in (matrix, converted[role]))
+            errors[role] = RoleError(error, self.expected(expert, role, matrix), *corners)
+        return errors
 
     def expected(self, expert: int, role: str, matrix: Array) -> float:
         """The error that an original matrix should have in the format of a converted expert."""

@@ -1,8 +1,6 @@
 """What it costs to write numbers in few bits, the plain way: each group scaled to its largest, and rounded. Pure
 arrays."""
 
-from collections.abc import Sequence
-from math import sqrt
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +9,7 @@ from numpy.typing import NDArray
 
 from .neurons import Array
 
-SAMPLE = 16_384  # numbers of a matrix by which its error is estimated
+SAMPLE = 8192  # numbers of a matrix by which its error is estimated
 LEAST_GROUPS = 8  # that a sample has where there are so many
 
 
@@ -79,13 +77,6 @@ def round_levels(groups: Array, levels: Array, scale: str, whole: float, largest
         scales = magnitudes / top
     scales = _or_one(scales)
     return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, groups / scales)] * scales
-
-
-def relative(approximations: Sequence[Array] | Array, exact: Sequence[Array] | Array) -> float:
-    """The Frobenius norm of the difference over that of the exact arrays; 0 where these are zero."""
-    lost = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in zip(approximations, exact, strict=True))
-    energy = sum(float(np.square(b, dtype=np.float64).sum()) for b in exact)
-    return sqrt(lost / energy) if energy > 0 else 0.0
 
 
 def _magnitudes(groups: Array, largest: float | None) -> Array:
