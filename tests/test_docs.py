@@ -226,7 +226,10 @@ def test_the_page_has_every_variable_of_ours() -> None:
 def test_the_plan_of_the_house_has_every_file() -> None:
     plan = (ROOT / "README.md").read_text("utf-8").partition("## The house")[2]
     moe = SOURCE / "introspection/moe"
-    rooms = [moe, *(moe / room for room in ("weights", "jobs", "provenance", "overlays", "views", "numerics"))]
+    rooms = [
+        moe,
+        *(moe / room for room in ("weights", "jobs", "provenance", "overlays", "conversion", "views", "numerics")),
+    ]
     files = [file for room in rooms for file in room.iterdir() if file.is_file()]
     assert not [file.name for file in files if file.name != "__init__.py" and f" {file.name}" not in plan]
 
@@ -275,6 +278,7 @@ RESULTS = {
     "moe-type-analysis/1, no gate": ["moe-type-analyze", "-m", str(ROOT / "tests/fixtures/nemotron_h")],
     "moe-type-quick/1": ["moe-type-analyze", "-m", "demo:native", "--quick"],
     "moe-type-comparison/1": ["moe-type-compare", "-m", "demo:native", "-c", "demo:upcycled"],
+    "moe-weights-verification/1": ["moe-weights-verify", "-m", "demo:native", "--against", "demo:native"],
     "moe-overlay/1": ["moe-overlay-compute", "-m", "demo:upcycled", "--max-error", "0.05"],
     "moe-overlay-verification/1": ["moe-overlay-verify", "-m", "demo:upcycled"],
     "moe-overlay-estimate/1": ["moe-overlay-estimate", "-m", "demo:native", "--samples", "1"],

@@ -45,6 +45,7 @@ COMMANDS = (
     "moe-type-analyze",
     "moe-type-compare",
     "moe-type-survey",
+    "moe-weights-verify",
     "moe-overlay-compute",
     "moe-overlay-verify",
     "moe-overlay-estimate",

@@ -55,7 +55,7 @@ def gather(faults: Iterable[Fault], roles: Sequence[str], experts: Sequence[int]
 
 def _join(joined: Fault, parts: Sequence[Fault]) -> Fault:
     """The fault that stands for its parts, whose first has its detail."""
-    if len({part.detail for part in parts}) == 1:
+    if len({part.detail for part in parts}) == 1 or joined.detail.endswith(")"):
         return joined
     where = f"expert {parts[0].expert}" if parts[0].expert != joined.expert else str(parts[0].role)
     return replace(joined, detail=f"{joined.detail} ({where})")

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from ..reports import LayerConversion, MoEWeightsVerification, ProjectionConversion, WeightFault
 from ..terms import ROLES
-from ..text import format_ranges, percent
+from ..text import format_numbers, format_ranges, percent
 from .facts import Table
-from .words import count_noun, name_layers
+from .words import name_layers
 
-FAULT_HEADINGS = ("Layer", "Role", "Expert", "What is wrong")
+FAULT_HEADINGS = ("Layer", "Role", "Experts", "What is wrong")
 MEANINGS = (
     (
         "Error",
@@ -40,9 +40,7 @@ def summarise(report: MoEWeightsVerification) -> str:
     if report.passed:
         return f"no expert errs by more than {report.tolerance:g} times what its format costs"
     counts = Counter(fault.fault for fault in report.faults)
-    return ", ".join(
-        f"{count_noun(number, 'fault')}: {kind}" if number > 1 else kind for kind, number in counts.items()
-    )
+    return f"faults: {', '.join(f'{number} {kind}' for kind, number in counts.items())}"
 
 
 def identify_original(report: MoEWeightsVerification) -> str:
@@ -79,16 +77,19 @@ def _say(error: float | None) -> str:
 
 
 def list_faults(report: MoEWeightsVerification) -> Table:
-    """A row for each fault."""
-    rows = [[fault.fault, *place_fault(fault), fault.detail] for fault in report.faults]
+    """A row for each kind of fault in each layer and role, with the experts that have it; the first one's detail."""
+    places: dict[tuple[str, int, str | None], list[WeightFault]] = {}
+    for fault in report.faults:
+        places.setdefault((fault.fault, fault.layer, fault.role), []).append(fault)
+    rows = []
+    for (kind, layer, role), faults in places.items():
+        experts = [fault.expert for fault in faults if fault.expert is not None]
+        detail = faults[0].detail
+        if len({fault.detail for fault in faults}) > 1:
+            detail += f" (expert {experts[0]})"
+        who = format_numbers(experts) if len(experts) == len(faults) else "all"
+        rows.append([kind, str(layer), *(("–", "–") if kind == "router" else (role or "all", who)), detail])
     return Table("The faults that were found", ["Fault", *FAULT_HEADINGS], rows)
-
-
-def place_fault(fault: WeightFault) -> list[str]:
-    """The layer, role and expert of a fault, as cells."""
-    if fault.fault == "router":
-        return [str(fault.layer), "–", "–"]
-    return [str(fault.layer), fault.role or "all", "all" if fault.expert is None else str(fault.expert)]
 
 
 def list_errors(report: MoEWeightsVerification) -> Table:

@@ -1,18 +1,17 @@
 """The verification of a conversion, as tables."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...reports import MoEWeightsVerification, WeightFault
+from ...reports import MoEWeightsVerification
 from ...terms import ROLES
-from .. import verdicts
+from .. import facts, verdicts
 from ..words import identify
 from .grid import LEFT, Fact, draw_facts, draw_table, paint, stack
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-MOST_FAULTS = 20  # that are listed; the JSON has all
+MOST_FAULTS = 20  # lines of faults; the JSON has all
 
 
 def render_weights(report: MoEWeightsVerification) -> "RenderableType":
@@ -27,7 +26,7 @@ def render_weights(report: MoEWeightsVerification) -> "RenderableType":
     ]
     blocks: list[RenderableType] = [draw_facts(facts)]
     if report.faults:
-        blocks.append(_draw_faults(report.faults))
+        blocks.append(_draw_faults(verdicts.list_faults(report)))
     if report.layers:
         rows = [
             [str(layer.layer) if not place else "", *verdicts.describe_projection(role, layer.projections[role])]
@@ -41,11 +40,9 @@ def render_weights(report: MoEWeightsVerification) -> "RenderableType":
     return stack("MOE WEIGHTS VERIFICATION", *blocks)
 
 
-def _draw_faults(faults: Sequence[WeightFault]) -> "RenderableType":
-    shown, left = faults[:MOST_FAULTS], faults[MOST_FAULTS:]
-    rows = [[fault.fault, *verdicts.place_fault(fault), fault.detail] for fault in shown]
-    rows += [["...", "", "", "", f"and {len(left)} more; the JSON has all"]] if left else []
-    headings = ["Fault", *verdicts.FAULT_HEADINGS]
+def _draw_faults(faults: facts.Table) -> "RenderableType":
+    rows, left = list(faults.rows[:MOST_FAULTS]), faults.rows[MOST_FAULTS:]
+    rows += [["...", "", "", "", f"and {len(left)} lines more; the JSON has all"]] if left else []
     whole = {"no_wrap": True, **LEFT}
-    columns = {"Fault": whole, "Role": whole, "What is wrong": {**LEFT, "overflow": "fold"}}
-    return draw_table(headings, rows, columns)
+    columns = {"Fault": whole, "Role": whole, "Experts": LEFT, "What is wrong": LEFT}
+    return draw_table(faults.headings, rows, columns)
