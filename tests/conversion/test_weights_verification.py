@@ -92,6 +92,13 @@ def test_a_sound_conversion_passes(tmp_path: Path, family: str) -> None:
     assert all(layer.router_error == pytest.approx(0, abs=0.002) for layer in report.layers)
 
 
+def test_experts_that_are_the_same_in_the_original_may_be_so(tmp_path: Path) -> None:
+    layers = [conversions.repeat_first(layer) for layer in two_layers("mlx")]
+    original = original_of(tmp_path / "original", "mlx", layers)
+    assert verify(conversions.write_mlx(tmp_path / "model", layers), original).passed
+    assert verify(conversions.write_plain(tmp_path / "plain", "halves", layers), original).passed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # By the libraries' own writers
 

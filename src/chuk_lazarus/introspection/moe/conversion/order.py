@@ -11,6 +11,7 @@ from ..numerics.neurons import Array
 Corners = Mapping[int, Array]  # expert -> some of the numbers of one of its matrices, of one shape
 SLACK = 1.5  # how much more a part of a matrix may err than the whole
 NEARER = 0.9  # how far the expert that is found may be, as a share of how far the one that should be there is
+ROUNDING = 1e-6  # a distance below which experts are the same
 ALIKE = 0.5  # how far the same two experts may be, as a share of how far the original's are
 
 
@@ -31,18 +32,18 @@ def find_sources(original: Corners, converted: Corners, experts: Sequence[int], 
     """
     numbers = sorted(original)
     pool = _flatten([original[number] for number in numbers])
-    own = {expert: _flatten([corner])[0] for expert, corner in converted.items()}
+    own = {expert: _flatten([corner]) for expert, corner in converted.items()}
     of: dict[int, int] = {}
     same: dict[int, int] = {}
     for expert in experts:
-        far = _distances(own[expert], pool)
+        far = _distances(own[expert], pool)[0]
         nearest = int(far.argmin())
         is_nearer = far[nearest] <= SLACK * allowed and far[nearest] < NEARER * far[numbers.index(expert)]
         if is_nearer and numbers[nearest] != expert:
             of[expert] = numbers[nearest]
         for other in sorted(own.keys() - {expert}) if own[expert].std() else ():
-            there = _distances(pool[numbers.index(expert)], pool[numbers.index(other)][None])[0]
-            if _distances(own[expert], own[other][None])[0] < min(SLACK * allowed, ALIKE * there):
+            there = _distances(pool[[numbers.index(expert)]], pool[[numbers.index(other)]])[0, 0]
+            if _distances(own[expert], own[other])[0, 0] < min(SLACK * allowed, ALIKE * there):
                 same[expert] = other
                 break
     return Sources(of, same)
@@ -53,23 +54,25 @@ def find_strays(original: Corners, converted: Corners) -> set[int]:
     the original's are not; both have the same experts."""
     numbers = sorted(original)
     here, there = (_flatten([corners[number] for number in numbers]) for corners in (converted, original))
-    far = np.stack([_distances(values, there) for values in here])
+    far = _distances(here, there)
     own = far.diagonal().copy()
     np.fill_diagonal(far, np.inf)
-    apart = np.stack([_distances(values, here) for values in here])
-    were_apart = np.stack([_distances(values, there) for values in there])
-    same = (apart < ALIKE * were_apart) & (here.std(axis=1, keepdims=True) > 0)
+    apart = _distances(here, here)
+    were_apart = _distances(there, there)
+    np.fill_diagonal(apart, np.inf)
+    same = (apart < ALIKE * were_apart) & (were_apart > ROUNDING) & (here.std(axis=1, keepdims=True) > 0)
     return {
         number
         for place, number in enumerate(numbers)
-        if far[place].min(initial=np.inf) < NEARER * own[place] or same[place].any()
+        if (far[place].min() < NEARER * own[place] and own[place] > ROUNDING) or same[place].any()
     }
 
 
 def find_order(original: Corners, converted: Corners) -> tuple[int, ...]:
     """For each converted expert, which expert of the original is nearest."""
     pool = _flatten([original[number] for number in sorted(original)])
-    return tuple(int(_distances(_flatten([converted[number]])[0], pool).argmin()) for number in sorted(converted))
+    nearest = _distances(_flatten([converted[number] for number in sorted(converted)]), pool).argmin(axis=1)
+    return tuple(int(number) for number in nearest)
 
 
 def keeps_groups(order: Sequence[int], groups: int) -> bool:
@@ -100,6 +103,8 @@ def _flatten(corners: Sequence[Array]) -> NDArray[np.float64]:
 
 
 def _distances(values: NDArray[np.float64], pool: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The distance of some numbers from each row of a pool, relative to the row's length."""
-    lengths, lost = np.linalg.norm(pool, axis=1), np.linalg.norm(pool - values, axis=1)
-    return np.asarray(np.divide(lost, lengths, out=np.where(lost > 0, np.inf, 0.0), where=lengths > 0))
+    """The distance of rows of numbers from each row of a pool, [rows, pool], relative to the latter's length."""
+    lengths = np.einsum("ij,ij->i", pool, pool)
+    squares = np.einsum("ij,ij->i", values, values)[:, None] + lengths - 2 * values @ pool.T
+    lost = np.sqrt(np.maximum(squares, 0.0))
+    return np.asarray(np.divide(lost, np.sqrt(lengths), out=np.where(lost > 0, np.inf, 0.0), where=lengths > 0))

@@ -72,15 +72,27 @@ class LayerPair:
 
         Raises ModelUnreadable where the latter is not finite.
         """
-        original, converted = self.original.matrices(source), self.read_converted(expert)
-        errors = {}
-        for role, matrix in original.items():
-            error = deviation(converted[role], matrix)
-            if error == inf and not np.isfinite(matrix).all():
-                refuse_not_finite(self.original, source, role)
-            corners = (values[:CORNER, :CORNER].copy() for values in (matrix, converted[role]))
-            errors[role] = RoleError(error, self.expected(expert, role, matrix), *corners)
+        errors: dict[str, RoleError] = {}
+        for roles in self._roles_together(expert):
+            original = _read(self.original, source, roles)
+            with np.errstate(over="ignore", invalid="ignore"):
+                converted = _read(self.alone(expert), self.place(expert), roles)
+            for role, matrix in original.items():
+                error = deviation(converted[role], matrix)
+                if error == inf and not np.isfinite(matrix).all():
+                    refuse_not_finite(self.original, source, role)
+                corners = (values[:CORNER, :CORNER].copy() for values in (matrix, converted[role]))
+                errors[role] = RoleError(error, self.expected(expert, role, matrix), *corners)
         return errors
+
+    def _roles_together(self, expert: int) -> list[set[str]]:
+        """The roles that have to be read together, because a stored tensor of either model holds them."""
+        together: list[set[str]] = []
+        for tensor in (*self.original.tensors, *self.alone(expert).tensors):
+            roles = set(tensor.spec.roles)
+            joined = [group for group in together if group & roles]
+            together = [group for group in together if not group & roles] + [roles.union(*joined)]
+        return together
 
     def expected(self, expert: int, role: str, matrix: Array) -> float:
         """The error that an original matrix should have in the format of a converted expert."""
@@ -101,6 +113,16 @@ class LayerPair:
                 for piece in tensor.read([expert], *window):
                     found[piece.role] = piece.values[0][:CORNER, :CORNER]
         return found
+
+
+def _read(layer: ExpertLayer, expert: int, roles: set[str]) -> Matrices:
+    """An expert's matrices of some roles."""
+    return {
+        role: matrix
+        for tensor in layer.tensors
+        if roles.issuperset(tensor.spec.roles)
+        for role, matrix in tensor.matrices(expert).items()
+    }
 
 
 def tensor_of(layer: ExpertLayer, role: str) -> ExpertTensor:
