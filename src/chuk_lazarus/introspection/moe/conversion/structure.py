@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import MoEError
 from ..text import format_ranges
 from ..weights.codecs import NOT_DECODED
-from ..weights.expert_layer import DoesNotFit, ExpertLayer
+from ..weights.expert_layer import ExpertLayer, ShapesDoNotFit
 from ..weights.experts import Experts
 from ..weights.layouts import Parts
 from ..weights.stored import module_of
@@ -124,7 +124,7 @@ def _matches(entry: str, module: str) -> bool:
     return fnmatch(module, entry) or module == entry or module.startswith(f"{entry}.") or f".{entry}." in f".{module}."
 
 
-def explain_misfit(error: DoesNotFit, original: ExpertLayer, expert: int | None = None) -> list[Fault]:
+def explain_misfit(error: ShapesDoNotFit, original: ExpertLayer, expert: int | None = None) -> list[Fault]:
     """What is wrong with stored tensors whose shapes do not fit together, from what they should be."""
     faults = []
     for tensor in error.layout.tensors:

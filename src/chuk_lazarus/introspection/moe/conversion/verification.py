@@ -12,7 +12,7 @@ from ..jobs.resources import Resources
 from ..numerics.deviation import deviation
 from ..progress import Counter, Progress, no_progress
 from ..reports import Cost, LayerConversion, MoEWeightsVerification, ProjectionConversion, WeightFault
-from ..weights.expert_layer import DoesNotFit, LacksRole
+from ..weights.expert_layer import LacksRole, ShapesDoNotFit
 from ..weights.experts import Experts
 from .diagnosis import diagnose
 from .faults import Fault, gather
@@ -68,7 +68,7 @@ class _Verification:
         """The report; raises a child of MoEError where the conversion is in no layout or format that we know."""
         try:
             self.converted = Experts.open(self.model, damaged=True)
-        except DoesNotFit as error:
+        except ShapesDoNotFit as error:
             self.faults += explain_misfit(error, self.original.experts.layer(error.layer))
         except LacksRole as error:
             numbers = [layer.number for layer in self.original.layers]
@@ -299,7 +299,7 @@ def _check_readable(pair: LayerPair, expert: int) -> list[Fault]:
         for tensor in layer.tensors:
             tensor.stored  # noqa: B018  which raises where it can't be decoded
         layer.sizes  # noqa: B018
-    except DoesNotFit as error:
+    except ShapesDoNotFit as error:
         return explain_misfit(error, pair.original, number)
     except MoEError as error:
         return explain_unreadable(error, pair.converted, number)

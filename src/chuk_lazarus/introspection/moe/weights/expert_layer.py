@@ -51,6 +51,10 @@ class Router:
 
 
 class DoesNotFit(UnknownFormat):
+    """Raised where what is stored in a layer is not as its layout has it."""
+
+
+class ShapesDoNotFit(DoesNotFit):
     """Raised where the stored shapes in a layer are not those of its layout; `shapes` are by the layout's roles."""
 
     def __init__(self, layer: int, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -115,7 +119,7 @@ class ExpertLayer:
             experts = next(reversed(self.expected.values()), None)  # the last source is the router where there is one
         sizes = self.layout.solve(shapes, experts)
         if sizes is None:
-            raise DoesNotFit(self.number, self.layout, shapes)
+            raise ShapesDoNotFit(self.number, self.layout, shapes)
         if sizes["E"] > MAX_EXPERTS or max(sizes["I"], sizes["H"]) > MAX_SIDE:
             raise UnknownFormat(
                 f"layer {self.number} has {sizes['E']} experts of {sizes['I']} x {sizes['H']}",

@@ -14,7 +14,7 @@ from ..terms import OVERLAY_CONFIG
 from ..text import format_ranges
 from .checkpoint import Checkpoint
 from .codecs import refused
-from .expert_layer import DoesNotFit, ExpertLayer, LacksRole
+from .expert_layer import DoesNotFit, ExpertLayer, LacksRole, ShapesDoNotFit
 from .gate_up_order import SAMPLE, weigh_orders
 from .layouts import Kind, LayoutMatch, Order, has_feature, is_listed, match_names, usual_activation
 from .repositories.find import find_repository
@@ -309,7 +309,7 @@ class Experts:
                 self._probe(match).sizes  # noqa: B018  which raises where the shapes do not fit
                 fitting.append(match)
             except DoesNotFit as error:
-                is_usual = reason is not None and self.model_type in reason.layout.model_types
+                is_usual = isinstance(reason, ShapesDoNotFit) and self.model_type in reason.layout.model_types
                 reason = reason if is_usual else error
         if not fitting and reason:
             raise reason
