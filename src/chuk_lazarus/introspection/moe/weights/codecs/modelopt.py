@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ModelUnreadable
-from .codec import Part, Stored
+from .codec import Grid, Part, Stored
 from .small_floats import is_one_per_matrix, scale_groups
 
 PARTS = ("weight_scale", "weight_scale_2")
@@ -37,7 +37,8 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         )
     if second and not is_one_per_matrix(second[0].shape, tuple(leading)):
         raise ModelUnreadable(f"its weight_scale_2 is {list(second[0].shape)}, not one number per matrix")
-    return Stored("int4", (*leading, 2 * pairs, columns), {"weight": 2, "weight_scale": 1}, decode)
+    grid = Grid("int", (1, columns // groups), 4)
+    return Stored("int4", (*leading, 2 * pairs, columns), {"weight": 2, "weight_scale": 1}, decode, grid=grid)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.float32]:
