@@ -237,7 +237,7 @@ class Experts:
                 roles = {role for experts in match.layers.values() for role in experts}
                 absent = [tensor for tensor in match.layout.tensors if tensor.role not in roles]
                 lacking = [f"{tensor.role} projections ({tensor.leaf})" for tensor in absent]
-                raise LacksRole(
+                raise LacksRole.of(
                     f"no layer has {f'its {lacking[0]}' if lacking else 'all that it needs'}, as layout "
                     f"{match.layout.name} has",
                     [role for tensor in absent for role in tensor.roles],
