@@ -384,7 +384,7 @@ COMMANDS = {
     "compute to an error": ["moe-overlay-compute", "-m", "{model}", "--max-error", "0.1"],
     "verify": ["moe-overlay-verify", "-m", "{model}", "--tolerance", "1e30"],
     "estimate": ["moe-overlay-estimate", "-m", "{model}"],
-    "compress": ["moe-overlay-compress", "-m", "{model}", "-O", "{model}-overlay"],
+    "compress": ["moe-overlay-compress", "-m", "{model}", "-O", "{model}-overlay", "--energy", "0.9"],
     "export": ["moe-overlay-export", "{model}-overlay", "-O", "{model}-rebuilt"],
 }
 READERS = [name for name in COMMANDS if name not in ("layout", "export")]

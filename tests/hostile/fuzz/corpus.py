@@ -72,7 +72,7 @@ JOBS: dict[str, tuple[Job, str]] = {
         "verifying layer 1",
     ),
     "compress": (
-        lambda model, folder, watch: MoECompressionService.compress(model, folder, progress=watch),
+        lambda model, folder, watch: MoECompressionService.compress(model, folder, energy=0.9, progress=watch),
         "writing folder",
     ),
 }
