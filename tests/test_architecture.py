@@ -15,7 +15,7 @@ FILES = {
     for path in sorted(SOURCE.rglob("*.py"))
 }
 
-GROUND = {"errors", "terms", "text", "files", "progress"}
+GROUND = {"errors", "terms", "text", "files", "progress", "arguments"}
 BELOW = GROUND | {"numerics", "weights", "reports"}
 DOORS = {"moe_layout", "moe_type", "moe_survey", "moe_weights", "moe_compression", "plots"}
 
@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "terms": set(),
     "progress": set(),
     "text": {"errors"},
+    "arguments": {"errors", "files", "text"},
     "files": {"errors"},
     "numerics": {"errors"},
     "reports": {"terms", "text"},
