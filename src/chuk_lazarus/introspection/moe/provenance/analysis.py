@@ -26,6 +26,7 @@ from .classifier import (
     CALIBRATION,
     PLENTY,
     THRESHOLDS,
+    UNTRAINED,
     classify,
     classify_by_neurons,
     classify_quickly,
@@ -33,6 +34,7 @@ from .classifier import (
     has_its_attention,
     is_between,
     is_from_parent,
+    looks_untrained,
 )
 from .kinds import note_identical, note_identical_parts
 from .layer import Sample, analyze_layer
@@ -242,6 +244,14 @@ def _notes(layers: Sequence[LayerAnalysis], counts: Mapping[int, int]) -> list[s
         for twins in others[:4] if len(sharing.partners) > 1 else ():
             who = f"layer {layer.layer}: experts {format_ranges(twins)}"
             notes.append(f"{who} are one expert, copied: nearly identical, or in another order")
+    noise = [
+        layer.layer
+        for layer in layers
+        if looks_untrained(layer.projections, layer.lineage.sharing, counts[layer.layer])
+    ]
+    if noise:
+        where = f"layer{'' if len(noise) == 1 else 's'} {format_ranges(noise)}"
+        notes.append(f"{where}: {UNTRAINED}")
     if "gate" not in layers[0].projections:
         notes.append("the experts have no gate: the documented rule uses the up projection")
     is_zero = all(layer.cosine.mean == 0 for layer in layers)
