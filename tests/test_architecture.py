@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "arguments": {"errors", "files", "text"},
     "files": {"errors"},
     "numerics": {"errors"},
-    "reports": {"terms", "text"},
+    "reports": {"errors", "terms", "text"},
     "weights": GROUND | {"numerics.device"},
     "jobs": BELOW,
     "provenance": BELOW | {"jobs"},
@@ -73,6 +73,7 @@ LIBRARIES: dict[str, set[str]] = {
     "httpx2": {"weights.repositories.hub"},
     "jinja2": {"views.page"},
     "matplotlib": {"views.figures"},
+    "pandas": {"reports.report"},
     "numba": {"overlays.codes.viterbi"},
     "mlx": {"numerics.device", "overlays.runtime"},
     "mlx_lm": {"overlays.runtime"},
@@ -88,6 +89,7 @@ LATE = {
     "mlx",
     "mlx_lm",
     "numba",
+    "pandas",
     "rich",
 }
 IMPORTED_LATE = (

@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import chuk_lazarus
 from chuk_lazarus.introspection import moe
@@ -21,12 +25,14 @@ from chuk_lazarus.introspection.moe import (
     MoELayoutService,
     MoESurveyService,
     MoETypeService,
+    MoEWeightsService,
     memory_limit,
 )
+from chuk_lazarus.introspection.moe.reports import as_rows
 from places import DEMO
 
 NATIVE = DEMO / "native"
-DOORS = ("moe_type", "moe_survey", "moe_layout", "moe_compression", "weights.experts")
+DOORS = ("moe_type", "moe_survey", "moe_layout", "moe_compression", "moe_weights", "weights.experts")
 
 # Names
 
@@ -119,6 +125,135 @@ def test_experts_can_be_looked_at() -> None:
         np.testing.assert_array_equal(matrices["down"], layer.matrices(number)["down"])
 
 
+# What a report shows
+
+
+@cache
+def reports() -> dict[str, Any]:
+    """One of each kind; what has to be written comes from `shrink`."""
+    with TemporaryDirectory() as folder:
+        shrunk = chuk_lazarus.shrink("demo:upcycled", Path(folder, "overlay"), bits=2.25)
+        exported = MoECompressionService.export(shrunk.folder, Path(folder, "export"))
+    return {
+        "analysis": MoETypeService.analyze("demo:native", layers="all"),
+        "quick": MoETypeService.quick("demo:native"),
+        "comparison": MoETypeService.compare("demo:native", "demo:permuted"),
+        "survey": MoESurveyService.survey(["demo:native", "no/such/model"]),
+        "plan": MoESurveyService.plan(["demo:native"]),
+        "layout": MoELayoutService.describe("demo:native"),
+        "overlay": MoECompressionService.compute("demo:upcycled", target_ratio=2),
+        "verification": MoECompressionService.verify("demo:upcycled", max_error=0.05),
+        "estimate": MoECompressionService.estimate("demo:upcycled", samples=1),
+        "compression": shrunk,
+        "export": exported,
+        "weights": MoEWeightsService.verify("demo:native", DEMO / "native"),
+    }
+
+
+KINDS = (
+    *("analysis", "quick", "comparison", "survey", "plan", "layout", "overlay", "verification", "estimate"),
+    *("compression", "export", "weights"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_print_is_short(kind: str) -> None:
+    report = reports()[kind]
+    lines = str(report).splitlines()
+    assert 1 <= len(lines) <= 6
+    assert sum(map(len, lines)) < 800
+    assert "=" not in lines[0]  # pydantic's way
+    assert repr(report) == f"<{type(report).__name__} {lines[0]}>"
+    assert type(report).model_validate_json(report.model_dump_json()) == report
+
+
+def test_print_says_the_verdict() -> None:
+    assert str(reports()["analysis"]).startswith("demo:native: NATIVE (")
+    assert "demo:permuted: UPCYCLED (" in str(reports()["comparison"])
+    assert "2 models, 1 failed" in str(reports()["survey"])
+    assert "layer" in repr(reports()["analysis"].layers[0])  # parts of a report are shown as they were
+
+
+def test_a_long_survey_prints_a_part() -> None:
+    survey = reports()["survey"]
+    many = survey.model_copy(update={"rows": survey.rows * 50})
+    assert len(str(many).splitlines()) == 12
+    assert str(many).endswith("... and 90 more")
+
+
+WITHOUT = """
+import sys; sys.modules[sys.argv[1]] = None  # what Python does for a module that can't be had
+from chuk_lazarus import MoEError, analyze
+try:
+    getattr(analyze("demo:native"), sys.argv[2])()
+except MoEError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("library", "method"), [("pandas", "to_frame"), ("matplotlib", "plot")])
+def test_what_is_not_installed_is_named(library: str, method: str) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT, library, method], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1
+    assert f"pip install {library}" in done.stdout
+
+
+ROWS = {"analysis": 2, "quick": 2, "comparison": 2, "survey": 2, "plan": 1, "layout": 2, "overlay": 1}
+
+
+@pytest.mark.parametrize("kind", [*ROWS, "verification", "estimate", "weights"])
+def test_to_frame(kind: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    report = reports()[kind]
+    frame = report.to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert len(frame) == len(as_rows(report)) == ROWS.get(kind, len(as_rows(report)))
+    assert frame.columns[0] == "model"
+
+
+def test_rows_are_what_the_report_says() -> None:
+    report = reports()["analysis"]
+    rows = as_rows(report)
+    for row, layer in zip(rows, report.layers, strict=True):
+        assert (row["model"], row["layer"], row["type"]) == ("demo:native", layer.layer, layer.type)
+        assert row["shared"] == layer.lineage.sharing.shared
+        assert row["gate_rank"] == layer.projections["gate"].rank["0.95"]
+        assert row["cosine"] == layer.cosine.mean
+    answered, failed = as_rows(reports()["survey"])
+    assert (answered["type"], answered["error"]) == ("NATIVE", None)
+    assert failed["type"] is None
+    assert "no/such/model" in failed["error"]
+    assert all(
+        not isinstance(value, dict | list | tuple)
+        for kind in ROWS
+        for row in as_rows(reports()[kind])
+        for value in row.values()
+    )
+
+
+@pytest.mark.parametrize("kind", ["compression", "export"])
+def test_what_is_no_table_says_so(kind: str) -> None:
+    with pytest.raises(InvalidRequest, match="is no table"):
+        reports()[kind].to_frame()
+
+
+@pytest.mark.parametrize("kind", ["analysis", "comparison", "estimate", "weights"])
+def test_a_report_plots_itself(kind: str) -> None:
+    report = reports()[kind]
+    assert len(report.plot().axes) >= 1
+    figure = Figure()
+    ax = figure.subplots()
+    assert report.plot(ax=ax) is figure
+    assert ax.has_data()
+    assert report.plot(caption=True).get_supxlabel()
+    assert report.plot(dark=True).get_facecolor()[:3] < (0.2, 0.2, 0.2)
+
+
+def test_what_has_no_figure_says_so() -> None:
+    with pytest.raises(InvalidRequest, match="has no figure"):
+        reports()["layout"].plot()
+
+
 # What does not
 
 FIRST = Experts.open("demo:native").layer(0)
@@ -171,6 +306,9 @@ WRONG: dict[str, Callable[[], object]] = {
     "samples -2": lambda: MoECompressionService.estimate("demo:native", samples=-2),
     "folder 3": lambda: chuk_lazarus.shrink("demo:native", 3),  # type: ignore[arg-type]
     "overlay 3": lambda: MoECompressionService.export(3, "folder"),  # type: ignore[arg-type]
+    "original 3": lambda: MoEWeightsService.verify("demo:native", 3),  # type: ignore[arg-type]
+    "factor 'a'": lambda: MoEWeightsService.verify("demo:native", "demo:native", tolerance="a"),  # type: ignore[arg-type]
+    "compared 0": lambda: MoEWeightsService.verify("demo:native", "demo:native", experts=0),
     "memory []": lambda: memory_limit([]).__enter__(),  # type: ignore[arg-type]
 }
 
