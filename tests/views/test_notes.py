@@ -48,6 +48,13 @@ def test_noise_is_called_noise(name: str, tmp_path: Path) -> None:
     assert any(NOISE in note for note in quick.notes) == is_noise
 
 
+def test_noise_is_no_caveat_of_copies(tmp_path: Path) -> None:
+    """As where a layer of noise stands beside one of copies, which decides."""
+    report = analyse(tmp_path, native(np.random.default_rng(1)))
+    assert NOISE in str(report)
+    assert NOISE not in str(report.model_copy(update={"type": "UPCYCLED", "kind": "copies"}))
+
+
 @pytest.mark.parametrize("model", ["demo:native", "demo:upcycled", "demo:permuted"])
 def test_what_was_trained_is_not(model: str) -> None:
     report = MoETypeService.analyze(model, layers="all")

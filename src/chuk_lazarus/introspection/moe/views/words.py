@@ -161,7 +161,8 @@ def caution(analysis: MoETypeAnalysis) -> str:
     """What else looks like this, and what in the evidence seems to contradict the verdict; "" where nothing does."""
     layers = analysis.layers
     said = []
-    if all(looks_untrained(layer.projections, layer.lineage.sharing, analysis.experts) for layer in layers):
+    noise = [looks_untrained(layer.projections, layer.lineage.sharing, analysis.experts) for layer in layers]
+    if analysis.type != "UPCYCLED" and all(noise):
         said.append("The experts can't be told from random numbers: the model may not have been trained yet.")
     if analysis.type == "NATIVE" and not analysis.parent:
         said.append(
