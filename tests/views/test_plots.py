@@ -33,10 +33,12 @@ from chuk_lazarus.introspection.moe import (
     MoETypeAnalysis,
     MoETypeComparison,
     MoETypeService,
+    MoEWeightsService,
 )
 from chuk_lazarus.introspection.moe.numerics.spectra import noise_decay, noise_rank
 from chuk_lazarus.introspection.moe.plots import save, to_svg
 from chuk_lazarus.introspection.moe.reports.provenance import LayerAnalysis, Similarity
+from chuk_lazarus.introspection.moe.views.figures.conversion import plot_verification
 from chuk_lazarus.introspection.moe.views.figures.overlays import plot_estimate
 from chuk_lazarus.introspection.moe.views.figures.provenance import (
     plot_analysis,
@@ -53,6 +55,7 @@ from places import DEMO, FIXTURES
 
 HOSTILE = "/models/$\\frac{x$/_a_/<b>&amp;\"'--></svg>/\u6a21\u578b/\u202e/" + "W" * 200
 ROLES = ("gate", "up", "down")
+NATIVE = "demo:native"
 
 
 @cache
@@ -512,6 +515,7 @@ ON_AXES: dict[str, tuple[Callable[..., Figure], int, str]] = {
     "analysis": (lambda **o: plot_analysis(analyse("demo:native"), **o), 1, "Neurons shared"),
     "comparison": (lambda **o: plot_comparison(compare("demo:native", "demo:upcycled"), **o), 1, "Neurons shared"),
     "estimate": (lambda **o: plot_estimate(estimate("demo:native"), **o), 1, ""),
+    "verification": (lambda **o: plot_verification(MoEWeightsService.verify(NATIVE, NATIVE), **o), 1, ""),
 }
 
 
