@@ -15,7 +15,7 @@ FILES = {
     for path in sorted(SOURCE.rglob("*.py"))
 }
 
-GROUND = {"errors", "terms", "text", "files", "progress"}
+GROUND = {"errors", "terms", "text", "files", "progress", "arguments"}
 BELOW = GROUND | {"numerics", "weights", "reports"}
 DOORS = {"moe_layout", "moe_type", "moe_survey", "moe_weights", "moe_compression", "plots"}
 
@@ -25,9 +25,10 @@ ROOMS: dict[str, set[str]] = {
     "terms": set(),
     "progress": set(),
     "text": {"errors"},
+    "arguments": {"errors", "files", "text"},
     "files": {"errors"},
     "numerics": {"errors"},
-    "reports": {"terms", "text"},
+    "reports": {"errors", "terms", "text"},
     "weights": GROUND | {"numerics.device"},
     "jobs": BELOW,
     "provenance": BELOW | {"jobs"},
@@ -72,6 +73,7 @@ LIBRARIES: dict[str, set[str]] = {
     "httpx2": {"weights.repositories.hub"},
     "jinja2": {"views.page"},
     "matplotlib": {"views.figures"},
+    "pandas": {"reports.report"},
     "numba": {"overlays.codes.viterbi"},
     "mlx": {"numerics.device", "overlays.runtime"},
     "mlx_lm": {"overlays.runtime"},
@@ -87,6 +89,7 @@ LATE = {
     "mlx",
     "mlx_lm",
     "numba",
+    "pandas",
     "rich",
 }
 IMPORTED_LATE = (

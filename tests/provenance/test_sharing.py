@@ -151,7 +151,8 @@ def test_identical_experts_are_named_and_counted_once(tmp_path: Path) -> None:
     sharing = report.layers[0].lineage.sharing
     assert (report.type, sharing.twins) == ("NATIVE", ((1, 5),))
     assert sharing.identical == ((1, 5),)
-    assert report.notes == ("layer 0: experts 1, 5 are identical, to the last bit",)
+    assert report.notes[0] == "layer 0: experts 1, 5 are identical, to the last bit"
+    assert "copies of each other: layer 0: experts 1, 5." in str(report)
     assert set(sharing.partners) == set(range(8)) - {5}
     pairs = np.array(sharing.pairs)
     assert pairs[1, 5] == pairs[5, 1] == 1.0

@@ -21,7 +21,8 @@ import pytest
 from rich.console import Console
 
 from chuk_lazarus.cli.app import run
-from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, MoETypeService, plots
+from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, MoETypeService
+from chuk_lazarus.introspection.moe.views import page
 from chuk_lazarus.introspection.moe.views.page import to_page
 from chuk_lazarus.introspection.moe.views.terminal import LayerDrawing
 from places import DEMO, FIXTURES
@@ -62,7 +63,7 @@ each_report = pytest.mark.parametrize("name", keep(REPORTS, *OTHERS))
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages with empty pictures, which cost no time."""
-    monkeypatch.setattr(plots, "to_svg", lambda figure: '<svg xmlns="http://www.w3.org/2000/svg"></svg>')
+    monkeypatch.setattr(page, "to_svg", lambda figure, themed: '<svg xmlns="http://www.w3.org/2000/svg"></svg>')
 
 
 @pytest.fixture
@@ -166,16 +167,94 @@ def test_tables_and_figures_are_for_everybody(name: str) -> None:
         assert {head.get("scope") for head in table.iterfind("thead//th")} == {"col"}
         assert all(row[0].tag == "th" and row[0].get("scope") == "row" for row in table.iterfind("tbody/tr"))
         assert len({len(row) for row in rows(table)}) == 1
-    pictures = list(page.iter("{http://www.w3.org/2000/svg}svg"))
-    assert len(pictures) == len(list(page.iter("figure")))
-    assert pictures
-    for picture in pictures:
-        assert parents[picture].get("role") == "img"
-        assert len(re.findall(r"\d+\.\d+|\d+ of \d+", parents[picture].get("aria-label", ""))) >= 2
-    for wide in (*tables, *(parents[picture] for picture in pictures)):
+    figures = list(page.iter("figure"))
+    assert figures
+    for figure in figures:
+        panels, caption = figure
+        assert (panels.get("role"), caption.tag) == ("img", "figcaption")
+        assert words(caption) == " ".join(panels.get("aria-label", "").split())
+        assert 1 <= len(list(panels.iter("{http://www.w3.org/2000/svg}svg"))) <= 3
+    assert len(re.findall(r"\d+\.\d+|\d+ of \d+", words(figures[0][1]))) >= 2
+    for wide in tables:
         box = parents[wide]
         assert (box.get("class"), box.get("role"), box.get("tabindex")) == ("scroll", "region", "0")
         assert box.get("aria-label")
+
+
+# What comes first
+
+
+def positions(found: ElementTree.Element, *wanted: Callable[[ElementTree.Element], bool]) -> list[int]:
+    """Where the first element of each kind stands."""
+    elements = list(found.iter())
+    return [next(place for place, one in enumerate(elements) if kind(one)) for kind in wanted]
+
+
+@each_report
+def test_verdict_and_deciding_figure_come_first(name: str) -> None:
+    found = parse(page_of(name))
+    places = positions(
+        found,
+        lambda one: "verdict" in one.get("class", "").split(),
+        lambda one: one.tag == "figure",
+        lambda one: one.tag in ("h2", "table", "dl"),
+    )
+    assert places == sorted(places)
+    first = next(found.iter("{http://www.w3.org/2000/svg}svg"))
+    assert "Neurons shared" in " ".join("".join(first.itertext()).split())
+
+
+@pytest.mark.parametrize(
+    ("name", "caveat"),
+    [("one layer", "re-initialised"), ("all layers", "duplicating its experts"), ("parent", "")],
+)
+def test_the_caveat_stands_beside_the_verdict(name: str, caveat: str) -> None:
+    (verdict,) = (one for one in parse(page_of(name)).iter() if "verdict" in one.get("class", "").split())
+    beside = [words(one) for one in verdict.iter("p") if one.get("class") == "caveat"]
+    assert len(beside) == bool(caveat)
+    assert caveat in " ".join(beside)
+
+
+def with_blocks(what: str) -> MoETypeAnalysis:
+    """A native model whose first layer shows bright squares."""
+    report = report_of("one layer")
+    assert isinstance(report, MoETypeAnalysis)
+    layer = report.layers[0]
+    same = np.arange(8) // 2 == np.arange(8)[:, None] // 2
+    values = tuple(map(tuple, np.where(same, 0.9, 0.0).tolist()))
+    similarity, sharing, update = layer.similarity, layer.lineage.sharing, {}
+    match what:
+        case "pairs":
+            sharing = sharing.model_copy(update={"pairs": values})
+        case "twins":
+            sharing = sharing.model_copy(update={"twins": ((0, 1), (2, 3))})
+            similarity = similarity.model_copy(update={"cosine": values})
+        case "cosines":
+            similarity = similarity.model_copy(update={"cosine": values})
+        case "layer":
+            update = {"type": "UPCYCLED"}
+    lineage = layer.lineage.model_copy(update={"sharing": sharing})
+    changed = layer.model_copy(update={"lineage": lineage, "similarity": similarity, **update})
+    return report.model_copy(update={"layers": (changed,)})
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("nothing", ""),
+        ("pairs", "share more neurons than independent ones do (up to 90 %)"),
+        ("twins", "copies of each other: layer 0: experts 0-1 | 2-3"),
+        ("cosines", "alike in place (a cosine of up to 0.90)"),
+        ("layer", "Not every layer says so alone: layer 0 UPCYCLED"),
+    ],
+)
+def test_a_page_does_not_contradict_itself(what: str, said: str, undrawn: None) -> None:
+    """Whatever the figure shows bright, or a layer says otherwise, is explained beside NATIVE."""
+    found = parse(to_page(with_blocks(what)))
+    (caveat,) = (words(one) for one in found.iter("p") if one.get("class") == "caveat")
+    everything = ("share more neurons", "copies of each other", "alike in place", "Not every layer")
+    assert said in caveat
+    assert sum(part in caveat for part in everything) == bool(said)
 
 
 # What it says
@@ -189,11 +268,11 @@ def test_it_says_what_the_report_says(name: str) -> None:
         assert model.model in text
         assert model.type in text
         if model.type != "UNDETERMINED":
-            assert f"{100 * model.confidence:.0f} % confidence" in text
+            assert f"{100 * model.confidence:.0f} % confidence, as measured on tiny models" in text
         assert f"{model.cosine:.3f}" in text
         assert f"{100 * model.rank_ratio:.1f} %" in text
         assert f"{sum(layer.lineage.sharing.neurons for layer in model.layers):,} that were looked for" in text
-        assert model.documented_rule.type in text
+        assert "documented rule says" not in text
         assert all(note in text for note in model.notes)
         assert model.cost.describe() in text
         if model.parent:
@@ -435,8 +514,18 @@ def test_plot(name: str, ending: str, tmp_path: Path, capsys: Capture) -> None:
     assert file.read_bytes().startswith(start)
     assert [one.name for one in tmp_path.iterdir()] == [file.name]
     if ending == ".SVG":
-        said = " ".join("".join(ElementTree.fromstring(file.read_text("utf-8")).itertext()).split())
-        assert shlex.join(["lazarus", *command]) in said
+        assert shlex.join(["lazarus", *command]) not in said_in(file)
+        assert run([*command, "--plot", str(file), "--caption", "--json"]) == 0
+        assert shlex.join(["lazarus", *command]) in said_in(file)
+
+
+def said_in(svg: Path) -> str:
+    return " ".join("".join(ElementTree.fromstring(svg.read_text("utf-8")).itertext()).split())
+
+
+def test_a_caption_needs_a_figure(capsys: Capture) -> None:
+    assert run([*ANALYZE, "-m", "no/model", "--caption"]) == 2
+    assert "--plot" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["figure", "figure.jpg", ".png", "figure.png.txt"])

@@ -1,6 +1,7 @@
 """What comes from a parent, as it is shown: sentences, rows and the figure say what the report says."""
 
 from functools import cache
+from html import unescape
 from math import isnan
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_without_a_parent_there_is_no_figure() -> None:
 
 def test_the_page_tells_of_the_parents_layers() -> None:
     page = to_page(analyse("permuted"))
-    assert "Where in the parent the layers come from" in page
+    assert "The parent's layers" in unescape(page)
     assert "layer 0: 100.0 % of the neurons found, by layer 0 (1 of 2 layers of the parent searched)" in page
     assert "Searched" in page
     only = analyse("permuted").model_copy(update={"kind": "from this parent, no neuron twice"})

@@ -33,10 +33,12 @@ from chuk_lazarus.introspection.moe import (
     MoETypeAnalysis,
     MoETypeComparison,
     MoETypeService,
+    MoEWeightsService,
 )
 from chuk_lazarus.introspection.moe.numerics.spectra import noise_decay, noise_rank
 from chuk_lazarus.introspection.moe.plots import save, to_svg
 from chuk_lazarus.introspection.moe.reports.provenance import LayerAnalysis, Similarity
+from chuk_lazarus.introspection.moe.views.figures.conversion import plot_verification
 from chuk_lazarus.introspection.moe.views.figures.overlays import plot_estimate
 from chuk_lazarus.introspection.moe.views.figures.provenance import (
     plot_analysis,
@@ -44,12 +46,16 @@ from chuk_lazarus.introspection.moe.views.figures.provenance import (
     plot_decay,
     plot_depth,
     plot_matches,
+    plot_parents,
+    plot_sharing,
     plot_similarity,
 )
+from chuk_lazarus.introspection.moe.views.figures.style import DARK, LIGHT, theme
 from places import DEMO, FIXTURES
 
 HOSTILE = "/models/$\\frac{x$/_a_/<b>&amp;\"'--></svg>/\u6a21\u578b/\u202e/" + "W" * 200
 ROLES = ("gate", "up", "down")
+NATIVE = "demo:native"
 
 
 @cache
@@ -142,22 +148,27 @@ ANALYSES: dict[str, Callable[[], MoETypeAnalysis]] = {
 
 @cache
 def hostile_figure() -> Figure:
-    return plot_analysis(ANALYSES["hostile name"](), "lazarus --plot 'a b.svg'")
+    return plot_analysis(ANALYSES["hostile name"](), "lazarus --plot 'a b.svg'", caption=True)
 
 
 def figures() -> Iterator[tuple[str, Callable[[], Figure]]]:
     for name, make in ANALYSES.items():
-        yield name, lambda make=make: plot_analysis(make(), "lazarus -m " + "x" * 300)
+        yield name, lambda make=make: plot_analysis(make(), "lazarus -m " + "x" * 300, caption=True)
     layer = lambda name: analyse(name).layers[0]  # noqa: E731
     yield "decay", lambda: plot_decay(layer("demo:native"))
-    yield "similarity", lambda: plot_similarity(layer("demo:permuted"), analyse("demo:permuted"))
+    yield "sharing", lambda: plot_sharing(layer("demo:native"), caption=True)
+    yield "similarity", lambda: plot_similarity(layer("demo:permuted"), analyse("demo:permuted"), caption=True)
     yield "similarity of 64", lambda: plot_similarity(with_experts(64))
-    yield "matches", lambda: plot_matches(layer("demo:upcycled"))
+    yield "matches", lambda: plot_matches(layer("demo:upcycled"), caption=True)
     yield "depth of 1", lambda: plot_depth(with_layers(native()))
-    yield "depth of 60", lambda: plot_depth(many_layers(60))
+    yield "depth of 60", lambda: plot_depth(many_layers(60), caption=True)
+    yield "dark", lambda: plot_analysis(analyse("demo:native"), dark=True)
     yield "comparison", lambda: plot_comparison(compare("demo:upcycled", "demo:native"))
-    yield "comparison of all", lambda: plot_comparison(MoETypeComparison(models=tuple(f() for f in ANALYSES.values())))
-    yield "estimate", lambda: plot_estimate(estimate("demo:upcycled"), "lazarus")
+    yield (
+        "comparison of all",
+        lambda: plot_comparison(MoETypeComparison(models=tuple(f() for f in ANALYSES.values())), caption=True),
+    )
+    yield "estimate", lambda: plot_estimate(estimate("demo:upcycled"), "lazarus", caption=True)
     yield "estimate without errors", lambda: plot_estimate(without_errors())
 
 
@@ -366,7 +377,7 @@ def test_comparison_has_each_models_means() -> None:
             for value, model in zip(drawn, comparison.models, strict=True):
                 expected = [figure_of(layer, title, name) for layer in model.layers]
                 assert value == pytest.approx(np.mean(expected))
-    for role in ("gate", "up"):
+    for role in ROLES:
         curves = [points(one)[:, 1] for one in panel(figure, role).lines]
         for model in comparison.models:
             decay = model.layers[0].projections[role].decay
@@ -449,21 +460,126 @@ def test_captions_say_what_and_of_which_model() -> None:
     comparison = MoETypeComparison(models=(analysis, analyse("demo:native")))
     overlay = changed(estimate("demo:upcycled"), model="org/name", revision="0123456789abcdef" * 2)
     one, command = analysis.layers[1], "lazarus introspect moe-expert moe-type-analyze"
-    for figure in (plot(one, analysis, command) for plot in (plot_decay, plot_similarity, plot_matches)):
+    for figure in (plot(one, analysis, command, caption=True) for plot in (plot_decay, plot_similarity, plot_matches)):
         assert caption(figure).endswith(f"org/name @ 0123456789ab, layer 1 {command}")
-    for figure in (plot_depth(analysis, command), plot_analysis(analysis, command), plot_estimate(overlay, command)):
+    drawn = ((plot_depth, analysis), (plot_analysis, analysis), (plot_estimate, overlay))
+    for figure in (plot(report, command, caption=True) for plot, report in drawn):  # type: ignore[operator]
         assert caption(figure).endswith(f"org/name @ 0123456789ab, layers 0-1 {command}")
-    assert caption(plot_comparison(comparison, command)).endswith(
+    assert caption(plot_comparison(comparison, command, caption=True)).endswith(
         f"org/name @ 0123456789ab, layers 0-1 demo:native, layers 0-1 {command}"
     )
-    assert caption(plot_decay(one)).endswith("Layer 1")
-    assert estimate("demo:upcycled").advice in caption(plot_estimate(overlay))
+    assert caption(plot_decay(one, caption=True)).endswith("Layer 1")
+    assert estimate("demo:upcycled").advice in caption(plot_estimate(overlay, caption=True))
 
 
 def test_names_are_shown_as_they_are_or_escaped() -> None:
     shown = caption(hostile_figure()).replace(" ", "")
     assert HOSTILE[: HOSTILE.index("\u6a21")] in shown
     assert r"/\u6a21\u578b/\u202e/" + "W" * 200 + "@0123456789ab,layers0-1" in shown
+
+
+def test_no_caption_unless_asked() -> None:
+    for figure in (
+        plot_analysis(analyse("demo:native"), "lazarus"),
+        plot_comparison(compare("demo:native"), "lazarus"),
+    ):
+        assert figure.get_supxlabel() == figure.get_suptitle() == ""
+        assert "lazarus" not in " ".join(text.get_text() for text in texts(figure))
+
+
+def titles(figure: Figure) -> list[str]:
+    return [title for ax in figure.axes if (title := ax.get_title(loc="left"))]
+
+
+def test_what_decides_comes_first() -> None:
+    assert titles(plot_analysis(analyse("demo:native")))[0] == "Neurons shared"
+    assert titles(plot_similarity(native())) == ["Neurons shared", "Cosine (down)"]
+    assert titles(plot_depth(analyse("demo:native")))[0] == "Neurons shared"
+    shown = titles(plot_comparison(compare("demo:native", "demo:upcycled")))
+    assert shown[0] == "Neurons shared"
+    assert shown[-3:] == ["gate, deltas", "up, deltas", "down, deltas"]
+
+
+@cache
+def with_parent() -> MoETypeAnalysis:
+    return MoETypeService.analyze("demo:permuted", parent="demo:parent")
+
+
+ON_AXES: dict[str, tuple[Callable[..., Figure], int, str]] = {
+    "sharing": (lambda **o: plot_sharing(native(), **o), 1, "Neurons shared"),
+    "similarity": (lambda **o: plot_similarity(native(), **o), 2, "Neurons shared"),
+    "decay": (lambda **o: plot_decay(native(), **o), 3, "gate"),
+    "matches": (lambda **o: plot_matches(native(), **o), 1, "Nearest neurons"),
+    "depth": (lambda **o: plot_depth(analyse("demo:native"), **o), 3, "Neurons shared"),
+    "parents": (lambda **o: plot_parents(with_parent(), **o), 2, "Neurons found"),
+    "analysis": (lambda **o: plot_analysis(analyse("demo:native"), **o), 1, "Neurons shared"),
+    "comparison": (lambda **o: plot_comparison(compare("demo:native", "demo:upcycled"), **o), 1, "Neurons shared"),
+    "estimate": (lambda **o: plot_estimate(estimate("demo:native"), **o), 1, ""),
+    "verification": (lambda **o: plot_verification(MoEWeightsService.verify(NATIVE, NATIVE), **o), 1, ""),
+}
+
+
+@pytest.mark.parametrize("name", ON_AXES)
+def test_it_is_drawn_on_axes_that_are_given(name: str) -> None:
+    plot, count, title = ON_AXES[name]
+    for given in {1, count}:
+        figure = Figure()
+        axes = figure.subplots(1, given)
+        assert plot(ax=axes) is figure
+        first, *others = np.ravel(axes)
+        assert first.get_title(loc="left").startswith(title)
+        assert all(ax.has_data() for ax in (first, *others))
+        assert figure.get_suptitle() == figure.get_supxlabel() == ""
+    for wrong in (Figure().subplots(1, count + 1), [], "ax", [3]):
+        with pytest.raises(InvalidRequest):
+            plot(ax=wrong)
+
+
+@pytest.mark.parametrize("name", ON_AXES)
+def test_dark_figures_are_legible_on_dark_ground(name: str) -> None:
+    from matplotlib.colors import to_rgb
+
+    def light(color: Any) -> float:
+        return sum(share * value for share, value in zip((0.21, 0.72, 0.07), to_rgb(color), strict=True))
+
+    figure = ON_AXES[name][0](dark=True)
+    assert light(figure.get_facecolor()[:3]) < 0.15
+    for text in texts(figure):
+        inside = text.axes is not None and text.axes.images and text in text.axes.texts  # in a heat map's squares
+        assert inside or light(text.get_color()) > 0.4, text.get_text()
+    for ax in figure.axes:
+        assert all(light(one.get_color()) > 0.2 for one in ax.lines)
+    plain = ON_AXES[name][0]()
+    assert light(plain.get_facecolor()[:3]) == pytest.approx(1)
+
+
+def test_the_colour_of_shares_turns_where_upcycled_begins() -> None:
+    """The same colours for all models: what natives share never looks like blocks."""
+    for name in ("demo:native", "demo:upcycled"):
+        image = panel(plot_sharing(analyse(name).layers[0]), "Neurons shared").images[0]
+        assert image.get_clim() == (0.0, 1.0)
+        assert [float(image.norm(share)) for share in (0.0, 0.1, 1.0)] == [0.0, 0.5, 1.0]
+        assert panel(plot_similarity(analyse(name).layers[0]), "Cosine").images[0].get_clim()[1] == 1.0
+
+
+def test_a_part_of_the_experts_is_called_one() -> None:
+    layer = with_experts(64)
+    sharing = changed(layer.lineage.sharing, partners=dict.fromkeys(range(256), 0))
+    shown = plot_sharing(changed(layer, lineage=changed(layer.lineage, sharing=sharing)))
+    assert panel(shown, "Neurons shared").get_xlabel() == "in expert (8 of 256)"
+    assert panel(plot_sharing(native()), "Neurons shared").get_xlabel() == "in expert"
+
+
+def test_themed_figures_take_the_colours_of_the_page() -> None:
+    figure = plot_analysis(analyse("demo:native"))
+    themed = to_svg(figure, themed=True)
+    for name, color in LIGHT.named.items():
+        if f"var(--{name})" in themed:
+            assert f": {color}" not in themed
+    assert {"ground", "ink", "grid", "line-0", "line-1", "line-2"} <= set(re.findall(r"var\(--([\w-]+)\)", themed))
+    assert set(re.findall(r"var\(--([\w-]+)\)", themed)) <= set(re.findall(r"--([\w-]+):", theme(DARK)))
+    assert "var(" not in to_svg(figure)
+    assert len(set(LIGHT.named.values())) == len(LIGHT.named)
 
 
 # that it can be read

@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 # options that do not change the result
-NOT_OF_THE_RESULT = {"html", "plot", "visualize", "memory", "dask", "as_json", "output", "quiet", "verbose"}
+NOT_OF_THE_RESULT = {
+    "html",
+    "plot",
+    "caption",
+    "visualize",
+    "memory",
+    "dask",
+    "as_json",
+    "output",
+    "quiet",
+    "verbose",
+}
 
 
 def _shared(name: str, annotation: Any, default: Any) -> Parameter:

@@ -52,6 +52,12 @@ def limit_memory(context: typer.Context, size: str | None) -> str | None:
     return size
 
 
+def check_caption(plot: Path | None, caption: bool) -> None:
+    """Refuse a caption of no figure."""
+    if caption and not plot:
+        raise typer.BadParameter("it goes with --plot only", param_hint="--caption")
+
+
 MODEL = (
     "a folder, a .safetensors or .gguf file, a Hub id (org/name or org/name@revision), "
     "or demo:upcycled, demo:native, demo:permuted"
@@ -95,6 +101,10 @@ Plot = Annotated[
     typer.Option(
         "--plot", metavar="FILE", help="Draw it to this file, too: .png, .svg or .pdf.", callback=check_drawable
     ),
+]
+Caption = Annotated[
+    bool,
+    typer.Option("--caption", help="With --plot: say in the figure what it shows, of which model, by which command."),
 ]
 Dask = Annotated[
     str | None,

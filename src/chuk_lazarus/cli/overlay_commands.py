@@ -9,6 +9,7 @@ import typer
 from .command import JSON, MEMORY, OUTPUT, QUIET, VERBOSE, OptionGroup, Result, Run, command
 from .options import (
     Calibrate,
+    Caption,
     ExpertCount,
     Folder,
     Force,
@@ -17,6 +18,7 @@ from .options import (
     Model,
     Plot,
     RestBits,
+    check_caption,
     overlay_options,
     parse_experts,
     parse_path,
@@ -147,6 +149,7 @@ def estimate(
     rule: Rule,
     experts: ExpertCount = "8",
     plot: Plot = None,
+    caption: Caption = False,
 ) -> "MoEOverlayEstimate":
     """Estimate an overlay of the whole model, and what bits buy: in codes, plainly quantised, of low rank.
 
@@ -160,11 +163,12 @@ def estimate(
     """
     from chuk_lazarus.introspection.moe import MoECompressionService, plots
 
+    check_caption(plot, caption)
     report = MoECompressionService.estimate(
         model, layers=layers, samples=samples, experts=parse_experts(experts), progress=run.progress, **rule
     )
     if plot:
-        plots.save(plots.plot_estimate(report, run.command_line), plot)
+        plots.save(plots.plot_estimate(report, run.command_line, caption=caption), plot)
     return report
 
 

@@ -8,6 +8,7 @@ import typer
 from .command import JSON, MEMORY, OUTPUT, QUIET, VERBOSE, Result, Run, command
 from .options import (
     Budget,
+    Caption,
     Dask,
     ExpertCount,
     Html,
@@ -19,6 +20,7 @@ from .options import (
     RestBits,
     Thorough,
     Variance,
+    check_caption,
     parse_experts,
     parse_shares,
 )
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import MoELayout, MoEQuickAnalysis, MoESurveyPlan
 
 # options that a quick analysis has no use for
-NOT_QUICK = {"layer", "experts", "variance", "parent", "thorough", "html", "plot", "visualize"}
+NOT_QUICK = {"layer", "experts", "variance", "parent", "thorough", "html", "plot", "caption", "visualize"}
 
 
 @command(JSON, OUTPUT, VERBOSE)
@@ -87,6 +89,7 @@ def analyze(
     budget: Budget = "64MB",
     html: Html = None,
     plot: Plot = None,
+    caption: Caption = False,
     visualize: Annotated[
         bool, typer.Option("--visualize", help="Draw the first layer's decay curves and cosines in the terminal.")
     ] = False,
@@ -112,6 +115,7 @@ def analyze(
     from chuk_lazarus.introspection.moe import MoETypeService, plots
     from chuk_lazarus.introspection.moe.views import page
 
+    check_caption(plot, caption)
     _check_quick(run, quick)
     if quick:
         if dask:
@@ -132,7 +136,7 @@ def analyze(
     if html:
         write(html, page.to_page(report, run.command_line), "--html")
     if plot:
-        plots.save(plots.plot_analysis(report, run.command_line), plot)
+        plots.save(plots.plot_analysis(report, run.command_line, caption=caption), plot)
     more = [report.details()] if verbose else []
     if visualize:
         from chuk_lazarus.introspection.moe.views.terminal import LayerDrawing
@@ -153,6 +157,7 @@ def compare(
     thorough: Thorough = False,
     html: Html = None,
     plot: Plot = None,
+    caption: Caption = False,
 ) -> Result:
     """Analyse two models in the same way, side by side.
 
@@ -164,6 +169,7 @@ def compare(
     from chuk_lazarus.introspection.moe import MoETypeService, plots
     from chuk_lazarus.introspection.moe.views import page
 
+    check_caption(plot, caption)
     report = MoETypeService.compare(
         model,
         other,
@@ -177,7 +183,7 @@ def compare(
     if html:
         write(html, page.to_page(report, run.command_line), "--html")
     if plot:
-        plots.save(plots.plot_comparison(report, run.command_line), plot)
+        plots.save(plots.plot_comparison(report, run.command_line, caption=caption), plot)
     return Result(report, hints=[f"{analysis.model}: {analysis.cost.describe()}" for analysis in report.models])
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .command import JSON, MEMORY, OUTPUT, QUIET, VERBOSE, Result, Run, command
-from .options import MODEL, Html, Plot, parse_experts
+from .options import MODEL, Caption, Html, Plot, check_caption, parse_experts
 from .output import write
 
 FAILED = 1  # the exit code where a check failed
@@ -39,6 +39,7 @@ def verify(
     ] = 2.5,
     html: Html = None,
     plot: Plot = None,
+    caption: Caption = False,
 ) -> Result:
     """Tell whether a converted model still has the experts of the original, and what is wrong with those it has not.
 
@@ -55,6 +56,7 @@ def verify(
     from chuk_lazarus.introspection.moe import MoEWeightsService, plots
     from chuk_lazarus.introspection.moe.views import page
 
+    check_caption(plot, caption)
     wanted = parse_experts(experts) if experts else None
     report = MoEWeightsService.verify(
         model,
@@ -67,5 +69,5 @@ def verify(
     if html:
         write(html, page.to_page(report, run.command_line), "--html")
     if plot:
-        plots.save(plots.plot_verification(report, run.command_line), plot)
+        plots.save(plots.plot_verification(report, run.command_line, caption=caption), plot)
     return Result(report, hints=[report.cost.describe()], exit_code=0 if report.passed else FAILED)

@@ -113,6 +113,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `lazarus --help` must not wait for numpy and pydantic."""
+    if name == "plots":
+        return import_module(".plots", __name__)
     for module, names in _HOMES.items():
         if name in names:
             if module == "reports":
@@ -122,4 +124,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), "plots", *(name for names in _HOMES.values() for name in names)})

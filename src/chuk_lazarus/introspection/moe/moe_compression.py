@@ -1,15 +1,28 @@
 """What would an overlay save, and what would it cost? `MoECompressionService` computes, verifies and estimates it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack, cast
 
 from . import views  # noqa: F401  which registers how reports are shown
+from .arguments import (
+    ExpertCount,
+    Layers,
+    ModelName,
+    byte_size,
+    expert_count,
+    layer_number,
+    layer_numbers,
+    model_name,
+    path,
+    real_number,
+    whole_number,
+)
 from .errors import InvalidRequest
-from .files import as_path
 from .overlays import analysis, compression, estimate, exporting
+from .overlays.allocation import RankRule
 from .overlays.analysis import INPUTS, TOLERANCE
-from .overlays.bit_budget import OverlayOptions, overlay_rule
+from .overlays.bit_budget import BitRule, OverlayOptions, overlay_rule
 from .overlays.fit import REST_BITS, parse_rest_bits
 from .progress import Progress, no_progress
 from .reports import (
@@ -20,6 +33,7 @@ from .reports import (
     MoEOverlayExport,
     MoEOverlayVerification,
 )
+from .terms import ROLES
 
 
 class MoECompressionService:
@@ -35,35 +49,44 @@ class MoECompressionService:
     and errors of codes count as its experts' inputs do. `model`, `layer`, `layers` and `progress` are as in
     MoETypeService. All raise a child of MoEError.
 
-    >>> MoECompressionService.compute("demo:upcycled", target_ratio=2).layers[0].ranks
-    {'gate': 23, 'up': 23, 'down': 24}
+    >>> overlay = MoECompressionService.compute("demo:upcycled", bits=2.25)
+    >>> overlay.bits_per_weight <= 2.25, overlay.layers[0].codes["gate"].base is not None
+    (True, True)
     """
 
     @staticmethod
     def compute(
-        model: str,
+        model: ModelName,
         *,
         layer: int | None = None,
-        layers: Sequence[int] | str | None = None,
-        experts: int | None = None,
+        layers: Layers | None = None,
+        experts: ExpertCount = None,
         calibrate: str | Path | None = None,
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlay:
         """The ranks or codes that an overlay of some layers needs, what it keeps and what it takes.
 
-        `experts` says of how many spectra are taken, None for all.
+        `experts` says of how many spectra are taken, "all" for all.
         """
-        rule, text = overlay_rule(**options), _as_path(calibrate)
-        return analysis.compute(model, layer, layers, rule, experts, text, progress or no_progress)
+        rule, text = _rule(options), _as_path(calibrate)
+        return analysis.compute(
+            model_name(model),
+            layer_number(layer),
+            layer_numbers(layers),
+            rule,
+            expert_count(experts),
+            text,
+            progress or no_progress,
+        )
 
     @staticmethod
     def verify(
-        model: str,
+        model: ModelName,
         *,
         layer: int | None = None,
-        layers: Sequence[int] | str | None = None,
-        experts: int | None = None,
+        layers: Layers | None = None,
+        experts: ExpertCount = None,
         tolerance: float = TOLERANCE,
         inputs: int = INPUTS,
         seed: int = 0,
@@ -77,17 +100,26 @@ class MoECompressionService:
         The outputs are those of the whole expert function, on `inputs` seeded Gaussian vectors of the scale that the
         layer's norm gives. Passes when the worst expert's relative output error is within `tolerance`.
         """
-        rule, text = overlay_rule(**options), _as_path(calibrate)
-        progress = progress or no_progress
-        return analysis.verify(model, layer, layers, rule, experts, tolerance, inputs, seed, text, progress)
+        return analysis.verify(
+            model_name(model),
+            layer_number(layer),
+            layer_numbers(layers),
+            _rule(options),
+            expert_count(experts),
+            real_number(tolerance, "the tolerance"),
+            whole_number(inputs, "the number of inputs", least=1),
+            whole_number(seed, "the seed", least=0),
+            _as_path(calibrate),
+            progress or no_progress,
+        )
 
     @staticmethod
     def estimate(
-        model: str,
+        model: ModelName,
         *,
-        layers: Sequence[int] | str | None = None,
+        layers: Layers | None = None,
         samples: int = 3,
-        experts: int | None = 8,
+        experts: ExpertCount = 8,
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlayEstimate:
@@ -96,15 +128,22 @@ class MoECompressionService:
         `layers` are measured, or `samples` evenly spaced ones; the others' ranks are interpolated, and labelled so; in
         codes a layer is taken to be as the nearest that was measured. Ranks are spread over the measured layers.
         """
-        return estimate.estimate(model, layers, samples, overlay_rule(**options), experts, progress or no_progress)
+        return estimate.estimate(
+            model_name(model),
+            layer_numbers(layers),
+            whole_number(samples, "the number of samples", least=1),
+            _rule(options),
+            expert_count(experts),
+            progress or no_progress,
+        )
 
     @staticmethod
     def compress(
-        model: str,
+        model: ModelName,
         folder: str | Path,
         *,
-        layers: Sequence[int] | str = "all",
-        experts: int | None = None,
+        layers: Layers = "all",
+        experts: ExpertCount = None,
         force: bool = False,
         calibrate: str | Path | None = None,
         format: compression.Format = "auto",
@@ -121,14 +160,23 @@ class MoECompressionService:
         All MoE layers are overlaid unless `layers` says which; up to three of them are verified while they are written,
         for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
         """
-        rule, target, text = overlay_rule(**options), as_path(folder), _as_path(calibrate)
-        bits = parse_rest_bits(rest_bits)
-        progress = progress or no_progress
-        return compression.compress(model, target, layers, rule, experts, force, text, format, bits, progress)
+        numbers = layer_numbers(layers)
+        return compression.compress(
+            model_name(model),
+            path(folder, "the folder"),
+            "all" if numbers is None else numbers,
+            _rule(options),
+            expert_count(experts),
+            force,
+            _as_path(calibrate),
+            format,
+            parse_rest_bits(rest_bits),
+            progress or no_progress,
+        )
 
     @staticmethod
     def export(
-        overlay: str | Path,
+        overlay: ModelName,
         folder: str | Path,
         *,
         format: exporting.ExportFormat = "standard",
@@ -146,12 +194,20 @@ class MoECompressionService:
         `commands` of the report are those that make the GGUF with it. All else has `rest_bits`, 8 where nothing else is
         said, or is kept with "keep", and always in compressed-tensors.
         """
-        return exporting.export(overlay, as_path(folder), format, rest_bits, force, progress or no_progress, **options)
+        return exporting.export(
+            model_name(overlay, "the overlay"),
+            path(folder, "the folder"),
+            format,
+            rest_bits,
+            force,
+            progress or no_progress,
+            **_check(options),
+        )
 
     @staticmethod
     def evaluate(
-        model: str,
-        overlay: str | Path,
+        model: ModelName,
+        overlay: ModelName,
         text: str | Path,
         *,
         context: int = 512,
@@ -170,8 +226,44 @@ class MoECompressionService:
             from .overlays.runtime.evaluate import evaluate_overlay
         except ImportError:
             raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
-        return evaluate_overlay(model, as_path(overlay), as_path(text), context, tokens, progress or no_progress)
+        return evaluate_overlay(
+            model_name(model),
+            path(overlay, "the overlay"),
+            path(text, "the text"),
+            whole_number(context, "the context", least=1),
+            None if tokens is None else whole_number(tokens, "the number of tokens", least=1),
+            progress or no_progress,
+        )
 
 
 def _as_path(text: str | Path | None) -> Path | None:
-    return None if text is None else as_path(text)
+    return None if text is None else path(text, "the text")
+
+
+NUMBERS = {
+    "energy": "the energy to keep",
+    "max_error": "the greatest error",
+    "target_ratio": "the ratio",
+    "bits": "the bits a weight",
+}
+
+
+def _rule(options: OverlayOptions) -> RankRule | BitRule:
+    return overlay_rule(**_check(options))
+
+
+def _check(options: OverlayOptions) -> OverlayOptions:
+    """The options, once each is a number of its kind."""
+    checked: dict[str, Any] = dict(options)
+    for name in options.keys() & NUMBERS.keys():
+        if checked[name] is not None or name == "energy":
+            checked[name] = real_number(checked[name], NUMBERS[name])
+    if checked.get("fit") is not None:
+        checked["fit"] = byte_size(checked["fit"], "the size of the folder")
+    if checked.get("as_good_as") is not None:
+        checked["as_good_as"] = whole_number(checked["as_good_as"], "the bits to be as good as")
+    if (ranks := checked.get("ranks")) is not None:
+        if not isinstance(ranks, Mapping) or not set(ranks) <= set(ROLES):
+            raise InvalidRequest("the ranks are not by role", 'give them like {"gate": 4, "up": 4, "down": 8}')
+        checked["ranks"] = {role: whole_number(rank, f"the {role} rank") for role, rank in ranks.items()}
+    return cast(OverlayOptions, checked)

@@ -1,8 +1,7 @@
 """What is in this checkpoint? `MoELayoutService` tells it from the headers alone."""
 
-from collections.abc import Sequence
-
 from . import views  # noqa: F401  which registers how reports are shown
+from .arguments import Layers, ModelName, byte_size, layer_numbers, model_name, whole_number
 from .jobs.layout import describe_layout
 from .overlays.fit import CONTEXT, REST_BITS, parse_rest_bits, plan_fit
 from .reports import MoELayout
@@ -17,9 +16,9 @@ class MoELayoutService:
 
     @staticmethod
     def describe(
-        model: str,
+        model: ModelName,
         *,
-        layers: Sequence[int] | str | None = None,
+        layers: Layers | None = None,
         fit: int | str | None = None,
         context: int = CONTEXT,
         rest_bits: int | str = REST_BITS,
@@ -31,9 +30,10 @@ class MoELayoutService:
         ("24GB"), quantised for mlx-lm, all but the experts in `rest_bits`, and at `context` tokens on which machine.
         Raises a child of MoEError.
         """
-        bits = parse_rest_bits(rest_bits)
-        layout = describe_layout(model, layers)
+        bits, context = parse_rest_bits(rest_bits), whole_number(context, "the context", least=1)
+        layout = describe_layout(model_name(model), layer_numbers(layers))
         if fit is None:
             return layout
+        size = byte_size(fit, "the size of the folder")
         facts = layout.model_dump(include={"parameters", "stored_bytes", "other_bytes", "cache_bytes_per_token"})
-        return layout.model_copy(update={"fit": plan_fit(fit, **facts, context=context, rest_bits=bits)})
+        return layout.model_copy(update={"fit": plan_fit(size, **facts, context=context, rest_bits=bits)})

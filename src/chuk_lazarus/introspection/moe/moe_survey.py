@@ -1,13 +1,29 @@
 """How were all these MoEs trained? `MoESurveyService` asks it of many models, and keeps every answer as it comes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import views  # noqa: F401  which registers how reports are shown
+from .arguments import (
+    ExpertCount,
+    Layers,
+    ModelName,
+    address,
+    byte_size,
+    expert_count,
+    layer_number,
+    layer_numbers,
+    model_name,
+    model_names,
+    path,
+    whole_number,
+)
 from .jobs.measure import DEFAULT_EXPERTS
 from .progress import Progress
 from .provenance.survey import Finished, plan, survey
 from .reports import MoESurveyPlan, MoETypeSurvey, SurveyRequest
+
+Models = ModelName | SurveyRequest | Iterable[ModelName | SurveyRequest]
 
 
 class MoESurveyService:
@@ -19,11 +35,11 @@ class MoESurveyService:
 
     @staticmethod
     def survey(
-        models: Iterable[str | SurveyRequest],
+        models: Models,
         *,
         layer: int | None = None,
-        layers: Sequence[int] | str | None = None,
-        experts: int | None = DEFAULT_EXPERTS,
+        layers: Layers | None = None,
+        experts: ExpertCount = DEFAULT_EXPERTS,
         budget: int | str | None = None,
         jobs: int = 1,
         dask: str | None = None,
@@ -33,22 +49,39 @@ class MoESurveyService:
     ) -> MoETypeSurvey:
         """Analyse many models; a model that can't be analysed is a row with its error.
 
-        `models` are models as for `MoETypeService.analyze`, requests, or lists: names of .txt files with a model a
-        line, or of .toml files with a [[model]] table each. `layer`, `layers` and `experts` hold for every model whose
-        list does not say otherwise. With a `budget` of bytes ("64MB") all analyses are quick ones, which know neither
-        parents nor numbers of experts: what lists say of those is passed over. `jobs` models are analysed side by side,
-        sharing cores and memory, or as many as the dask.distributed scheduler at the address `dask` has workers. `file`
-        gets each row, as a line of JSON, when it is there; a model for which it already has an answer to the same
-        request is not analysed again. `progress` is told (what, done, total), and `finished` each new row. Raises
-        InvalidRequest for a list, an option or a file that can't be used, and ClusterUnusable for a scheduler.
+        `models` are a model or several, as for `MoETypeService.analyze`, requests, or lists: names of .txt files with a
+        model a line, or of .toml files with a [[model]] table each. `layer`, `layers` and `experts` hold for every
+        model whose list does not say otherwise. With a `budget` of bytes ("64MB") all analyses are quick ones, which
+        know neither parents nor numbers of experts: what lists say of those is passed over. `jobs` models are analysed
+        side by side, sharing cores and memory, or as many as the dask.distributed scheduler at the address `dask` has
+        workers. `file` gets each row, as a line of JSON, when it is there; a model for which it already has an answer
+        to the same request is not analysed again. `progress` is told (what, done, total), and `finished` each new row.
+        Raises InvalidRequest for a list, an option or a file that can't be used, and ClusterUnusable for a scheduler.
         """
-        return survey(models, layer, layers, experts, budget, jobs, dask, file, progress, finished)
+        return survey(
+            _read(models),
+            layer_number(layer),
+            layer_numbers(layers),
+            expert_count(experts),
+            None if budget is None else byte_size(budget, "the budget"),
+            whole_number(jobs, "the number of jobs", least=1),
+            None if dask is None else address(dask),
+            None if file is None else path(file, "the file"),
+            progress,
+            finished,
+        )
 
     @staticmethod
-    def plan(models: Iterable[str | SurveyRequest]) -> MoESurveyPlan:
+    def plan(models: Models) -> MoESurveyPlan:
         """What a survey would cost, by the shapes that .toml lists give; opens nothing but the lists.
 
         A shape is `storage` and `shape = { layers, experts, hidden, intermediate }`, with `gated = false` where an
         expert has two matrices. Raises InvalidRequest.
         """
-        return plan(models)
+        return plan(_read(models))
+
+
+def _read(models: Models) -> list[str | SurveyRequest]:
+    """What is asked for: a single model, which is no list, too."""
+    asked = [models] if isinstance(models, SurveyRequest) else model_names(models)
+    return [model if isinstance(model, SurveyRequest) else model_name(model) for model in asked]

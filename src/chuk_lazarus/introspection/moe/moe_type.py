@@ -4,6 +4,19 @@ from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 from . import views  # noqa: F401  which registers how reports are shown
+from .arguments import (
+    ExpertCount,
+    Layers,
+    ModelName,
+    address,
+    byte_size,
+    expert_count,
+    layer_number,
+    layer_numbers,
+    model_name,
+    shares,
+)
+from .errors import InvalidRequest
 from .jobs.measure import DEFAULT_EXPERTS
 from .jobs.parts import BUDGET
 from .numerics.spectra import SHARES
@@ -17,9 +30,9 @@ class AnalysisOptions(TypedDict, total=False):
     """Options that the analyses of a comparison have in common; `MoETypeService.analyze` says what they mean."""
 
     layer: int | None
-    layers: Sequence[int] | str | None
-    experts: int | None
-    variance: Sequence[float]
+    layers: Layers | None
+    experts: ExpertCount
+    variance: float | Sequence[float]
     thorough: bool
     progress: Progress | None
 
@@ -33,13 +46,13 @@ class MoETypeService:
 
     @staticmethod
     def analyze(
-        model: str,
+        model: ModelName,
         *,
         layer: int | None = None,
-        layers: Sequence[int] | str | None = None,
-        experts: int | None = DEFAULT_EXPERTS,
-        variance: Sequence[float] = SHARES,
-        parent: str | None = None,
+        layers: Layers | None = None,
+        experts: ExpertCount = DEFAULT_EXPERTS,
+        variance: float | Sequence[float] = SHARES,
+        parent: ModelName | None = None,
         thorough: bool = False,
         dask: str | None = None,
         progress: Progress | None = None,
@@ -49,7 +62,7 @@ class MoETypeService:
         `model` is a folder, a .safetensors or .gguf file, a Hub id (`org/name`, `org/name@revision`) or `demo:NAME`.
         `layer` or `layers` (numbers, or a string such as "0,5,10", "0-23/6" or "all") say where to look; the default is
         the first MoE layer, and beside it parts of a middle and of the last one. `experts` says of how many the spectra
-        are taken and the neurons matched (two at least), None for all; base and cosines always use all. `variance` are
+        are taken and the neurons matched (two at least), "all" for all; base and cosines always use all. `variance` are
         the shares of energy whose ranks are reported, 0.95 always among them. `parent` names a dense model, in whose
         layers the neurons are looked for, and with whose attention and embeddings the model's are compared. `thorough`
         matches all neurons of all experts, and so holds one role of the whole layer in memory. `dask` is the address of
@@ -57,14 +70,16 @@ class MoETypeService:
         of theirs. `progress` is told (what, done, total) as work goes on. An interrupted analysis of several layers
         goes on, when it is asked for again, with those that were not finished. Raises a child of MoEError.
         """
-        sample = choose_sample(experts, variance, thorough)
-        return analyze(model, layer, layers, sample, parent, dask, progress)
+        sample = choose_sample(expert_count(experts), shares(variance), thorough)
+        name, dense = model_name(model), None if parent is None else model_name(parent, "the parent")
+        cluster = None if dask is None else address(dask)
+        return analyze(name, layer_number(layer), layer_numbers(layers), sample, dense, cluster, progress)
 
     @staticmethod
     def quick(
-        model: str,
+        model: ModelName,
         *,
-        layers: Sequence[int] | str | None = None,
+        layers: Layers | None = None,
         budget: int | str = BUDGET,
         progress: Progress | None = None,
     ) -> MoEQuickAnalysis:
@@ -72,9 +87,18 @@ class MoETypeService:
 
         Without `layers`, three evenly spaced MoE layers are looked into. Raises a child of MoEError.
         """
-        return analyze_quickly(model, layers=layers, budget=budget, progress=progress)
+        size = byte_size(budget, "the budget")
+        return analyze_quickly(model_name(model), layers=layer_numbers(layers), budget=size, progress=progress)
 
     @staticmethod
-    def compare(*models: str, **options: Unpack[AnalysisOptions]) -> MoETypeComparison:
-        """Analyse several models in the same way, side by side; `options` are those of `analyze`."""
+    def compare(*models: ModelName, **options: Unpack[AnalysisOptions]) -> MoETypeComparison:
+        """Analyse several models in the same way, side by side; `options` are those of `analyze`.
+
+        Raises a child of MoEError.
+
+        >>> [model.type for model in MoETypeService.compare("demo:native", "demo:upcycled").models]
+        ['NATIVE', 'UPCYCLED']
+        """
+        if not models:
+            raise InvalidRequest("no model was given", "give two or more")
         return MoETypeComparison(models=tuple(MoETypeService.analyze(model, **options) for model in models))

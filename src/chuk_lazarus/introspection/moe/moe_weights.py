@@ -1,9 +1,7 @@
 """Is this conversion still the same model? `MoEWeightsService` compares its experts with the original's."""
 
-from collections.abc import Sequence
-from typing import Literal
-
 from . import views  # noqa: F401  which registers how reports are shown
+from .arguments import ExpertCount, Layers, ModelName, expert_count, layer_numbers, model_name, real_number
 from .conversion.verification import TOLERANCE, verify
 from .progress import Progress
 from .reports import MoEWeightsVerification
@@ -18,11 +16,11 @@ class MoEWeightsService:
 
     @staticmethod
     def verify(
-        model: str,
-        against: str,
+        model: ModelName,
+        against: ModelName,
         *,
-        layers: Sequence[int] | str | None = None,
-        experts: int | Literal["all"] | None = None,
+        layers: Layers | None = None,
+        experts: ExpertCount = None,
         tolerance: float = TOLERANCE,
         progress: Progress | None = None,
     ) -> MoEWeightsVerification:
@@ -34,4 +32,12 @@ class MoEWeightsService:
         format costs on the original's weights, written the plain way. Raises a child of MoEError where the models can't
         be compared: what is missing from `model` is no error, but a fault in the report.
         """
-        return verify(model, against, layers=layers, experts=experts, tolerance=tolerance, progress=progress)
+        count = expert_count(experts)
+        return verify(
+            model_name(model),
+            model_name(against, "the original"),
+            layers=layer_numbers(layers),
+            experts="all" if experts == "all" else count,
+            tolerance=real_number(tolerance, "the tolerance"),
+            progress=progress,
+        )

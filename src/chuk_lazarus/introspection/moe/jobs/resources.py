@@ -15,8 +15,8 @@ from typing import Protocol
 
 from threadpoolctl import threadpool_limits
 
+from ..arguments import byte_size
 from ..errors import InvalidRequest
-from ..text import parse_size
 
 LEAST_MEMORY = 256_000_000  # bytes; the libraries alone take half of it
 _memory: ContextVar[int] = ContextVar("memory", default=2_000_000_000)
@@ -29,7 +29,7 @@ def memory_limit(size: int | str | None) -> Iterator[None]:
 
     A few matrices of one expert must fit whatever the limit. Raises InvalidRequest for what is no size, or too little.
     """
-    wanted = parse_size(size, "the memory") if isinstance(size, str) else size
+    wanted = None if size is None else byte_size(size, "the memory")
     if wanted is not None and wanted < LEAST_MEMORY:
         raise InvalidRequest(f"{size} of memory is too little", f"allow {LEAST_MEMORY // 10**6}MB or more")
     token = _memory.set(_memory.get() if wanted is None else wanted)
@@ -97,7 +97,7 @@ class Resources:
 
     def worker_count(self, layer: Shaped | None = None, matrices: int = 2) -> int:
         """How many threads fit: fewer than `threads` where `matrices` of the layer for each would take too much."""
-        largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer else 1
+        largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer is not None else 1
         return max(1, min(self.threads, self.matrix_memory // (matrices * largest)))
 
     @contextmanager

@@ -26,6 +26,7 @@ from .classifier import (
     CALIBRATION,
     PLENTY,
     THRESHOLDS,
+    UNTRAINED,
     classify,
     classify_by_neurons,
     classify_quickly,
@@ -33,6 +34,7 @@ from .classifier import (
     has_its_attention,
     is_between,
     is_from_parent,
+    looks_untrained,
 )
 from .kinds import note_identical, note_identical_parts
 from .layer import Sample, analyze_layer
@@ -58,12 +60,7 @@ def analyze(
 
 
 def choose_sample(experts: int | None, variance: Sequence[float] = SHARES, thorough: bool = False) -> Sample:
-    """What of each layer is looked at; raises InvalidRequest for numbers that can't be."""
-    for share in variance:
-        if not 0 < share < 1:
-            raise InvalidRequest(f"a share of the variance is {share:g}", "give numbers between 0 and 1, such as 0.95")
-    if experts is not None and experts < 1:
-        raise InvalidRequest("the number of experts must be at least 1", "give a number, or 'all'")
+    """What of each layer is looked at: spectra and neurons of so many `experts`, None for all."""
     shares = tuple(sorted({*variance, 0.95}))  # the documented rule needs 0.95
     return Sample(None, None, shares) if thorough else Sample(experts and max(2, experts), QUERIES, shares)
 
@@ -103,7 +100,7 @@ def _analyze(
         origin = (ancestor.dense.kind, ancestor.assignment) if ancestor else None
         for layer in due:
             neighbour = neighbours[layer.number]
-            arguments = (names, origin, layer.number, neighbour and neighbour.number, sample)
+            arguments = (names, origin, layer.number, None if neighbour is None else neighbour.number, sample)
             tasks.append(Task(f"layer {layer.number}", analyze_layer_on_worker, arguments, tuple(places)))
         for place, result in cluster.run(tasks, lambda place, what, done, total: watched[place](what, done, total)):
             if isinstance(result, MoEError):
@@ -247,6 +244,14 @@ def _notes(layers: Sequence[LayerAnalysis], counts: Mapping[int, int]) -> list[s
         for twins in others[:4] if len(sharing.partners) > 1 else ():
             who = f"layer {layer.layer}: experts {format_ranges(twins)}"
             notes.append(f"{who} are one expert, copied: nearly identical, or in another order")
+    noise = [
+        layer.layer
+        for layer in layers
+        if looks_untrained(layer.projections, layer.lineage.sharing, counts[layer.layer])
+    ]
+    if noise:
+        where = f"layer{'' if len(noise) == 1 else 's'} {format_ranges(noise)}"
+        notes.append(f"{where}: {UNTRAINED}")
     if "gate" not in layers[0].projections:
         notes.append("the experts have no gate: the documented rule uses the up projection")
     is_zero = all(layer.cosine.mean == 0 for layer in layers)

@@ -390,6 +390,38 @@ def is_alike_in_place(evidence: Sequence[Neurons], thresholds: LineageThresholds
     return excess >= thresholds.cosine and least < thresholds.cosine_p_value
 
 
+class Spectrum(Breadth, Protocol):
+    """How a projection's spectrum compares with that of noise, as in `reports.Projection`."""
+
+    @property
+    def noise_rank_ratio(self) -> float: ...
+
+
+NOISE = 0.985  # the share of the breadth of noise from which on spectra are those of noise
+INDEPENDENT = 0.95  # the share of the energy of independent experts' deltas from which on they may be that
+UNTRAINED = "the experts can't be told from random numbers, as before any training"
+
+
+def looks_untrained(projections: Mapping[str, Spectrum], sharing: Sharing, experts: int) -> bool:
+    """Whether a layer's experts can't be told from as many independent matrices of random numbers.
+
+    Their deltas and their mean have the ranks of noise in every role, and the deltas all the energy but that of the
+    mean, 1 - 1 / experts. Says nothing about the verdict: natives begin so.
+    """
+    breadths = [
+        min(projection.noise_rank_ratio, projection.breadth["base"], projection.breadth["deltas"])
+        for projection in projections.values()
+    ]
+    energy = min(projection.delta_energy for projection in projections.values())
+    return _is_noise(sharing.shared, breadths, energy / (1 - 1 / experts))
+
+
+def _is_noise(shared: float, breadths: Iterable[float], energy: float) -> bool:
+    """Whether experts share no neurons, all breadths are those of noise, and deltas have the `energy` of independent
+    ones, whose is 1."""
+    return shared < LINEAGE.native and min(breadths) >= NOISE and energy >= INDEPENDENT
+
+
 @dataclass(frozen=True, slots=True)
 class QuickThresholds:
     """As LineageThresholds, for the part of a layer that was read.
@@ -473,6 +505,11 @@ def classify_quickly(layers: Sequence[Part], thresholds: QuickThresholds = QUICK
     elif shared < t.native * reach and strong < t.strong_native and t.copies * reach * neurons >= t.expected:
         origin = "NATIVE"
     return QUICK_CALIBRATION.decide(origin, weigh_parts(layers, t))
+
+
+def part_looks_untrained(part: Part) -> bool:
+    """As `looks_untrained`, of a part of a layer."""
+    return _is_noise(part.shared, (part.breadth, part.base_breadth), part.delta_energy)
 
 
 def weigh_parts(layers: Sequence[Part], thresholds: QuickThresholds = QUICK) -> float:

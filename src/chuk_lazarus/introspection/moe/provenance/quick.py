@@ -9,7 +9,7 @@ from ..jobs.parts import BUDGET, LAYERS, further_bytes
 from ..progress import Progress, no_progress
 from ..reports import MoEQuickAnalysis
 from ..text import parse_size
-from .classifier import CALIBRATION, QUICK, classify_quickly, weigh_parts
+from .classifier import CALIBRATION, QUICK, UNTRAINED, classify_quickly, part_looks_untrained, weigh_parts
 from .kinds import note_identical_parts
 from .part import analyze_part
 
@@ -46,6 +46,8 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
         notes.append(f"by {width} inputs unrelated neurons are close, too: a quick verdict needs {QUICK.width}")
     elif all(result.chance == 1.0 for result in results):
         notes.append("no neuron is near to any other: the weights are zeros, or all orthogonal")
+    if neurons and all(map(part_looks_untrained, results)):
+        notes.append(UNTRAINED)
     kinds = [result.kind for result in results if result.kind]
     stored = round(sum(layer.stored_bytes for layer in opened.layers) / len(opened.layers) * len(experts.layers))
     first, read = opened.layers[0], experts.checkpoint.bytes_read - headers

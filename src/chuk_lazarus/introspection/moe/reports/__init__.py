@@ -40,7 +40,7 @@ from .provenance import (
     Sharing,
     Similarity,
 )
-from .report import Cost, Identity, Report, as_details, as_html, as_rich
+from .report import Cost, Identity, Report, Row, as_details, as_figure, as_html, as_rich, as_rows, as_text
 from .survey import MoESurveyPlan, MoETypeSurvey, PlannedModel, SurveyAnswer, SurveyError, SurveyRequest, SurveyRow
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "ProjectionMatch",
     "QuickLayer",
     "Report",
+    "Row",
     "SameBytes",
     "SampleMean",
     "SharedExperts",
@@ -98,6 +99,9 @@ __all__ = [
     "TokensFrom",
     "WeightFault",
     "as_details",
+    "as_figure",
     "as_html",
     "as_rich",
+    "as_rows",
+    "as_text",
 ]

@@ -303,7 +303,7 @@ class MoETypeAnalysis(Identity):
         return sum(float(getattr(layer.lineage, figure)) for layer in self.layers) / len(self.layers)
 
     def details(self) -> "RenderableType":
-        """The ranks of the single experts, as a table for `rich.print`."""
+        """What the documented rule says, all groups of experts, and the ranks of single experts, for `rich.print`."""
         return as_details(self)
 
 

@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ..errors import InvalidRequest
 from ..text import format_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.console import RenderableType
+
+Row = dict[str, Any]
 
 
 @singledispatch
@@ -36,15 +41,65 @@ def as_html(report: Any) -> str:
     return console.export_html(inline_styles=True, code_format='<pre style="line-height:1.3">{code}</pre>')
 
 
+@singledispatch
+def as_text(report: Any) -> str:
+    """The report in a few lines of plain text; "" where `views` registers none."""
+    return ""
+
+
+@singledispatch
+def as_rows(report: Any) -> list[Row]:
+    """The report as rows of plain values; `views` registers how. Raises InvalidRequest where it has none."""
+    raise InvalidRequest(f"{type(report).__name__} is no table", "take its fields, or model_dump()")
+
+
+@singledispatch
+def as_figure(report: Any, **options: Any) -> "Figure":
+    """The report drawn; `views` registers how. Raises InvalidRequest for a report that has no figure."""
+    raise InvalidRequest(f"{type(report).__name__} has no figure", "analyses, comparisons and estimates have one")
+
+
 class Report(BaseModel):
     """A frozen result that validates its own JSON, and shows itself in a notebook as it does in a terminal.
 
-    Its numbers are finite.
+    Its numbers are finite. `print` shows a few lines of it, `rich.print` its tables.
     """
 
     model_config = ConfigDict(
         frozen=True, serialize_by_alias=True, validate_by_name=True, extra="forbid", allow_inf_nan=False
     )
+
+    def __str__(self) -> str:
+        return as_text(self) or super().__str__()
+
+    def __repr__(self) -> str:
+        first = as_text(self).partition("\n")[0]
+        return f"<{type(self).__name__} {first}>" if first else super().__repr__()
+
+    def to_frame(self) -> "DataFrame":
+        """The report as a pandas.DataFrame: a row a layer, a model or a size, whichever the report is of.
+
+        Raises InvalidRequest where pandas is not installed, and for a report that is no table.
+        """
+        rows = as_rows(self)
+        try:
+            import pandas
+        except ImportError:
+            raise InvalidRequest("a frame needs pandas, which is not installed", "pip install pandas") from None
+        return pandas.DataFrame(rows)
+
+    def plot(self, ax: Any = None, *, caption: bool = False, dark: bool = False) -> "Figure":
+        """The report as a matplotlib figure, or on `ax`: the panel that decides on one, all panels on several.
+
+        With a `caption` the figure says below what it shows, and of which model; `dark` is for dark grounds. Raises
+        InvalidRequest where matplotlib is not installed, and for a report that has no figure.
+        """
+        try:
+            return as_figure(self, ax=ax, caption=caption, dark=dark)
+        except ImportError:
+            raise InvalidRequest(
+                "a figure needs matplotlib, which is not installed", "pip install matplotlib"
+            ) from None
 
     def __rich__(self) -> "RenderableType":
         return as_rich(self)

@@ -18,10 +18,42 @@ from ..reports import (
     MoETypeSurvey,
     MoEWeightsVerification,
     as_details,
+    as_figure,
     as_html,
     as_rich,
+    as_rows,
+    as_text,
 )
+from .figures import plot_analysis, plot_comparison, plot_estimate, plot_verification
 from .page import show_estimate, to_fragment
+from .rows import (
+    list_analysis,
+    list_comparison,
+    list_estimate,
+    list_evaluation,
+    list_layout,
+    list_overlay,
+    list_plan,
+    list_quick,
+    list_survey,
+    list_verification,
+    list_weights,
+)
+from .summaries import (
+    summarise_analysis,
+    summarise_comparison,
+    summarise_compression,
+    summarise_estimate,
+    summarise_evaluation,
+    summarise_export,
+    summarise_layout,
+    summarise_overlay,
+    summarise_plan,
+    summarise_quick,
+    summarise_survey,
+    summarise_verification,
+    summarise_weights,
+)
 from .tables.conversion import render_weights
 from .tables.layout import render_layout
 from .tables.overlays import (
@@ -32,7 +64,7 @@ from .tables.overlays import (
     render_overlay,
     render_verification,
 )
-from .tables.provenance import render_analysis, render_comparison, render_expert_ranks, render_quick
+from .tables.provenance import render_analysis, render_comparison, render_details, render_quick
 from .tables.survey import SurveyTable, render_survey_plan, render_survey_summary
 
 as_rich.register(MoELayout, render_layout)
@@ -49,10 +81,41 @@ as_rich.register(MoEWeightsVerification, render_weights)
 as_rich.register(MoETypeSurvey, SurveyTable)
 as_rich.register(MoESurveyPlan, render_survey_plan)
 
-as_details.register(MoETypeAnalysis, render_expert_ranks)
+as_details.register(MoETypeAnalysis, render_details)
 as_details.register(MoETypeSurvey, render_survey_summary)
 
 as_html.register(MoETypeAnalysis, to_fragment)
 as_html.register(MoETypeComparison, to_fragment)
 as_html.register(MoEWeightsVerification, to_fragment)
 as_html.register(MoEOverlayEstimate, show_estimate)
+
+as_text.register(MoELayout, summarise_layout)
+as_text.register(MoETypeAnalysis, summarise_analysis)
+as_text.register(MoEQuickAnalysis, summarise_quick)
+as_text.register(MoETypeComparison, summarise_comparison)
+as_text.register(MoEOverlay, summarise_overlay)
+as_text.register(MoEOverlayVerification, summarise_verification)
+as_text.register(MoEOverlayEstimate, summarise_estimate)
+as_text.register(MoEOverlayCompression, summarise_compression)
+as_text.register(MoEOverlayExport, summarise_export)
+as_text.register(MoEOverlayEvaluation, summarise_evaluation)
+as_text.register(MoETypeSurvey, summarise_survey)
+as_text.register(MoESurveyPlan, summarise_plan)
+as_text.register(MoEWeightsVerification, summarise_weights)
+
+as_rows.register(MoELayout, list_layout)
+as_rows.register(MoETypeAnalysis, list_analysis)
+as_rows.register(MoEQuickAnalysis, list_quick)
+as_rows.register(MoETypeComparison, list_comparison)
+as_rows.register(MoEOverlay, list_overlay)
+as_rows.register(MoEOverlayVerification, list_verification)
+as_rows.register(MoEOverlayEstimate, list_estimate)
+as_rows.register(MoEOverlayEvaluation, list_evaluation)
+as_rows.register(MoETypeSurvey, list_survey)
+as_rows.register(MoESurveyPlan, list_plan)
+as_rows.register(MoEWeightsVerification, list_weights)
+
+as_figure.register(MoETypeAnalysis, plot_analysis)
+as_figure.register(MoETypeComparison, plot_comparison)
+as_figure.register(MoEOverlayEstimate, plot_estimate)
+as_figure.register(MoEWeightsVerification, plot_verification)

@@ -77,7 +77,7 @@ def compare(models: Sequence[MoETypeAnalysis]) -> Table:
     """A row for each figure, a column for each model; means over the analysed layers."""
     measures: list[Measure] = [
         ("Verdict", lambda model: model.type),
-        ("Confidence", lambda model: whole_percent(model.confidence)),
+        ("Confidence, as measured on tiny models", lambda model: whole_percent(model.confidence)),
         ("Kind", lambda model: model.kind or "–"),
         ("Neurons shared", _mean_of(SHARED)),
         ("strongly", _mean_of(STRONG)),
@@ -86,7 +86,6 @@ def compare(models: Sequence[MoETypeAnalysis]) -> Table:
         ("Delta energy", _mean_of(DELTA_ENERGY)),
         ("Bits saved", lambda model: format_bits(model.bits_saved)),
         ("Cosine (down)", _format_mean_cosine),
-        ("By rank", lambda model: f"{model.documented_rule.type} ({whole_percent(model.documented_rule.confidence)})"),
         ("Compressible", format_compressible),
         ("Bytes stored", lambda model: format_bytes(model.stored_bytes)),
         ("as overlay", lambda model: format_bytes(model.overlay_bytes)),
@@ -99,11 +98,10 @@ def compare_briefly(models: Sequence[MoETypeAnalysis]) -> Table:
     """The comparison for a terminal, where each projection has a row for its rank beside that of noise."""
     measures: list[Measure] = [
         ("Type", lambda model: model.type),
-        ("Confidence", lambda model: f"{model.confidence:.0%}"),
+        ("Confidence*", lambda model: f"{model.confidence:.0%}"),
         ("Kind", lambda model: model.kind or ""),
         ("Neurons shared", _mean_of(SHARED)),
         ("  strongly", _mean_of(STRONG)),
-        ("By rank", lambda model: f"{model.documented_rule.type} ({model.documented_rule.confidence:.0%})"),
         ("Layers", _name_layers),
         ("Experts", _format_experts),
     ]

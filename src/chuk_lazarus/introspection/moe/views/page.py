@@ -24,22 +24,27 @@ from ..reports import (
 from ..text import format_bytes, format_ranges, percent
 from . import facts, verdicts
 from .figures import (
-    plot_comparison,
-    plot_decay,
-    plot_depth,
+    draw_decays,
+    draw_decays_of_models,
+    draw_depth,
+    draw_layer,
+    draw_measures,
+    draw_parents,
+    draw_verification,
     plot_estimate,
-    plot_matches,
-    plot_parents,
-    plot_similarity,
-    plot_verification,
     to_svg,
 )
+from .figures.style import DARK, LIGHT, theme
 from .words import (
+    MOST_GROUPS,
+    RATED,
+    caution,
     describe_family,
+    describe_groups,
+    describe_sample,
     explain,
     explain_further,
     explain_parent,
-    explain_rule,
     explain_saving,
     format_ratio,
     name_sources,
@@ -62,8 +67,9 @@ VERDICTS = {
 MEANINGS = (
     (
         "Confidence",
-        "How probable the verdict is by its evidence, as fitted to models of known history. It is never near 100 % for "
-        "NATIVE: a model whose experts were all re-initialised looks the same.",
+        "How probable the verdict is by its evidence, as fitted to hundreds of tiny models of known history, of up to "
+        "128 dimensions. On large ones it has not been measured. It is never near 100 % for NATIVE: a model whose "
+        "experts were all re-initialised looks the same.",
     ),
     (
         "Neurons shared",
@@ -86,11 +92,6 @@ MEANINGS = (
         "Cosine",
         "The mean over all pairs of experts of the cosine between their flattened down projections, ± its standard "
         "deviation; it compares neurons by their position.",
-    ),
-    (
-        "By rank",
-        "The rule of the first measurements: upcycled below 5 % gate rank and above a cosine of 0.25, native above "
-        "50 % and below 0.10; its percentage is a score, not a rate.",
     ),
     (
         "Bits saved",
@@ -119,10 +120,10 @@ MEANINGS = (
 
 
 class Picture(NamedTuple):
-    """A figure as inline SVG, and its main numbers in words."""
+    """Panels as inline SVG, which belong together, and in words what they show and their main numbers."""
 
     title: str
-    svg: str
+    panels: list[str]
     numbers: str
 
 
@@ -157,20 +158,22 @@ def show_estimate(report: MoEOverlayEstimate) -> str:
 
 def _render(report: Shown, command: str | None, whole: bool) -> str:
     if isinstance(report, MoEWeightsVerification):
-        template, shown = "verification.html", _show_conversion(report)
+        template, shown = "verification.html", _show_conversion(report, whole)
     else:
-        template, shown = "page.html", _show_analyses(report)
+        template, shown = "page.html", _show_analyses(report, whole)
     return _template(template).render(
         whole=whole,
         command=command,
         data=report.model_dump(mode="json"),
         version=__version__,
+        light=theme(LIGHT),
+        dark=theme(DARK),
         **shown,
     )
 
 
-def _show_conversion(report: MoEWeightsVerification) -> dict[str, Any]:
-    """What the page of a verified conversion shows."""
+def _show_conversion(report: MoEWeightsVerification, whole: bool) -> dict[str, Any]:
+    """What the page of a verified conversion shows, as a whole or in a notebook."""
     facts_of = [
         ("Original", verdicts.identify_original(report)),
         ("Family", describe_family(report)),
@@ -185,30 +188,33 @@ def _show_conversion(report: MoEWeightsVerification) -> dict[str, Any]:
         "facts": facts_of,
         "faults": verdicts.list_faults(report),
         "errors": verdicts.list_errors(report),
-        "pictures": _picture_errors(report),
+        "pictures": _picture_errors(report, whole),
         "meanings": verdicts.MEANINGS,
     }
 
 
-def _picture_errors(report: MoEWeightsVerification) -> list[Picture]:
+def _picture_errors(report: MoEWeightsVerification, themed: bool) -> list[Picture]:
     """The heat map; none where nothing was compared, or matplotlib is not installed."""
     try:
         if not report.layers:
             return []
-        return [Picture("Errors by expert", to_svg(plot_verification(report)), verdicts.describe_heat(report))]
+        return [
+            Picture("Errors by expert", [to_svg(draw_verification(report), themed)], verdicts.describe_heat(report))
+        ]
     except ImportError:
         return []
 
 
-def _show_analyses(report: MoETypeAnalysis | MoETypeComparison) -> dict[str, Any]:
-    """What the page of one analysis or of several shows."""
+def _show_analyses(report: MoETypeAnalysis | MoETypeComparison, whole: bool) -> dict[str, Any]:
+    """What the page of one analysis or of several shows, as a whole or in a notebook."""
     models = report.models if isinstance(report, MoETypeComparison) else (report,)
     return {
         "models": models,
-        "verdicts": [(model, _verdict(model), explain(model), _facts(model)) for model in models],
+        "verdicts": [(model, _verdict(model), explain(model), caution(model), _facts(model)) for model in models],
+        "rated": RATED,
         "headline": _headline(models[0]) if len(models) == 1 else [],
         "evidence": facts.compare(models),
-        "pictures": _pictures(report),
+        "pictures": _pictures(report, whole),
         "tables": [table for model in models for table in _tables(model)],
         "expert_tables": [
             (f"{model.model}, layer {layer.layer}", facts.list_expert_ranks(layer))
@@ -235,6 +241,7 @@ def _template(name: str) -> "Template":
     environment.policies["json.dumps_kwargs"] = {
         "ensure_ascii": False
     }  # which also keeps the keys in the report's order
+    environment.filters["glue"] = lambda text: str(text).replace(" %", "\u00a0%")  # a number and its sign stay together
     return environment.get_template(name)
 
 
@@ -251,19 +258,15 @@ def _tables(model: MoETypeAnalysis) -> list[facts.Table]:
 
 
 def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
-    lineage, layers = model.layers[0].lineage, format_ranges([layer.layer for layer in model.layers])
-    looked_for = lineage.sharing.neurons
+    layers, groups = format_ranges([layer.layer for layer in model.layers]), describe_groups(model, MOST_GROUPS)
     return [
         *([("Revision", model.revision)] if model.revision else []),
         ("Family", describe_family(model)),
         ("Layers", f"{layers}, of {len(model.moe_layers)} with experts"),
-        (
-            "Sampled",
-            f"in each layer, spectra of {len(lineage.experts)} experts, and {looked_for:,} neurons of all experts",
-        ),
+        ("Sample", describe_sample(model)),
+        *([("Groups", groups)] if groups else []),
         *([("Further", explain_further(model))] if model.further_layers else []),
         *([("Parent", explain_parent(model))] if model.parent else []),
-        ("By rank", explain_rule(model)),
         *([("Sharing", saving)] if (saving := explain_saving(model)) else []),
         *(("Note", note) for note in model.notes),
     ]
@@ -292,25 +295,28 @@ def _headline(model: MoETypeAnalysis) -> list[tuple[str, str, str]]:
     ]
 
 
-def _pictures(report: MoETypeAnalysis | MoETypeComparison) -> list[Picture]:
-    """The figures; none where matplotlib is not installed."""
+def _pictures(report: MoETypeAnalysis | MoETypeComparison, themed: bool) -> list[Picture]:
+    """The figures, that which decides first; none where matplotlib is not installed."""
 
-    def draw(title: str, figure: "Figure", numbers: str) -> Picture:
-        return Picture(title, to_svg(figure), numbers)
+    def draw(title: str, figures: "Sequence[Figure]", numbers: str) -> Picture:
+        return Picture(title, [to_svg(figure, themed) for figure in figures], numbers)
 
     try:
         if isinstance(report, MoETypeComparison):
-            return [draw("The models compared", plot_comparison(report), _describe_comparison(report))]
+            models = report.models
+            return [
+                draw("Neurons, cosines and ranks", draw_measures(models), _describe_comparison(report)),
+                draw("Deltas, first layers", draw_decays_of_models(models), DECAYS),
+            ]
         first = report.layers[0]
         pictures = [
-            draw(f"Neurons, layer {first.layer}", plot_matches(first), _describe_matches(first)),
-            draw(f"Experts, layer {first.layer}", plot_similarity(first), _describe_similarity(first)),
-            draw(f"Deltas, layer {first.layer}", plot_decay(first), _describe_decay(first)),
+            draw(f"Neurons, layer {first.layer}", draw_layer(first), _describe_layer(first)),
+            draw(f"Deltas, layer {first.layer}", draw_decays(first), _describe_decay(first)),
         ]
         if len(report.layers) > 1:
-            pictures.append(draw("From layer to layer", plot_depth(report), _describe_depth(report)))
+            pictures.append(draw("From layer to layer", draw_depth(report), _describe_depth(report)))
         if report.parent:
-            pictures.append(draw("The parent's layers", plot_parents(report), _describe_parents(report)))
+            pictures.append(draw("The parent's layers", draw_parents(report), _describe_parents(report)))
         return pictures
     except ImportError:
         return []
@@ -322,13 +328,17 @@ def _format_range(values: Sequence[float], write: Callable[[float], str]) -> str
     return f"{low} everywhere" if low == high else f"from {low} to {high}"
 
 
-def _describe_matches(layer: LayerAnalysis) -> str:
+def _describe_layer(layer: LayerAnalysis) -> str:
     lineage, matches = layer.lineage, layer.lineage.matches
+    cosines = [cosine for i, row in enumerate(layer.similarity.cosine) for cosine in row[:i]]
+    pairs = [share for i, row in enumerate(lineage.sharing.pairs) for j, share in enumerate(row) if i != j]
     return (
-        f"Cosines of {sum(matches.nearest)} neurons with the nearest one of their expert's best partner, half above "
-        f"{_median(matches.nearest):.2f}, and with the second nearest, half above {_median(matches.runner_up):.2f}. "
-        f"{percent(lineage.sharing.shared)} of an expert's neurons are shared with its best partner, "
-        f"{percent(lineage.sharing.strong)} strongly."
+        f"The share of one expert's neurons that another has, {_format_range(pairs, percent)}; the colour turns at "
+        f"10 %, where a verdict of UPCYCLED begins. With its best partner an expert shares "
+        f"{percent(lineage.sharing.shared)}, strongly {percent(lineage.sharing.strong)}. Of {sum(matches.nearest):,} "
+        f"neurons, half have a cosine above {_median(matches.nearest):.2f} with the nearest one there, and half above "
+        f"{_median(matches.runner_up):.2f} with the second nearest, which is chance. Cosines between the down "
+        f"projections of {len(layer.similarity.experts)} experts: {_format_range(cosines, '{:.3f}'.format)}."
     )
 
 
@@ -336,16 +346,6 @@ def _median(counts: Sequence[int]) -> float:
     """The median of cosines that were counted in equal bins from -1 to 1, down to a bin."""
     cumulated = list(accumulate(counts))
     return 2 * bisect_left(cumulated, cumulated[-1] / 2) / len(counts) - 1
-
-
-def _describe_similarity(layer: LayerAnalysis) -> str:
-    cosines = [cosine for i, row in enumerate(layer.similarity.cosine) for cosine in row[:i]]
-    pairs = [share for i, row in enumerate(layer.lineage.sharing.pairs) for j, share in enumerate(row) if i != j]
-    return (
-        f"Cosines between the down projections of {len(layer.similarity.experts)} experts, "
-        f"{_format_range(cosines, '{:.3f}'.format)}; the share of one expert's neurons that another has, "
-        f"{_format_range(pairs, percent)}."
-    )
 
 
 def _describe_decay(layer: LayerAnalysis) -> str:
@@ -379,6 +379,12 @@ def _describe_parents(model: MoETypeAnalysis) -> str:
         parts.append(f"layer {number}: {percent(match.kept)} of the neurons found{where} ({searched}){attention}")
     listing = "; ".join(parts)
     return f"{listing}{'; and so on' if len(matches) > MOST_DESCRIBED else ''}."
+
+
+DECAYS = (
+    "Singular values of the deltas (expert minus mean of all experts) over their root mean square, by rank; broad and "
+    "pale: of noise of the same shape. Colours and marks are those of the models above."
+)
 
 
 def _describe_comparison(comparison: MoETypeComparison) -> str:

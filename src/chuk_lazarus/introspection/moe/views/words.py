@@ -16,6 +16,7 @@ from ..provenance.classifier import (
     has_strong,
     is_alike_in_place,
     is_from_parent,
+    looks_untrained,
 )
 from ..reports import (
     Cosine,
@@ -26,10 +27,13 @@ from ..reports import (
     ParentMatch,
     Projection,
     QuickLayer,
+    SurveyAnswer,
 )
-from ..text import format_bytes, format_groups, format_ranges, percent
+from ..text import format_bytes, format_groups, format_ranges, percent, whole_percent
 
 MOST_MOVED = 8  # layers that a sentence names
+MOST_GROUPS = 8  # groups of experts that it names
+ALIKE = 0.5  # the cosine from which on a picture shows experts as alike
 
 
 def identify(report: Identity) -> str:
@@ -53,9 +57,14 @@ def count_noun(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def format_confidence(report: MoETypeAnalysis | MoEQuickAnalysis) -> str:
-    """What follows a verdict, for instance " (93% confidence)"; nothing where there is none."""
-    return "" if report.type == "UNDETERMINED" else f" ({report.confidence:.0%} confidence)"
+RATED = "as measured on tiny models"
+"""What stands beside every confidence: on which models it was right so often."""
+
+
+def format_confidence(report: MoETypeAnalysis | MoEQuickAnalysis | SurveyAnswer) -> str:
+    """What follows a verdict, for instance " (93% confidence, as measured on tiny models)"; nothing where there is
+    none."""
+    return "" if report.type == "UNDETERMINED" else f" ({report.confidence:.0%} confidence, {RATED})"
 
 
 def format_rank(projection: Projection) -> str:
@@ -144,8 +153,85 @@ def explain(analysis: MoETypeAnalysis) -> str:
         case "NATIVE":
             if alike_in_place and not twins:
                 return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
-            return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
+            return f"{evidence}: each expert has neurons of its own."
     return f"{evidence}{_explain_doubt(analysis)}"
+
+
+def caution(analysis: MoETypeAnalysis) -> str:
+    """What else looks like this, and what in the evidence seems to contradict the verdict; "" where nothing does."""
+    layers = analysis.layers
+    said = []
+    noise = [looks_untrained(layer.projections, layer.lineage.sharing, analysis.experts) for layer in layers]
+    if analysis.type != "UPCYCLED" and all(noise):
+        said.append("The experts can't be told from random numbers: the model may not have been trained yet.")
+    if analysis.type == "NATIVE" and not analysis.parent:
+        said.append(
+            "Experts that were all re-initialised look the same, as does a dense layer that was cut up; --parent tells "
+            "them apart."
+        )
+    if analysis.type == "UPCYCLED" and not analysis.parent:
+        said.append("A native model that was grown by duplicating its experts looks the same.")
+    if others := [layer for layer in layers if layer.type != analysis.type]:
+        named = "; ".join(
+            f"{name_layers([layer.layer for layer in others if layer.type == origin])} {origin}"
+            for origin in dict.fromkeys(layer.type for layer in others)
+        )
+        said.append(f"Not every layer says so alone: {named}.")
+    if analysis.type == "NATIVE":
+        said += _explain_blocks(analysis)
+    return " ".join(said)
+
+
+def _explain_blocks(analysis: MoETypeAnalysis) -> list[str]:
+    """What a picture of native experts may show bright: pairs that are alike."""
+    twins = {layer.layer: layer.lineage.sharing.twins for layer in analysis.layers if layer.lineage.sharing.twins}
+    if twins:
+        named = "; ".join(f"layer {number}: {_list_groups(groups)}" for number, groups in twins.items())
+        return [f"Some experts are copies of each other: {named}."]
+    pairs = [(i, j) for i in range(analysis.experts) for j in range(i)]
+    shared = [row for layer in analysis.layers for row in layer.lineage.sharing.pairs]
+    most = max((share for row in shared for share in row), default=0.0)
+    cosines = [layer.similarity.cosine for layer in analysis.layers]
+    nearest = max((rows[i][j] for rows in cosines for i, j in pairs if i < len(rows)), default=0.0)
+    said = []
+    if most >= LINEAGE.upcycled:
+        said.append(
+            f"Some pairs of experts share more neurons than independent ones do (up to {whole_percent(most)}); "
+            "they are too few to decide."
+        )
+    if nearest >= ALIKE:
+        said.append(f"Some experts are alike in place (a cosine of up to {nearest:.2f}), and share no neurons.")
+    return said
+
+
+def describe_groups(analysis: MoETypeAnalysis, most: int | None = None) -> str:
+    """Which experts share neurons only among themselves, layer by layer; "" where all experts are one group, or none.
+
+    Up to `most` groups of a layer are named.
+    """
+    said = []
+    for layer in analysis.layers:
+        groups = layer.lineage.sharing.groups
+        if not groups or (len(groups) == 1 and len(groups[0]) == analysis.experts):
+            continue
+        shown = groups[:most]
+        more = f" and {count_noun(len(groups) - len(shown), 'more group')}" if len(groups) > len(shown) else ""
+        said.append(f"layer {layer.layer}, {count_noun(len(groups), 'group')}: {_list_groups(shown)}{more}")
+    return "; ".join(said)
+
+
+def _list_groups(groups: Sequence[Sequence[int]]) -> str:
+    """For instance "experts 0-3 | 4-7"."""
+    return f"experts {' | '.join(map(format_ranges, groups))}"
+
+
+def describe_sample(analysis: MoETypeAnalysis) -> str:
+    """How many of the experts were looked at, and for what."""
+    lineage = analysis.layers[0].lineage
+    of = "" if len(lineage.experts) == analysis.experts else f" of {analysis.experts}"
+    neurons = f"{lineage.sharing.neurons:,} neurons of all {count_noun(analysis.experts, 'expert')}"
+    each = " in each layer" if len(analysis.layers) > 1 else ""
+    return f"{neurons}; spectra of {'all ' if not of else ''}{len(lineage.experts)}{of}{each}"
 
 
 def _explain_doubt(analysis: MoETypeAnalysis) -> str:

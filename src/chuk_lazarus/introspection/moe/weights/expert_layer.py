@@ -13,9 +13,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ModelUnreadable, UnknownFormat
+from ..arguments import whole_number
+from ..errors import InvalidRequest, ModelUnreadable, UnknownFormat
 from ..progress import Progress
 from ..terms import ROLES
+from ..text import format_ranges
 from .checkpoint import Checkpoint, TensorInfo
 from .codecs import PARTS, PRE_QUANT_SCALE, Grid, OtherInputs, Stored, plain
 from .codecs.fp8 import UNSCALED
@@ -113,6 +115,24 @@ class ExpertLayer:
         self._checkpoint = checkpoint
         self._match = match
         self._config = config
+
+    def __repr__(self) -> str:
+        """For instance "ExpertLayer(0, 8 experts, gate and up 128 x 64)"."""
+        sizes = self.sizes
+        inner = " and ".join(role for role in self.roles if role != "down")
+        return f"ExpertLayer({self.number}, {sizes['E']} experts, {inner} {sizes['I']} x {sizes['H']})"
+
+    def __len__(self) -> int:
+        """The number of experts."""
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[np.float32]]]:
+        """The matrices of each expert in turn, as `matrices` gives them."""
+        return map(self.matrices, range(self.count))
+
+    def __bool__(self) -> bool:
+        """True, without a look at the file."""
+        return True
 
     @property
     def layout(self) -> Layout:
@@ -267,12 +287,25 @@ class ExpertLayer:
         self._checkpoint.prefetch(ranges, progress)
 
     def matrices(self, expert: int) -> dict[str, NDArray[np.float32]]:
-        """The matrices of one expert by role, float32 in canonical form."""
+        """The matrices of one expert by role, float32 in canonical form; raises InvalidRequest for no such expert."""
+        expert = self._choose(expert)
         return {role: matrix for tensor in self.tensors for role, matrix in tensor.matrices(expert).items()}
 
     def biases(self, expert: int) -> dict[str, NDArray[np.float32]]:
-        """The bias vectors of one expert by role, float32 [out]; {} where the experts have none."""
+        """The bias vectors of one expert by role, float32 [out]; {} where the experts have none.
+
+        Raises InvalidRequest for no such expert.
+        """
+        expert = self._choose(expert)
         return {role: bias for tensor in self.tensors for role, bias in tensor.biases(expert).items()}
+
+    def _choose(self, expert: int) -> int:
+        """The number of an expert that is there."""
+        hint = f"the experts are {format_ranges(range(self.count))}"
+        number = whole_number(expert, "the expert", hint)
+        if not 0 <= number < self.count:
+            raise InvalidRequest(f"layer {self.number} has no expert {number}", hint)
+        return number
 
     def router(self) -> Router | None:
         """The layer's router; None where we find none whose shapes fit the experts."""

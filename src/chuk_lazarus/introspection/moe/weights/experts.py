@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from ..arguments import ModelName, layer_number, layer_numbers, model_name, whole_number
 from ..errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat, printable
 from ..terms import OVERLAY_CONFIG
 from ..text import format_ranges
@@ -37,6 +38,12 @@ class Experts:
     names, or the norms of the weights; None where each has its own tensor.
 
     Raises InvalidRequest, NotMoE, UnknownFormat or ModelUnreadable.
+
+    >>> experts = Experts.open("demo:native")
+    >>> len(experts), experts.layer(0)
+    (2, ExpertLayer(0, 8 experts, gate and up 128 x 64))
+    >>> experts.layer(0).matrices(3)["down"].shape
+    (64, 128)
     """
 
     def __init__(
@@ -93,10 +100,22 @@ class Experts:
         return [name for name in unmatched if name not in set(heads)] if heads else unmatched
 
     @classmethod
-    def open(cls, model: str, kind: Kind = "routed", damaged: bool = False) -> "Experts":
+    def open(cls, model: ModelName, kind: Kind = "routed", damaged: bool = False) -> "Experts":
         """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`, each perhaps followed by `#STACK`."""
-        name, stack = split_model(model)
+        name, stack = split_model(model_name(model))
         return cls(Checkpoint(find_repository(name)), kind, stack, damaged)
+
+    def __repr__(self) -> str:
+        """For instance "Experts('org/name', mixtral, layers 0-31)"; nothing is read for it."""
+        return f"Experts({self.checkpoint.repository.name!r}, {self.family}, layers {format_ranges(self.layers)})"
+
+    def __len__(self) -> int:
+        """The number of layers that have these experts; those for multi-token prediction are not counted."""
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[ExpertLayer]:
+        """The layers in their order."""
+        return map(self.layer, self.layers)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -123,6 +142,7 @@ class Experts:
 
     def layer(self, number: int) -> ExpertLayer:
         """One MoE layer; for any other number raises InvalidRequest, which lists the MoE layers."""
+        number = whole_number(number, "the layer", f"the MoE layers are {format_ranges(self.layers)}")
         if number not in self._match.layers:
             raise InvalidRequest(
                 f"layer {number} is not an MoE layer", f"the MoE layers are {format_ranges(self.layers)}"
@@ -135,6 +155,7 @@ class Experts:
         `layers` are numbers, or a string such as "0,5,10", "0-23/6" or "all". Raises InvalidRequest, which lists the
         MoE layers, for any other layer; also where `layer` and `layers` are both given, or `layers` is empty.
         """
+        layer, layers = layer_number(layer), layer_numbers(layers)
         if layer is not None and layers is not None:
             raise InvalidRequest("both layer and layers are given", "give one of the two")
         if layers == "all":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from ...errors import InvalidRequest
 from ...reports import MoEOverlayEstimate
 from ...text import format_bytes
 from ..words import identify, name_layers
-from .style import COLORS, GREY, STYLES, finish, format_share, new_figure, styled
+from .style import figure_of, finish, format_share, given_panels, needs_style, new_figure, palette
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,15 @@ MOST_BITS = 9.0  # right of which nothing is drawn
 GAP = 0.062  # between two labels, as a share of the height
 
 
-@styled()
-def plot_estimate(estimate: MoEOverlayEstimate, command: str | None = None) -> "Figure":
+@needs_style
+def plot_estimate(
+    estimate: MoEOverlayEstimate,
+    command: str | None = None,
+    *,
+    ax: Any = None,
+    caption: bool = False,
+    dark: bool = False,
+) -> "Figure":
     """The weight error that bits buy: in codes with and without a base, quantised, of low rank, and at best.
 
     Errors are relative Frobenius norms, root mean squares over the measured layers. Raises InvalidRequest for a report
@@ -40,11 +47,18 @@ def plot_estimate(estimate: MoEOverlayEstimate, command: str | None = None) -> "
     """
     if not estimate.ladder:
         raise InvalidRequest("the estimate is of an earlier version, and has no ladder", "make it again")
-    figure = new_figure(4.2, "What bits buy")
+    if ax is not None:
+        panels = given_panels(ax, 1)
+        _paint_ladder(panels[0], estimate)
+        return figure_of(panels)
+    figure = new_figure(4.2, "What bits buy" if caption else "")
     _paint_ladder(figure.subplots(), estimate)
+    if not caption:
+        return finish(figure)
     source = f"{identify(estimate)}, {name_layers(estimate.layers_measured)}"
     star = f" Star: {estimate.rule}." if _bits(estimate, estimate.overlay_bytes) <= MOST_BITS else ""
-    return finish(figure, f"{ESTIMATE}{star} What pays: {estimate.advice}.", [source], command)
+    text = f"{ESTIMATE}{star} What pays: {estimate.advice}."
+    return finish(figure, [text, source, *([command] if command else [])])
 
 
 def _paint_ladder(ax: "Axes", estimate: MoEOverlayEstimate) -> None:
@@ -54,7 +68,7 @@ def _paint_ladder(ax: "Axes", estimate: MoEOverlayEstimate) -> None:
     bits = [row.bits for row in rows]
     ends: list[tuple[float, str, str]] = []
     drawn: list[float] = []
-    for (name, label), (color, dash, marker) in zip(WAYS.items(), STYLES, strict=False):
+    for (name, label), (color, dash, marker) in zip(WAYS.items(), palette().styles, strict=False):
         errors = [nan if getattr(row, name) is None else getattr(row, name) for row in rows]
         if name == "coded" and all(row.coded == row.plain for row in rows):
             continue  # no base pays
@@ -62,16 +76,20 @@ def _paint_ladder(ax: "Axes", estimate: MoEOverlayEstimate) -> None:
         ax.plot(bits, errors, color=color, linestyle=dash, marker=marker, label=label)
         ends.append((errors[-1], label, color))
     bound = [row.bound for row in rows]
-    ax.plot(bits, bound, color=GREY, linewidth=3, alpha=0.5, label="bound")
-    ends.append((bound[-1], "bound", GREY))
+    ax.plot(bits, bound, color=palette().grey, linewidth=3, alpha=0.5, label="bound")
+    ends.append((bound[-1], "bound", palette().grey))
     drawn += bound
     stored, chosen = _bits(estimate, estimate.stored_bytes), _bits(estimate, estimate.overlay_bytes)
     if chosen <= MOST_BITS:
-        ax.plot(chosen, estimate.weight_error, "*", color=COLORS[-1], markersize=11, label="estimate", zorder=3)
+        ax.plot(
+            chosen, estimate.weight_error, "*", color=palette().colors[-1], markersize=11, label="estimate", zorder=3
+        )
         drawn.append(estimate.weight_error)
     if stored <= MOST_BITS:
-        ax.axvline(stored, color=GREY, linewidth=1.2, linestyle=":", label="as stored")
-        ax.annotate("as stored", (stored, 0.02), (3, 0), ("data", "axes fraction"), "offset points", color=GREY)
+        ax.axvline(stored, color=palette().grey, linewidth=1.2, linestyle=":", label="as stored")
+        ax.annotate(
+            "as stored", (stored, 0.02), (3, 0), ("data", "axes fraction"), "offset points", color=palette().grey
+        )
     ax.set_xscale("log", base=2)
     ax.set_xlim(0.95 * bits[0], 1.03 * max(bits[-1], stored if stored <= MOST_BITS else 0.0))
     ax.xaxis.set_major_locator(FixedLocator(bits))

@@ -7,15 +7,19 @@ dash or marker, too. Figures are made without pyplot, so any thread can make the
 import hashlib
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from functools import partial, wraps
 from io import BytesIO
 from math import ceil
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from xml.etree import ElementTree
+
+import numpy as np
 
 from ...errors import InvalidRequest, printable
 from ...files import write_file
@@ -29,29 +33,81 @@ ENDINGS = (".png", ".svg", ".pdf")
 WIDTH = 7.5  # inches: the width of a page, so that type is printed at its nominal size
 PAD = 0.08  # inches around panels
 SMALL = 8  # points, the smallest type
-GREY, DARK = "#767676", "#404040"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-STYLES = [(COLORS[i % 7], ("-", "--", "-.", ":")[i % 4], "os^DvPX*"[i % 8]) for i in range(56)]  # no two alike
-ROLE_STYLES = dict(zip(ROLES, STYLES, strict=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Palette:
+    """The colours of text and axes, of what is beside the point (`grey`), of grid lines, of the ground, and of lines.
+
+    No two are the same, so that a page can put others in their place.
+    """
+
+    ink: str
+    dark: str
+    grey: str
+    edge: str
+    grid: str
+    ground: str
+    colors: tuple[str, ...]
+
+    @property
+    def styles(self) -> list[tuple[str, str, str]]:
+        """Colour, dash and marker of 56 lines, no two alike."""
+        return [(self.colors[i % 7], ("-", "--", "-.", ":")[i % 4], "os^DvPX*"[i % 8]) for i in range(56)]
+
+    @property
+    def role_styles(self) -> dict[str, tuple[str, str, str]]:
+        """Those of the three projections."""
+        return dict(zip(ROLES, self.styles, strict=False))
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Each colour by a name of its own."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "colors"}
+        return plain | {f"line-{number}": color for number, color in enumerate(self.colors)}
+
+
+LIGHT = Palette(
+    ink="#1a1b1d",
+    dark="#404040",
+    grey="#767676",
+    edge="#777777",
+    grid="#e4e4e4",
+    ground="#ffffff",
+    colors=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000"),
+)
+DARK = Palette(
+    ink="#e6e6e3",
+    dark="#c4c4c0",
+    grey="#9a9a97",
+    edge="#8a8a88",
+    grid="#34373b",
+    ground="#17191c",
+    colors=("#4fa8e0", "#f28a4b", "#2fc496", "#e0a0c6", "#9ad6f8", "#f3c04f", "#f6f6f4"),
+)
+_palette: ContextVar[Palette] = ContextVar("palette", default=LIGHT)
+
+
+def palette() -> Palette:
+    """The colours of the figure that is being drawn."""
+    return _palette.get()
+
+
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.labelsize": SMALL,
-    "axes.edgecolor": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "xtick.labelsize": SMALL,
     "ytick.labelsize": SMALL,
-    "xtick.color": DARK,
-    "ytick.color": DARK,
     "legend.fontsize": SMALL,
     "legend.edgecolor": "none",
     "legend.handletextpad": 0.5,
@@ -65,14 +121,49 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 _lock = RLock()
 
+Plot = TypeVar("Plot", bound=Callable[..., Any])
+
+
+def _colors(chosen: Palette) -> dict[str, str]:
+    """Matplotlib's settings of a palette."""
+    return {
+        "text.color": chosen.ink,
+        "axes.labelcolor": chosen.ink,
+        "axes.titlecolor": chosen.ink,
+        "axes.edgecolor": chosen.edge,
+        "xtick.color": chosen.dark,
+        "ytick.color": chosen.dark,
+        "grid.color": chosen.grid,
+        "figure.facecolor": chosen.ground,
+        "axes.facecolor": chosen.ground,
+        "legend.facecolor": chosen.ground,
+        "savefig.facecolor": "auto",
+    }
+
 
 @contextmanager
-def styled() -> Iterator[None]:
+def styled(dark: bool = False) -> Iterator[None]:
     """Our style alone, in one thread at a time, since matplotlib's settings belong to the process."""
     from matplotlib import style
 
-    with _lock, style.context(["default", STYLE]):
-        yield
+    chosen = DARK if dark else LIGHT
+    with _lock, style.context(["default", STYLE, _colors(chosen)]):
+        token = _palette.set(chosen)
+        try:
+            yield
+        finally:
+            _palette.reset(token)
+
+
+def needs_style(plot: Plot) -> Plot:
+    """Let a function draw in our style, dark where its argument `dark` says so."""
+
+    @wraps(plot)
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        with styled(bool(options.get("dark"))):
+            return plot(*arguments, **options)
+
+    return cast(Plot, drawn)
 
 
 def save(figure: "Figure", path: str | Path) -> None:
@@ -94,10 +185,11 @@ def save(figure: "Figure", path: str | Path) -> None:
         raise InvalidRequest(f"can't write '{path}': {error.strerror}") from None
 
 
-def to_svg(figure: "Figure") -> str:
+def to_svg(figure: "Figure", themed: bool = False) -> str:
     """A figure as one `<svg>` element, for a page or a file: text as text, and no reference to other files.
 
-    Ids begin with a digest of the figure, so that those of several figures on a page do not clash.
+    Ids begin with a digest of the figure, so that those of several figures on a page do not clash. The colours of a
+    `themed` one, which must be a light figure, are those of the page's `theme`.
     """
     file = _render(figure, "svg", dict.fromkeys(("Creator", "Date", "Format", "Type")))
     root = ElementTree.fromstring(file)
@@ -119,9 +211,22 @@ def to_svg(figure: "Figure") -> str:
                     element.set("id", prefix + value)
             else:
                 element.set(name, re.sub(r"#([\w-]+)", lambda m: f"#{prefix * (m[1] in ids)}{m[1]}", value))
+        if themed and (look := element.get("style")):
+            element.set("style", re.sub(r"#[0-9a-f]{6}\b", _as_variable, look))
     # matplotlib sets these two in a style sheet for "*", which would hold for the whole page
     root.attrib |= {"xmlns": SVG, "xmlns:xlink": XLINK, "stroke-linejoin": "round", "stroke-linecap": "butt"}
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _as_variable(color: re.Match[str]) -> str:
+    """The variable of a page that has this colour; other colours as they are."""
+    named = {value: f"var(--{name})" for name, value in LIGHT.named.items()}
+    return named.get(color[0], color[0])
+
+
+def theme(chosen: Palette) -> str:
+    """The declarations of a page's style sheet that give `themed` figures these colours."""
+    return " ".join(f"--{name}: {color};" for name, color in chosen.named.items())
 
 
 @styled()
@@ -132,27 +237,30 @@ def _render(figure: "Figure", kind: str, metadata: Mapping[str, None]) -> bytes:
     return file.getvalue()
 
 
-def new_figure(height: float, title: str) -> "Figure":
+def new_figure(height: float, title: str = "", width: float = WIDTH) -> "Figure":
     """A figure whose panels get `height` inches; the title is added to that here, the caption by `finish`."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    wrapped = wrap(title, WIDTH - 2 * PAD, 11)
+    wrapped = wrap(title, width - 2 * PAD, 11)
     height += wrapped.count("\n") * 1.2 * 11 / 72
-    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=PAD, h_pad=PAD))
-    figure.suptitle(wrapped, x=PAD / WIDTH, ha="left", fontsize=11, fontweight="bold")
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=PAD, h_pad=PAD))
+    if wrapped:
+        figure.suptitle(wrapped, x=PAD / width, ha="left", fontsize=11, fontweight="bold")
     figure._repr_svg_ = partial(to_svg, figure)  # type: ignore[attr-defined]  # what a notebook calls
     return figure
 
 
-def finish(figure: "Figure", text: str, source: Sequence[str], command: str | None) -> "Figure":
-    """The figure with its caption: what it shows, of which model and layers, and the command that made it."""
+def finish(figure: "Figure", caption: Sequence[str] = ()) -> "Figure":
+    """The figure, laid out, with its caption below."""
     from matplotlib.axes import Axes
 
-    caption = wrap("\n".join([text, *source, *([command] if command else [])]), WIDTH - 2 * PAD)
-    lines = caption.count("\n") + 1
-    figure.supxlabel(caption, x=PAD / WIDTH, ha="left", fontsize=SMALL, color=DARK, linespacing=1.3)
-    figure.set_figheight(figure.get_figheight() + lines * 1.3 * SMALL / 72)
+    width = figure.get_figwidth()
+    if caption:
+        text = wrap("\n".join(caption), width - 2 * PAD)
+        lines = text.count("\n") + 1
+        figure.supxlabel(text, x=PAD / width, ha="left", fontsize=SMALL, color=palette().dark, linespacing=1.3)
+        figure.set_figheight(figure.get_figheight() + lines * 1.3 * SMALL / 72)
     for ax in figure.findobj(Axes):
         ax.tick_params(labelsize=SMALL)  # the number of ticks must not depend on the program that draws it
     figure.draw_without_rendering()
@@ -186,6 +294,30 @@ def wrap(text: str, inches: float, points: float = SMALL) -> str:
 def format_share(value: float, _place: object = None) -> str:
     """A tick of a scale of shares: "0.5 %"."""
     return f"{100 * value:.4g} %"
+
+
+def given_panels(ax: Any, count: int) -> "list[Axes]":
+    """The panels that a caller gives to draw on: one, for the panel that decides, or all `count`.
+
+    Raises InvalidRequest for another number, and for what is no Axes.
+    """
+    from matplotlib.axes import Axes
+
+    panels = list(np.ravel(np.asarray(ax, dtype=object)))
+    if not all(isinstance(panel, Axes) for panel in panels):
+        raise InvalidRequest(
+            f"ax is {type(ax).__name__}, and no Axes of matplotlib", "give what plt.subplots() returns"
+        )
+    if len(panels) not in (1, count):
+        many = f"1 or {count}" if count > 1 else "1"
+        raise InvalidRequest(f"there are {len(panels)} axes, and the figure has {count} panels", f"give {many}")
+    return panels
+
+
+def figure_of(panels: "Sequence[Axes]") -> "Figure":
+    """The figure that panels are in."""
+    figure: Any = panels[0].figure
+    return cast("Figure", figure)
 
 
 def add_panels(figure: "Figure", place: Any, count: int) -> list["Axes"]:

@@ -6,6 +6,11 @@ from ...reports import MoEQuickAnalysis, MoETypeAnalysis, MoETypeComparison
 from ...text import format_bytes, percent
 from .. import facts
 from ..words import (
+    MOST_GROUPS,
+    RATED,
+    caution,
+    describe_groups,
+    describe_sample,
     explain,
     explain_full_analysis,
     explain_further,
@@ -39,11 +44,13 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
     verdict: list[Fact] = [
         *identity_facts(analysis),
         ("Layers" if many else "Layer", ", ".join(str(layer.layer) for layer in analysis.layers)),
+        ("Sample", describe_sample(analysis)),
         ("Type", paint_verdict(analysis)),
         ("Why", explain(analysis)),
         *([("Further", explain_further(analysis))] if analysis.further_layers else []),
         *([("Parent", explain_parent(analysis))] if analysis.parent else []),
-        ("By rank", explain_rule(analysis)),
+        *([("Groups", groups)] if (groups := describe_groups(analysis, MOST_GROUPS)) else []),
+        *([("Caveat", caveat)] if (caveat := caution(analysis)) else []),
     ]
     stored, overlay = format_bytes(analysis.stored_bytes), format_bytes(analysis.overlay_bytes)
     saving = explain_saving(analysis)
@@ -96,7 +103,8 @@ def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
     rows = [
         [
             str(layer.layer),
-            f"{layer.neurons:,} of {len(layer.experts)} experts",
+            f"{len(layer.experts)} of {report.experts}",
+            f"{layer.neurons:,}",
             percent(layer.part),
             percent(layer.reach),
             percent(layer.shared),
@@ -105,17 +113,20 @@ def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
         ]
         for layer in report.layers
     ]
-    table = draw_table(["Layer", "Neurons", "Part", "Reach", "Shared", "Strongly", "In place"], rows)
+    table = draw_table(["Layer", "Experts", "Neurons", "Part", "Reach", "Shared", "Strongly", "In place"], rows)
     read = f"{format_bytes(report.weight_bytes)} of the experts' {format_bytes(report.stored_bytes)}"
     cost = [("Read", f"{read}, {100 * report.share:.2g} %"), ("Surer", explain_full_analysis(report))]
     return stack("MOE TYPE, QUICKLY", draw_facts(verdict), table, draw_facts(cost, report.notes))
 
 
-def render_expert_ranks(analysis: MoETypeAnalysis) -> "RenderableType":
-    """The 95 % ranks of the sampled experts, a row for each projection of each layer."""
+def render_details(analysis: MoETypeAnalysis) -> "RenderableType":
+    """What an older rule says, all groups, and the 95 % ranks of the sampled experts, a row a projection of a layer."""
     ranks = facts.list_expert_ranks_briefly(analysis)
     columns = {"Projection": LEFT, "Experts": LEFT}
-    return draw_table(ranks.headings, ranks.rows, columns, title=ranks.caption, title_justify="left")
+    groups = describe_groups(analysis)
+    more: list[Fact] = [("By rank", explain_rule(analysis)), *([("Groups", groups)] if groups else [])]
+    table = draw_table(ranks.headings, ranks.rows, columns, title=ranks.caption, title_justify="left")
+    return stack("\nMORE", draw_facts(more), table)
 
 
 def render_comparison(comparison: MoETypeComparison) -> "RenderableType":
@@ -126,4 +137,5 @@ def render_comparison(comparison: MoETypeComparison) -> "RenderableType":
     types = [paint(model.type, ORIGIN_STYLES[model.type]) for model in comparison.models]
     table = draw_table(evidence.headings, [["Type", *types], *rows], columns)
     notes = [f"{model.model}: {note}" for model in comparison.models for note in model.notes]
-    return stack("MOE TYPE COMPARISON", table, *([draw_facts([], notes)] if notes else []))
+    below = [draw_facts([], notes)] if notes else []
+    return stack("MOE TYPE COMPARISON", table, paint(f"*: {RATED}.", "dim"), *below)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...reports import MoESurveyPlan, MoETypeSurvey, SurveyAnswer, SurveyError, SurveyRow
 from ...text import format_bytes, whole_percent
-from ..words import count_noun, format_bits, format_ratio, identify
+from ..words import RATED, count_noun, format_bits, format_ratio, identify
 from .grid import CUT, LEFT, ORIGIN_STYLES, WHOLE, Fact, draw_facts, draw_table, paint, stack
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
     legend += "Shared: an expert's neurons that its best partner has, too."
     legend += " Parent: those that the dense model has." if "Parent" in columns else ""
     legend += " Bits saved: a weight, by a base for what experts share." if "Bits saved" in columns else ""
+    legend += f" Confidences are {RATED}."
     blocks: list[RenderableType] = [paint(_count_types(survey))]
     if answers:
         options = {**dict.fromkeys(TEXT_COLUMNS, LEFT), "Type": {**LEFT, "no_wrap": True}}
