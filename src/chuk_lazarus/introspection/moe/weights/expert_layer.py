@@ -57,18 +57,23 @@ class DoesNotFit(UnknownFormat):
 class ShapesDoNotFit(DoesNotFit):
     """Raised where the stored shapes in a layer are not those of its layout; `shapes` are by the layout's roles."""
 
-    def __init__(self, layer: int, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    layer: int
+    layout: Layout
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, layer: int, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> "ShapesDoNotFit":
+        """The error for these shapes."""
         listing = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
-        super().__init__(f"layer {layer}: expert tensors {listing} do not fit layout {layout.name}")
-        self.layer, self.layout, self.shapes = layer, layout, dict(shapes)
+        error = cls(f"layer {layer}: expert tensors {listing} do not fit layout {layout.name}")
+        error.layer, error.layout, error.shapes = layer, layout, dict(shapes)
+        return error
 
 
 class LacksRole(ModelUnreadable):
     """Raised where all layers lack the same of an expert's roles."""
 
-    def __init__(self, message: str, roles: Sequence[str]) -> None:
-        super().__init__(message, "the checkpoint is incomplete: download it again")
-        self.roles = tuple(roles)
+    roles: tuple[str, ...] = ()
 
 
 class ExpertLayer:
@@ -119,7 +124,7 @@ class ExpertLayer:
             experts = next(reversed(self.expected.values()), None)  # the last source is the router where there is one
         sizes = self.layout.solve(shapes, experts)
         if sizes is None:
-            raise ShapesDoNotFit(self.number, self.layout, shapes)
+            raise ShapesDoNotFit.of(self.number, self.layout, shapes)
         if sizes["E"] > MAX_EXPERTS or max(sizes["I"], sizes["H"]) > MAX_SIDE:
             raise UnknownFormat(
                 f"layer {self.number} has {sizes['E']} experts of {sizes['I']} x {sizes['H']}",

@@ -237,11 +237,13 @@ class Experts:
                 roles = {role for experts in match.layers.values() for role in experts}
                 absent = [tensor for tensor in match.layout.tensors if tensor.role not in roles]
                 lacking = [f"{tensor.role} projections ({tensor.leaf})" for tensor in absent]
-                raise LacksRole(
+                error = LacksRole(
                     f"no layer has {f'its {lacking[0]}' if lacking else 'all that it needs'}, as layout "
                     f"{match.layout.name} has",
-                    [role for tensor in absent for role in tensor.roles],
+                    "the checkpoint is incomplete: download it again",
                 )
+                error.roles = tuple(role for tensor in absent for role in tensor.roles)
+                raise error
         if method := refused.name_method(self.checkpoint.model_config.quantization()):
             raise UnknownFormat(
                 f"{unmatched[0]}: stored as {method}, which we don't decode",
