@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Unpack
 
 from . import views  # noqa: F401  which registers how reports are shown
-from .errors import InvalidRequest
 from .files import as_path
 from .overlays import analysis, compression, estimate, exporting
 from .overlays.analysis import INPUTS, TOLERANCE
@@ -163,13 +162,11 @@ class MoECompressionService:
 
         `overlay` may also be the folder of another checkpoint of the same model that mlx-lm loads: exported, quantised,
         trained further. The model must be on this machine, whose memory must hold both. `context` is the length of the
-        windows, `tokens` how many tokens at most. Raises InvalidRequest where MLX is not installed, and where the two
-        are not of the same model.
+        windows, `tokens` how many tokens at most. Raises LibraryMissing where MLX is not installed, and InvalidRequest
+        where the two are not of the same model.
         """
-        try:
-            from .overlays.runtime.evaluate import evaluate_overlay
-        except ImportError:
-            raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
+        from .overlays.runtime.evaluate import evaluate_overlay
+
         return evaluate_overlay(model, as_path(overlay), as_path(text), context, tokens, progress or no_progress)
 
 
