@@ -49,11 +49,11 @@ package: $(VENV)/installed-dev
 
 # A plain install on an old Linux, by the package index alone: no wheel is fetched.
 resolve: $(VENV)/installed-dev
+	@echo "Resolving a plain install for $(OLDEST_LINUX), Python $(PYTHONS)"
 	@for python in $(PYTHONS); do for machine in x86_64 aarch64; do \
-	  echo "Resolving for Python $$python on $$machine $(OLDEST_LINUX)"; \
 	  $(BIN)/uv pip compile --quiet --only-binary :all: --python-version $$python \
-	    --python-platform $$machine-$(OLDEST_LINUX) pyproject.toml > /dev/null || exit 1; \
-	done; done
+	    --python-platform $$machine-$(OLDEST_LINUX) pyproject.toml > /dev/null & all="$$all $$!"; \
+	done; done; for one in $$all; do wait $$one || exit 1; done
 
 # The tests with the oldest versions that pyproject.toml allows; what newer libraries say of their use is no matter.
 lowest:
