@@ -36,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     **dict.fromkeys(DOORS, BELOW | {"jobs", "provenance", "overlays", "views"}),
     "cli": {"", "plots", "views", "files", "errors"},
     "": DOORS | BELOW | {"jobs", "overlays"},  # the public names
+    "__main__": {"cli"},
 }
 
 # what a room must not know of its own house

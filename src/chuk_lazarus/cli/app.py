@@ -1,4 +1,7 @@
-"""The command tree `lazarus > introspect > moe-expert`, and how it ends: errors become one line and an exit code."""
+"""The command tree, and how it ends: errors become one line and an exit code.
+
+Each command of `lazarus introspect moe-expert` also has a short name, right below `lazarus`.
+"""
 
 import contextlib
 import io
@@ -11,19 +14,26 @@ import typer
 
 from . import moe_expert
 from .interrupt import INTERRUPTED
-from .moe_expert import EXAMPLE
 from .output import print_error
+from .suggest import command_meant
 
 LEAST_WIDTH, GREATEST_WIDTH = 20, 10_000  # columns of a terminal
 
-app = typer.Typer(name="lazarus", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="lazarus",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+moe_expert.add_short_names(app)
 introspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 introspect.add_typer(moe_expert.app, name="moe-expert", short_help="Mixture-of-Experts checkpoints.")
 app.add_typer(
     introspect,
     name="introspect",
-    help=f"What the weights of a model say.\n\n{EXAMPLE}",
-    short_help="What the weights of a model say.",
+    help=f"What the weights of a model say.\n\n{moe_expert.EXAMPLE}",
+    short_help="The same commands under their long names.",
 )
 
 
@@ -35,7 +45,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help=f"Look inside models without running them.\n\n{EXAMPLE}")
+@app.callback(help="Look inside models without running them.\n\n\b\nExample:\n  lazarus analyze demo:native")
 def root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
@@ -96,8 +106,14 @@ def _end_usage(error: typer.TyperException, as_json: bool) -> int:
         typer.echo(error.format_message())
         return 2
     context = getattr(error, "ctx", None)
-    message = re.sub(r" \((Possible options: .*|Did you mean .*)\)$", "", error.format_message())
-    print_error(2, message, f"see {context.command_path} --help" if context else "see --help", as_json)
+    message = re.sub(r"( \(Possible options: .*\)|\. Did you mean .*\?)$", "", error.format_message())
+    hint = f"see {context.command_path} --help" if context else "see --help"
+    if unknown := re.fullmatch(r"No such command '(.*?)'\.?", message):
+        message = f"there is no command {unknown[1]!r}"
+        hint = f"did you mean: {meant}" if (meant := command_meant(unknown[1], context.find_root().command)) else hint
+    elif near := getattr(error, "possibilities", None):
+        hint = f"did you mean {near[0]}? {hint}"
+    print_error(2, message.removesuffix("."), hint, as_json)
     return 2
 
 

@@ -1,24 +1,30 @@
 """What all commands have in common: a command returns its report, and this shows it.
 
 `command` turns a function that returns a report into one for Typer. It adds the options that commands share, puts a
-group of options in the place of one parameter, shows progress, and prints or writes the report and what it cost.
+group of options in the place of one parameter, lets some options stand without their names, shows progress, and prints
+or writes the report and what it cost. `Command` is the class for Typer: it refuses an option that is given twice.
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from .options import Json, Memory, Output, Quiet, Verbose
 from .output import print_hint, progress_bar, show
+from .positional import Positional, both, place
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+Note = TypeVar("Note")
 
 # options that do not change the result
 NOT_OF_THE_RESULT = {"html", "plot", "visualize", "memory", "dask", "as_json", "output", "quiet", "verbose"}
@@ -42,6 +48,19 @@ class OptionGroup:
     build: Callable[..., Any]
 
 
+class Command(TyperCommand):
+    """A command that refuses an option given twice, of which only the last value would count."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; raises BadParameter for a repeated option."""
+        if not context.resilient_parsing:  # which completion is
+            _, _, order = self.make_parser(context).parse_args(args=list(args))
+            for param, times in Counter(order).items():
+                if times > 1 and not (getattr(param, "is_flag", False) or getattr(param, "multiple", False)):
+                    raise typer.BadParameter(f"it is given {times} times, and takes one value", context, param)
+        return super().parse_args(context, args)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """How a command runs; `progress` is for a service to report to, None where nobody watches."""
@@ -60,11 +79,13 @@ class Run:
     def command_line(self) -> str:
         """The command that gives such a result, without the options that say where it goes."""
         words, given = self.context.command_path.split(), self.given
-        for option in self.context.command.params:
-            name = str(option.name)
+        for param in self.context.command.params:
+            name = str(param.name)
             if name in given - NOT_OF_THE_RESULT:
                 value = self.context.params[name]
-                words += [option.opts[-1], *([] if value is True else [str(value)])]
+                for one in value if isinstance(value, list | tuple) else [value]:
+                    words += [param.opts[-1]] if param.param_type_name == "option" else []
+                    words += [] if one is True else [str(one)]
         return shlex.join(words)
 
 
@@ -88,11 +109,16 @@ def command(
 
     def decorate(function: Callable[..., "BaseModel | Result"]) -> Callable[..., None]:
         _, *options = signature(function).parameters.values()
-        groups = {parameter.name: group for parameter in options if (group := _group_of(parameter))}
+        groups = {parameter.name: group for parameter in options if (group := _note(parameter, OptionGroup))}
         parameters = [Parameter("typer_context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+        positional = {parameter.name: note for parameter in options if (note := _note(parameter, Positional))}
         for parameter in options:
-            group = groups.get(parameter.name)
-            parameters += signature(group.build).parameters.values() if group else [parameter]
+            if group := groups.get(parameter.name):
+                parameters += signature(group.build).parameters.values()
+            elif note := positional.get(parameter.name):
+                parameters += both(parameter, note)
+            else:
+                parameters += [parameter]
         parameters = [
             parameter.replace(kind=Parameter.KEYWORD_ONLY)
             for parameter in sorted([*parameters, *shared], key=lambda parameter: parameter.name == "verbose")
@@ -103,6 +129,7 @@ def command(
                 values[name] = group.build(
                     **{option: values.pop(option) for option in signature(group.build).parameters}
                 )
+            place(typer_context, values, positional)
             arguments = {parameter.name: values[parameter.name] for parameter in options}
             watched = progress_bar(values["quiet"]) if "quiet" in values else nullcontext()
             with watched as progress:
@@ -123,8 +150,9 @@ def command(
     return decorate
 
 
-def _group_of(parameter: Parameter) -> OptionGroup | None:
-    return next((note for note in get_args(parameter.annotation) if isinstance(note, OptionGroup)), None)
+def _note(parameter: Parameter, kind: type[Note]) -> Note | None:
+    """What an annotation says beside the type."""
+    return next((note for note in get_args(parameter.annotation) if isinstance(note, kind)), None)
 
 
 def _costs(report: "BaseModel") -> list[str]:

@@ -23,6 +23,7 @@ from .options import (
     parse_shares,
 )
 from .output import check_writable, print_hint, write
+from .positional import Positional
 
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import MoELayout, MoEQuickAnalysis, MoESurveyPlan
@@ -145,7 +146,13 @@ def analyze(
 def compare(
     run: Run,
     model: Model,
-    other: Annotated[str, typer.Option("--compare", "-c", help="The model to compare it with.", show_default=False)],
+    others: Annotated[
+        list[str],
+        typer.Option(
+            "--compare", "-c", metavar="OTHER", help="The same, by name; once for each model.", show_default=False
+        ),
+        Positional("OTHER", "The models to compare it with."),
+    ],
     layer: Layer = None,
     layers: Layers = None,
     experts: ExpertCount = "8",
@@ -154,19 +161,20 @@ def compare(
     html: Html = None,
     plot: Plot = None,
 ) -> Result:
-    """Analyse two models in the same way, side by side.
+    """Analyse two or more models in the same way, side by side.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-type-compare -m demo:upcycled -c demo:native
       lazarus introspect moe-expert moe-type-compare -m openai/gpt-oss-20b -c allenai/OLMoE-1B-7B-0924
+      lazarus introspect moe-expert moe-type-compare demo:upcycled demo:permuted demo:native --html page.html
     """
     from chuk_lazarus.introspection.moe import MoETypeService, plots
     from chuk_lazarus.introspection.moe.views import page
 
     report = MoETypeService.compare(
         model,
-        other,
+        *others,
         layer=layer,
         layers=layers,
         experts=parse_experts(experts),
