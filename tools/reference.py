@@ -21,6 +21,7 @@ from typing import Any
 import typer
 
 from chuk_lazarus.cli.app import app
+from chuk_lazarus.cli.moe_expert import COMMANDS
 from chuk_lazarus.introspection.moe import reports
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,7 @@ CLI = DOCS / "cli.md"
 SCHEMAS = DOCS / "schema"
 FIGURE = DOCS / "permuted.svg"
 FIGURE_COMMAND = "lazarus introspect moe-expert moe-type-analyze -m demo:permuted"
+SHORT = {name: short for name, short, *_ in COMMANDS}
 RENEW = "run: python tools/reference.py"
 
 SCREEN = re.compile(r"^    \$ (lazarus .+)\n((?:(?:    .*)?\n)*?)(?=\n*(?:\S|\Z))", re.MULTILINE)
@@ -60,10 +62,11 @@ What the environment says:
 | `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME` | as the Hub's own client takes them |
 | `COLUMNS`, `NO_COLOR` | the width of tables, and no colours |
 
-All commands begin with `lazarus introspect moe-expert`:
+Each command has a long name, below `lazarus introspect moe-expert`, and a short one, below `lazarus`: they are the same.
+A model stands behind either, or behind `-m`. `lazarus cache` tells of the cache and clears it.
 
-| command | what |
-|---|---|
+| command | short | what |
+|---|---|---|
 """
 
 
@@ -77,7 +80,8 @@ def commands() -> dict[str, Any]:
 
 def cli() -> str:
     rows = [
-        f"| [`{name}`](#{name}) | {cell(command.get_short_help_str(200))} |" for name, command in commands().items()
+        f"| [`{name}`](#{name}) | `{SHORT[name]}` | {cell(command.get_short_help_str(200))} |"
+        for name, command in commands().items()
     ]
     sections = [section(name, command) for name, command in commands().items()]
     return "\n".join([INTRODUCTION + "\n".join(rows) + "\n", *sections])
@@ -93,7 +97,7 @@ def section(name: str, command: Any) -> str:
     lines = [
         f"## {name}\n",
         re.sub(r"\s*\n\n\s*", "\n\n", text.strip()),
-        f"\n    {' '.join(usage)} [OPTIONS]\n",
+        f"\n    {' '.join(usage)} [OPTIONS]\n    {' '.join(['lazarus', SHORT[name], *usage[2:]])} [OPTIONS]\n",
         "| option | default | what |\n|---|---|---|",
         *(row(param) for param in [*arguments, *required]),
         *(row(param) for param in command.params if is_option(param) and not param.required),
@@ -119,8 +123,9 @@ def is_option(param: Any) -> bool:
 
 
 def placeholder(param: Any) -> str:
-    """What stands for its value."""
-    return str(param.metavar or param.name.rpartition("_")[2].upper())
+    """What stands for its value, or its values."""
+    value = str(param.metavar or param.name.rpartition("_")[2].upper())
+    return value if param.nargs != -1 or value.endswith("...") else f"{value}..."
 
 
 def cell(text: str) -> str:

@@ -108,7 +108,7 @@ def _end_usage(error: typer.TyperException, as_json: bool) -> int:
     context = getattr(error, "ctx", None)
     message = re.sub(r"( \(Possible options: .*\)|\. Did you mean .*\?)$", "", error.format_message())
     hint = f"see {context.command_path} --help" if context else "see --help"
-    if unknown := re.fullmatch(r"No such command '(.*?)'\.?", message):
+    if context and (unknown := re.fullmatch(r"No such command '(.*?)'\.?", message)):
         message = f"there is no command {unknown[1]!r}"
         hint = f"did you mean: {meant}" if (meant := command_meant(unknown[1], context.find_root().command)) else hint
     elif near := getattr(error, "possibilities", None):

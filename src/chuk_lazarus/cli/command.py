@@ -2,7 +2,7 @@
 
 `command` turns a function that returns a report into one for Typer. It adds the options that commands share, puts a
 group of options in the place of one parameter, lets some options stand without their names, shows progress, and prints
-or writes the report and what it cost. `Command` is the class for Typer: it refuses an option that is given twice.
+or writes the report and what it cost. `Command` is the class of such a command for Typer.
 """
 
 import shlex
@@ -49,16 +49,20 @@ class OptionGroup:
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice, of which only the last value would count."""
+    """A command some of whose options may stand without their names, and none but a list may be given twice."""
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; raises BadParameter for a repeated option."""
-        if not context.resilient_parsing:  # which completion is
-            _, _, order = self.make_parser(context).parse_args(args=list(args))
-            for param, times in Counter(order).items():
-                if times > 1 and not (getattr(param, "is_flag", False) or getattr(param, "multiple", False)):
-                    raise typer.BadParameter(f"it is given {times} times, and takes one value", context, param)
-        return super().parse_args(context, args)
+        """Parse the arguments; raises a usage error."""
+        if context.resilient_parsing:  # for completion
+            return super().parse_args(context, args)
+        _, _, order = self.make_parser(context).parse_args(args=list(args))
+        counts: Counter[Any] = Counter(order)
+        for param, times in counts.items():
+            if times > 1 and not (getattr(param, "is_flag", False) or getattr(param, "multiple", False)):
+                raise typer.BadParameter(f"it is given {times} times, and takes one value", context, param)
+        rest = super().parse_args(context, args)
+        place(context)
+        return rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +115,10 @@ def command(
         _, *options = signature(function).parameters.values()
         groups = {parameter.name: group for parameter in options if (group := _note(parameter, OptionGroup))}
         parameters = [Parameter("typer_context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-        positional = {parameter.name: note for parameter in options if (note := _note(parameter, Positional))}
         for parameter in options:
             if group := groups.get(parameter.name):
                 parameters += signature(group.build).parameters.values()
-            elif note := positional.get(parameter.name):
+            elif note := _note(parameter, Positional):
                 parameters += both(parameter, note)
             else:
                 parameters += [parameter]
@@ -129,7 +132,6 @@ def command(
                 values[name] = group.build(
                     **{option: values.pop(option) for option in signature(group.build).parameters}
                 )
-            place(typer_context, values, positional)
             arguments = {parameter.name: values[parameter.name] for parameter in options}
             watched = progress_bar(values["quiet"]) if "quiet" in values else nullcontext()
             with watched as progress:

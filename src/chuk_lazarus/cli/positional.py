@@ -1,10 +1,9 @@
 """Options that may also stand without their names: `lazarus analyze MODEL` beside `lazarus analyze -m MODEL`.
 
-A command keeps one parameter for such an option. Typer gets two, the option and an argument before it; `place` gives the
-words of the arguments to the options that were not given by name.
+A command has one parameter for such an option, and Typer gets two: an argument, and the option. `place` gives the words
+of the arguments to the options that were not given by name.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Annotated, Any, get_args, get_origin
@@ -31,20 +30,23 @@ def both(parameter: Parameter, note: Positional) -> list[Parameter]:
     return [word, parameter.replace(default=None)]
 
 
-def place(context: typer.Context, values: dict[str, Any], notes: Mapping[str, Positional]) -> None:
-    """Move the words in `values` to the options that were not given, in order; a usage error for too few or many."""
+def place(context: Any) -> None:
+    """Give the words of a parsed command line to the options that were not given, in order.
+
+    Too few words, and too many, are usage errors.
+    """
+    values, params = context.params, {param.name: param for param in context.command.params}
+    places = [(param, params[name.removesuffix(WORD)]) for name, param in params.items() if name.endswith(WORD)]
     words: list[str] = []
-    for name in notes:
-        word = values.pop(f"{name}{WORD}")
-        words += word if isinstance(word, list) else [] if word is None else [word]
-    options = {param.name: param for param in context.command.params}
-    for name, note in notes.items():
-        option: Any = options[name]
-        if not values[name] and not words:
-            context.fail(f"Missing argument '{note.metavar}', or option '{' / '.join(option.opts)}'")
+    for argument, _ in places:
+        word = values[argument.name]
+        words += word if isinstance(word, list | tuple) else [] if word is None else [word]
+    for argument, option in places:
+        if not values[option.name] and not words:
+            context.fail(f"Missing argument '{argument.metavar}', or option '{' / '.join(option.opts)}'")
         if option.multiple:
-            values[name], words = [*(values[name] or []), *words], []
-        elif values[name] is None:
-            values[name] = option.process_value(context, words.pop(0))
+            values[option.name], words = [*(values[option.name] or []), *words], []
+        elif values[option.name] is None:
+            values[option.name] = option.process_value(context, words.pop(0))
     if words:
         context.fail(f"Got unexpected extra argument ({' '.join(words)})")

@@ -18,8 +18,9 @@ def find_repository(model: str) -> Repository:
     """The repository that `model` stands for.
 
     These are tried in order: an embedded model, `demo:NAME`; an existing folder or file; a Hub id, `org/name` or
-    `org/name@revision`, or one of its GGUF files, `org/name/path/file.gguf`, or such an id as the Hub's addresses or its
-    client's cache folders (`models--org--name`) have it. Raises ModelUnreadable for other texts.
+    `org/name@revision`, or one of its GGUF files, `org/name/path/file.gguf`, or such an id in an address of
+    the Hub's, or as a cache folder of its client has it (`models--org--name`). Raises ModelUnreadable for other
+    texts.
     """
     if model.startswith("demo:"):
         name = model.removeprefix("demo:")
@@ -48,7 +49,7 @@ def find_repository(model: str) -> Repository:
 
 
 def _snapshot(path: Path) -> Path:
-    """The model in a cache folder of the Hub's client, by its main branch or else the newest; other paths as they are."""
+    """The model in a cache folder of the Hub's client, of the main branch or else the newest; or the path as it is."""
     if not (path.resolve().name.startswith("models--") and (path / "snapshots").is_dir()):
         return path
     with suppress(OSError, ValueError):
