@@ -17,7 +17,7 @@ FILES = {
 
 GROUND = {"errors", "terms", "text", "files", "progress"}
 BELOW = GROUND | {"numerics", "weights", "reports"}
-DOORS = {"moe_layout", "moe_type", "moe_survey", "moe_compression", "plots"}
+DOORS = {"moe_cache", "moe_layout", "moe_type", "moe_survey", "moe_compression", "plots"}
 
 # room -> the rooms, or single modules, that it may import beside itself
 ROOMS: dict[str, set[str]] = {

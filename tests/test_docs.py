@@ -271,6 +271,7 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DENSE_AND_ALL = ["-m", "demo:permuted", "--parent", "demo:parent", "--layers", "all", "--variance", "0.5,0.999"]
 RESULTS = {
     "moe-layout/1": ["moe-layout", "-m", "demo:native"],
+    "moe-cache/1": ["cache"],
     "moe-type-analysis/1": ["moe-type-analyze", "-m", "demo:native"],
     "moe-type-analysis/1, with a parent": ["moe-type-analyze", *DENSE_AND_ALL],
     "moe-type-analysis/1, no gate": ["moe-type-analyze", "-m", str(ROOT / "tests/fixtures/nemotron_h")],
@@ -292,7 +293,8 @@ def test_a_result_fits_its_schema(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = [str(overlay) if word == "OVERLAY" else word for word in RESULTS[what]]
-    assert run(["introspect", "moe-expert", *arguments, "--json"]) == 0
+    level = [] if what == "moe-cache/1" else ["introspect", "moe-expert"]
+    assert run([*level, *arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["schema"] == what.partition(",")[0]
     check(result)

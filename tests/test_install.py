@@ -1,12 +1,21 @@
 """What an installation brings: which libraries where, and what commands say of those that are missing."""
 
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+import yaml
 from packaging.requirements import Requirement
+
+from chuk_lazarus import __version__
+from chuk_lazarus.cli.app import app, run
+from chuk_lazarus.cli.version import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -114,3 +123,59 @@ def test_an_analysis_needs_no_extra(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "UPCYCLED" in done.stdout
     assert "<svg" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_the_version_names_what_is_installed_and_what_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["--version"]) == 0
+    first, python, *libraries = capsys.readouterr().out.splitlines()
+    assert first == f"lazarus {__version__}"
+    assert python.startswith("Python 3.")
+    assert {line.split()[0] for line in libraries} >= {"huggingface_hub", *EXTRAS}
+    monkeypatch.setitem(EXTRAS, "no-such-library", "none")
+    assert run(["--version"]) == 0
+    assert 'no-such-library is not installed: pip install "chuk-lazarus[none]"\n' in capsys.readouterr().out
+
+
+def test_each_extra_that_is_missing_can_be_installed() -> None:
+    for library, extra in EXTRAS.items():
+        assert library in {Requirement(one).name for one in PROJECT["optional-dependencies"][extra]}
+
+
+# What a repository on the web needs
+
+TEMPLATES = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*_*.yml"))
+
+
+def test_the_citation_is_of_now() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert (citation["title"], citation["version"]) == (PROJECT["name"], __version__)
+    assert (citation["license"], citation["repository-code"]) == (PROJECT["license"], PROJECT["urls"]["Repository"])
+    assert [{"name": author["name"]} for author in citation["authors"]] == PROJECT["authors"]
+
+
+def test_every_address_of_the_project_is_the_same() -> None:
+    home = PROJECT["urls"]["Repository"]
+    assert all(address.startswith(home) for address in PROJECT["urls"].values())
+    assert f"git clone {home} " in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_there_are_templates_for_a_wrong_verdict_and_an_unread_model() -> None:
+    assert [path.stem for path in TEMPLATES] == ["unread_model", "wrong_verdict"]
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_an_issue_template_asks_for_what_the_program_prints(path: Path) -> None:
+    form = yaml.safe_load(path.read_text("utf-8"))
+    assert form.keys() >= {"name", "description", "body"}
+    fields = {part["id"]: part["attributes"] for part in form["body"]}
+    assert len(fields) == len(form["body"])
+    program: Any = typer.main.get_command(app)
+    lines = re.findall(r"lazarus [^.\n]+", "\n".join(field["description"] for field in fields.values()))
+    assert "lazarus --version" in lines
+    for line in set(lines) - {"lazarus --version"}:
+        _, name, *words = shlex.split(line)
+        program.commands[name].make_context(name, words).close()
+    assert len(set(lines)) > 1

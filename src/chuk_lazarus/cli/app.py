@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from . import moe_expert
+from .cache_command import cache
+from .command import Command
 from .interrupt import INTERRUPTED
 from .output import print_error
 from .suggest import command_meant
@@ -27,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 moe_expert.add_short_names(app)
+app.command("cache", cls=Command, short_help="Tell what is kept on this machine, and clear it.")(cache)
 introspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 introspect.add_typer(moe_expert.app, name="moe-expert", short_help="Mixture-of-Experts checkpoints.")
 app.add_typer(
@@ -39,16 +42,22 @@ app.add_typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from chuk_lazarus import __version__
+        from .version import describe_version
 
-        typer.echo(f"lazarus {__version__}")
+        typer.echo(describe_version())
         raise typer.Exit
 
 
 @app.callback(help="Look inside models without running them.\n\n\b\nExample:\n  lazarus analyze demo:native")
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and what is installed.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Take the options that come before any command."""

@@ -1,5 +1,6 @@
 """The results as data: what `--json` prints and what the services return. `views` defines how they look."""
 
+from .cache import CachePart, MoECache
 from .layout import FitPlan, LayerLayout, MoELayout, SharedExperts
 from .overlays import (
     ErrorSpread,
@@ -44,6 +45,7 @@ from .survey import MoESurveyPlan, MoETypeSurvey, PlannedModel, SurveyAnswer, Su
 
 __all__ = [
     "AttentionMatch",
+    "CachePart",
     "Cosine",
     "Cost",
     "DocumentedRule",
@@ -60,6 +62,7 @@ __all__ = [
     "LayerVerification",
     "Lineage",
     "MatchHistogram",
+    "MoECache",
     "MoELayout",
     "MoEOverlay",
     "MoEOverlayCompression",
