@@ -15,8 +15,8 @@ XDIST ?= -n auto --dist loadfile
 .PHONY: demo test test-all check fix package resolve lowest audit coverage bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/lazarus introspect moe-expert moe-type-analyze -m demo:upcycled
-	$(BIN)/lazarus introspect moe-expert moe-type-compare -m demo:upcycled -c demo:native --layers all
+	$(BIN)/lazarus analyze demo:upcycled
+	$(BIN)/lazarus compare demo:upcycled demo:native --layers all
 
 # Of many like cases a few, and nothing slow: a few minutes.
 test: check package resolve
