@@ -22,9 +22,9 @@ demo: $(VENV)/installed
 test: check package resolve
 	$(BIN)/pytest $(XDIST)
 
-# The rest.
+# The rest, and the tests of properties again, with more examples.
 test-all: $(VENV)/installed-dev
-	$(BIN)/pytest $(XDIST) -m "long or real"
+	LAZARUS_TESTS=thorough $(BIN)/pytest $(XDIST) -m "long or real or hypothesis"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -56,6 +56,7 @@ resolve: $(VENV)/installed-dev
 	done; done; for one in $$all; do wait $$one || exit 1; done
 
 # The tests with the oldest versions that pyproject.toml allows; what newer libraries say of their use is no matter.
+lowest: export LAZARUS_TESTS = thorough
 lowest:
 	rm -rf $(VENV)/lowest
 	$(PYTHON) -m venv $(VENV)/lowest
@@ -69,6 +70,7 @@ audit: $(VENV)/installed
 	$(BIN)/pip freeze --exclude-editable > $(VENV)/audit/installed.txt
 	$(VENV)/audit/bin/pip-audit --requirement $(VENV)/audit/installed.txt --no-deps --disable-pip
 
+coverage: export LAZARUS_TESTS = thorough
 coverage: $(VENV)/installed-dev
 	$(BIN)/pytest $(XDIST) -m "not real" --cov --cov-report=term $(TESTS)
 

@@ -548,7 +548,7 @@ def test_interrupted(large_model: str, tmp_path: Path, options: list[str], after
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("columns", ["0", "00", "1", "19", "", "-1", "1e3", "9" * 20])
+@pytest.mark.parametrize("columns", keep(["0", "00", "1", "19", "", "-1", "1e3", "9" * 20], "0", "19"))
 def test_a_width_that_is_none_is_not_believed(columns: str) -> None:
     """Containers and runners of tests say 0."""
     arguments = ["introspect", "moe-expert", "moe-layout", "-m", "demo:native"]

@@ -42,7 +42,7 @@ from chuk_lazarus.introspection.moe.weights.repositories.range_cache import Rang
 from hub_server import HubServer, Request
 from places import FIXTURES
 from processor_time import HANGS
-from sampling import keep
+from sampling import examples, keep
 
 LAYERS, EXPERTS, WIDE, HIDDEN = 3, 4, 192, 384
 LAYER_BYTES = EXPERTS * 3 * WIDE * HIDDEN * 2
@@ -942,7 +942,7 @@ def test_merge_covers_the_ranges_and_gaps_up_to_its_limit(ranges: list[tuple[int
     assert merge(ranges, gap) == as_ranges(covered | bridged)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(WRITES, WRITES, SPANS, st.booleans())
 def test_the_cache_has_what_was_written_and_misses_the_rest(
     writes: list[tuple[int, int]], others: list[tuple[int, int]], wanted: list[tuple[int, int]], reopen: bool
@@ -962,7 +962,7 @@ def test_the_cache_has_what_was_written_and_misses_the_rest(
             assert cache.read("key", start, stop) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(WRITES, st.sets(st.integers(0, 7)), SPANS, st.integers(0, 200))
 def test_the_cache_never_returns_wrong_bytes(
     writes: list[tuple[int, int]], damaged: set[int], wanted: list[tuple[int, int]], limit: int

@@ -8,12 +8,13 @@ import io
 import os
 import re
 import sys
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
 from . import moe_expert
-from .cache_command import cache
+from .cache_command import cache as show_cache
 from .command import Command
 from .interrupt import INTERRUPTED
 from .output import print_error
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 moe_expert.add_short_names(app)
-app.command("cache", cls=Command, short_help="Tell what is kept on this machine, and clear it.")(cache)
+app.command("cache", cls=Command, short_help="Tell what is kept on this machine, and clear it.")(show_cache)
 introspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 introspect.add_typer(moe_expert.app, name="moe-expert", short_help="Mixture-of-Experts checkpoints.")
 app.add_typer(
@@ -63,6 +64,12 @@ def root(
     """Take the options that come before any command."""
 
 
+@cache
+def command_tree() -> Any:
+    """The command that all others are below; to make it takes as long as a small analysis."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: list[str]) -> int:
     """Run the command line; returns the exit code.
 
@@ -75,7 +82,7 @@ def run(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± gets a ?
     try:
-        code = app(args=arguments, prog_name="lazarus", standalone_mode=False) or 0
+        code = command_tree()(args=arguments, prog_name="lazarus", standalone_mode=False) or 0
         sys.stdout.flush()
     except typer.TyperException as error:
         return _end_usage(error, as_json)
