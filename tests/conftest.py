@@ -9,12 +9,18 @@ import pytest
 from hypothesis import settings
 
 from hub_server import HubServer
+from sampling import THOROUGH, examples
 from trained_models import GEMMA3, SMOLLM2
 
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # several tests run at once, and BLAS is loaded later
     os.environ.setdefault(_variable, "1")
 
-settings.register_profile("any machine", deadline=None)  # a deadline is of time on the clock
+settings.register_profile(
+    "any machine",
+    max_examples=examples(100),
+    derandomize=not THOROUGH,  # a rare case is found by the long run, and does not stop the short one
+    deadline=None,  # which is of time on the clock
+)
 settings.load_profile("any machine")
 
 _server = HubServer()

@@ -1,11 +1,21 @@
 """What the default run takes of many cases, so that each of their parts occurs; the others are marked `long`."""
 
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
 
 Case = tuple[Any, ...]
+
+
+THOROUGH = os.environ.get("LAZARUS_TESTS") == "thorough"
+"""Whether `make test-all` runs, which also repeats the tests of properties, with all their examples."""
+
+
+def examples(count: int) -> int:
+    """How many examples of a property are tried, of the `count` that a thorough run tries."""
+    return count if THOROUGH else max(5, count // 4)
 
 
 def in_turn(*parts: Sequence[Any]) -> list[Case]:

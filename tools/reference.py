@@ -21,6 +21,8 @@ from typing import Any
 import typer
 
 from chuk_lazarus.cli.app import app
+from chuk_lazarus.cli.moe_expert import COMMANDS
+from chuk_lazarus.cli.positional import WORD
 from chuk_lazarus.introspection.moe import reports
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,7 @@ CLI = DOCS / "cli.md"
 SCHEMAS = DOCS / "schema"
 FIGURE = DOCS / "permuted.svg"
 FIGURE_COMMAND = "lazarus introspect moe-expert moe-type-analyze -m demo:permuted"
+SHORT = {name: short for name, short, *_ in COMMANDS}
 RENEW = "run: python tools/reference.py"
 
 SCREEN = re.compile(r"^    \$ (lazarus .+)\n((?:(?:    .*)?\n)*?)(?=\n*(?:\S|\Z))", re.MULTILINE)
@@ -60,40 +63,49 @@ What the environment says:
 | `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME` | as the Hub's own client takes them |
 | `COLUMNS`, `NO_COLOR` | the width of tables, and no colours |
 
-All commands begin with `lazarus introspect moe-expert`:
+Each command has a long name, below `lazarus introspect moe-expert`, and a short one, below `lazarus`: they are the
+same. A model stands behind either, or behind `-m`. [`lazarus cache`](#cache) tells what is kept on this machine.
 
-| command | what |
-|---|---|
+| command | short | what |
+|---|---|---|
 """
 
 
 @cache
+def program() -> Any:
+    """The `lazarus` command."""
+    return typer.main.get_command(app)
+
+
 def commands() -> dict[str, Any]:
     """The commands of `lazarus introspect moe-expert`, by name."""
-    root: Any = typer.main.get_command(app)
-    found: dict[str, Any] = root.commands["introspect"].commands["moe-expert"].commands
+    found: dict[str, Any] = program().commands["introspect"].commands["moe-expert"].commands
     return found
 
 
 def cli() -> str:
     rows = [
-        f"| [`{name}`](#{name}) | {cell(command.get_short_help_str(200))} |" for name, command in commands().items()
+        f"| [`{name}`](#{name}) | `{SHORT[name]}` | {cell(command.get_short_help_str(200))} |"
+        for name, command in commands().items()
     ]
-    sections = [section(name, command) for name, command in commands().items()]
-    return "\n".join([INTRODUCTION + "\n".join(rows) + "\n", *sections])
+    sections = [
+        section(name, command, [f"lazarus introspect moe-expert {name}", f"lazarus {SHORT[name]}"])
+        for name, command in commands().items()
+    ]
+    kept = section("cache", program().commands["cache"], ["lazarus cache"])
+    return "\n".join([INTRODUCTION + "\n".join(rows) + "\n", *sections, kept])
 
 
-def section(name: str, command: Any) -> str:
-    """A command: what it does, its usage, its options, its examples."""
+def section(name: str, command: Any, calls: list[str]) -> str:
+    """A command: what it does, its usage under each of its names, its options, its examples."""
     text, _, examples = command.help.partition("\b\n")
     arguments = [param for param in command.params if not is_option(param)]
     required = [param for param in command.params if is_option(param) and param.required]
-    usage = ["lazarus introspect moe-expert", name, *map(placeholder, arguments)]
-    usage += [f"{param.opts[-1]} {placeholder(param)}" for param in required]
+    usage = [*map(placeholder, arguments), *(f"{param.opts[-1]} {placeholder(param)}" for param in required)]
     lines = [
         f"## {name}\n",
         re.sub(r"\s*\n\n\s*", "\n\n", text.strip()),
-        f"\n    {' '.join(usage)} [OPTIONS]\n",
+        "\n" + "\n".join(f"    {' '.join([call, *usage, '[OPTIONS]'])}" for call in calls) + "\n",
         "| option | default | what |\n|---|---|---|",
         *(row(param) for param in [*arguments, *required]),
         *(row(param) for param in command.params if is_option(param) and not param.required),
@@ -110,7 +122,8 @@ def row(param: Any) -> str:
         *short, last = sorted(param.opts, key=len)
         value = "" if param.is_flag else f" {placeholder(param)}"
         names = ", ".join(f"`{name}`" for name in [*short, f"{last}{value}"])
-    default = "required" if param.required else "" if param.default in (None, False) else f"`{param.default}`"
+    is_required = param.required or param.name.endswith(WORD)
+    default = "required" if is_required else "" if param.default in (None, False) else f"`{param.default}`"
     return f"| {cell(names)} | {default} | {cell(param.help)} |"
 
 
@@ -119,8 +132,9 @@ def is_option(param: Any) -> bool:
 
 
 def placeholder(param: Any) -> str:
-    """What stands for its value."""
-    return str(param.metavar or param.name.rpartition("_")[2].upper())
+    """What stands for its value, or its values."""
+    value = str(param.metavar or param.name.rpartition("_")[2].upper())
+    return value if param.nargs != -1 or value.endswith("...") else f"{value}..."
 
 
 def cell(text: str) -> str:

@@ -374,10 +374,10 @@ LEVELS = [[], ["introspect"], ["introspect", "moe-expert"], ANALYZE, COMPARE]
 def test_help_has_an_example(capsys: Capture, level: list[str]) -> None:
     text = run_ok(capsys, [*level, "--help"])
     assert text.startswith("Usage: lazarus")
-    examples = re.findall(r"^ +(lazarus .* -m .*)$", text, re.MULTILINE)
+    examples = re.findall(r"^ +(lazarus .*)$", text, re.MULTILINE)
     assert examples
     for example in examples:
-        assert example.split()[1:4] in (ANALYZE, COMPARE)
+        assert example.split()[1:4] in (ANALYZE, COMPARE) or example == "lazarus analyze demo:native"
 
 
 @pytest.mark.parametrize("level", [ANALYZE, COMPARE], ids=["analyze", "compare"])
@@ -548,7 +548,7 @@ def test_interrupted(large_model: str, tmp_path: Path, options: list[str], after
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("columns", ["0", "00", "1", "19", "", "-1", "1e3", "9" * 20])
+@pytest.mark.parametrize("columns", keep(["0", "00", "1", "19", "", "-1", "1e3", "9" * 20], "0", "19"))
 def test_a_width_that_is_none_is_not_believed(columns: str) -> None:
     """Containers and runners of tests say 0."""
     arguments = ["introspect", "moe-expert", "moe-layout", "-m", "demo:native"]

@@ -9,6 +9,7 @@ from chuk_lazarus.introspection.moe.numerics import alignment
 from chuk_lazarus.introspection.moe.numerics.alignment import align, keep_order, permute, permute_vectors
 from chuk_lazarus.introspection.moe.numerics.forward import run_expert
 from made_layers import EXPERTS, NEURONS, Matrices, copies, flip, native, rescale, scale_columns
+from sampling import examples
 
 SEEDS = st.integers(0, 2**32 - 1)
 IN_PLACE = np.tile(np.arange(NEURONS), (EXPERTS, 1))
@@ -24,7 +25,7 @@ def shuffled(rng: np.random.Generator, found: Matrices) -> tuple[Matrices, np.nd
 
 
 @given(SEEDS, st.sampled_from(["plain", "lengths", "columns"]))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 def test_shuffled_copies_are_recovered_exactly(seed: int, how: str) -> None:
     rng = np.random.default_rng(seed)
     change = {"plain": lambda rng, found: found, "lengths": rescale, "columns": scale_columns}[how]
@@ -73,7 +74,7 @@ def test_copies_with_neurons_drawn_anew_stay_in_order_and_are_recovered() -> Non
 
 
 @given(SEEDS)
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=examples(10))
 def test_a_permuted_expert_computes_the_same(seed: int) -> None:
     """Exactly: numbers of few bits, whose sums are exact in any order."""
     rng = np.random.default_rng(seed)

@@ -15,6 +15,7 @@ from chuk_lazarus.introspection.moe.numerics.spectra import energy_spectrum
 from chuk_lazarus.introspection.moe.overlays.allocation import allocate
 from chuk_lazarus.introspection.moe.overlays.curves import RateCurve
 from chuk_lazarus.introspection.moe.overlays.quantisation import as_stored, quantised_bytes, round_to_bits
+from sampling import examples
 
 
 def gaussian(shape: tuple[int, int], seed: int = 0) -> NDArray[np.float32]:
@@ -76,7 +77,7 @@ def test_impossible_ranks_are_refused(rank: int) -> None:
         factorise(gaussian((5, 9)), rank)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1))
 def test_error_falls_with_rank(rows: int, columns: int, seed: int) -> None:
     delta = gaussian((rows, columns), seed)
@@ -94,7 +95,7 @@ def left_out(choices: dict[int, RateCurve], ranks: dict[int, int]) -> float:
     return sum(float(choice.spectrum[ranks[key] :].sum()) for key, choice in choices.items())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(spectra, min_size=1, max_size=3), st.integers(0, 14))
 def test_spread_rank_is_the_best_of_all_ways_to_spend_the_bytes(found: list[NDArray[np.float64]], budget: int) -> None:
     """Brute force, uniform ranks among the candidates, at equal costs."""
@@ -106,7 +107,7 @@ def test_spread_rank_is_the_best_of_all_ways_to_spend_the_bytes(found: list[NDAr
     assert left_out(choices, ranks) == pytest.approx(best, abs=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.tuples(spectra, st.integers(1, 5)), min_size=1, max_size=3), st.integers(0, 4))
 def test_spread_rank_at_unequal_costs_is_at_most_one_rank_from_uniform(
     found: list[tuple[NDArray[np.float64], int]], uniform: int
@@ -120,7 +121,7 @@ def test_spread_rank_at_unequal_costs_is_at_most_one_rank_from_uniform(
     assert left_out(choices, ranks) <= left_out(choices, same) + largest + 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(spectra, min_size=1, max_size=3), st.floats(0, 200))
 def test_spread_rank_stops_as_soon_as_the_error_is_small_enough(
     found: list[NDArray[np.float64]], energy_left: float

@@ -5,16 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
 
 from chuk_lazarus.introspection.moe.numerics import pairs
 from chuk_lazarus.introspection.moe.numerics.pairs import (
     LEAD,
     PairMatches,
     are_mutual,
+    connected_experts,
     match_neurons,
     nearest_of_all_roles,
     prepare_neurons,
 )
+from sampling import examples
 
 Matrices = dict[str, NDArray[np.float32]]
 ROLES = ("gate", "up", "down")
@@ -36,7 +39,7 @@ def find(roles: Matrices) -> PairMatches:
 
 
 @given(SEEDS, st.sampled_from(["plain", "rows", "signs", "columns", "one column", "direction", "all"]))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 def test_a_copy_is_found_whatever_hides_it(seed: int, how: str) -> None:
     """The second expert is the first, shuffled; all experts are disguised, each neuron in its own way."""
     rng = np.random.default_rng(seed)
@@ -65,7 +68,7 @@ def test_a_copy_is_found_whatever_hides_it(seed: int, how: str) -> None:
 
 
 @given(SEEDS, st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 def test_the_nearest_of_all_roles_by_a_loop(seed: int, is_gated: bool) -> None:
     rng = np.random.default_rng(seed)
     roles = ROLES if is_gated else ROLES[1:]
@@ -133,3 +136,16 @@ def test_found_is_mutual_or_not() -> None:
     neurons = np.array([[7, 7, 7], [-1, 2, -1]], np.int32)
     mutual = are_mutual(prepared, positions, np.array([1, 0]), neurons)
     np.testing.assert_array_equal(mutual, [[False, True, False], [False, True, False]])
+
+
+@given(st.integers(0, 12), st.floats(0.0, 0.4), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=examples(60))
+def test_connected_experts_are_the_components_of_the_graph(count: int, density: float, seed: int) -> None:
+    alike = np.random.default_rng(seed).random((count, count)) < density
+    number, labels = connected_components(alike, directed=False)
+    expected = tuple(tuple(np.flatnonzero(labels == label)) for label in range(number))
+    assert connected_experts(alike) == expected
+
+
+def test_a_long_chain_of_experts_is_connected() -> None:
+    assert connected_experts(np.eye(300, k=1, dtype=bool)) == (tuple(range(300)),)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from chuk_lazarus.introspection.moe.numerics import search
 from chuk_lazarus.introspection.moe.numerics.pairs import LEAD, agreement_chance
 from chuk_lazarus.introspection.moe.numerics.search import find_neurons, prepare_queries, prepare_role
+from sampling import examples
 
 Neurons = dict[str, NDArray[np.float32]]  # role -> [neurons, inputs]
 ROLES = ("gate", "up", "down")
@@ -24,7 +25,7 @@ def find(queries: Neurons, neurons: Neurons) -> search.Found:
 
 
 @given(SEEDS, st.booleans(), st.sampled_from([1, 5, 200]))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_as_one_neuron_after_the_other(seed: int, gated: bool, count: int) -> None:
     """Some queries are neurons of the pool, with noise, and some of these have the other sign in up and down."""
     rng = np.random.default_rng(seed)
@@ -63,7 +64,7 @@ def test_as_one_neuron_after_the_other(seed: int, gated: bool, count: int) -> No
 
 
 @given(SEEDS)
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_columns_may_be_scaled_on_one_side(seed: int) -> None:
     rng = np.random.default_rng(seed)
     pool = draw(rng, 96)

@@ -16,6 +16,7 @@ from chuk_lazarus.introspection.moe.numerics.similarity import (
     unbiased_cka,
     unbiased_hsic,
 )
+from sampling import examples
 
 SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = st.tuples(st.integers(1, 96), st.integers(8, 96))
@@ -30,7 +31,7 @@ def cka(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
 
 
 @given(SEEDS, SHAPES)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_cka_of_equal_matrices_is_one_whatever_turns_their_rows(seed: int, shape: tuple[int, int]) -> None:
     matrix = draw(seed, shape)
     rotation = np.linalg.qr(draw(seed + 1, (shape[0], shape[0])))[0]
@@ -54,7 +55,7 @@ def test_cka_of_unrelated_matrices_is_nothing_in_the_mean(shape: tuple[int, int]
 
 
 @given(SEEDS)
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_likeness_is_blind_to_the_scales_of_columns(seed: int) -> None:
     rng = np.random.default_rng(seed)
     matrix = draw(seed, (40, 32))
@@ -102,7 +103,7 @@ def test_zeros_are_like_nothing() -> None:
 
 
 @given(SEEDS, st.sampled_from([16, 33, 96]), st.floats(0, 1))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_a_signed_permutation_is_recovered_under_noise(seed: int, hidden: int, noise: float) -> None:
     rng = np.random.default_rng(seed)
     embeddings = rng.standard_normal((512, hidden), np.float32)

@@ -33,6 +33,7 @@ from chuk_lazarus.introspection.moe.numerics.spectra import (
 )
 from chuk_lazarus.introspection.moe.weights.codecs import mxfp4, mxfp8
 from places import FIXTURES
+from sampling import examples
 
 SHAPES = [(48, 96), (96, 48), (64, 64), (1, 40), (40, 1), (1, 1)]
 
@@ -132,7 +133,7 @@ def test_no_energy_has_rank_zero() -> None:
     assert effective_rank(energy_spectrum(np.zeros((5, 9), np.float32)), 0.95) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(2, 24), st.integers(2, 24), st.floats(0.01, 100.0), st.integers(0, 2**32 - 1))
 def test_rank_is_invariant(rows: int, columns: int, scale: float, seed: int) -> None:
     """Scaling, rotating and transposing a matrix changes no effective rank."""
@@ -172,6 +173,19 @@ def sampled_energies(shape: tuple[int, int]) -> list[NDArray[np.float64]]:
 def test_noise_rank_is_that_of_a_sampled_matrix(shape: tuple[int, int], fraction: float) -> None:
     sampled = np.mean([rank_by_definition(energies, fraction) for energies in sampled_energies(shape)])
     assert noise_rank(shape, fraction) == pytest.approx(sampled, abs=0.01 * min(shape) + 0.5)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (64, 64), (63, 64), (1024, 2048), (7168, 2048), (3, 5000), (2, 900_000)], ids=str
+)
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.8, 0.9, 0.95, 0.99, 0.9999])
+def test_noise_rank_is_the_integral_of_the_law(shape: tuple[int, int], fraction: float) -> None:
+    ratio = min(shape) / max(shape)
+    angle = brentq(lambda t: (t - np.sin(t) * np.cos(t)) / np.pi - fraction, 0.0, np.pi, xtol=1e-15)
+    share, _ = quad(
+        lambda t: 2 * np.sin(t) ** 2 / (np.pi * (1 + ratio + 2 * ratio**0.5 * np.cos(t))), 0.0, angle, epsabs=1e-13
+    )
+    assert noise_rank(shape, fraction) == pytest.approx(max(1.0, share * min(shape)), rel=1e-9)
 
 
 def test_noise_rank_of_a_vector_is_one() -> None:

@@ -18,6 +18,7 @@ from chuk_lazarus.introspection.moe.overlays.codes.affine import (
 )
 from chuk_lazarus.introspection.moe.overlays.codes.code import code_bytes
 from chuk_lazarus.introspection.moe.weights.codecs import Part, recognise
+from sampling import examples
 
 CODES = [AffineCode(bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUPS]
 DTYPES = {"uint32": "U32", "bfloat16": "BF16"}
@@ -78,7 +79,7 @@ def test_our_reader_of_checkpoints_reads_it(code: AffineCode) -> None:
     st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_finite_matrix_has_finite_parts(code: AffineCode, rows: int, groups: int, scale: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     matrix = (rng.normal(size=(rows, groups * code.group)) * scale).astype(np.float32)

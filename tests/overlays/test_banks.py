@@ -37,6 +37,7 @@ from chuk_lazarus.introspection.moe.overlays.layer import bank_notes
 from chuk_lazarus.introspection.moe.overlays.trials import RoleTrial
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from places import FIXTURES
+from sampling import examples
 
 Vectors = dict[str, NDArray[np.float32]]
 
@@ -71,7 +72,7 @@ def plant(
     return vectors, labels
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     users=st.sampled_from([2, 4]),
@@ -140,7 +141,7 @@ def test_d_is_told_by_a_few_experts(users: int) -> None:
 
 
 @given(matched=st.integers(1, 96), more=st.integers(0, 96), d=st.floats(1e-4, 0.5), axis=st.sampled_from([0, 1]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_codes_of_a_bank_err_less_from_step_to_step(matched: int, more: int, d: float, axis: int) -> None:
     """Against all that could be: none takes fewer bytes and does less harm."""
     bank, shape = BankShape(matched + more, matched, axis), ((96, 64), (64, 96))[axis]

@@ -19,6 +19,7 @@ from chuk_lazarus.introspection.moe.overlays.codes.bits import BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
 from chuk_lazarus.introspection.moe.overlays.trials import TRIED, RoleTrial, try_layer
 from chuk_lazarus.introspection.moe.weights.experts import Experts
+from sampling import examples
 
 Trials = dict[int, dict[str, RoleTrial]]
 SHAPES = {"gate": (512, 1024), "up": (512, 1024), "down": (1024, 512)}
@@ -51,7 +52,7 @@ def deltas(codes: dict[int, LayerCodes]) -> list[MatrixCode]:
 
 
 @given(st.floats(1.0, 8.0), st.integers(1, 6), st.sampled_from([2, 8, 64]), st.sampled_from([0.01, 0.1, 0.3, 0.9]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_the_bits_are_met_from_below(bits: float, layers: int, experts: int, share: float) -> None:
     found = trials(layers, experts, share)
     try:

@@ -15,6 +15,7 @@ from chuk_lazarus.introspection.moe.overlays.codes.bf16 import Bf16Code
 from chuk_lazarus.introspection.moe.overlays.codes.bits import GROUPS, LEVELS, MATRIX, ROW, BitsCode
 from chuk_lazarus.introspection.moe.overlays.codes.code import code_bytes
 from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, SumCode
+from sampling import examples
 
 Array = NDArray[np.float32]
 
@@ -142,7 +143,7 @@ def test_more_bits_err_less(group: int) -> None:
 
 
 @given(shapes, st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 5]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_more_bits_err_less_on_any_matrix(shape: tuple[int, int], seed: int, power: int) -> None:
     matrix = gaussian(*shape, seed=seed) ** power
     errors = [lost(BitsCode(levels), matrix) for levels in WHOLE]
@@ -164,7 +165,7 @@ def test_unbiased_undoes_the_shrinkage(code: BitsCode) -> None:
 
 @every_bits
 @given(shapes, st.integers(0, 2**32 - 1))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_what_can_be_represented_is_kept(code: BitsCode, shape: tuple[int, int], seed: int) -> None:
     random = np.random.default_rng(seed)
     half = (code.levels - 1) / 2
@@ -178,7 +179,7 @@ def test_what_can_be_represented_is_kept(code: BitsCode, shape: tuple[int, int],
 
 @every_code
 @given(shapes)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 def test_bytes_are_those_of_the_parts(code: MatrixCode, shape: tuple[int, int]) -> None:
     parts, layout = code.encode(gaussian(*shape)), code.layout(shape)
     assert code_bytes(code, shape) == sum(part.nbytes for part in parts.values())

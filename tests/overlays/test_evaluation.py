@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import InvalidRequest, ModelUnreadable, MoECompressionService, MoEOverlayEvaluation
 from places import DEMO
+from sampling import examples
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -189,7 +190,7 @@ def compared(*models: nn.Module, tokens: Any = (0, 1, 2, 3, 0), **options: Any) 
     return compare(original, other, tokens, 2, **options)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.01, 30), st.integers(2, 300))
 def test_divergence_of_any_two_distributions(seed: int, scale: float, vocabulary: int) -> None:
     rng = np.random.default_rng(seed)

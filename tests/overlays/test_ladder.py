@@ -14,6 +14,7 @@ from chuk_lazarus.introspection.moe.overlays.ladder import advise, list_variance
 from chuk_lazarus.introspection.moe.overlays.quantisation import round_to_bits
 from chuk_lazarus.introspection.moe.reports import LadderRow, MoEOverlayEstimate
 from chuk_lazarus.introspection.moe.weights.experts import Experts
+from sampling import examples
 
 DEMOS = ("upcycled", "native", "permuted")
 
@@ -31,7 +32,7 @@ def estimate(demo: str) -> MoEOverlayEstimate:
     st.lists(st.tuples(st.floats(1e-6, 1e3), st.integers(1, 50)), min_size=1, max_size=8),
     st.floats(0.0, 8.0),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_water_is_filled_to_one_level(components: list[tuple[float, int]], bits: float) -> None:
     """Against a level that is looked for by halves."""
     variances, counts = np.array(components).T
@@ -48,11 +49,12 @@ def test_of_equal_variances_each_bit_takes_three_quarters() -> None:
     for bits in (0.0, 1.0, 2.5):
         assert least_error(np.full(3, 2.0), np.full(3, 5.0), bits) == pytest.approx(30 * 4.0**-bits)
     assert least_error(np.zeros(3), np.ones(3), 1.0) == 0.0
+    assert least_error(np.array([93.0]), np.array([11]), 0.0) == pytest.approx(93.0 * 11)  # 11 log(93) / 11 is rounded
     assert least_error(np.array([4.0, 0.0]), np.array([1.0, 1.0]), 1.0) == pytest.approx(4 * 4.0**-2)
 
 
 @given(st.floats(0.0, 0.99), st.integers(2, 64))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_the_bound_of_sharing_is_the_same_law(cosine: float, experts: int) -> None:
     """Experts of one cosine need `saving_bound` bits less than 4 for the error of 4 bits."""
     gram = np.full((experts, experts), cosine) + (1 - cosine) * np.eye(experts)

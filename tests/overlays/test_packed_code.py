@@ -21,6 +21,7 @@ from chuk_lazarus.introspection.moe.overlays.codes.packed import (
 from chuk_lazarus.introspection.moe.weights.codecs import Part, recognise
 from encoders_packed import unpack_stream
 from places import FIXTURES
+from sampling import examples
 
 CODES = [PackedCode(bits, group) for bits in PACKED_BITS for group in PACKED_GROUPS]
 BY_THE_LIBRARY = sorted((FIXTURES / "formats").glob("packed_ours_*"))
@@ -93,7 +94,7 @@ def test_our_reader_and_long_integers_say_the_same(code: PackedCode) -> None:
     st.sampled_from([0.0, 1e-42, 1e-30, 1e-3, 1.0, 1e30]),
     st.integers(0, 2**32 - 1),
 )
-@limits(max_examples=60, deadline=None)
+@limits(max_examples=examples(60), deadline=None)
 def test_any_finite_matrix_has_finite_parts(code: PackedCode, rows: int, groups: int, scale: float, seed: int) -> None:
     matrix = (np.random.default_rng(seed).normal(size=(rows, groups * code.group)) * scale).astype(np.float32)
     decoded = code.decode(code.encode(matrix), (rows, groups * code.group))

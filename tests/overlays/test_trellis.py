@@ -26,6 +26,7 @@ from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, 
 from chuk_lazarus.introspection.moe.overlays.codes.trellis import STATES, WIDTHS, TrellisCode, codebook
 from chuk_lazarus.introspection.moe.overlays.trials import TRELLIS_ERRORS
 from chuk_lazarus.introspection.moe.weights.experts import Experts
+from sampling import examples
 
 Array = NDArray[np.float32]
 Parts = dict[str, NDArray[Any]]
@@ -155,7 +156,7 @@ def test_gaussian_numbers_lose_little_more_than_any_code_must(bits: int) -> None
 
 @every_width
 @given(shapes, st.integers(0, 2**32 - 1), st.sampled_from([1, 3]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_any_shape_is_coded_in_the_bytes_of_the_layout(
     bits: int, shape: tuple[int, int], seed: int, power: int
 ) -> None:

@@ -16,6 +16,7 @@ from chuk_lazarus.introspection.moe.overlays.width_budget import (
     widths_reaching,
     widths_within,
 )
+from sampling import examples
 
 WIDTHS = [AffineCode(bits, group) for bits in (2, 3, 4, 6) for group in (64, 128)]
 
@@ -32,7 +33,7 @@ def total(trials: dict[int, WidthTrial], widths: dict[int, str | None]) -> float
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 1.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_no_mix_is_much_better(seed: int, part: float) -> None:
     """The best mix within the budget without one unit's largest step errs at least as much as ours."""
     rng = np.random.default_rng(seed)

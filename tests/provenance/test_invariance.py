@@ -25,6 +25,7 @@ from made_layers import (
     shuffle,
     write,
 )
+from sampling import examples
 
 SEEDS = st.integers(0, 2**32 - 1)
 CHANGES: list[Change] = [
@@ -53,7 +54,7 @@ def is_judged(changes: Sequence[Change]) -> bool:
 
 @pytest.mark.parametrize(("make", "origin"), [(native, "NATIVE"), (copies, "UPCYCLED")])
 @given(seed=SEEDS, changes=st.lists(st.sampled_from(CHANGES), min_size=2, max_size=5, unique=True).filter(is_judged))
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 def test_what_must_not_change_the_verdict_in_any_order(
     make: Callable[[np.random.Generator], Matrices], origin: str, seed: int, changes: Sequence[Change]
 ) -> None:
@@ -72,7 +73,7 @@ def test_what_must_not_change_the_verdict_in_any_order(
     tied=st.sampled_from(["", "up", "down"]),
     tail=st.sampled_from([1, 3]),
 )
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_noise_of_any_shape_is_never_upcycled(
     seed: int, experts: int, neurons: int, hidden: int, tied: str, tail: int
 ) -> None:

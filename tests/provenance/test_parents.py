@@ -17,6 +17,7 @@ from chuk_lazarus.introspection.moe.numerics.search import Found, searching_orde
 from chuk_lazarus.introspection.moe.provenance.parent import parent_evidence
 from chuk_lazarus.introspection.moe.reports import AttentionMatch, ParentMatch
 from chuk_lazarus.introspection.moe.views.words import explain_parent
+from sampling import examples
 
 Layer = dict[str, NDArray[np.float32]]  # role -> [experts, neurons, inputs]
 Tensors = dict[str, NDArray[np.float32]]  # by their names
@@ -410,7 +411,7 @@ def test_the_same_number_first() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 def test_evidence_by_its_definitions(seed: int, layers: int) -> None:
     rng = np.random.default_rng(seed)
     owner, positions = np.repeat(np.arange(3), 7), rng.integers(0, 9, 21)

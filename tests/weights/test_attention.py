@@ -38,6 +38,7 @@ from chuk_lazarus.introspection.moe.weights.layouts import (
 )
 from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from places import FIXTURES
+from sampling import examples
 
 Matrix = NDArray[np.float32]
 Matrices = dict[str, Matrix]
@@ -787,7 +788,7 @@ ANY_TYPE = sorted({model_type for row in ROWS.values() for model_type in row.mod
     heads=st.one_of(st.integers(-1, 5), st.lists(st.integers(-1, 5), max_size=2), st.just("4"), st.none()),
     size=st.one_of(st.integers(-1, 5), st.just([])),
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 def test_whatever_a_header_says_the_errors_are_ours(shapes: Any, model_type: str, heads: Any, size: Any) -> None:
     tensors = {
         f"model.layers.0.{name}.{part}": np.zeros(shape, dtype) for (name, part), (shape, dtype) in shapes.items()

@@ -14,6 +14,7 @@ from chuk_lazarus.introspection.moe.errors import ModelUnreadable, MoEError, Unk
 from chuk_lazarus.introspection.moe.weights.checkpoint import DTYPES
 from chuk_lazarus.introspection.moe.weights.codecs import Part, Stored, recognise
 from decoding import FP8, decode, float_of, random_bytes
+from sampling import examples
 
 Array = NDArray[Any]
 
@@ -228,7 +229,7 @@ def test_mxfp4_scale_254_reaches_the_largest_power_and_255_is_nan() -> None:
     assert np.isnan(decoded[0, 32:]).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_mxfp4_equals_mlx_bit_for_bit(rows: int, groups: int, seed: int) -> None:
     mx = pytest.importorskip("mlx.core")

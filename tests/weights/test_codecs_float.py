@@ -21,6 +21,7 @@ from decoding import FP8, decode, random_bytes
 from encoded import Encoded
 from encoders_float import ENCODERS, nvfp4
 from places import FIXTURES
+from sampling import examples
 
 Array = NDArray[Any]
 Parts = Mapping[str, tuple[str, Array]]
@@ -70,7 +71,7 @@ def encode(name: str, rows: int, columns: int, seed: int) -> Encoded:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_any_window_has_the_values_that_were_encoded(name: str, data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 200))
@@ -349,7 +350,7 @@ def test_two_second_scales_of_two_experts_are_theirs() -> None:
     assert (decode(stored, weight | {"weight_scale_2": np.float32(2).reshape(())}) == 2).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(1, 4), st.integers(1, 20), st.data())
 def test_turned_nvfp4_equals_the_transpose(groups: int, outputs: int, data: st.DataObject) -> None:
     """ModelOpt packs the transpose of a stack [E, in, out] and turns everything back."""

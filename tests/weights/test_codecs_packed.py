@@ -20,6 +20,7 @@ from chuk_lazarus.introspection.moe.weights.repositories.find import find_reposi
 from encoded import Encoded
 from encoders_packed import ENCODERS
 from places import FIXTURES
+from sampling import examples
 
 Array = NDArray[Any]
 Parts = dict[str, tuple[str, Array]]
@@ -109,7 +110,7 @@ def test_unpacking_keeps_leading_axes() -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 @given(st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_decoding_undoes_encoding_in_any_window(name: str, data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(2, 80))
     encoded = make(name, rows, columns, data.draw(st.integers(0, 1000)))
@@ -615,7 +616,7 @@ def test_a_weight_shape_that_does_not_fit(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 def test_any_bytes_decode_without_a_warning(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     encoded = make(name, 32, 64)

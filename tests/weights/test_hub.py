@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from chuk_lazarus.introspection.moe.weights.repositories.range_cache import Rang
 from hub_server import HubServer, Request
 from places import FIXTURES
 from processor_time import HANGS
-from sampling import keep
+from sampling import examples, keep
 
 LAYERS, EXPERTS, WIDE, HIDDEN = 3, 4, 192, 384
 LAYER_BYTES = EXPERTS * 3 * WIDE * HIDDEN * 2
@@ -335,11 +336,36 @@ def test_the_same_file_in_another_repository_is_not_fetched_again(hub: HubServer
         "hf://{}",
         "https://huggingface.co/{}/tree/main",
         "https://huggingface.co/{}/blob/main/config.json?download=true",
+        "https://huggingface.co/{}/commits/main",
+        "huggingface.co/{}/discussions/3",
     ],
 )
 def test_addresses_of_the_hub(hub: HubServer, cache: Path, made: Path, address: str) -> None:
     name = publish(hub, made)
     assert figures(analyze(address.format(name))) == local(made)
+
+
+def test_the_name_of_a_cache_folder_is_its_model(hub: HubServer, cache: Path, made: Path) -> None:
+    name = publish(hub, made)
+    assert figures(analyze(f"models--{name.replace('/', '--')}")) == local(made)
+
+
+def test_a_cache_folder_is_a_model(tmp_path: Path, made: Path) -> None:
+    folder = tmp_path / "models--org--name"
+    for commit in ("a" * 40, "b" * 40):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+    check_refused(str(folder), "no safetensors")  # the newest, which is empty
+    for file in made.iterdir():
+        shutil.copy(file, folder / "snapshots" / ("a" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    assert figures(analyze(str(folder))) == local(made)
+    shutil.rmtree(folder / "refs")
+    os.utime(folder / "snapshots" / ("b" * 40), (0, 0))
+    assert figures(analyze(str(folder))) == local(made)
+    shutil.rmtree(folder / "snapshots")
+    (folder / "snapshots").mkdir()
+    check_refused(str(folder), "hf download org/name")
 
 
 @pytest.mark.parametrize("address", ["{}@refs%2Fpr%2F7", "https://huggingface.co/{}/tree/refs%2Fpr%2F7"])
@@ -916,7 +942,7 @@ def test_merge_covers_the_ranges_and_gaps_up_to_its_limit(ranges: list[tuple[int
     assert merge(ranges, gap) == as_ranges(covered | bridged)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(WRITES, WRITES, SPANS, st.booleans())
 def test_the_cache_has_what_was_written_and_misses_the_rest(
     writes: list[tuple[int, int]], others: list[tuple[int, int]], wanted: list[tuple[int, int]], reopen: bool
@@ -936,7 +962,7 @@ def test_the_cache_has_what_was_written_and_misses_the_rest(
             assert cache.read("key", start, stop) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(WRITES, st.sets(st.integers(0, 7)), SPANS, st.integers(0, 200))
 def test_the_cache_never_returns_wrong_bytes(
     writes: list[tuple[int, int]], damaged: set[int], wanted: list[tuple[int, int]], limit: int

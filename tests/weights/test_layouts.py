@@ -49,7 +49,7 @@ from chuk_lazarus.introspection.moe.weights.repositories.local import Folder
 from chuk_lazarus.introspection.moe.weights.repositories.source import Range
 from mlx_lm_recipes import RECIPES, ROPE, Recipe
 from places import FIXTURES
-from sampling import in_turn, sampled
+from sampling import examples, in_turn, sampled
 
 
 def name_oracles(kind: str) -> list[str]:
@@ -416,7 +416,7 @@ def test_shapes_give_the_sizes_back(row: Layout, sizes: tuple[int, int, int]) ->
 
 @every_row
 @given(sizes=sizes, block=st.integers(0, 2), seed=st.integers(0, 99), budget=st.integers(1, 300))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 def test_values_stored_by_a_rows_axes_are_read_back(
     row: Layout, sizes: tuple[int, int, int], block: int, seed: int, budget: int
 ) -> None:

@@ -1,47 +1,73 @@
-"""The command tree `lazarus > introspect > moe-expert`, and how it ends: errors become one line and an exit code."""
+"""The command tree, and how it ends: errors become one line and an exit code.
+
+Each command of `lazarus introspect moe-expert` also has a short name, right below `lazarus`.
+"""
 
 import contextlib
 import io
 import os
 import re
 import sys
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
 from . import moe_expert
+from .cache_command import cache as show_cache
+from .command import Command
 from .interrupt import INTERRUPTED
-from .moe_expert import EXAMPLE
 from .output import print_error
+from .suggest import command_meant
 
 LEAST_WIDTH, GREATEST_WIDTH = 20, 10_000  # columns of a terminal
 
-app = typer.Typer(name="lazarus", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="lazarus",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+moe_expert.add_short_names(app)
+app.command("cache", cls=Command, short_help="Tell what is kept on this machine, and clear it.")(show_cache)
 introspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 introspect.add_typer(moe_expert.app, name="moe-expert", short_help="Mixture-of-Experts checkpoints.")
 app.add_typer(
     introspect,
     name="introspect",
-    help=f"What the weights of a model say.\n\n{EXAMPLE}",
-    short_help="What the weights of a model say.",
+    help=f"What the weights of a model say.\n\n{moe_expert.EXAMPLE}",
+    short_help="The same commands under their long names.",
 )
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from chuk_lazarus import __version__
+        from .version import describe_version
 
-        typer.echo(f"lazarus {__version__}")
+        typer.echo(describe_version())
         raise typer.Exit
 
 
-@app.callback(help=f"Look inside models without running them.\n\n{EXAMPLE}")
+@app.callback(help="Look inside models without running them.\n\n\b\nExample:\n  lazarus analyze demo:native")
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and what is installed.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Take the options that come before any command."""
+
+
+@cache
+def command_tree() -> Any:
+    """The command that all others are below; to make it takes as long as a small analysis."""
+    return typer.main.get_command(app)
 
 
 def run(arguments: list[str]) -> int:
@@ -56,7 +82,7 @@ def run(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± gets a ?
     try:
-        code = app(args=arguments, prog_name="lazarus", standalone_mode=False) or 0
+        code = command_tree()(args=arguments, prog_name="lazarus", standalone_mode=False) or 0
         sys.stdout.flush()
     except typer.TyperException as error:
         return _end_usage(error, as_json)
@@ -96,8 +122,14 @@ def _end_usage(error: typer.TyperException, as_json: bool) -> int:
         typer.echo(error.format_message())
         return 2
     context = getattr(error, "ctx", None)
-    message = re.sub(r" \((Possible options: .*|Did you mean .*)\)$", "", error.format_message())
-    print_error(2, message, f"see {context.command_path} --help" if context else "see --help", as_json)
+    message = re.sub(r"( \(Possible options: .*\)|\. Did you mean .*\?)$", "", error.format_message())
+    hint = f"see {context.command_path} --help" if context else "see --help"
+    if context and (unknown := re.fullmatch(r"No such command '(.*?)'\.?", message)):
+        message = f"there is no command {unknown[1]!r}"
+        hint = f"did you mean: {meant}" if (meant := command_meant(unknown[1], context.find_root().command)) else hint
+    elif near := getattr(error, "possibilities", None):
+        hint = f"did you mean {near[0]}? {hint}"
+    print_error(2, message.removesuffix("."), hint, as_json)
     return 2
 
 

@@ -1,25 +1,31 @@
 """What all commands have in common: a command returns its report, and this shows it.
 
 `command` turns a function that returns a report into one for Typer. It adds the options that commands share, puts a
-group of options in the place of one parameter, shows progress, and prints or writes the report and what it cost.
+group of options in the place of one parameter, lets some options stand without their names, shows progress, and prints
+or writes the report and what it cost. `Command` is the class of such a command for Typer.
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from .next_steps import next_steps
 from .options import Json, Memory, Output, Quiet, Verbose
 from .output import print_hint, progress_bar, show
+from .positional import Positional, both, place
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+Note = TypeVar("Note")
 
 # options that do not change the result
 NOT_OF_THE_RESULT = {
@@ -54,6 +60,23 @@ class OptionGroup:
     build: Callable[..., Any]
 
 
+class Command(TyperCommand):
+    """A command some of whose options may stand without their names, and none but a list may be given twice."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; raises a usage error."""
+        if context.resilient_parsing:  # for completion
+            return super().parse_args(context, args)
+        _, _, order = self.make_parser(context).parse_args(args=list(args))
+        counts: Counter[Any] = Counter(order)
+        for param, times in counts.items():
+            if times > 1 and not (getattr(param, "is_flag", False) or getattr(param, "multiple", False)):
+                raise typer.BadParameter(f"it is given {times} times, and takes one value", context, param)
+        rest = super().parse_args(context, args)
+        place(context)
+        return rest
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """How a command runs; `progress` is for a service to report to, None where nobody watches."""
@@ -72,11 +95,13 @@ class Run:
     def command_line(self) -> str:
         """The command that gives such a result, without the options that say where it goes."""
         words, given = self.context.command_path.split(), self.given
-        for option in self.context.command.params:
-            name = str(option.name)
+        for param in self.context.command.params:
+            name = str(param.name)
             if name in given - NOT_OF_THE_RESULT:
                 value = self.context.params[name]
-                words += [option.opts[-1], *([] if value is True else [str(value)])]
+                for one in value if isinstance(value, list | tuple) else [value]:
+                    words += [param.opts[-1]] if param.param_type_name == "option" else []
+                    words += [] if one is True else [str(one)]
         return shlex.join(words)
 
 
@@ -100,11 +125,15 @@ def command(
 
     def decorate(function: Callable[..., "BaseModel | Result"]) -> Callable[..., None]:
         _, *options = signature(function).parameters.values()
-        groups = {parameter.name: group for parameter in options if (group := _group_of(parameter))}
+        groups = {parameter.name: group for parameter in options if (group := _note(parameter, OptionGroup))}
         parameters = [Parameter("typer_context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
         for parameter in options:
-            group = groups.get(parameter.name)
-            parameters += signature(group.build).parameters.values() if group else [parameter]
+            if group := groups.get(parameter.name):
+                parameters += signature(group.build).parameters.values()
+            elif note := _note(parameter, Positional):
+                parameters += both(parameter, note)
+            else:
+                parameters += [parameter]
         parameters = [
             parameter.replace(kind=Parameter.KEYWORD_ONLY)
             for parameter in sorted([*parameters, *shared], key=lambda parameter: parameter.name == "verbose")
@@ -140,8 +169,9 @@ def command(
     return decorate
 
 
-def _group_of(parameter: Parameter) -> OptionGroup | None:
-    return next((note for note in get_args(parameter.annotation) if isinstance(note, OptionGroup)), None)
+def _note(parameter: Parameter, kind: type[Note]) -> Note | None:
+    """What an annotation says beside the type."""
+    return next((note for note in get_args(parameter.annotation) if isinstance(note, kind)), None)
 
 
 def _costs(report: "BaseModel") -> list[str]:

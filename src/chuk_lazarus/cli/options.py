@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .output import check_drawable, check_writable
+from .positional import Positional
 
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import OverlayOptions
@@ -63,7 +64,11 @@ MODEL = (
     "or demo:upcycled, demo:native, demo:permuted"
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help=f"The model: {MODEL}.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help="The same, by name.", show_default=False),
+    Positional("MODEL", f"The model: {MODEL}."),
+]
 Layer = Annotated[
     int | None,
     typer.Option(

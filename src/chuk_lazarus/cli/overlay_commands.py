@@ -24,6 +24,7 @@ from .options import (
     parse_path,
     width_options,
 )
+from .positional import Positional
 
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import (
@@ -301,9 +302,13 @@ def evaluate(
             "--overlay",
             metavar="OVERLAY",
             parser=parse_path,
-            help="The folder of its overlay, or of another checkpoint of the same model: exported, quantised by "
-            "mlx_lm.convert, trained further.",
+            help="The same, by name.",
             show_default=False,
+        ),
+        Positional(
+            "OVERLAY",
+            "The folder of its overlay, or of another checkpoint of the same model: exported, quantised by "
+            "mlx_lm.convert, trained further.",
         ),
     ],
     text: Annotated[

@@ -25,6 +25,7 @@ from .options import (
     parse_shares,
 )
 from .output import check_writable, print_hint, write
+from .positional import Positional
 
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import MoELayout, MoEQuickAnalysis, MoESurveyPlan
@@ -149,7 +150,13 @@ def analyze(
 def compare(
     run: Run,
     model: Model,
-    other: Annotated[str, typer.Option("--compare", "-c", help="The model to compare it with.", show_default=False)],
+    others: Annotated[
+        list[str],
+        typer.Option(
+            "--compare", "-c", metavar="OTHER", help="The same, by name; once for each model.", show_default=False
+        ),
+        Positional("OTHER", "The models to compare it with."),
+    ],
     layer: Layer = None,
     layers: Layers = None,
     experts: ExpertCount = "8",
@@ -159,12 +166,13 @@ def compare(
     plot: Plot = None,
     caption: Caption = False,
 ) -> Result:
-    """Analyse two models in the same way, side by side.
+    """Analyse two or more models in the same way, side by side.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-type-compare -m demo:upcycled -c demo:native
       lazarus introspect moe-expert moe-type-compare -m openai/gpt-oss-20b -c allenai/OLMoE-1B-7B-0924
+      lazarus introspect moe-expert moe-type-compare demo:upcycled demo:permuted demo:native --html page.html
     """
     from chuk_lazarus.introspection.moe import MoETypeService, plots
     from chuk_lazarus.introspection.moe.views import page
@@ -172,7 +180,7 @@ def compare(
     check_caption(plot, caption)
     report = MoETypeService.compare(
         model,
-        other,
+        *others,
         layer=layer,
         layers=layers,
         experts=parse_experts(experts),

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import InvalidRequest, ModelUnreadable, MoEError, NotMoE, UnknownFormat
+    from .errors import InvalidRequest, LibraryMissing, ModelUnreadable, MoEError, NotMoE, UnknownFormat
     from .jobs.resources import memory_limit
+    from .moe_cache import MoECacheService
     from .moe_compression import MoECompressionService
     from .moe_layout import MoELayoutService
     from .moe_survey import MoESurveyService
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .overlays.runtime.modules import OverlayMoE as OverlayMoE
     from .reports import (
         Cost,
+        MoECache,
         MoELayout,
         MoEOverlay,
         MoEOverlayCompression,
@@ -47,6 +49,9 @@ __all__ = [
     "ExpertLayer",
     "Experts",
     "InvalidRequest",
+    "LibraryMissing",
+    "MoECache",
+    "MoECacheService",
     "MoECompressionService",
     "MoEError",
     "MoELayout",
@@ -77,8 +82,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("InvalidRequest", "ModelUnreadable", "MoEError", "NotMoE", "UnknownFormat"),
+    "errors": ("InvalidRequest", "LibraryMissing", "ModelUnreadable", "MoEError", "NotMoE", "UnknownFormat"),
     "jobs.resources": ("memory_limit",),
+    "moe_cache": ("MoECacheService",),
     "moe_compression": ("MoECompressionService",),
     "moe_layout": ("MoELayoutService",),
     "moe_survey": ("MoESurveyService",),
@@ -86,6 +92,7 @@ _HOMES = {
     "moe_weights": ("MoEWeightsService",),
     "reports": (
         "Cost",
+        "MoECache",
         "MoELayout",
         "MoEOverlay",
         "MoEOverlayCompression",

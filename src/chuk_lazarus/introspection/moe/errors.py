@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 LONGEST = 2000  # characters of a message
 
@@ -33,6 +34,15 @@ class InvalidRequest(MoEError):
     exit_code = 2
 
 
+class LibraryMissing(InvalidRequest, ImportError):
+    """What was asked for needs the libraries of one of this package's extras, and they are not installed."""
+
+    @classmethod
+    def of(cls, extra: str, message: str) -> Self:
+        """The error that says how to install an extra."""
+        return cls(message, f'run: pip install "chuk-lazarus[{extra}]"')
+
+
 class ModelUnreadable(MoEError):
     """The model can't be found or read: missing, gated, corrupt, truncated, or the network failed."""
 
@@ -56,6 +66,8 @@ def name_model(model: str) -> Iterator[None]:
     """Put the model's name in front of the message of an error that does not name it."""
     try:
         yield
+    except LibraryMissing:  # with any model
+        raise
     except MoEError as error:
         if printable(model) in error.message:
             raise

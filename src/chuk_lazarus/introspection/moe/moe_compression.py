@@ -219,13 +219,11 @@ class MoECompressionService:
 
         `overlay` may also be the folder of another checkpoint of the same model that mlx-lm loads: exported, quantised,
         trained further. The model must be on this machine, whose memory must hold both. `context` is the length of the
-        windows, `tokens` how many tokens at most. Raises InvalidRequest where MLX is not installed, and where the two
-        are not of the same model.
+        windows, `tokens` how many tokens at most. Raises LibraryMissing where MLX is not installed, and InvalidRequest
+        where the two are not of the same model.
         """
-        try:
-            from .overlays.runtime.evaluate import evaluate_overlay
-        except ImportError:
-            raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
+        from .overlays.runtime.evaluate import evaluate_overlay
+
         return evaluate_overlay(
             model_name(model),
             path(overlay, "the overlay"),

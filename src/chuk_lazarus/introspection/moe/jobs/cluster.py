@@ -20,7 +20,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
-from ..errors import InvalidRequest, ModelUnreadable, MoEError
+from ..errors import InvalidRequest, LibraryMissing, ModelUnreadable, MoEError
 from ..progress import Progress
 from ..weights.experts import split_model
 from ..weights.fingerprint import file_sizes
@@ -187,8 +187,8 @@ class Cluster:
 def connect(address: str | None) -> Iterator[Cluster | None]:
     """The workers of the scheduler at `address`, such as "tcp://host:8786"; None for None.
 
-    What they have not done at the end is given up. Raises InvalidRequest for what is no address, and ClusterUnusable
-    where no scheduler answers, it has no workers, or versions differ.
+    What they have not done at the end is given up. Raises InvalidRequest for what is no address, LibraryMissing
+    without dask, and ClusterUnusable where no scheduler answers, it has no workers, or versions differ.
     """
     if address is None:
         yield None
@@ -199,7 +199,7 @@ def connect(address: str | None) -> Iterator[Cluster | None]:
         from distributed import Client
         from distributed.utils import LoopRunner
     except ImportError:
-        raise ClusterUnusable("dask is not installed", "install chuk-lazarus[dask]") from None
+        raise LibraryMissing.of("dask", "dask is not installed") from None
     runner, client = LoopRunner(), None
     with _quiet():
         runner.start()

@@ -190,10 +190,11 @@ def group_partners(pairs: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
 
 def connected_experts(alike: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
     """The connected components of a graph, given as [experts, experts]."""
-    from scipy.sparse.csgraph import connected_components  # here, because it takes long to load
-
-    count, labels = connected_components(alike, directed=False)
-    return tuple(tuple(int(place) for place in np.flatnonzero(labels == label)) for label in range(count))
+    near = alike | alike.T | np.eye(len(alike), dtype=bool)
+    before, labels = None, np.arange(len(alike))  # a component's label becomes its least place
+    while before is None or (labels != before).any():
+        before, labels = labels, np.where(near, labels, len(alike)).min(axis=1, initial=len(alike))
+    return tuple(tuple(int(place) for place in np.flatnonzero(labels == label)) for label in np.unique(labels))
 
 
 def _take(vectors: Array, positions: NDArray[np.intp]) -> Array:

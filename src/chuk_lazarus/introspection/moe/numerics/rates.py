@@ -127,7 +127,9 @@ def least_error(variances: NDArray[np.float64], counts: NDArray[np.float64], bit
         return 0.0
     logs, numbers = np.log2(variances[order]), counts[order]
     levels = (np.cumsum(numbers * logs) - 2 * bits * counts.sum()) / np.cumsum(numbers)  # of the first 1, 2, ...
-    level = levels[np.flatnonzero(levels <= logs)[-1]]
+    is_filled = levels <= logs
+    is_filled[0] = True  # but for rounding
+    level = levels[np.flatnonzero(is_filled)[-1]]
     return float(numbers @ np.exp2(np.minimum(logs, level)))
 
 

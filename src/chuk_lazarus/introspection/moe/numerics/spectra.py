@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from math import cos, pi, sin, sqrt
+from math import atan, cos, pi, sin, sqrt, tan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,18 +58,23 @@ def noise_rank(shape: tuple[int, int], fraction: float) -> float:
 
     By the Marchenko-Pastur law, with c = m/n <= 1: at eigenvalue 1 + c + 2 sqrt(c) cos(t), the *energy* above follows a
     semicircle, (t - sin t cos t) / pi, and the *number* of eigenvalues above is the integral of
-    2 sin^2 t / (pi (1 + c + 2 sqrt(c) cos t)) from 0 to t.
+    2 sin^2 t / (pi (1 + c + 2 sqrt(c) cos t)) from 0 to t, which has a closed form. (scipy would solve both,
+    and takes longer to load than an analysis.)
     """
-    from scipy.integrate import quad  # here, because they load slowly
-    from scipy.optimize import brentq
-
     small, large = sorted(shape)
     if small == 0:
         return 0.0
     ratio = small / large
-    angle = brentq(lambda t: (t - sin(t) * cos(t)) / pi - fraction, 0.0, pi)
-    share, _ = quad(lambda t: 2 * sin(t) ** 2 / (pi * (1 + ratio + 2 * ratio**0.5 * cos(t))), 0.0, angle)
-    return float(max(1.0, share * small))
+    low, angle = 0.0, pi
+    while low < (middle := (low + angle) / 2) < angle:
+        if middle - sin(middle) * cos(middle) < pi * fraction:
+            low = middle
+        else:
+            angle = middle
+    a, b = 1 + ratio, 2 * sqrt(ratio)
+    turn = (1 - ratio) * atan((1 - sqrt(ratio)) / (1 + sqrt(ratio)) * tan(angle / 2))
+    share = 2 / pi * ((a * angle - 2 * turn) / b**2 - sin(angle) / b)
+    return max(1.0, share * small)
 
 
 def sample_decay(spectrum: NDArray[np.float64], points: int = DECAY_POINTS) -> NDArray[np.float64]:

@@ -204,7 +204,7 @@ class OverlayJob:
         """Let errors of codes be measured by what enters the experts while the model reads a text, if there is one.
 
         Raises InvalidRequest for a rule of ranks, a text that can't be read, a model that is not on this machine, and
-        where MLX is not installed; see `gather_inputs`, too.
+        LibraryMissing where MLX is not installed; see `gather_inputs`, too.
         """
         if text is None:
             return
@@ -217,10 +217,8 @@ class OverlayJob:
             name = self.opened.name
             raise InvalidRequest(f"{name} is not on this machine", f"run: hf download {name}, and give its folder")
         folder = repository.path
-        try:
-            from .runtime.calibrate import gather_inputs, read_windows
-        except ImportError:
-            raise InvalidRequest("MLX and mlx-lm are not installed", "they exist for Apple Silicon and Linux") from None
+        from .runtime.calibrate import gather_inputs, read_windows
+
         self.check_activation()
         windows = read_windows(folder, text)
         digest = hashlib.sha256(windows.tobytes()).hexdigest()[:16]

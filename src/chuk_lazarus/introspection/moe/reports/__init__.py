@@ -1,5 +1,6 @@
 """The results as data: what `--json` prints and what the services return. `views` defines how they look."""
 
+from .cache import CachePart, MoECache
 from .conversion import FaultKind, LayerConversion, MoEWeightsVerification, ProjectionConversion, WeightFault
 from .layout import FitPlan, LayerLayout, MoELayout, SharedExperts
 from .overlays import (
@@ -45,6 +46,7 @@ from .survey import MoESurveyPlan, MoETypeSurvey, PlannedModel, SurveyAnswer, Su
 
 __all__ = [
     "AttentionMatch",
+    "CachePart",
     "Cosine",
     "Cost",
     "DocumentedRule",
@@ -63,6 +65,7 @@ __all__ = [
     "LayerVerification",
     "Lineage",
     "MatchHistogram",
+    "MoECache",
     "MoELayout",
     "MoEOverlay",
     "MoEOverlayCompression",

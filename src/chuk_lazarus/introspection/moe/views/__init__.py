@@ -4,6 +4,7 @@ Importing this room registers how each kind of report looks (docs/decisions/view
 """
 
 from ..reports import (
+    MoECache,
     MoELayout,
     MoEOverlay,
     MoEOverlayCompression,
@@ -54,6 +55,7 @@ from .summaries import (
     summarise_verification,
     summarise_weights,
 )
+from .tables.cache import render_cache
 from .tables.conversion import render_weights
 from .tables.layout import render_layout
 from .tables.overlays import (
@@ -67,6 +69,7 @@ from .tables.overlays import (
 from .tables.provenance import render_analysis, render_comparison, render_details, render_quick
 from .tables.survey import SurveyTable, render_survey_plan, render_survey_summary
 
+as_rich.register(MoECache, render_cache)
 as_rich.register(MoELayout, render_layout)
 as_rich.register(MoETypeAnalysis, render_analysis)
 as_rich.register(MoEQuickAnalysis, render_quick)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InvalidRequest
+from ...errors import LibraryMissing
 from .code import PartLayout, Parts, Shape, check_finite
 from .packing import pack_levels, packed_bytes
 from .scales import GREATEST, decode_scales, encode_scales
@@ -50,11 +50,11 @@ def windows(bits: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def check_encoder() -> None:
-    """Raise InvalidRequest where there is no compiler to encode trellises with; decoding needs none."""
+    """Raise LibraryMissing where there is no compiler to encode trellises with; decoding needs none."""
     try:
         from . import viterbi  # noqa: F401
     except ImportError:
-        raise InvalidRequest("numba encodes trellises", 'pip install "chuk-lazarus[trellis]"') from None
+        raise LibraryMissing.of("trellis", "numba, which encodes trellises, is not installed") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class TrellisCode:
         unbiased: bool = False,
         moments: NDArray[np.float32] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """See `Code`; a trellis is always made unbiased, and never by moments. Raises InvalidRequest without numba."""
+        """See `Code`; a trellis is always made unbiased, and never by moments. Raises LibraryMissing without numba."""
         check_encoder()
         from .viterbi import best_states
 

@@ -1,6 +1,7 @@
 """The repository that a model's name stands for."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,7 +18,9 @@ def find_repository(model: str) -> Repository:
     """The repository that `model` stands for.
 
     These are tried in order: an embedded model, `demo:NAME`; an existing folder or file; a Hub id, `org/name` or
-    `org/name@revision`, or one of its GGUF files, `org/name/path/file.gguf`. Raises ModelUnreadable for other texts.
+    `org/name@revision`, or one of its GGUF files, `org/name/path/file.gguf`, or such an id in an address of
+    the Hub's, or as a cache folder of its client has it (`models--org--name`). Raises ModelUnreadable for other
+    texts.
     """
     if model.startswith("demo:"):
         name = model.removeprefix("demo:")
@@ -31,6 +34,7 @@ def find_repository(model: str) -> Repository:
     except (OSError, ValueError):  # a name that is too long, a NUL
         exists = False
     if exists:
+        path = _snapshot(path)
         return Folder(path.parent if path.name.endswith(".safetensors.index.json") else path)
     model = _as_hub_id(model)
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([^@]+\.gguf))?(?:@([\w./-]+))?", model)
@@ -44,11 +48,28 @@ def find_repository(model: str) -> Repository:
     )
 
 
+def _snapshot(path: Path) -> Path:
+    """The model in a cache folder of the Hub's client, of the main branch or else the newest; or the path as it is."""
+    if not (path.resolve().name.startswith("models--") and (path / "snapshots").is_dir()):
+        return path
+    with suppress(OSError, ValueError):
+        main = path / "snapshots" / (path / "refs" / "main").read_text().strip()
+        if main.is_dir():
+            return main
+    snapshots = [folder for folder in (path / "snapshots").iterdir() if folder.is_dir()]
+    if not snapshots:
+        raise ModelUnreadable(f"{path} has no snapshot of the model", f"run: hf download {_as_hub_id(path.name)}")
+    return max(snapshots, key=lambda folder: folder.stat().st_mtime)
+
+
 def _as_hub_id(model: str) -> str:
-    """The Hub id that an address of the Hub, or an id with a slash at its end, stands for; other texts as they are."""
+    """The Hub id that an address of the Hub, an id with a slash at its end, or a cache folder's name stands for."""
     text = re.sub(r"^(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?", "", model.strip())
     text = unquote(text.partition("?")[0]).rstrip("/")
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/(?:tree|blob|resolve)/([^@]+)", text)
+    if cached := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", text):
+        return f"{cached[1]}/{cached[2]}"
+    text = re.sub(r"^([^/]+/[^/]+)/discussions(?:/.*)?$", r"\1", text)
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/(?:tree|blob|resolve|raw|commits?)/([^@]+)", text)
     if not match:
         return text
     name, rest = match[1], match[2]
