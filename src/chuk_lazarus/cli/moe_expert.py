@@ -39,7 +39,7 @@ def add_short_names(parent: typer.Typer) -> None:
     """Let the commands also stand under their short names, with examples that have these."""
     for name, short, run, short_help in COMMANDS:
         text = (getdoc(run) or "").replace(f"{PATH} {name}", f"lazarus {short}")
-        text = re.sub(" -[mc] ", " ", text)
+        text = re.sub(" (-[mca]|--against) ", " ", text)
         parent.command(short, cls=Command, short_help=short_help, help=text)(run)
 
 

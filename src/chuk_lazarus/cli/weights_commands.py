@@ -7,6 +7,7 @@ import typer
 from .command import JSON, MEMORY, OUTPUT, QUIET, VERBOSE, Result, Run, command
 from .options import MODEL, Caption, Html, Plot, check_caption, parse_experts
 from .output import write
+from .positional import Positional
 
 FAILED = 1  # the exit code where a check failed
 
@@ -14,10 +15,15 @@ FAILED = 1  # the exit code where a check failed
 @command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
 def verify(
     run: Run,
-    model: Annotated[str, typer.Option("--model", "-m", help=f"The converted model: {MODEL}.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", metavar="MODEL", help="The same, by name.", show_default=False),
+        Positional("MODEL", f"The converted model: {MODEL}."),
+    ],
     against: Annotated[
         str,
-        typer.Option("--against", "-a", help="The model that it was made from, named likewise.", show_default=False),
+        typer.Option("--against", "-a", metavar="ORIGINAL", help="The same, by name.", show_default=False),
+        Positional("ORIGINAL", "The model that it was made from, named likewise."),
     ],
     layers: Annotated[
         str | None,

@@ -45,6 +45,7 @@ class Checkpoint:
         self._lock = threading.Lock()
         self._sources: dict[str, ByteSource] = {}
         self._headers: dict[str, dict[str, TensorInfo]] = {}
+        self._stated_bytes: int | None = None
         files = [] if INDEX in repository.files else find_weight_files(repository.files)
         self.config_file = CONFIG
         if files and files[0].endswith(".gguf"):
@@ -110,10 +111,8 @@ class Checkpoint:
         """
         if all(map(self.is_at_hand, self.names)):
             return sum(info.nbytes for name in self.names for info in self.slices(name))
-        metadata = self._json(INDEX).get("metadata") if INDEX in self.repository.files else None
-        total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        if type(total) is int and total > 0:
-            return total
+        if self._stated_bytes is not None:
+            return self._stated_bytes
         is_here = self.repository.folder is not None and self.files <= self.repository.files
         return sum(self._source(file).size for file in self.files) if is_here else None
 
@@ -210,7 +209,10 @@ class Checkpoint:
 
     def _read_index(self) -> dict[str, tuple[str, ...]]:
         """The file that each tensor is in, as the index says, whose names are checked."""
-        files = self._json(INDEX).get("weight_map")
+        index = self._json(INDEX)
+        files, metadata = index.get("weight_map"), index.get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        self._stated_bytes = total if type(total) is int and total > 0 else None
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ModelUnreadable(f"{INDEX} has no weight_map of names to files")
         for name in files:
