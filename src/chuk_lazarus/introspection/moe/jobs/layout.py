@@ -111,10 +111,11 @@ def count_other_bytes(experts: Experts) -> int | None:
     numbers = (*experts.layers, *experts.mtp_layers)
     if total is None or not numbers:
         return None
-    layers = [experts.layer(number) for number in numbers]
-    if not all(map(experts.checkpoint.is_at_hand, experts.checkpoint.names)):
-        layers = [layers[0]] * len(layers)
-    return max(0, total - sum(layer.stored_bytes for layer in layers))
+    if all(map(experts.checkpoint.is_at_hand, experts.checkpoint.names)):
+        of_experts = sum(experts.layer(number).stored_bytes for number in numbers)
+    else:
+        of_experts = len(numbers) * experts.layer(numbers[0]).stored_bytes
+    return max(0, total - of_experts)
 
 
 def _describe_layer(layer: ExpertLayer) -> LayerLayout:

@@ -113,8 +113,10 @@ class Checkpoint:
             return sum(info.nbytes for name in self.names for info in self.slices(name))
         if self._stated_bytes is not None:
             return self._stated_bytes
-        is_here = self.repository.folder is not None and self.files <= self.repository.files
-        return sum(self._source(file).size for file in self.files) if is_here else None
+        folder = self.repository.folder
+        if folder is None or not self.files <= self.repository.files:
+            return None
+        return sum((folder / file).stat().st_size for file in self.files)
 
     def is_at_hand(self, name: str) -> bool:
         """Whether the header that describes the tensor is read already."""
