@@ -225,7 +225,7 @@ def test_the_page_has_every_variable_of_ours() -> None:
 
 
 def test_the_plan_of_the_house_has_every_file() -> None:
-    plan = (ROOT / "README.md").read_text("utf-8").partition("## The house")[2]
+    plan = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## The house")[2]
     moe = SOURCE / "introspection/moe"
     rooms = [
         moe,
