@@ -112,7 +112,7 @@ def test_what_needs_mlx_says_so_in_python() -> None:
 
 
 def test_an_analysis_needs_no_extra(tmp_path: Path) -> None:
-    arguments = ["introspect", "moe-expert", "moe-type-analyze", "-m", "demo:upcycled", "--html", "page.html"]
+    arguments = ["introspect", "moe-expert", "moe-type-analyze", "-q", "-m", "demo:upcycled", "--html", "page.html"]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, "mlx,mlx_lm,transformers,distributed,dask,numba", *arguments],
         capture_output=True,

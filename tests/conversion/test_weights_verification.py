@@ -384,7 +384,7 @@ def test_all_layers_are_all_experts(tmp_path: Path) -> None:
 def test_requests_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"the tolerance is 0\.5"):
         MoEWeightsService.verify("demo:native", "demo:native", tolerance=0.5)
-    with pytest.raises(InvalidRequest, match="number of experts must be at least 1"):
+    with pytest.raises(InvalidRequest, match="the number of experts must be at least 1"):
         MoEWeightsService.verify("demo:native", "demo:native", experts=0)
 
 
