@@ -58,7 +58,8 @@ class Bar(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model of the table: its name, the address of its page if it has one, its outcome, and its figures."""
+    """A model of the table: its name, the address of its page if it has one, its outcome, and its figures or its
+    error."""
 
     name: str
     page: str | None
@@ -83,7 +84,6 @@ def to_survey_page(survey: MoETypeSurvey, pages: Mapping[int, str], command: str
         words={"Kind", "Stated", "Storage"},
         outcomes=sorted({model.outcome for model in models}),
         counts=count_types(survey),
-        has_errors=any(model.error for model in models),
         lacks_pages=any(row.answer and place not in pages for place, row in enumerate(survey.rows)),
         meanings=MEANINGS,
         command=command and printable(command),
@@ -97,7 +97,7 @@ def _describe(row: SurveyRow, page: str | None, headings: Sequence[str]) -> Mode
     if not answer:
         error = row.error.message if row.error else ""
         hint = f" ({row.error.hint})" if row.error and row.error.hint else ""
-        return Model(name, page, FAILED, (Cell(""),) * len(headings), error + hint, ())
+        return Model(name, page, FAILED, (), error + hint, ())
     cells = {
         "Confidence": _share(None if answer.type == "UNDETERMINED" else answer.confidence),
         "Kind": _text(answer.kind),
