@@ -72,7 +72,7 @@ LIBRARIES: dict[str, set[str]] = {
     "gguf": {"weights.gguf", "weights.codecs.gguf", "overlays.ggml"},
     "huggingface_hub": {"weights.repositories.hub"},
     "httpx2": {"weights.repositories.hub"},
-    "jinja2": {"views.page"},
+    "jinja2": {"views.templates"},
     "matplotlib": {"views.figures"},
     "pandas": {"reports.report"},
     "numba": {"overlays.codes.viterbi"},

@@ -287,7 +287,7 @@ RESULTS = {
     "moe-overlay-compression/1": ["moe-overlay-compress", "-m", "demo:native", "-O", "new", "--gate-rank", "2"],
     "moe-overlay-export/1": ["moe-overlay-export", "OVERLAY", "-O", "new"],
     "moe-type-survey/1": ["moe-type-survey", "demo:native"],
-    "moe-survey-plan/1": ["moe-type-survey", str(ROOT / "experiments/known_models/models.toml"), "--plan"],
+    "moe-survey-plan/1": ["moe-type-survey", "demo:native", "--plan"],
 }
 
 

@@ -176,11 +176,11 @@ def test_rows_of_earlier_versions_are_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     survey = MoESurveyService.survey(["demo:upcycled", "demo:native"], file=file)
     assert [round(row.answer.bits_saved or 0, 1) for row in survey.rows if row.answer] == [2.1, 0.0]
-    assert "Bits saved" in show(survey)
+    assert "Saved" in show(survey)
     data = survey.rows[0].model_dump(mode="json")
     del data["answer"]["bits_saved"]
     old = SurveyRow.model_validate(data)
     assert old.answer is not None
     assert old.answer.bits_saved is None
-    assert "Bits saved" in show(MoETypeSurvey(rows=(old, survey.rows[1])))
-    assert "Bits saved" not in show(MoETypeSurvey(rows=(old,)))
+    assert "Saved" in show(MoETypeSurvey(rows=(old, survey.rows[1])))
+    assert "Saved" not in show(MoETypeSurvey(rows=(old,)))

@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> int:
 
     0 done, 1 a check failed, 2 usage, 3 the model can't be read, 4 not an MoE or an unknown format, 130 interrupted.
     """
-    as_json = "--json" in arguments
+    as_json = "--json" in arguments or "--format json" in " ".join(arguments).replace("--format=json", "--format json")
     _check_width()
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the client's log lines would come between our own
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -36,6 +36,7 @@ NOT_OF_THE_RESULT = {
     "memory",
     "dask",
     "as_json",
+    "table_format",
     "output",
     "quiet",
     "verbose",
@@ -107,12 +108,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A report with what is shown below its table, with hints for the verbose, and the exit code."""
+    """A report with what is shown below its table, with hints for the verbose, and the exit code.
+
+    `text` is what is printed in the place of the table, None for the table itself.
+    """
 
     report: "BaseModel"
     more: Sequence[Any] = ()
     hints: Sequence[str] = field(default=())
     exit_code: int = 0
+    text: str | None = None
 
 
 def command(
@@ -150,10 +155,10 @@ def command(
                 returned = function(Run(typer_context, progress), **arguments)
             result = returned if isinstance(returned, Result) else Result(returned, hints=_costs(returned))
             output = None if "output" in arguments else values.get("output")
-            show(result.report, values["as_json"], output, result.more)
+            show(result.report, values["as_json"], output, result.more, result.text)
             for hint in result.hints if values.get("verbose") else ():
                 print_hint(hint)
-            if not (values["as_json"] or values.get("quiet")):
+            if not (values["as_json"] or values.get("quiet") or result.text is not None):
                 run = Run(typer_context, None)
                 given = {name: value for name, value in typer_context.params.items() if name in run.given}
                 for step in next_steps(result.report, function.__name__, given):

@@ -65,13 +65,18 @@ def check_drawable(path: Path | None) -> Path | None:
     return check_writable(path)
 
 
-def show(report: "BaseModel", as_json: bool, output: Path | None, more: Sequence[Any] = ()) -> None:
-    """Print a report on stdout, as JSON or as its table with `more` below, and write its JSON to `output` if given."""
+def show(
+    report: "BaseModel", as_json: bool, output: Path | None, more: Sequence[Any] = (), instead: str | None = None
+) -> None:
+    """Print a report on stdout, as JSON, or as its table with `more` below or a text `instead`, and write its JSON to
+    `output` if given."""
     text = format_json(report.model_dump(mode="json"))
     if output:
         write(output, text + "\n")
     if as_json:
         sys.stdout.write(text + "\n")
+    elif instead is not None:
+        sys.stdout.write(instead)
     else:
         from rich.console import Console
 

@@ -1,7 +1,9 @@
 """Commands about what is in a checkpoint and how it was trained: parse, call the service, return its report."""
 
+from collections.abc import Sequence, Set
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,16 +24,29 @@ from .options import (
     Variance,
     check_caption,
     parse_experts,
+    parse_path,
     parse_shares,
 )
-from .output import check_writable, print_hint, write
+from .output import check_writable, format_json, print_hint, write
 from .positional import Positional
 
 if TYPE_CHECKING:
-    from chuk_lazarus.introspection.moe import MoELayout, MoEQuickAnalysis, MoESurveyPlan
+    from chuk_lazarus.introspection.moe import MoELayout, MoEQuickAnalysis, MoESurveyPlan, MoETypeSurvey
 
 # options that a quick analysis has no use for
 NOT_QUICK = {"layer", "experts", "variance", "parent", "thorough", "html", "plot", "caption", "visualize"}
+
+# options that a plan has a use for
+OF_A_PLAN = {"models", "plan", "layer", "layers", "experts", "quick", "budget"}
+OF_A_PLAN |= {"table_format", "as_json", "quiet", "verbose"}
+
+
+class TableFormat(StrEnum):
+    """How the rows of many models are printed."""
+
+    CSV = "csv"
+    MARKDOWN = "markdown"
+    JSON = "json"
 
 
 @command(JSON, OUTPUT, VERBOSE)
@@ -202,8 +217,9 @@ def survey(
         list[str],
         typer.Argument(
             metavar="MODEL|FILE...",
-            help="Models, and lists of models: .txt files with a model a line, where parent=ID, layers=SPEC and "
-            "experts=N may follow, and .toml files with [[model]] tables.",
+            help="Models, folders of models such as the Hub's cache, and lists of models: .txt files with a model a "
+            "line, where parent=ID, layers=SPEC and experts=N may follow, .toml files with [[model]] tables, and - for "
+            "lines from stdin.",
             show_default=False,
         ),
     ],
@@ -230,31 +246,63 @@ def survey(
             callback=check_writable,
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FOLDER",
+            parser=parse_path,
+            help="Write pages to this folder, too: index.html with all models, and one for each full analysis.",
+            show_default=False,
+        ),
+    ] = None,
+    table_format: Annotated[
+        TableFormat | None,
+        typer.Option("--format", help="Print the rows on stdout in this format; json is --json.", show_default=False),
+    ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Only say what each model would cost, by the shapes in .toml lists.")
+        bool,
+        typer.Option(
+            "--plan", help="Only say how much would be read, and about how long it would take, from headers or lists."
+        ),
     ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say more: a line for each model as it ends, and figures by type.")
     ] = False,
-) -> "MoESurveyPlan | Result":
+) -> Result:
     """Tell of many models how each was trained, a row each; one that can't be analysed is a row that says why.
 
-    Exits with 1 where some model could not be analysed.
+    Exits with 1 where some model could not be analysed, or planned.
 
     \b
     Examples:
       lazarus introspect moe-expert moe-type-survey demo:upcycled demo:native
       lazarus introspect moe-expert moe-type-survey models.txt -o survey.jsonl --jobs 2
       lazarus introspect moe-expert moe-type-survey models.txt --quick -o quick.jsonl
+      lazarus introspect moe-expert moe-type-survey models.txt -o survey.jsonl --html pages
+      lazarus introspect moe-expert moe-type-survey ~/.cache/huggingface/hub --quick --format markdown
       lazarus introspect moe-expert moe-type-survey experiments/known_models/models.toml --plan
     """
     from chuk_lazarus.introspection.moe import MoESurveyService
 
+    if "as_json" in run.given and table_format:
+        raise typer.BadParameter("give it or --json", param_hint="--format")
+    _check_quick(run, quick, NOT_QUICK - {"html"})
     if plan:
-        if run.given - {"models", "plan", "as_json", "quiet", "verbose"}:
-            raise typer.BadParameter("it goes with --json only", param_hint="--plan")
-        return MoESurveyService.plan(models)
-    _check_quick(run, quick)
+        if run.given - OF_A_PLAN:
+            raise typer.BadParameter(
+                "it goes with --layer, --layers, --experts, --quick, --budget, --format and --json only",
+                param_hint="--plan",
+            )
+        planned = MoESurveyService.plan(
+            models,
+            layer=layer,
+            layers=layers,
+            experts=parse_experts(experts),
+            budget=budget if quick else None,
+            progress=run.progress,
+        )
+        return _show_rows(planned, table_format, is_partial=any(model.error for model in planned.models))
     _refuse_memory_of_workers(memory, dask)
     report = MoESurveyService.survey(
         models,
@@ -265,16 +313,36 @@ def survey(
         jobs=jobs,
         dask=dask,
         file=output,
+        html=html,
+        command=run.command_line,
         progress=run.progress,
         finished=(lambda row: print_hint(row.describe())) if verbose else None,
     )
-    is_partial = any(row.error for row in report.rows)
-    return Result(report, [report.summary()] if verbose else [], exit_code=1 if is_partial else 0)
+    more = [report.summary()] if verbose else []
+    return _show_rows(report, table_format, more, is_partial=any(row.error for row in report.rows))
 
 
-def _check_quick(run: Run, quick: bool) -> None:
+def _show_rows(
+    report: "MoETypeSurvey | MoESurveyPlan",
+    table_format: TableFormat | None,
+    more: Sequence[Any] = (),
+    *,
+    is_partial: bool,
+) -> Result:
+    """The rows of many models in the format that is asked for."""
+    text: str | None = None
+    if table_format == TableFormat.CSV:
+        text = report.to_csv()
+    elif table_format == TableFormat.MARKDOWN:
+        text = report.to_markdown()
+    elif table_format == TableFormat.JSON:
+        text = format_json(report.model_dump(mode="json")) + "\n"
+    return Result(report, more, exit_code=1 if is_partial else 0, text=text)
+
+
+def _check_quick(run: Run, quick: bool, not_quick: Set[str] = frozenset(NOT_QUICK)) -> None:
     """Refuse what a quick analysis has no use for, and what only a quick one has."""
-    if quick and run.given & NOT_QUICK:
+    if quick and run.given & not_quick:
         raise typer.BadParameter("it goes with --layers and --budget only", param_hint="--quick")
     if not quick and "budget" in run.given:
         raise typer.BadParameter("it goes with --quick only", param_hint="--budget")

@@ -1,7 +1,10 @@
 """Numbers in words, and words as numbers: figures with their units, sizes, runs of whole numbers."""
 
+import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from io import StringIO
+from typing import Any
 
 from .errors import InvalidRequest
 
@@ -60,6 +63,37 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time in its largest unit: 0.4 s, 12 s, 3 min, 5.9 h, 11 days."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size * (2 if unit == "days" else 1):
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+
+
+def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as CSV, by RFC 4180 but for the ends of lines; None is nothing."""
+    file = StringIO()
+    writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def format_markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Container[str]) -> str:
+    """A table in Markdown; headings in `left` are of words, the others of numbers. Cells stay text whatever is in
+    them."""
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |\n"
+
+    def escape(cell: str) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", cell)
+
+    dashes = ["---" if heading in left else "---:" for heading in headings]
+    return line(headings) + line(dashes) + "".join(line(map(escape, row)) for row in rows)
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -64,6 +64,11 @@ class OpenedModel:
             "experts_range": (min(counts), max(counts)) if len(counts) > 1 else None,
         }
 
+    @property
+    def parameters(self) -> int:
+        """Weights of all routed experts, where layers that are not chosen are like the chosen ones."""
+        return sum(layer.parameters for layer in self.layers) * len(self.experts.layers) // len(self.layers)
+
     def cost(self) -> Cost:
         """What the job has taken so far."""
         checkpoint = self.experts.checkpoint

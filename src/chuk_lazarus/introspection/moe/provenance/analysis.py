@@ -135,6 +135,7 @@ def _analyze(
         **opened.identity(),
         moe_layers=experts.layers,
         mtp_layers=experts.mtp_layers,
+        parameters=opened.parameters,
         type=verdict.origin,
         confidence=verdict.confidence,
         kind=max(kinds, key=kinds.count) if kinds else None,

@@ -55,6 +55,7 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
     return MoEQuickAnalysis(
         **opened.identity(),
         moe_layers=experts.layers,
+        parameters=opened.parameters,
         type=verdict.origin,
         confidence=verdict.confidence,
         full_confidence=CALIBRATION.decide(verdict.origin, weigh_parts(results)).confidence

@@ -19,15 +19,12 @@ from typing import Any
 
 from ..errors import InvalidRequest, MoEError, printable
 from ..jobs.cluster import Cluster, Task, connect, locate
-from ..jobs.measure import DEFAULT_EXPERTS
 from ..jobs.resources import Resources, memory_limit, thread_limit
 from ..progress import Progress
 from ..reports import (
     MoEQuickAnalysis,
-    MoESurveyPlan,
     MoETypeAnalysis,
     MoETypeSurvey,
-    PlannedModel,
     SurveyAnswer,
     SurveyError,
     SurveyRequest,
@@ -44,6 +41,8 @@ WORKER = (sys.executable, "-P", "-c", f"from {__name__} import work; work()")
 PROGRESS_PAUSE = 0.1  # seconds between two reports of a process on the same work
 
 Finished = Callable[[SurveyRow], None]
+Analysed = Callable[[SurveyRow, MoETypeAnalysis], None]
+Outcome = tuple[SurveyRow, MoETypeAnalysis | None]  # of a model; an analysis only where all of it is wanted
 
 
 def survey(
@@ -57,8 +56,12 @@ def survey(
     file: str | Path | None,
     progress: Progress | None,
     finished: Finished | None,
+    analysed: Analysed | None = None,
 ) -> MoETypeSurvey:
-    """A row for each of the models; those to which `file` already has an answer are not analysed again."""
+    """A row for each of the models; those to which `file` already has an answer are not analysed again.
+
+    `analysed` gets each new row whose answer is a full analysis, with that analysis.
+    """
     if jobs < 1:
         raise InvalidRequest("the number of jobs must be at least 1")
     if jobs > 1 and dask:
@@ -70,7 +73,9 @@ def survey(
     due = [entry for entry in entries if not ((row := rows.get(entry.shown)) and row.answer)]
     with connect(dask) as cluster, open_rows(path) as lines:
 
-        def finish(row: SurveyRow) -> None:
+        def finish(row: SurveyRow, analysis: MoETypeAnalysis | None) -> None:
+            if analysed and analysis:
+                analysed(row, analysis)
             if rows.get(row.request) != row:  # a failure that has not changed need not be said again
                 append_row(lines, row)
             rows[row.request] = row
@@ -78,31 +83,19 @@ def survey(
                 finished(row)
 
         if cluster:
-            _analyze_on_cluster(cluster, due, progress, finish)
+            _analyze_on_cluster(cluster, due, progress, finish, bool(analysed))
         else:
-            _analyze_in_processes(due, jobs, progress, finish)
+            _analyze_in_processes(due, jobs, progress, finish, bool(analysed))
     return MoETypeSurvey(rows=tuple(rows[entry.shown].model_copy(update={"stated": entry.stated}) for entry in entries))
 
 
-def plan(models: Iterable[str | SurveyRequest]) -> MoESurveyPlan:
-    """The bytes that a survey would read, by the shapes that lists give."""
-    entries = read_entries(models, None, DEFAULT_EXPERTS, None)
-    return MoESurveyPlan(
-        models=tuple(
-            PlannedModel(
-                request=entry.shown,
-                stated=entry.stated,
-                layer_bytes=entry.layer_bytes,
-                stored_bytes=entry.stored_bytes,
-            )
-            for entry in entries
-        ),
-        layer_bytes=sum(entry.layer_bytes or 0 for entry in entries),
-        stored_bytes=sum(entry.stored_bytes or 0 for entry in entries),
-    )
-
-
-def _analyze_in_processes(entries: Sequence[Entry], jobs: int, progress: Progress | None, finish: Finished) -> None:
+def _analyze_in_processes(
+    entries: Sequence[Entry],
+    jobs: int,
+    progress: Progress | None,
+    finish: Callable[[SurveyRow, MoETypeAnalysis | None], None],
+    whole: bool,
+) -> None:
     """Analyse the models in processes, `jobs` side by side, and hand over each row as it comes.
 
     Rows are handed over by the threads that wait for them, one at a time: an interruption ends the main thread's work,
@@ -115,8 +108,8 @@ def _analyze_in_processes(entries: Sequence[Entry], jobs: int, progress: Progres
 
     def analyze_one(number: int, entry: Entry) -> None:
         label = f"{number}/{len(entries)} {entry.shown.model}"
-        asked = json.dumps([entry.request.model_dump(), bool(progress), share.memory, share.threads])
-        row, shown, pipe = None, {}, subprocess.PIPE
+        asked = json.dumps([entry.request.model_dump(), bool(progress), share.memory, share.threads, whole])
+        row, analysis, shown, pipe = None, None, {}, subprocess.PIPE
         # a group of its own: Ctrl-C is for this process alone, which then ends the others
         with subprocess.Popen([*WORKER, asked], stdin=pipe, stdout=pipe, process_group=0) as process:
             running.add(process)
@@ -129,15 +122,17 @@ def _analyze_in_processes(entries: Sequence[Entry], jobs: int, progress: Progres
                     case [what, done, total] if progress:
                         shown[what] = total
                         progress(f"{label}: {what}", done, total)
-                    case fields:
+                    case [fields, found]:
                         row = SurveyRow.model_validate(fields)
+                        analysis = found and MoETypeAnalysis.model_validate(found)
         running.discard(process)
         for what, total in shown.items():
             if progress:
                 progress(f"{label}: {what}", total, total)
         with lock:
             if row or not stopped.is_set():
-                finish((row or _fallen(entry.shown, process.returncode)).model_copy(update={"stated": entry.stated}))
+                row = row or _fallen(entry.shown, process.returncode)
+                finish(row.model_copy(update={"stated": entry.stated}), analysis)
 
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -152,14 +147,20 @@ def _analyze_in_processes(entries: Sequence[Entry], jobs: int, progress: Progres
 
 
 def _analyze_on_cluster(
-    cluster: Cluster, entries: Sequence[Entry], progress: Progress | None, finish: Finished
+    cluster: Cluster,
+    entries: Sequence[Entry],
+    progress: Progress | None,
+    finish: Callable[[SurveyRow, MoETypeAnalysis | None], None],
+    whole: bool,
 ) -> None:
     """Let the workers analyse the models, and hand over each row as it comes."""
     tasks = []
     for entry in entries:
         model, parent = locate(entry.request.model), entry.request.parent and locate(entry.request.parent)
         there = entry.request.model_copy(update={"model": model.name, "parent": parent and parent.name})
-        tasks.append(Task(entry.shown.model, analyze_model_on_worker, (there,), (model, *([parent] if parent else []))))
+        tasks.append(
+            Task(entry.shown.model, analyze_model_on_worker, (there, whole), (model, *([parent] if parent else [])))
+        )
 
     def watch(place: int, what: str, done: int, total: int) -> None:
         if progress:
@@ -167,19 +168,30 @@ def _analyze_on_cluster(
 
     for place, outcome in cluster.run(tasks, watch if progress else None):
         entry = entries[place]
-        row = _failed(entry.shown, outcome) if isinstance(outcome, MoEError) else outcome
-        answer = row.answer and row.answer.model_copy(update={"model": entry.shown.model})
-        finish(row.model_copy(update={"request": entry.shown, "stated": entry.stated, "answer": answer}))
+        row, analysis = (_failed(entry.shown, outcome), None) if isinstance(outcome, MoEError) else outcome
+        name = {"model": entry.shown.model}
+        answer, analysis = (
+            row.answer and row.answer.model_copy(update=name),
+            analysis and analysis.model_copy(update=name),
+        )
+        finish(row.model_copy(update={"request": entry.shown, "stated": entry.stated, "answer": answer}), analysis)
 
 
-def analyze_model_on_worker(request: SurveyRequest, progress: Progress) -> SurveyRow:
-    """The row of a model whose place is that on this machine, a worker."""
-    return _answer(Entry(request), progress)
+def analyze_model_on_worker(request: SurveyRequest, whole: bool, progress: Progress) -> Outcome:
+    """The row of a model whose place is that on this machine, a worker, and if all is wanted, its analysis."""
+    return _answer(Entry(request), progress, whole)
 
 
-def _failed(request: SurveyRequest, error: MoEError) -> SurveyRow:
-    reason = SurveyError(code=error.exit_code, message=error.message, hint=error.hint)
-    return SurveyRow(request=request, stated=None, answer=None, error=reason)
+def explain_failure(error: Exception, request: SurveyRequest) -> SurveyError:
+    """Why there is no answer: what the user can act on, or an error of ours."""
+    if isinstance(error, MoEError):
+        return SurveyError(code=error.exit_code, message=error.message, hint=error.hint)
+    message = printable(f"{request.model}: {type(error).__name__}: {error}")
+    return SurveyError(code=1, message=message, hint="please report it")
+
+
+def _failed(request: SurveyRequest, error: Exception) -> SurveyRow:
+    return SurveyRow(request=request, stated=None, answer=None, error=explain_failure(error, request))
 
 
 def _fallen(request: SurveyRequest, code: int) -> SurveyRow:
@@ -195,7 +207,7 @@ def work() -> None:
 
     The request comes as an argument; progress and the row go to stdout, a line of JSON each.
     """
-    request, watched, bytes_allowed, threads = json.loads(sys.argv[1])
+    request, watched, bytes_allowed, threads, whole = json.loads(sys.argv[1])
     Thread(target=_end_with_parent, daemon=True).start()
     out, lock, last = os.dup(1), Lock(), dict[str, float]()
     os.dup2(2, 1)  # nobody else writes between the lines
@@ -212,7 +224,8 @@ def work() -> None:
                 send([what, done, total])
 
     with memory_limit(bytes_allowed), thread_limit(threads):
-        send(_answer(Entry(SurveyRequest(**request)), report if watched else None).model_dump(mode="json"))
+        row, analysis = _answer(Entry(SurveyRequest(**request)), report if watched else None, whole)
+        send([row.model_dump(mode="json"), analysis and analysis.model_dump(mode="json")])
 
 
 def _end_with_parent() -> None:
@@ -221,9 +234,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _answer(entry: Entry, progress: Progress | None) -> SurveyRow:
-    """A model's row, with its answer or with the error."""
-    request, answer, error = entry.request, None, None
+def _answer(entry: Entry, progress: Progress | None, whole: bool) -> Outcome:
+    """A model's row, with its answer or with the error, and if all is wanted, its analysis."""
+    request, analysis = entry.request, None
     try:
         if request.budget is None:
             sample = choose_sample(request.experts)
@@ -232,12 +245,9 @@ def _answer(entry: Entry, progress: Progress | None) -> SurveyRow:
         else:
             quick = analyze_quickly(request.model, layers=request.layers, budget=request.budget, progress=progress)
             answer = _shorten_quick(quick)
-    except MoEError as known:
-        return _failed(entry.shown, known)
-    except Exception as unknown:
-        message = printable(f"{entry.shown.model}: {type(unknown).__name__}: {unknown}")
-        error = SurveyError(code=1, message=message, hint="please report it")
-    return SurveyRow(request=entry.shown, stated=None, answer=answer, error=error)
+    except Exception as error:
+        return _failed(entry.shown, error), None
+    return SurveyRow(request=entry.shown, stated=None, answer=answer, error=None), analysis if whole else None
 
 
 def _shorten(analysis: MoETypeAnalysis) -> SurveyAnswer:

@@ -1,7 +1,8 @@
-"""Lists of models for a survey: files with a model a line, or with a table each."""
+"""Lists of models for a survey: files with a model a line, or with a table each, and folders of models."""
 
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidRequest, printable
+from ..files import as_path
 from ..reports import SurveyRequest
 from ..weights.experts import parse_layers
+from ..weights.repositories.local import find_models
 
 LISTS = (".txt", ".toml")
+STDIN = "-"  # in the place of a list
 OPTIONS = ("parent", "layers", "experts")
 BITS = {"f32": 32, "bf16": 16, "f16": 16, "fp8": 8 + 32 / 128**2, "mxfp4": 4 + 8 / 32}  # of a weight and its scale
 MAX_WORDS = 4096  # characters of a name or a list of layers: the request is passed as an argument to a process
 MAX_SIZE = 2**40  # of anything in the shape of a model
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The routed experts of a model as a list gives them: `matrices` of [intermediate, hidden] an expert, and the bytes
+    of one layer as stored."""
+
+    layers: int
+    experts: int
+    hidden: int
+    intermediate: int
+    matrices: int
+    layer_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.layers * self.layer_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +47,7 @@ class Entry:
 
     request: SurveyRequest
     stated: str | None = None
-    layer_bytes: int | None = None
-    stored_bytes: int | None = None
+    shape: Shape | None = None
 
     @property
     def shown(self) -> SurveyRequest:
@@ -54,10 +74,14 @@ def read_entries(
         if isinstance(model, SurveyRequest):
             count = "all" if model.experts is None else model.experts
             entries = [_entry(model.model, {**model.model_dump(), "id": model.model, "experts": count})]
-        elif model.endswith(LISTS) and not os.path.isdir(model):
-            entries = [_entry(where, usual | options) for where, options in _read_list(model)]
         else:
-            entries = [_entry(model, usual | {"id": model})]
+            is_list = model == STDIN or (model.endswith(LISTS) and not os.path.isdir(model))
+            listed = _read_list(model) if is_list else [(model, {"id": model})]
+            entries = [
+                _entry(where, usual | options | {"id": name})
+                for where, options in listed
+                for name in _expand(options.get("id"))
+            ]
         for entry in entries:
             if budget is not None:
                 quick = SurveyRequest(model=entry.request.model, layers=entry.request.layers, budget=budget)
@@ -68,21 +92,33 @@ def read_entries(
     return tuple(by_request.values())
 
 
+def _expand(name: Any) -> list[Any]:
+    """The models in a folder of models, and anything else as it is."""
+    if not (isinstance(name, str) and name.strip()):
+        return [name]
+    try:
+        return list(map(str, find_models(as_path(name)))) or [name]
+    except (OSError, ValueError):  # a name that is too long, a NUL
+        return [name]
+
+
 def _read_list(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a list says of its models, each with where it says so."""
+    where_from = "the standard input" if path == STDIN else path
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         tables = tomllib.loads(text).get("model") if path.endswith(".toml") else None
     except OSError as error:
         raise InvalidRequest(f"{path}: {error.strerror}", "give a list of models, or a model") from None
     except (ValueError, RecursionError) as error:  # no UTF-8, or no TOML
-        raise InvalidRequest(f"{path} is no list of models: {error}") from None
+        raise InvalidRequest(f"{where_from} is no list of models: {error}") from None
     if not path.endswith(".toml"):
         for number, line in enumerate(text.split("\n"), 1):
             if line := re.sub(r"(^|\s)#.*", "", line).strip():
                 model, *options = re.split(r"\s+(?=\w+=)", line)
                 pairs = (option.partition("=")[::2] for option in options)
-                where = f"{path}, line {number}"
+                where = f"{where_from}, line {number}"
                 yield where, {"id": model, **{_check_option(where, key): value for key, value in pairs}}
     elif isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
         for number, table in enumerate(tables, 1):
@@ -121,16 +157,17 @@ def _entry(where: str, options: Mapping[str, Any]) -> Entry:
         layers=layers,
         experts=None if experts == "all" else int(str(experts)),
     )
-    return Entry(request, printable(stated) if isinstance(stated, str) else None, *_bytes_by_shape(options))
+    return Entry(request, printable(stated) if isinstance(stated, str) else None, _read_shape(options))
 
 
-def _bytes_by_shape(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """The bytes of one layer's routed experts, and of all layers', where a list gives their shape."""
+def _read_shape(options: Mapping[str, Any]) -> Shape | None:
+    """The shape of a model, where a list gives one that can be."""
     try:
-        sizes = [int(options["shape"][name]) for name in ("layers", "experts", "hidden", "intermediate")]
-        if not all(0 < size <= MAX_SIZE for size in sizes):
-            return None, None
-        layer = round(prod(sizes[1:]) * (3 if options.get("gated", True) else 2) * BITS[options["storage"]] / 8)
-        return layer, layer * sizes[0]
+        sizes = {name: int(options["shape"][name]) for name in ("layers", "experts", "hidden", "intermediate")}
+        if not all(0 < size <= MAX_SIZE for size in sizes.values()):
+            return None
+        matrices = 3 if options.get("gated", True) else 2
+        weights = prod(sizes.values()) // sizes["layers"] * matrices
+        return Shape(**sizes, matrices=matrices, layer_bytes=round(weights * BITS[options["storage"]] / 8))
     except (KeyError, TypeError, ValueError, OverflowError):
-        return None, None
+        return None

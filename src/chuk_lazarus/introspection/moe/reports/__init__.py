@@ -41,7 +41,7 @@ from .provenance import (
     Sharing,
     Similarity,
 )
-from .report import Cost, Identity, Report, Row, as_details, as_figure, as_html, as_rich, as_rows, as_text
+from .report import Cost, Identity, Report, Row, as_details, as_figure, as_html, as_markdown, as_rich, as_rows, as_text
 from .survey import MoESurveyPlan, MoETypeSurvey, PlannedModel, SurveyAnswer, SurveyError, SurveyRequest, SurveyRow
 
 __all__ = [
@@ -104,6 +104,7 @@ __all__ = [
     "as_details",
     "as_figure",
     "as_html",
+    "as_markdown",
     "as_rich",
     "as_rows",
     "as_text",

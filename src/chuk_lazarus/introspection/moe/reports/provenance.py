@@ -272,12 +272,14 @@ class MoETypeAnalysis(Identity):
     not pay; null in reports of earlier versions. `compressible` says whether an overlay takes fewer bytes than the
     experts as stored, and than two bytes a weight. `original_bytes` counts two bytes a weight, `stored_bytes` what the
     files really spend, `overlay_bytes` a base and rank-r factors at two bytes a number, r being each projection's mean
-    95 %-energy rank; all three are of the analysed layers.
+    95 %-energy rank; all three are of the analysed layers. `parameters` are the weights of the routed experts of all
+    layers, taken to be like the analysed ones; null in reports of earlier versions.
     """
 
     schema_: Literal["moe-type-analysis/1"] = Field(default="moe-type-analysis/1", alias="schema")
     moe_layers: tuple[int, ...]
     mtp_layers: tuple[int, ...]
+    parameters: int | None = None
     type: Origin
     confidence: float
     kind: str | None
@@ -314,11 +316,12 @@ class MoEQuickAnalysis(Identity):
     `layers`; `full_confidence` is what a full analysis would have by the same evidence (by clear evidence, where this
     one does not decide). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of
     `stored_bytes`, those of all experts (taken from the analysed layers); a full analysis of one layer would read
-    `full_bytes`.
+    `full_bytes`. `parameters` are as in MoETypeAnalysis.
     """
 
     schema_: Literal["moe-type-quick/1"] = Field(default="moe-type-quick/1", alias="schema")
     moe_layers: tuple[int, ...]
+    parameters: int | None = None
     type: Origin
     confidence: float
     full_confidence: float

@@ -54,6 +54,12 @@ def as_rows(report: Any) -> list[Row]:
 
 
 @singledispatch
+def as_markdown(report: Any) -> str:
+    """The report as a table in Markdown; `views` registers how. Raises InvalidRequest where it has none."""
+    raise InvalidRequest(f"{type(report).__name__} is no table", "take its fields, or model_dump()")
+
+
+@singledispatch
 def as_figure(report: Any, **options: Any) -> "Figure":
     """The report drawn; `views` registers how. Raises InvalidRequest for a report that has no figure."""
     raise InvalidRequest(f"{type(report).__name__} has no figure", "analyses, comparisons and estimates have one")

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..terms import Origin
-from .report import Cost, Identity, Report, as_details
+from ..text import format_csv
+from .report import Cost, Identity, Report, Row, as_details, as_markdown, as_rows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,12 +27,13 @@ class SurveyAnswer(Identity):
     """An analysis in short: its verdict, and the evidence over the analysed layers as means.
 
     `kept`, `close` and `chance` are those of Lineage, `shared` and `strong` those of Sharing (null in rows of older
-    versions, as `bits_saved`), `parent_kept` that of ParentMatch, null without a parent; the rest is as in
-    MoETypeAnalysis. A quick analysis has no ranks, cosine and overlay: they are null, and `reach`, as in
+    versions, as `bits_saved` and `parameters`), `parent_kept` that of ParentMatch, null without a parent; the rest is
+    as in MoETypeAnalysis. A quick analysis has no ranks, cosine and overlay: they are null, and `reach`, as in
     MoEQuickAnalysis, is null of all others.
     """
 
     layers: tuple[int, ...]
+    parameters: int | None = None
     type: Origin
     confidence: float
     kind: str | None
@@ -77,7 +79,23 @@ class SurveyRow(Report):
         return self.error.message if self.error else ""
 
 
-class MoETypeSurvey(Report):
+class Records(Report):
+    """A report with a row for each model."""
+
+    def records(self) -> list[Row]:
+        """Plain values by column, a row a model: for `pandas.DataFrame(report.records())`, and whatever takes rows."""
+        return as_rows(self)
+
+    def to_csv(self) -> str:
+        """The records as CSV with a line of headings; nothing where a value is null."""
+        return format_csv(self.records())
+
+    def to_markdown(self) -> str:
+        """A table in Markdown, for an issue or a comment."""
+        return as_markdown(self)
+
+
+class MoETypeSurvey(Records):
     """The rows of many models, in the order in which they were given."""
 
     schema_: Literal["moe-type-survey/1"] = Field(default="moe-type-survey/1", alias="schema")
@@ -89,21 +107,29 @@ class MoETypeSurvey(Report):
 
 
 class PlannedModel(Report):
-    """What a model of a survey would cost, by the shape that its list gives; null where it gives none.
+    """What a model of a survey would cost, by the shape that its list gives, or else by the headers of its files.
 
-    Bytes of the routed experts as stored, headers and biases not among them: of one layer, and of all.
+    `layer_bytes` and `stored_bytes` are those of the routed experts as stored, of one layer and of all; a shape knows
+    of no biases. `analysis_bytes` of them are read, in about `seconds`, a guess; a parent is in neither. `source`
+    says what tells it. All five are null where there is an `error`.
     """
 
     request: SurveyRequest
     stated: str | None
-    layer_bytes: int | None
-    stored_bytes: int | None
+    source: Literal["list", "headers"] | None = None
+    layer_bytes: int | None = None
+    stored_bytes: int | None = None
+    analysis_bytes: int | None = None
+    seconds: float | None = None
+    error: SurveyError | None = None
 
 
-class MoESurveyPlan(Report):
-    """What a survey would cost, without reading anything; the sums are over the models whose shape is given."""
+class MoESurveyPlan(Records):
+    """What a survey would cost, without reading a weight; the sums are over the models without an error."""
 
     schema_: Literal["moe-survey-plan/1"] = Field(default="moe-survey-plan/1", alias="schema")
     models: tuple[PlannedModel, ...]
     layer_bytes: int
     stored_bytes: int
+    analysis_bytes: int = 0
+    seconds: float = 0.0

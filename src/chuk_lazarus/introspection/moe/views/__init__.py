@@ -21,6 +21,7 @@ from ..reports import (
     as_details,
     as_figure,
     as_html,
+    as_markdown,
     as_rich,
     as_rows,
     as_text,
@@ -67,7 +68,7 @@ from .tables.overlays import (
     render_verification,
 )
 from .tables.provenance import render_analysis, render_comparison, render_details, render_quick
-from .tables.survey import SurveyTable, render_survey_plan, render_survey_summary
+from .tables.survey import PlanTable, SurveyTable, plan_to_markdown, render_survey_summary, survey_to_markdown
 
 as_rich.register(MoECache, render_cache)
 as_rich.register(MoELayout, render_layout)
@@ -82,7 +83,7 @@ as_rich.register(MoEOverlayExport, render_export)
 as_rich.register(MoEOverlayEvaluation, render_evaluation)
 as_rich.register(MoEWeightsVerification, render_weights)
 as_rich.register(MoETypeSurvey, SurveyTable)
-as_rich.register(MoESurveyPlan, render_survey_plan)
+as_rich.register(MoESurveyPlan, PlanTable)
 
 as_details.register(MoETypeAnalysis, render_details)
 as_details.register(MoETypeSurvey, render_survey_summary)
@@ -117,6 +118,9 @@ as_rows.register(MoEOverlayEvaluation, list_evaluation)
 as_rows.register(MoETypeSurvey, list_survey)
 as_rows.register(MoESurveyPlan, list_plan)
 as_rows.register(MoEWeightsVerification, list_weights)
+
+as_markdown.register(MoETypeSurvey, survey_to_markdown)
+as_markdown.register(MoESurveyPlan, plan_to_markdown)
 
 as_figure.register(MoETypeAnalysis, plot_analysis)
 as_figure.register(MoETypeComparison, plot_comparison)

@@ -3,8 +3,6 @@ notebook shows."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from importlib.resources import files
 from itertools import accumulate
 from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +33,7 @@ from .figures import (
     to_svg,
 )
 from .figures.style import DARK, LIGHT, theme
+from .templates import load_template
 from .words import (
     MOST_GROUPS,
     RATED,
@@ -51,7 +50,6 @@ from .words import (
 )
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from matplotlib.figure import Figure
 
 COMMAND = "lazarus introspect moe-expert"
@@ -161,7 +159,7 @@ def _render(report: Shown, command: str | None, whole: bool) -> str:
         template, shown = "verification.html", _show_conversion(report, whole)
     else:
         template, shown = "page.html", _show_analyses(report, whole)
-    return _template(template).render(
+    return load_template(template).render(
         whole=whole,
         command=command,
         data=report.model_dump(mode="json"),
@@ -226,23 +224,6 @@ def _show_analyses(report: MoETypeAnalysis | MoETypeComparison, whole: bool) -> 
             (term, text) for term, text in MEANINGS if term != "Parent" or any(model.parent for model in models)
         ],
     }
-
-
-@cache
-def _template(name: str) -> "Template":
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    def load(file: str) -> str:
-        return files(__package__).joinpath(file).read_text(encoding="utf-8")
-
-    environment = Environment(
-        loader=FunctionLoader(load), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {
-        "ensure_ascii": False
-    }  # which also keeps the keys in the report's order
-    environment.filters["glue"] = lambda text: str(text).replace(" %", "\u00a0%")  # a number and its sign stay together
-    return environment.get_template(name)
 
 
 def _verdict(model: MoETypeAnalysis) -> str:

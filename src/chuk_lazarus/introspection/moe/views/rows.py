@@ -28,6 +28,7 @@ ANSWER = (
     "model_type",
     "storage",
     "experts",
+    "parameters",
     "shared",
     "strong",
     "reach",
@@ -38,6 +39,7 @@ ANSWER = (
     "overlay_ratio",
     "compressible",
 )
+PLANNED = ("stated", "source", "layer_bytes", "stored_bytes", "analysis_bytes", "seconds")
 QUICK = ("layer", "type", "confidence", "kind", "shared", "strong", "reach", "neurons", "part", "in_place")
 LAYOUT = ("layer", "storage", "experts", "parameters", "stored_bytes")
 OVERLAY = ("layer", "weight_error", "ratio", "bits_per_weight", "original_bytes", "stored_bytes", "overlay_bytes")
@@ -103,9 +105,15 @@ def list_survey(report: MoETypeSurvey) -> list[Row]:
 
 
 def list_plan(report: MoESurveyPlan) -> list[Row]:
-    """A row for each model, with the bytes that are known of it."""
-    names = ("stated", "layer_bytes", "stored_bytes")
-    return [{"model": model.request.model, **_take(model, names)} for model in report.models]
+    """A row for each model, with the bytes that are known of it, or why none are."""
+    return [
+        {
+            "model": model.request.model,
+            **_take(model, PLANNED),
+            "error": model.error.message if model.error else None,
+        }
+        for model in report.models
+    ]
 
 
 def list_layout(report: MoELayout) -> list[Row]:

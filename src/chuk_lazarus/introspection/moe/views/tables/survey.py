@@ -1,20 +1,61 @@
 """Many models, as a table."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...reports import MoESurveyPlan, MoETypeSurvey, SurveyAnswer, SurveyError, SurveyRow
-from ...text import format_bytes, whole_percent
-from ..words import RATED, count_noun, format_bits, format_ratio, identify
-from .grid import CUT, LEFT, ORIGIN_STYLES, WHOLE, Fact, draw_facts, draw_table, paint, stack
+from ...reports import (
+    MoESurveyPlan,
+    MoETypeSurvey,
+    PlannedModel,
+    SurveyAnswer,
+    SurveyError,
+    SurveyRequest,
+    SurveyRow,
+)
+from ...text import format_bytes, format_count, format_markdown, format_seconds, whole_percent
+from ..words import RATED, count_noun, format_bits, format_ratio
+from .grid import LEFT, ORIGIN_STYLES, Fact, draw_facts, draw_table, paint, stack
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.text import Text
 
-ONE_LINE = 160  # columns of a terminal from which a survey shows a model on a line
-TEXT_COLUMNS = ("Model", "Family", "Storage", "Stated", "Type", "Kind")
+# columns of the terminal to which a name or a kind is cut, if others need them; a kind at last further
+LEAST_MODEL, LEAST_KIND, LAST_KIND = 32, 24, 12
+GAP = 2  # columns between two columns of a table
+TEXT_COLUMNS = ("Model", "Revision", "Family", "Storage", "Stated", "Type", "Kind")
+# in this order columns make room: the kind is cut at first
+LEAVE = (
+    "Revision",
+    "Time",
+    "Read",
+    "Pays",
+    "Overlay",
+    "Cosine",
+    "Rank",
+    "Family",
+    "Storage",
+    "Experts",
+    "Stated",
+    "Weights",
+    "Kind",
+    "Saved",
+    "Kind",
+    "Parent",
+    "Conf.",
+    "Shared",
+)
+MARKDOWN = ("Model", "Type", "Conf.", "Kind", "Experts", "Storage", "Weights", "Shared", "Saved", "Error")
+LEGEND = {
+    "Conf.": f"Confidences are {RATED}.",
+    "Weights": "Weights: of all routed experts.",
+    "Rank": "Rank: of the gate deltas (up without a gate), over the greatest possible.",
+    "Shared": "Shared: an expert's neurons that its best partner has, too.",
+    "Parent": "Parent: those that the dense model has.",
+    "Saved": "Saved: bits a weight, by a base for what experts share.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,38 +68,93 @@ class SurveyTable:
         yield _render_survey(self.survey, options.max_width)
 
 
+@dataclass(frozen=True, slots=True)
+class PlanTable:
+    """The plan of a survey for `rich.print`, laid out for the width of the terminal."""
+
+    plan: MoESurveyPlan
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        yield _render_plan(self.plan, options.max_width)
+
+
+def name_model(request: SurveyRequest) -> str:
+    """The model as a table names it: one in a folder of the Hub's cache by its id."""
+    match = re.fullmatch(r"(?:.*/)?models--([^/]+)/?", request.model)
+    return match[1].replace("--", "/", 1) if match else request.model
+
+
 def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
-    """A row for each model, with more below its name where a line has no room; then the models that failed."""
-    is_wide = width >= ONE_LINE
-    answers = [row.answer for row in survey.rows if row.answer]
-    is_full = any(answer.rank_ratio is not None for answer in answers)
-    columns = ["Model", "Type", *(["Rank", "Cosine"] if is_full else []), "Shared"]
-    columns += ["Parent"] if any(answer.parent_kept is not None for answer in answers) else []
-    columns += ["Bits saved"] if any(answer.bits_saved is not None for answer in answers) else []
-    if is_wide:
-        stated = ["Stated"] if any(row.stated for row in survey.rows) else []
-        columns[1:2] = ["Family", "Experts", "Storage", *stated, "Type", "Conf.", "Kind"]
-        columns += [*(["Overlay", "Pays"] if is_full else []), "Read", "Time"]
-    rows = []
-    for row in survey.rows:
-        if row.answer:
-            cells = _survey_cells(row, row.answer)
-            if not is_wide:
-                cells["Model"].append(_describe_answer(row, row.answer), style="dim")
-                cells["Type"].append(f"\n{cells['Conf.']}", style="default")
-            rows.append([cells[heading] for heading in columns])
-    legend = "Rank: of the gate deltas (up without a gate), over the greatest possible. " if is_full else ""
-    legend += "Shared: an expert's neurons that its best partner has, too."
-    legend += " Parent: those that the dense model has." if "Parent" in columns else ""
-    legend += " Bits saved: a weight, by a base for what experts share." if "Bits saved" in columns else ""
-    legend += f" Confidences are {RATED}."
-    blocks: list[RenderableType] = [paint(_count_types(survey))]
-    if answers:
-        options = {**dict.fromkeys(TEXT_COLUMNS, LEFT), "Type": {**LEFT, "no_wrap": True}}
-        blocks += [draw_table(columns, rows, options, padding=(0, 1), collapse_padding=True), paint(legend, "dim")]
+    """A line for each model with as many figures as there is room for; then the models that failed."""
+    cells = [_survey_cells(row, row.answer) for row in survey.rows if row.answer]
+    used = [heading for heading in (cells[0] if cells else ()) if any(row[heading] for row in cells)]
+    room = _fit(used, cells, width, LEAVE)
+    blocks: list[RenderableType] = [paint(count_types(survey))]
+    if cells:
+        blocks.append(_draw(cells, room))
+        blocks.append(paint(" ".join(text for heading, text in LEGEND.items() if heading in room), "dim"))
+        if left_out := [heading for heading in used if heading not in room and heading != "Revision"]:
+            blocks.append(paint(f"No room for {', '.join(left_out)}: widen the terminal, or --format csv.", "dim"))
     if errors := [row.error for row in survey.rows if row.error]:
         blocks += [paint("\nFailed, with their exit codes", "bold"), draw_facts(map(_describe_error, errors))]
     return stack("MOE TYPE SURVEY", *blocks)
+
+
+def _fit(
+    headings: Sequence[str], rows: Sequence[Mapping[str, str]], width: int, leave: Sequence[str]
+) -> dict[str, int]:
+    """The columns that fit into a width, each with its own; names of models and kinds take what is left.
+
+    Those in `leave` make room, in that order.
+    """
+    from rich.cells import cell_len
+
+    wanted = {heading: max(map(cell_len, (heading, *(row[heading] for row in rows)))) for heading in headings}
+    least = {**wanted}
+    for heading, size in (("Model", LEAST_MODEL), ("Kind", LEAST_KIND)):
+        if heading in least:
+            least[heading] = min(least[heading], size)
+    for heading in leave:
+        if sum(least.values()) + GAP * len(least) > width and heading in least:
+            if heading == "Kind" and least["Kind"] > LAST_KIND:
+                least["Kind"] = LAST_KIND
+            else:
+                del least[heading]
+    left = width - sum(least.values()) - GAP * len(least)
+    for heading in ("Model", "Kind"):
+        if heading in least:
+            more = max(min(left, wanted[heading] - least[heading]), 8 - least[heading])  # a part of the name, at least
+            least[heading] += more
+            left -= more
+    return least
+
+
+def _draw(
+    rows: Sequence[Mapping[str, str]], room: Mapping[str, int], total: Mapping[str, str] | None = None
+) -> "RenderableType":
+    """The table, a line for each of the rows, with the columns that there is room for."""
+    return draw_table(
+        list(room),
+        [[_paint_cell(heading, row[heading], room[heading]) for heading in room] for row in rows],
+        {heading: {"no_wrap": True, **(LEFT if heading in TEXT_COLUMNS else {})} for heading in room},
+        [total[heading] for heading in room] if total else [],
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+
+
+def _paint_cell(heading: str, text: str, width: int) -> "Text":
+    """A cell that fits: a name's end says which of several models it is."""
+    from rich.cells import cell_len
+
+    if heading == "Model" and cell_len(text) > width:
+        while cell_len(text) >= width:
+            text = text[1:]
+        text = f"…{text}"
+    cell = paint(text, ORIGIN_STYLES.get(text, "") if heading == "Type" else "")  # type: ignore[call-overload]
+    if cell.cell_len > width:
+        cell.truncate(width, overflow="ellipsis")
+    return cell
 
 
 def _describe_error(error: SurveyError) -> Fact:
@@ -67,12 +163,15 @@ def _describe_error(error: SurveyError) -> Fact:
     return code, f"{error.message} ({error.hint})" if error.hint else error.message
 
 
-def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, "Text"]:
-    cells = {
-        "Model": identify(answer),
+def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, str]:
+    """What is shown of a model, in the order of the columns; nothing where something is not known."""
+    return {
+        "Model": name_model(row.request),
+        "Revision": (answer.revision or "")[:12],
         "Family": answer.family,
         "Experts": str(answer.experts),
         "Storage": answer.storage,
+        "Weights": "" if answer.parameters is None else format_count(answer.parameters),
         "Stated": row.stated or "",
         "Type": answer.type,
         "Conf.": "" if answer.type == "UNDETERMINED" else f"{answer.confidence:.0%}",
@@ -81,28 +180,26 @@ def _survey_cells(row: SurveyRow, answer: SurveyAnswer) -> dict[str, "Text"]:
         "Cosine": "" if answer.cosine is None else f"{answer.cosine:.3f}",
         "Shared": "" if answer.shared is None else whole_percent(answer.shared),
         "Parent": "" if answer.parent_kept is None else whole_percent(answer.parent_kept),
-        "Bits saved": "" if answer.bits_saved is None else format_bits(answer.bits_saved),
+        "Saved": "" if answer.bits_saved is None else format_bits(answer.bits_saved),
         "Overlay": "" if answer.overlay_ratio is None else format_ratio(answer.overlay_ratio),
         "Pays": {None: "", True: "yes", False: "no"}[answer.compressible],
         "Read": format_bytes(answer.cost.bytes_read),
         "Time": f"{answer.cost.seconds:.1f} s",
     }
-    return {key: paint(text, ORIGIN_STYLES[answer.type] if key == "Type" else "") for key, text in cells.items()}
 
 
-def _describe_answer(row: SurveyRow, answer: SurveyAnswer) -> str:
-    """What does not fit into 80 columns, in lines below the model's name."""
-    lines = [f"{answer.family}, {answer.experts} experts, {answer.storage}"]
-    lines += [f"stated {row.stated}"] if row.stated else []
-    lines += [answer.kind] if answer.kind else []
-    overlay = ""
-    if answer.overlay_ratio is not None:
-        overlay = f"overlay {format_ratio(answer.overlay_ratio)}{' pays' if answer.compressible else ''}; "
-    lines += [f"{overlay}{format_bytes(answer.cost.bytes_read)} in {answer.cost.seconds:.1f} s"]
-    return "".join(f"\n{line}" for line in lines)
+def survey_to_markdown(survey: MoETypeSurvey) -> str:
+    """A row for each model as a table in Markdown, in the order given; what failed says why."""
+    rows = []
+    for row in survey.rows:
+        named = {"Model": name_model(row.request), "Error": row.error.message if row.error else ""}
+        rows.append((_survey_cells(row, row.answer) if row.answer else {"Type": "failed"}) | named)
+    used = [heading for heading in MARKDOWN if heading != "Error" or any(row["Error"] for row in rows)]
+    cells = [[row.get(heading, "") for heading in used] for row in rows]
+    return format_markdown(used, cells, {*TEXT_COLUMNS, "Error"})
 
 
-def _count_types(survey: MoETypeSurvey) -> str:
+def count_types(survey: MoETypeSurvey) -> str:
     """For instance "5 models: 3 UPCYCLED, 1 NATIVE, 1 failed"."""
     outcomes = [row.answer.type if row.answer else "failed" for row in survey.rows]
     counts = (f"{outcomes.count(outcome)} {outcome}" for outcome in [*ORIGIN_STYLES, "failed"] if outcome in outcomes)
@@ -140,23 +237,42 @@ def _format_range(figures: Iterable[float | None], template: str, unit: str = ""
     return (low if low == high else f"{low} to {high}") + unit
 
 
-def render_survey_plan(plan: MoESurveyPlan) -> "RenderableType":
-    """A row for each model: what is stated of it, and the bytes of its experts."""
-    rows = [
-        [
-            model.request.model,
-            model.stated or "",
-            *("?" if cost is None else format_bytes(cost) for cost in (model.layer_bytes, model.stored_bytes)),
-        ]
-        for model in plan.models
+def _render_plan(plan: MoESurveyPlan, width: int) -> "RenderableType":
+    """A row for each model: the bytes of its experts, those that are read, and about how long that takes."""
+    cells, total = [_plan_cells(model) for model in plan.models], _sum_plan(plan)
+    used = [heading for heading in total if heading != "Stated" or any(row["Stated"] for row in cells)]
+    room = _fit(used, [*cells, total], width, ("Stated", "One layer", "All layers", "Time"))
+    assumed = "a guess, for this machine's cores and 1 Gbit/s from the Hub"
+    blocks: list[RenderableType] = [
+        paint("Bytes of the experts as stored, by headers or by the list; no weight was read"),
+        _draw(cells, room, total),
+        paint(f"To read: what the analysis takes of them. Time: {assumed}.", "dim"),
     ]
-    table = draw_table(
-        ["Model", "Stated", "One layer", "All layers"],
-        rows,
-        {"Model": LEFT, "Stated": CUT, "One layer": WHOLE, "All layers": WHOLE},
-        [count_noun(len(plan.models), "model"), "", format_bytes(plan.layer_bytes), format_bytes(plan.stored_bytes)],
-    )
-    blocks: list[RenderableType] = [paint("Bytes of the experts as stored"), table]
-    if unknown := sum(model.layer_bytes is None for model in plan.models):
-        blocks.append(paint(f"?: the list gives no shape for {count_noun(unknown, 'model')}; the sums are without."))
+    if errors := [model.error for model in plan.models if model.error]:
+        blocks += [paint("\nFailed, with their exit codes", "bold"), draw_facts(map(_describe_error, errors))]
     return stack("MOE SURVEY PLAN", *blocks)
+
+
+def _plan_cells(model: PlannedModel) -> dict[str, str]:
+    sizes = (model.layer_bytes, model.stored_bytes, model.analysis_bytes)
+    one, every, read = ("?" if size is None else format_bytes(size) for size in sizes)
+    time = "?" if model.seconds is None else format_seconds(model.seconds)
+    names = {"Model": name_model(model.request), "Stated": model.stated or ""}
+    return {**names, "One layer": one, "All layers": every, "To read": read, "Time": time}
+
+
+def _sum_plan(plan: MoESurveyPlan) -> dict[str, str]:
+    sizes = map(format_bytes, (plan.layer_bytes, plan.stored_bytes, plan.analysis_bytes))
+    names = {"Model": count_noun(len(plan.models), "model"), "Stated": ""}
+    figures = zip(("One layer", "All layers", "To read"), sizes, strict=True)
+    return {**names, **dict(figures), "Time": format_seconds(plan.seconds)}
+
+
+def plan_to_markdown(plan: MoESurveyPlan) -> str:
+    """A row for each model as a table in Markdown, and the sums."""
+    rows = [{**_plan_cells(model), "Error": model.error.message if model.error else ""} for model in plan.models]
+    used = ["Model", "One layer", "All layers", "To read", "Time"]
+    used += ["Error"] if any(row["Error"] for row in rows) else []
+    total = _sum_plan(plan) | {"Error": ""}
+    cells = [[row[heading] for heading in used] for row in [*rows, total]]
+    return format_markdown(used, cells, {"Model", "Error"})

@@ -53,13 +53,21 @@ def _snapshot(path: Path) -> Path:
     if not (path.resolve().name.startswith("models--") and (path / "snapshots").is_dir()):
         return path
     with suppress(OSError, ValueError):
-        main = path / "snapshots" / (path / "refs" / "main").read_text().strip()
-        if main.is_dir():
-            return main
+        commit = (path / "refs" / "main").read_text().strip()
+        if re.fullmatch("[0-9a-f]+", commit) and (path / "snapshots" / commit).is_dir():
+            return path / "snapshots" / commit
     snapshots = [folder for folder in (path / "snapshots").iterdir() if folder.is_dir()]
     if not snapshots:
         raise ModelUnreadable(f"{path} has no snapshot of the model", f"run: hf download {_as_hub_id(path.name)}")
     return max(snapshots, key=lambda folder: folder.stat().st_mtime)
+
+
+def is_on_hub(model: str) -> bool:
+    """Whether a model's name stands for one on the Hub, and for no file or folder here."""
+    try:
+        return not (model.startswith("demo:") or as_path(model.partition("#")[0]).exists())
+    except (OSError, ValueError):
+        return True
 
 
 def _as_hub_id(model: str) -> str:

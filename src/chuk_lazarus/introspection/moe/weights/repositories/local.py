@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import ModelUnreadable
@@ -12,6 +12,38 @@ from .source import CONFIG, PICKLES, QUANTIZATION_FILES, Range, list_parts
 DEPTH = 3  # of subfolders
 MOST_FILES = 10_000  # a model has far fewer; a folder of somebody's whole work may have more
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".npz", *PICKLES)  # a subfolder's are another model
+PIPELINE = "model_index.json"  # of diffusers, whose models are parts of one
+CACHED, SNAPSHOTS = "models--", "snapshots"  # of the Hub's cache: models--org--name/snapshots/COMMIT
+LEVELS = 2  # of folders with folders of models, such as publisher/model
+
+
+def find_models(folder: Path) -> tuple[Path, ...]:
+    """The models below a folder that is none itself, in the order of their names; () for a model and an empty folder.
+
+    A model is a folder with a config or weights of its own, or one of the Hub's cache. Hidden folders are passed over.
+    """
+    return () if _is_model(folder) else tuple(_walk(folder, LEVELS))
+
+
+def _walk(folder: Path, levels: int) -> Iterator[Path]:
+    try:
+        below = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    except OSError:  # a folder that others keep to themselves
+        return
+    for path in below:
+        if _is_model(path):
+            yield path
+        elif levels > 1:
+            yield from _walk(path, levels - 1)
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return False
+    own = any(name in (CONFIG, PIPELINE) or name.endswith((*WEIGHTS, ".index.json")) for name in names)
+    return own or (os.path.basename(os.path.realpath(folder)).startswith(CACHED) and SNAPSHOTS in names)
 
 
 class LocalFile:
