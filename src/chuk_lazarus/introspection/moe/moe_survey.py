@@ -54,18 +54,19 @@ class MoESurveyService:
     ) -> MoETypeSurvey:
         """Analyse many models; a model that can't be analysed is a row with its error.
 
-        `models` are a model or several, as for `MoETypeService.analyze`, requests, folders of models, or lists: names
-        of .txt files with a model a line, or of .toml files with a [[model]] table each, or "-", the standard input, as
-        a .txt file. A folder of models has none of its own, and models in folders below, as the `hub` folder of the Hub's
-        cache has. `layer`, `layers` and `experts` hold for every model whose list does not say otherwise. With a
-        `budget` of bytes ("64MB") all analyses are quick ones, which know neither parents nor numbers of experts: what
-        lists say of those is passed over. `jobs` models are analysed side by side, sharing cores and memory, or as many
-        as the dask.distributed scheduler at the address `dask` has workers. `file` gets each row, as a line of JSON,
-        when it is there; a model for which it already has an answer to the same request is not analysed again. `html`
-        names a folder that gets a page of all models, which says that `command` made it, and one of each that had a
-        full analysis; the analyses are kept there, too, for when the folder is written again. `progress` is told (what,
-        done, total), and `finished` each new row. Raises InvalidRequest for a list, an option, a file or a folder that
-        can't be used, and ClusterUnusable for a scheduler.
+        `models` are a model or several, as for `MoETypeService.analyze`, requests, folders of models, or lists:
+        names of .txt files with a model a line, or of .toml files with a [[model]] table each, or "-", the standard
+        input, as a .txt file. A folder of models has none of its own, and models in folders below, as the `hub`
+        folder of the Hub's cache has. `layer`, `layers` and `experts` hold for every model whose list does not say
+        otherwise. With a `budget` of bytes ("64MB") all analyses are quick ones, which know neither parents nor
+        numbers of experts: what lists say of those is passed over. `jobs` models are analysed side by side, sharing
+        cores and memory, or as many as the dask.distributed scheduler at the address `dask` has workers. `file`
+        gets each row, as a line of JSON, when it is there; a model for which it already has an answer to the same
+        request is not analysed again. `html` names a folder that gets a page of all models, which says that
+        `command` made it, and one of each that had a full analysis; the analyses are kept there, too, for when the
+        folder is written again. `progress` is told (what, done, total), and `finished` each new row. Raises
+        InvalidRequest for a list, an option, a file or a folder that can't be used, and ClusterUnusable for a
+        scheduler.
         """
         folder = None if html is None else SurveyFolder(path(html, "the folder"))
         report = survey(
