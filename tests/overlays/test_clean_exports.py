@@ -1,6 +1,7 @@
 """What an overlay and an export take over from a quantised model, and what they refuse to take over unread."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -359,3 +360,15 @@ def test_files_in_subfolders_are_kept(tmp_path: Path) -> None:
     for folder in (tmp_path / "overlay", tmp_path / "export"):
         assert {name: (folder / name).read_text() for name in kept} == kept
         assert not any((folder / name).exists() for name in left)
+
+
+@pytest.mark.parametrize("options", [{"ranks": RANKS}, {"bits": 4, "format": "mlx"}])
+def test_files_that_are_not_copied_are_named(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO_FOLDER / "native", model)
+    (model / "images").mkdir()
+    for name in ("training_args.bin", "images/logo.png", "chat_template.jinja", ".gitattributes", "README.md"):
+        (model / name).write_text("x")
+    report = MoECompressionService.compress(str(model), tmp_path / "out", **options)
+    assert "not copied: images/logo.png, training_args.bin" in report.notes
+    assert (tmp_path / "out/chat_template.jinja").is_file()

@@ -13,6 +13,7 @@ from ..weights.checkpoint import Checkpoint
 from .allocation import RankRule
 from .analysis import INPUTS, TOLERANCE, OverlayJob, rounding_bits_beside
 from .bit_budget import BitRule
+from .checkpoint.auxiliary import left_out_note
 from .checkpoint.card import card_table
 from .checkpoint.folder import check_smaller
 from .checkpoint.format import Ranks
@@ -137,7 +138,12 @@ def compress(
             bits_per_weight=8 * sum_parts(parts) / sum(layer.parameters for layer in job.layers),
             bytes_by_part=parts,
             verification=tuple(verified),
-            notes=(*job.notes(curves), *bank_notes(codes), *_notes(verified, before, after)),
+            notes=(
+                *job.notes(curves),
+                *bank_notes(codes),
+                *_notes(verified, before, after),
+                *left_out_note(opened.experts.checkpoint),
+            ),
             cost=opened.cost(),
         )
 

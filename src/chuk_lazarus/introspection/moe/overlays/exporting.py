@@ -18,6 +18,7 @@ from ..weights.repositories.find import find_repository
 from ..weights.repositories.local import Folder
 from .analysis import OverlayJob
 from .bit_budget import BitRule, OverlayOptions, overlay_rule
+from .checkpoint.auxiliary import left_out_note
 from .checkpoint.export import export_overlay
 from .checkpoint.reader import read_overlay
 from .checkpoint.rebuilt import rebuilt_checkpoint
@@ -88,7 +89,8 @@ def _quantise(
         if rest_bits not in (None, KEEP):
             raise InvalidRequest(f"{kind} has the experts alone in few bits", "leave out --rest-bits")
         widths, verified = quantise_packed(job, rule, target, force, progress)
-        notes = (*experts.notes, *verified_note(job), *loader_notes(widths))
+        left_out = left_out_note(experts.checkpoint)
+        notes = (*experts.notes, *verified_note(job), *loader_notes(widths), *left_out)
         return {
             **facts,
             "widths": _by_layer(widths),

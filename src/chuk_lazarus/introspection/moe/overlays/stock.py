@@ -16,6 +16,7 @@ from ..weights.experts import Experts
 from ..weights.repositories.local import Folder
 from .analysis import OverlayJob
 from .bit_budget import BitRule
+from .checkpoint.auxiliary import left_out_note
 from .checkpoint.card import CARD, write_stock_card
 from .checkpoint.folder import Contents, check_folder, check_smaller
 from .checkpoint.stock_writer import StockModel, remove_rest, stock_contents, write_rest
@@ -160,7 +161,7 @@ def _report(
     parts = [tensor for layer in model.experts for tensor in model.expert_tensors(layer)]
     scales = sum(part.nbytes for part in parts if part.name.endswith((".scales", ".biases")))
     levels = sum(part.nbytes for part in parts if part.name.endswith(".weight"))
-    notes = [*job.opened.experts.notes, *verified_note(job)]
+    notes = [*job.opened.experts.notes, *verified_note(job), *left_out_note(job.opened.experts.checkpoint)]
     if after >= before:
         notes.append("the folder is no smaller than the model: its bits are too many")
     if job.opened.experts.mtp_layers:

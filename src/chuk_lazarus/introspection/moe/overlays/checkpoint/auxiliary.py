@@ -2,9 +2,11 @@
 
 import re
 
-from ...errors import ModelUnreadable
+from ...errors import ModelUnreadable, printable
+from ...weights.checkpoint import Checkpoint
 from ...weights.repositories.source import Repository
 
+NAMED = 5  # of the files that are left out
 LARGEST = 64 * 2**20  # bytes; a larger file is not copied
 
 # what loaders want beside the weights: tokenizers, templates, generation settings, a model's own code; and licences
@@ -30,6 +32,24 @@ def read_auxiliary_files(repository: Repository) -> dict[str, bytes]:
             if file.size <= LARGEST:
                 contents[name] = file.read(0, file.size)
     return contents
+
+
+def left_out_note(checkpoint: Checkpoint) -> list[str]:
+    """A note that names the files of a model which are not copied with it; [] where there are none.
+
+    Files about the weights as they were, cards, which are written anew, and hidden files are not named.
+    """
+    repository = checkpoint.repository
+    names = sorted(
+        name
+        for name in repository.list_files() - checkpoint.files
+        if not name.rpartition("/")[2].startswith(".")
+        and not _UNWANTED.fullmatch(name)
+        and not name.endswith(".md")
+        and not (_WANTED.fullmatch(name) and repository.open(name).size <= LARGEST)
+    )
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return [f"not copied: {', '.join(map(printable, names[:NAMED]))}{more}"] if names else []
 
 
 def check_copy(repository: Repository, name: str) -> None:
