@@ -67,7 +67,7 @@ def _describe(model: str, layers: Sequence[int] | str | None) -> MoELayout:
         exact={layer.layer for layer in counted} == set(experts.layers),
         parameters=round(share * sum(layer.parameters for layer in counted)),
         stored_bytes=round(share * sum(layer.stored_bytes for layer in counted)),
-        other_bytes=count_other_bytes(experts),
+        other_bytes=count_other_bytes(experts, first),
         cache_bytes_per_token=experts.model_config.cache_bytes_per_token,
         analysis_bytes=measured + beside,
         further_layers=further_layers(experts.layers, first.number),
@@ -102,7 +102,7 @@ def header_facts(experts: Experts) -> HeaderFacts:
     }
 
 
-def count_other_bytes(experts: Experts) -> int | None:
+def count_other_bytes(experts: Experts, first: ExpertLayer | None = None) -> int | None:
     """Bytes of all that is no routed expert, as stored; None where headers and index do not tell.
 
     Where not all headers are read, layers are taken to be like the first one.
@@ -114,7 +114,7 @@ def count_other_bytes(experts: Experts) -> int | None:
     if all(map(experts.checkpoint.is_at_hand, experts.checkpoint.names)):
         of_experts = sum(experts.layer(number).stored_bytes for number in numbers)
     else:
-        of_experts = len(numbers) * experts.layer(numbers[0]).stored_bytes
+        of_experts = len(numbers) * (first or experts.layer(numbers[0])).stored_bytes
     return max(0, total - of_experts)
 
 
