@@ -274,10 +274,10 @@ class Bench:
     def drive_survey(self, kind: str) -> None:
         """Plan what a list names; go on with rows, where a model that they do not answer for counts as failed."""
 
-        def give_up(entries: Any, jobs: int, progress: Any, finish: Callable[[Any], None], together: bool) -> None:
+        def give_up(entries: Any, jobs: int, progress: Any, finish: Callable[[Any, None], None], keep: bool) -> None:
             for entry in entries:
                 error = {"code": 1, "message": "not analysed", "hint": ""}
-                finish(SurveyRow(request=entry.shown, stated=None, answer=None, error=error))
+                finish(SurveyRow(request=entry.shown, stated=None, answer=None, error=error), None)
 
         if kind != "rows":
             show(MoESurveyService.plan([str(path) for path in sorted(self.model.glob("list.*"))]))

@@ -105,18 +105,10 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes of all tensors, by the headers if all are read, or else by the index; None where neither tells.
-
-        Of files on this machine without either, it is their sizes, headers included.
-        """
+        """Bytes of all tensors, by the headers if all are read, or else by the index; None where neither tells."""
         if all(map(self.is_at_hand, self.names)):
             return sum(info.nbytes for name in self.names for info in self.slices(name))
-        if self._stated_bytes is not None:
-            return self._stated_bytes
-        folder = self.repository.folder
-        if folder is None or not self.files <= self.repository.files:
-            return None
-        return sum((folder / file).stat().st_size for file in self.files)
+        return self._stated_bytes
 
     def is_at_hand(self, name: str) -> bool:
         """Whether the header that describes the tensor is read already."""
