@@ -27,7 +27,7 @@ def find_repository(model: str) -> Repository:
         if name not in DEMO_MODELS:
             known = ", ".join(f"demo:{demo}" for demo in DEMO_MODELS)
             raise ModelUnreadable(f"there is no embedded model {model}", f"there are {known}")
-        return Folder(DEMO_FOLDER / name)
+        return Folder(DEMO_FOLDER / name, model)
     path = as_path(model)
     try:
         exists = bool(model) and path.exists()

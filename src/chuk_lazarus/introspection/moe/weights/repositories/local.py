@@ -88,15 +88,15 @@ class Folder:
     """The files in a local folder, or a single file there with its other parts and the configs beside it.
 
     Links are followed for reading, since people keep weights in caches, stores and on other disks; `may_copy` tells
-    whether what a link leads to may be copied into another folder.
+    whether what a link leads to may be copied into another folder. `name` is what users call it, by itself its path.
     """
 
     revision = None
     bytes_fetched = 0
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path if path.is_dir() else path.parent
-        self.name, self.folder = str(self.path), Path(os.path.realpath(self.path))
+        self.name, self.folder = name or str(self.path), Path(os.path.realpath(self.path))
         self._named = path  # the user chose this path, which may therefore be any link
         try:
             names = {entry.name for entry in self.path.iterdir() if not entry.is_dir()}
