@@ -22,15 +22,22 @@ from .suggest import command_meant
 
 LEAST_WIDTH, GREATEST_WIDTH = 20, 10_000  # columns of a terminal
 
+ABOUT = """See how a Mixture-of-Experts model was trained, and how much smaller it can be made.
+
+\b
+Example:
+  lazarus analyze demo:native"""
+
 app = typer.Typer(
     name="lazarus",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=moe_expert.DOCUMENTATION,
 )
 moe_expert.add_short_names(app)
-app.command("cache", cls=Command, short_help="Tell what is kept on this machine, and clear it.")(show_cache)
+app.command("cache", cls=Command, short_help="Show or clear what is stored on this machine.")(show_cache)
 introspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 introspect.add_typer(moe_expert.app, name="moe-expert", short_help="Mixture-of-Experts checkpoints.")
 app.add_typer(
@@ -49,7 +56,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help="Look inside models without running them.\n\n\b\nExample:\n  lazarus analyze demo:native")
+@app.callback(help=ABOUT)
 def root(
     version: Annotated[
         bool,

@@ -175,7 +175,7 @@ def _tensor_bytes(checkpoint: Checkpoint) -> int:
 def _notes(verified: Sequence[LayerVerification], before: int, after: int) -> list[str]:
     notes = []
     if after >= before:
-        notes.append("the overlay is no smaller than the model: its ranks or bits are too many for these experts")
+        notes.append("the overlay is not smaller than the model: its ranks or bits are too high for these experts")
     worst = max((layer.output_error.max for layer in verified), default=0.0)
     if worst > TOLERANCE:
         notes.append(f"the worst verified expert's output error is {100 * worst:.1f} %")
