@@ -76,8 +76,9 @@ library builds the family, it is tensors with the published names and shapes (`p
 how these names are read, but not that every published file has them.
 
 A model type that is not listed works too if its tensors' names and shapes fit one row of the table, and the report
-says so. No shape shows whether gate and up rows in one tensor are stored as halves or interleaved. The weights decide
-then, by the norms of up rows and down columns, which training keeps alike; if these are not clear, the model is refused.
+says so. No shape shows whether gate and up rows in one tensor are stored as halves or interleaved. Then the weights
+decide, by the norms of up rows and down columns, which training keeps alike; if these are not clear, the model is
+refused.
 
 ## Families
 
@@ -101,8 +102,8 @@ LAYOUTS = """
 
 One row of [layouts.toml](../src/chuk_lazarus/introspection/moe/weights/layouts.toml) each. Names follow `layers.N.` (or
 `blocks.N.`, `blk.N.`, ...), with alternatives in braces. Axes: E experts, I intermediate, H hidden.
-`(2 I)` has all gate rows before all up rows, or the reverse in `up_gate`; `(I 2)` interleaves them; `(E I)` has the rows
-of one expert after those of another.
+`(2 I)` has all gate rows before all up rows, or the reverse in `up_gate`; `(I 2)` interleaves them; `(E I)` has the
+rows of one expert after those of another.
 
 | layout | tensors |
 |---|---|
@@ -152,8 +153,8 @@ ModelOpt's AWQ and SmoothQuant divide a weight in any format by factors of its i
 
 REFUSED = """
 Refused by name: FP8 in blocks without `weight_block_size`, and FP8 scales that can be read in two ways; integers of 3,
-5, 6 and 7 bits packed by old versions of compressed-tensors, as many as fit into a word; GPTQ in the marlin packing; AWQ
-other than 4-bit GEMM; stacks in bitsandbytes' 4-bit and of Quark's integers; {refused}; in GGUF Q8_1, Q8_K, Q1_0,
+5, 6 and 7 bits packed by old versions of compressed-tensors, as many as fit into a word; GPTQ in the marlin packing;
+AWQ other than 4-bit GEMM; stacks in bitsandbytes' 4-bit and of Quark's integers; {refused}; in GGUF Q8_1, Q8_K, Q1_0,
 the types of ik_llama.cpp and every type that the `gguf` package does not decode. Pickles are never opened.
 """
 
