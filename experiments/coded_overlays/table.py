@@ -112,7 +112,7 @@ def print_losses(rows: list[Row], ours: str) -> None:
                         f"| {theirs['kl']:.4f} | {own['bits']:.2f} | {own['kl']:.4f} | {distance:+.1f} |"
                     )
     for (is_native, is_calibrated), (better, same, worse) in counts.items():
-        kind = ("natives" if is_native else "upcycled") + (", calibrated" if is_calibrated else ", data-free")
+        kind = ("native" if is_native else "upcycled") + (", calibrated" if is_calibrated else ", data-free")
         print(f"\n{kind}: ours is better in {better}, the same within two standard errors in {same}, worse in {worse}")
 
 
