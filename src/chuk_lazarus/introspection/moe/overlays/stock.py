@@ -43,7 +43,7 @@ def quantise(
     """Write the job's model, quantised for mlx-lm, into `folder`, and verify some of its layers.
 
     `larger` says whether it may take no fewer bytes than the model. Raises InvalidRequest for a rule that can't be
-    met and where MLX is not installed, UnknownFormat for a model that mlx-lm has no class for.
+    met, LibraryMissing where MLX is not installed, UnknownFormat for a model that mlx-lm has no class for.
     """
     experts, checkpoint = job.opened.experts, job.opened.experts.checkpoint
     check_copyable(experts)
@@ -136,12 +136,8 @@ def estimate_widths(
 
 def _open_stock(experts: Experts) -> Any:
     """mlx-lm's model of the checkpoint, without weights."""
-    try:
-        from .runtime.stock import StockNames
-    except ImportError:
-        raise InvalidRequest(
-            "MLX and mlx-lm are not installed", "install chuk-lazarus[mlx], or choose another --format"
-        ) from None
+    from .runtime.stock import StockNames
+
     config = experts.checkpoint.model_config.without_quantization()
     return StockNames(config, {number: experts.layer(number).roles for number in experts.layers})
 
