@@ -16,7 +16,7 @@ from ..weights.experts import Experts
 from ..weights.repositories.local import Folder
 from .analysis import OverlayJob
 from .bit_budget import BitRule
-from .checkpoint.auxiliary import left_out_note
+from .checkpoint.auxiliary import left_out_note, read_auxiliary_files
 from .checkpoint.card import CARD, write_stock_card
 from .checkpoint.folder import Contents, check_folder, check_smaller
 from .checkpoint.stock_writer import StockModel, remove_rest, stock_contents, write_rest
@@ -55,6 +55,7 @@ def quantise(
     rest_stored = sum(checkpoint.info(name).nbytes for name in names)
     least = sum(layer.parameters for layer in all_layers.values()) // 4 + 2 * rest_stored
     check_folder(folder, checkpoint.repository.folder, force, least)
+    auxiliary = read_auxiliary_files(checkpoint)
     rest = stock.rest(write_rest(checkpoint, names, folder, progress))
     rest_codes = stock.rest_codes(rest, rest_bits)
     rule_text = f"{job.describe(rule)}; {'rest kept' if rest_bits is None else f'rest in {rest_bits} bits'}"
@@ -64,7 +65,10 @@ def quantise(
         return stock_contents(
             checkpoint,
             describe(widths),
-            files={CARD: lambda: write_stock_card(printable(job.opened.name), listed, rule_text, card()).encode()},
+            files={
+                **auxiliary,
+                CARD: lambda: write_stock_card(printable(job.opened.name), listed, rule_text, card()).encode(),
+            },
             checks=checks,
             resources=job.opened.resources,
             progress=progress,

@@ -15,18 +15,14 @@ import numpy as np
 from ...errors import ModelUnreadable, UnknownFormat
 from ...jobs.resources import Resources
 from ...progress import Progress
-from ...terms import OVERLAY_CONFIG
 from ...weights.checkpoint import Checkpoint
 from ...weights.expert_layer import ExpertLayer
-from ...weights.model_config import ModelConfig, name_dtype
-from ...weights.repositories.source import CONFIG
+from ...weights.model_config import ModelConfig
 from ..codes.packed import PackedCode
 from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
 from ..quantisation import BF16
-from .auxiliary import check_copy, read_auxiliary_files
-from .dequantise import dequantise
+from .dequantise import dequantise, dequantised_config
 from .folder import Contents, Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards
-from .model_file import MODEL_FILE, forget_model_file
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 MATRICES_HELD = 8  # by a thread that codes one expert
@@ -65,26 +61,20 @@ def packed_contents(
     resources: Resources,
     progress: Progress,
 ) -> Contents:
-    """What the folder of the model holds; `files` are further ones.
+    """What the folder of the model holds; `files` are those beside config and weights.
 
     `checks`, by layer, compare its experts with the originals, while these are written.
     """
-    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
-        check_copy(checkpoint.repository, file)
     fill = partial(_fill_experts, model, checks=checks, resources=resources, progress=progress)
     rest = list(group_into_shards(dequantise(checkpoint, model.rest), checkpoint, progress))
     shards = [*rest, *(Shard(tuple(model.expert_tensors(layer)), partial(fill, layer)) for layer in model.layers)]
     kept = [tensor for shard in rest for tensor in shard.tensors]
-    auxiliary = read_auxiliary_files(checkpoint.repository)
-    auxiliary.pop(MODEL_FILE, None)
-    config = packed_config(checkpoint.model_config, model, kept)
-    return Contents(shards, encode_json(config), {**auxiliary, **files})
+    return Contents(shards, encode_json(packed_config(checkpoint.model_config, model, kept)), files)
 
 
 def packed_config(config: ModelConfig, model: PackedModel, kept: Sequence[Tensor]) -> dict[str, Any]:
     """The config with a group of modules for each width, by patterns of their names, and the others that are `kept`."""
-    values = name_dtype(forget_model_file(config.without_quantization()), "bfloat16")
-    values.pop(OVERLAY_CONFIG, None)
+    values = dequantised_config(config)
     by_code: dict[PackedCode, list[ExpertLayer]] = {}
     ignored = [tensor.name.removesuffix(WEIGHT) for tensor in kept if _is_matrix(tensor)]
     for number, code in model.widths.items():

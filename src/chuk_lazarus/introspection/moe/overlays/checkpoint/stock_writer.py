@@ -17,17 +17,14 @@ from numpy.typing import NDArray
 from ...errors import ModelUnreadable
 from ...jobs.resources import Resources, Shaped
 from ...progress import Progress
-from ...terms import OVERLAY_CONFIG
 from ...weights.checkpoint import Checkpoint
 from ...weights.fingerprint import fingerprint
-from ...weights.model_config import ModelConfig, name_dtype
-from ...weights.repositories.source import CONFIG
+from ...weights.model_config import ModelConfig
 from ..codes.affine import AffineCode
 from ..codes.code import WIDTHS
 from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
 from ..quantisation import BF16
-from .auxiliary import check_copy, read_auxiliary_files
-from .dequantise import dequantise
+from .dequantise import dequantise, dequantised_config
 from .folder import (
     SHARD,
     Contents,
@@ -41,7 +38,6 @@ from .folder import (
     remove,
     write_model,
 )
-from .model_file import MODEL_FILE, forget_model_file
 
 REST = "rest"
 ORIGIN = "origin.json"  # in the folder of the rest: what it was made from
@@ -169,27 +165,21 @@ def stock_contents(
     resources: Resources,
     progress: Progress,
 ) -> Contents:
-    """What the folder of the model holds; `files` are further ones.
+    """What the folder of the model holds; `files` are those beside config and weights.
 
     `checks`, by layer, compare its experts with the originals, while these are written.
     """
-    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
-        check_copy(checkpoint.repository, file)
     fill = partial(_fill_experts, model, checks=checks, resources=resources, progress=progress)
     shards = [
         *_rest_shards(model),
         *(Shard(tuple(model.expert_tensors(layer)), partial(fill, layer)) for layer in model.experts),
     ]
-    auxiliary = read_auxiliary_files(checkpoint.repository)
-    auxiliary.pop(MODEL_FILE, None)
-    config = encode_json(stock_config(checkpoint.model_config, model.codes))
-    return Contents(shards, config, {**auxiliary, **files})
+    return Contents(shards, encode_json(stock_config(checkpoint.model_config, model.codes)), files)
 
 
 def stock_config(config: ModelConfig, codes: Mapping[str, AffineCode]) -> dict[str, Any]:
     """The config with the settings of each quantised module, as mlx-lm writes and reads them."""
-    values = name_dtype(forget_model_file(config.without_quantization()), "bfloat16")
-    values.pop(OVERLAY_CONFIG, None)
+    values = dequantised_config(config)
     if not codes:
         return values
     most = max(set(codes.values()), key=list(codes.values()).count)

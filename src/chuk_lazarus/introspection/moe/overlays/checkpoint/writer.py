@@ -22,7 +22,6 @@ from ...terms import OVERLAY_CONFIG
 from ...text import format_ranges
 from ...weights.expert_layer import ExpertLayer
 from ...weights.experts import Experts, refuse_rotated
-from ...weights.repositories.source import CONFIG
 from ...weights.stored import BIAS, is_runtime_scale
 from ...weights.tensor_info import DTYPES, PLAIN_DTYPES
 from ..coded_layer import CodedLayer, find_alignment
@@ -32,7 +31,7 @@ from ..coding import split_delta
 from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
 from ..moments import ExpertMoments
 from ..quantisation import BF16
-from .auxiliary import check_copy, read_auxiliary_files
+from .auxiliary import read_auxiliary_files
 from .biases import permuted_biases
 from .card import CARD, write_card
 from .folder import (
@@ -228,8 +227,7 @@ def _compose(
         raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
     if not layers:
         raise InvalidRequest("no layer is given a rank", f"the MoE layers are {format_ranges(experts.layers)}")
-    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
-        check_copy(checkpoint.repository, file)
+    files = read_auxiliary_files(checkpoint)
     prefixes, names = zip(*(_split_names(layer) for layer in layers), strict=True)
     if len({str(by_role) for by_role in names}) > 1:
         raise UnknownFormat("the layers' experts are not all named alike")
@@ -254,7 +252,7 @@ def _compose(
         shards,
         encode_json({**name_model_file(config), OVERLAY_CONFIG: overlay_json}),
         {
-            **read_auxiliary_files(checkpoint.repository),
+            **files,
             MODEL_FILE: CONTENT,
             CARD: lambda: write_card(overlay, layers, before, after, options, card()).encode(),
         },
