@@ -49,7 +49,7 @@ def quantise_packed(
     rest = sorted(set(checkpoint.names) - expert_names(job.layers))
     for layer in job.layers:
         check_modules(layer)
-    rest_stored = sum(checkpoint.info(name).nbytes for name in rest)
+    rest_stored = checkpoint.count_bytes(rest)
     least = sum(layer.parameters for layer in job.layers) // 4 + rest_stored
     check_folder(folder, checkpoint.repository.folder, force, least)
     auxiliary = read_auxiliary_files(checkpoint)

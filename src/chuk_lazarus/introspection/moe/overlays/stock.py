@@ -52,7 +52,7 @@ def quantise(
     stock = _open_stock(experts)
     all_layers = {number: experts.layer(number) for number in experts.layers}
     names = sorted(set(checkpoint.names) - expert_names([*map(experts.layer, (*experts.layers, *experts.mtp_layers))]))
-    rest_stored = sum(checkpoint.info(name).nbytes for name in names)
+    rest_stored = checkpoint.count_bytes(names)
     least = sum(layer.parameters for layer in all_layers.values()) // 4 + 2 * rest_stored
     check_folder(folder, checkpoint.repository.folder, force, least)
     auxiliary = read_auxiliary_files(checkpoint)
@@ -156,7 +156,7 @@ def _report(
     left_out: Sequence[str],
 ) -> MoEOverlayCompression:
     checkpoint, written = job.opened.experts.checkpoint, Checkpoint(Folder(folder))
-    before, after = (sum(each.info(name).nbytes for name in each.names) for each in (checkpoint, written))
+    before, after = (each.count_bytes(each.names) for each in (checkpoint, written))
     weights = sum(layer.parameters for layer in job.layers)
     parts = [tensor for layer in model.experts for tensor in model.expert_tensors(layer)]
     scales = sum(part.nbytes for part in parts if part.name.endswith((".scales", ".biases")))

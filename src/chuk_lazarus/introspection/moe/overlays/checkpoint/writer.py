@@ -246,7 +246,7 @@ def _compose(
     ]
     overlay = make_overlay(names[0])
     overlay_json = overlay.to_json()
-    before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    before = checkpoint.count_bytes(checkpoint.names)
     after = sum(shard.nbytes for shard in shards)
     contents = Contents(
         shards,
@@ -284,12 +284,12 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
     check_copyable(experts)
     checkpoint = experts.checkpoint
     opened = [experts.layer(number) for number in layers]
-    replaced = sum(checkpoint.info(name).nbytes for name in _replaced_names(opened))
+    replaced = checkpoint.count_bytes(_replaced_names(opened))
     if bits is None:
         least = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
     else:
         least = int(0.9 * bits / 8 * sum(layer.parameters for layer in opened))
-    model_bytes = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    model_bytes = checkpoint.count_bytes(checkpoint.names)
     check_folder(folder, checkpoint.repository.folder, force, model_bytes - replaced + least)
 
 
