@@ -158,7 +158,7 @@ def _report(
     checkpoint, written = job.opened.experts.checkpoint, Checkpoint(Folder(folder))
     before, after = (each.count_bytes(each.names) for each in (checkpoint, written))
     weights = sum(layer.parameters for layer in job.layers)
-    parts = [tensor for layer in model.experts for tensor in model.expert_tensors(layer)]
+    parts = [tensor for layer in model.layers for tensor in model.expert_tensors(layer)]
     scales = sum(part.nbytes for part in parts if part.name.endswith((".scales", ".biases")))
     levels = sum(part.nbytes for part in parts if part.name.endswith(".weight"))
     notes = [*job.opened.experts.notes, *verified_note(job), *left_out_note(job.opened.experts.checkpoint)]
