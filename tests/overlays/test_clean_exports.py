@@ -372,3 +372,12 @@ def test_files_that_are_not_copied_are_named(tmp_path: Path, options: dict[str, 
     report = MoECompressionService.compress(str(model), tmp_path / "out", **options)
     assert "not copied: images/logo.png, training_args.bin" in report.notes
     assert (tmp_path / "out/chat_template.jinja").is_file()
+
+
+def test_files_that_an_export_leaves_out_are_named(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    MoECompressionService.compress("demo:native", overlay, ranks=RANKS)
+    (overlay / "training_args.bin").write_text("x")
+    report = MoECompressionService.export(overlay, tmp_path / "out")
+    assert report.notes == ("not copied: training_args.bin",)
+    assert not (tmp_path / "out/training_args.bin").exists()

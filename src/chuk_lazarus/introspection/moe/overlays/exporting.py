@@ -67,7 +67,12 @@ def _rebuild(source: Path, folder: Path, force: bool, progress: Progress) -> dic
     """Write a standard checkpoint; returns what the report says of it."""
     overlay = read_overlay(source)
     export_overlay(source, folder, force=force, resources=Resources.current(), progress=progress)
-    return {"family": overlay.family, "layers": overlay.layers, "bytes": _tensor_bytes(folder)}
+    return {
+        "family": overlay.family,
+        "layers": overlay.layers,
+        "bytes": _tensor_bytes(folder),
+        "notes": tuple(left_out_note(overlay.checkpoint)),
+    }
 
 
 def _quantise(
@@ -89,8 +94,7 @@ def _quantise(
         if rest_bits not in (None, KEEP):
             raise InvalidRequest(f"{kind} has the experts alone in few bits", "leave out --rest-bits")
         widths, verified = quantise_packed(job, rule, target, force, progress)
-        left_out = left_out_note(experts.checkpoint)
-        notes = (*experts.notes, *verified_note(job), *loader_notes(widths), *left_out)
+        notes = (*experts.notes, *verified_note(job), *loader_notes(widths), *left_out_note(experts.checkpoint))
         return {
             **facts,
             "widths": _by_layer(widths),
