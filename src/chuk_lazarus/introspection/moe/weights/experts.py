@@ -96,7 +96,8 @@ class Experts:
         depth = self.model_config.num_hidden_layers
         heads = [name for name in unmatched if is_in_head(name, depth)]
         if heads:
-            self.notes.append(f"experts in a head for multi-token prediction are not read: {heads[0]}")
+            module, _, _ = heads[0].rpartition(".")
+            self.notes.append(f"experts in a head for multi-token prediction are not read: {module}")
         return [name for name in unmatched if name not in set(heads)] if heads else unmatched
 
     @classmethod
