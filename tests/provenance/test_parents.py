@@ -401,6 +401,7 @@ def test_a_parent_whose_attention_is_broken(dense: list[Layer], tmp_path: Path) 
     report = compare(tmp_path, redrawn(layers=1), train_on(draw_attention(0)), dense, theirs)
     (attention,) = attention_of(report)
     assert set(attention.projections) == {"k", "v", "o"}
+    assert "attention of the parent: layer 0: q is not finite: left out" in report.notes
     assert report.parent_embeddings is None
     assert report.type == "UPCYCLED"
 

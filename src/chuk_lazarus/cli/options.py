@@ -46,7 +46,7 @@ def parse_path(text: str) -> Path:
 
 def limit_memory(context: typer.Context, size: str | None) -> str | None:
     """Keep to a limit while the command runs."""
-    if size:
+    if size is not None:
         from chuk_lazarus.introspection.moe import memory_limit
 
         context.with_resource(memory_limit(size))

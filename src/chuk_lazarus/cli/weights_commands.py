@@ -65,7 +65,7 @@ def verify(
     from chuk_lazarus.introspection.moe.views import page
 
     check_caption(plot, caption)
-    wanted = parse_experts(experts) if experts else None
+    wanted = None if experts is None else parse_experts(experts)
     report = MoEWeightsService.verify(
         model,
         against,

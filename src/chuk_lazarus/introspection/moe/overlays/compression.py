@@ -9,7 +9,6 @@ from ..errors import InvalidRequest, name_model, printable
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlayCompression
 from ..text import format_ranges
-from ..weights.checkpoint import Checkpoint
 from .allocation import RankRule
 from .analysis import INPUTS, TOLERANCE, OverlayJob, rounding_bits_beside
 from .bit_budget import BitRule
@@ -125,7 +124,9 @@ def compress(
             card=verify,
         )
         job.end()
-        before, after = _tensor_bytes(opened.experts.checkpoint), _tensor_bytes(read_overlay(folder).checkpoint)
+        before, after = (
+            each.count_bytes(each.names) for each in (opened.experts.checkpoint, read_overlay(folder).checkpoint)
+        )
         return MoEOverlayCompression(
             **opened.identity(),
             folder=printable(str(folder)),
@@ -166,10 +167,6 @@ def _may_be_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibra
     except InvalidRequest:
         return False
     return True
-
-
-def _tensor_bytes(checkpoint: Checkpoint) -> int:
-    return sum(checkpoint.info(name).nbytes for name in checkpoint.names)
 
 
 def _notes(verified: Sequence[LayerVerification], before: int, after: int) -> list[str]:
