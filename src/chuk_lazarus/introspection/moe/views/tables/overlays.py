@@ -46,7 +46,8 @@ def _how(codes: Mapping[str, ProjectionCodes], role: str) -> str:
 
 def _parts(report: MoEOverlay | MoEOverlayCompression) -> Fact:
     sizes = report.bytes_by_part
-    listing = f"bases {format_bytes(sizes.bases)}, deltas {format_bytes(sizes.deltas)}"
+    bases = f"bases {format_bytes(sizes.bases)}, deltas" if sizes.bases else "codes"
+    listing = f"{bases} {format_bytes(sizes.deltas)}"
     scales = f", scales {format_bytes(sizes.scales)}" if sizes.scales else ""
     return "Bits", f"{report.bits_per_weight:.2f} per expert weight ({listing}{scales})"
 
