@@ -26,7 +26,7 @@ from chuk_lazarus.introspection.moe.weights.experts import Experts
 from sampling import examples, sampled
 
 Trials = dict[int, dict[str, RoleTrial]]
-DEMOS = ("upcycled", "native", "permuted")
+DEMOS = ("upcycled", "native", "permuted", "lora")
 
 
 @cache

@@ -314,7 +314,9 @@ def test_the_screen(tmp_path: Path) -> None:
 def test_without_mlx_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    monkeypatch.delitem(sys.modules, "chuk_lazarus.introspection.moe.overlays.runtime.stock", raising=False)
-    with pytest.raises(InvalidRequest, match="MLX and mlx-lm are not installed"):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    for name in [name for name in sys.modules if name.startswith("chuk_lazarus.introspection.moe.overlays.runtime")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(InvalidRequest, match="MLX and mlx-lm are not installed") as error:
         compress("demo:native", tmp_path / "out", bits=3)
+    assert error.value.hint == 'run: pip install "chuk-lazarus[mlx]"'

@@ -242,17 +242,17 @@ def with_blocks(what: str) -> MoETypeAnalysis:
     ("what", "said"),
     [
         ("nothing", ""),
-        ("pairs", "share more neurons than independent ones do (up to 90 %)"),
+        ("pairs", "share more neurons than independent experts do (up to 90 %)"),
         ("twins", "copies of each other: layer 0: experts 0-1 | 2-3"),
-        ("cosines", "alike in place (a cosine of up to 0.90)"),
-        ("layer", "Not every layer says so alone: layer 0 UPCYCLED"),
+        ("cosines", "similar weights (a cosine of up to 0.90)"),
+        ("layer", "Not every layer alone has this verdict: layer 0 UPCYCLED"),
     ],
 )
 def test_a_page_does_not_contradict_itself(what: str, said: str, undrawn: None) -> None:
     """Whatever the figure shows bright, or a layer says otherwise, is explained beside NATIVE."""
     found = parse(to_page(with_blocks(what)))
     (caveat,) = (words(one) for one in found.iter("p") if one.get("class") == "caveat")
-    everything = ("share more neurons", "copies of each other", "alike in place", "Not every layer")
+    everything = ("share more neurons", "copies of each other", "similar weights", "Not every layer")
     assert said in caveat
     assert sum(part in caveat for part in everything) == bool(said)
 
@@ -271,12 +271,12 @@ def test_it_says_what_the_report_says(name: str) -> None:
             assert f"{100 * model.confidence:.0f} % confidence, as measured on tiny models" in text
         assert f"{model.cosine:.3f}" in text
         assert f"{100 * model.rank_ratio:.1f} %" in text
-        assert f"{sum(layer.lineage.sharing.neurons for layer in model.layers):,} that were looked for" in text
+        assert f"{sum(layer.lineage.sharing.neurons for layer in model.layers):,} neurons searched" in text
         assert "documented rule says" not in text
         assert all(note in text for note in model.notes)
         assert model.cost.describe() in text
         if model.parent:
-            assert f"found in {model.parent}" in text
+            assert f"have a match in {model.parent}" in text
 
 
 @each_report
