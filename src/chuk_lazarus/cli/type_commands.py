@@ -33,6 +33,8 @@ from .positional import Positional
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import MoELayout, MoEQuickAnalysis, MoESurveyPlan, MoETypeSurvey
 
+SayMore = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: the cost, and the ranks of single experts.")]
+
 # options that a quick analysis has no use for
 NOT_QUICK = {"layer", "experts", "variance", "parent", "thorough", "html", "plot", "caption", "visualize"}
 
@@ -111,9 +113,7 @@ def analyze(
     ] = False,
     memory: Memory = None,
     dask: Dask = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say more: the cost, and the ranks of single experts.")
-    ] = False,
+    verbose: SayMore = False,
 ) -> "MoEQuickAnalysis | Result":
     """Tell how an MoE was trained: upcycled from a dense model, or natively.
 
@@ -161,7 +161,7 @@ def analyze(
     return Result(report, more, [report.cost.describe()])
 
 
-@command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
+@command(MEMORY, JSON, OUTPUT, QUIET)
 def compare(
     run: Run,
     model: Model,
@@ -180,6 +180,7 @@ def compare(
     html: Html = None,
     plot: Plot = None,
     caption: Caption = False,
+    verbose: SayMore = False,
 ) -> Result:
     """Analyse two or more models in the same way, side by side.
 
@@ -207,7 +208,8 @@ def compare(
         write(html, page.to_page(report, run.command_line), "--html")
     if plot:
         plots.save(plots.plot_comparison(report, run.command_line, caption=caption), plot)
-    return Result(report, hints=[f"{analysis.model}: {analysis.cost.describe()}" for analysis in report.models])
+    more = [report.details()] if verbose else []
+    return Result(report, more, [f"{analysis.model}: {analysis.cost.describe()}" for analysis in report.models])
 
 
 @command(JSON, QUIET)
@@ -252,7 +254,7 @@ def survey(
             "--html",
             metavar="FOLDER",
             parser=parse_path,
-            help="Write pages to this folder, too: index.html with all models, and one for each full analysis.",
+            help="Write pages to this folder, too: index.html with all models, and one for each of them.",
             show_default=False,
         ),
     ] = None,

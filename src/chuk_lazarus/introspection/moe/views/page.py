@@ -17,9 +17,11 @@ from ..reports import (
     MoETypeAnalysis,
     MoETypeComparison,
     MoEWeightsVerification,
+    SurveyAnswer,
+    SurveyRow,
     as_html,
 )
-from ..text import format_bytes, format_ranges, percent
+from ..text import format_bytes, format_count, format_ranges, percent
 from . import facts, verdicts
 from .figures import (
     draw_decays,
@@ -35,16 +37,20 @@ from .figures import (
 from .figures.style import DARK, LIGHT, theme
 from .templates import load_template
 from .words import (
+    LOOK_ALIKES,
     MOST_GROUPS,
     RATED,
     caution,
+    count_outcomes,
     describe_family,
     describe_groups,
     describe_sample,
     explain,
+    explain_answer,
     explain_further,
     explain_parent,
     explain_saving,
+    explain_saving_of,
     format_ratio,
     name_sources,
 )
@@ -135,9 +141,53 @@ class Step(NamedTuple):
 Shown = MoETypeAnalysis | MoETypeComparison | MoEWeightsVerification
 
 
-def to_page(report: Shown, command: str | None = None) -> str:
-    """The report as one self-contained HTML page without scripts, its JSON inside; `command` is what made it."""
-    return _render(report, command and printable(command), whole=True)
+def to_page(report: Shown, command: str | None = None, survey: str | None = None) -> str:
+    """The report as one self-contained HTML page without scripts, its JSON inside.
+
+    `command` is what made it, `survey` the address of the survey that it is part of.
+    """
+    return _render(report, command and printable(command), whole=True, survey=survey)
+
+
+def to_answer_page(row: SurveyRow, answer: SurveyAnswer, survey: str) -> str:
+    """What a survey's row says of a model, as a page: for one whose full analysis is not there."""
+    return load_template("answer.html").render(
+        whole=True,
+        command=None,
+        survey=survey,
+        row=row,
+        answer=answer,
+        name=row.request.model,
+        rated=RATED,
+        verdict=_verdict(answer),
+        why=explain_answer(answer),
+        saved=explain_saving_of(answer),
+        caveat="" if row.request.parent else LOOK_ALIKES.get(answer.type, ""),
+        facts=_list_answer(row, answer),
+        step=f"{COMMAND} moe-type-analyze -m {quote(row.request.model)}",
+        data=row.model_dump(mode="json"),
+        version=__version__,
+        light=theme(LIGHT),
+        dark=theme(DARK),
+    )
+
+
+def _list_answer(row: SurveyRow, answer: SurveyAnswer) -> list[tuple[str, str]]:
+    figures = (
+        ("Revision", answer.revision),
+        ("Family", describe_family(answer)),
+        ("Layers", format_ranges(answer.layers)),
+        ("Stated", row.stated),
+        ("Weights", answer.parameters and f"{format_count(answer.parameters)}, of all routed experts"),
+        ("Parent", row.request.parent),
+        *(
+            (name, None if share is None else percent(share))
+            for name, share in (("Parent's", answer.parent_kept), ("Rank", answer.rank_ratio))
+        ),
+        ("Cosine", None if answer.cosine is None else f"{answer.cosine:.3f}"),
+        ("Overlay", None if answer.overlay_ratio is None else format_ratio(answer.overlay_ratio)),
+    )
+    return [*((name, value) for name, value in figures if value), *(("Note", note) for note in answer.notes)]
 
 
 def to_fragment(report: Shown) -> str:
@@ -154,13 +204,14 @@ def show_estimate(report: MoEOverlayEstimate) -> str:
         return text
 
 
-def _render(report: Shown, command: str | None, whole: bool) -> str:
+def _render(report: Shown, command: str | None, whole: bool, survey: str | None = None) -> str:
     if isinstance(report, MoEWeightsVerification):
         template, shown = "verification.html", _show_conversion(report, whole)
     else:
         template, shown = "page.html", _show_analyses(report, whole)
     return load_template(template).render(
         whole=whole,
+        survey=survey,
         command=command,
         data=report.model_dump(mode="json"),
         version=__version__,
@@ -176,6 +227,7 @@ def _show_conversion(report: MoEWeightsVerification, whole: bool) -> dict[str, A
         ("Original", verdicts.identify_original(report)),
         ("Family", describe_family(report)),
         ("Compared", verdicts.describe_compared(report)),
+        *([("Bits", bits)] if (bits := verdicts.describe_bits(report)) else []),
         *(("Note", note) for note in report.notes),
     ]
     return {
@@ -208,7 +260,19 @@ def _show_analyses(report: MoETypeAnalysis | MoETypeComparison, whole: bool) -> 
     models = report.models if isinstance(report, MoETypeComparison) else (report,)
     return {
         "models": models,
-        "verdicts": [(model, _verdict(model), explain(model), caution(model), _facts(model)) for model in models],
+        "verdicts": [
+            (
+                model,
+                _verdict(model),
+                _describe_shared(model),
+                explain(model),
+                explain_saving(model),
+                caution(model),
+                _facts(model),
+            )
+            for model in models
+        ],
+        "counts": count_outcomes([model.type for model in models]),
         "rated": RATED,
         "headline": _headline(models[0]) if len(models) == 1 else [],
         "evidence": facts.compare(models),
@@ -226,11 +290,17 @@ def _show_analyses(report: MoETypeAnalysis | MoETypeComparison, whole: bool) -> 
     }
 
 
-def _verdict(model: MoETypeAnalysis) -> str:
+def _verdict(model: MoETypeAnalysis | SurveyAnswer) -> str:
     """The verdict in a sentence."""
     if model.type == "UPCYCLED" and (model.kind or "").startswith("from this parent"):
         return "It was upcycled from the dense model that was named."
     return VERDICTS[model.type]
+
+
+def _describe_shared(model: MoETypeAnalysis) -> str:
+    """For instance "100.0 % of the neurons shared: shuffled copies."."""
+    kind = f": {model.kind}" if model.kind else ""
+    return f"{percent(facts.mean_over_layers(model, facts.SHARED))} of the neurons shared{kind}."
 
 
 def _tables(model: MoETypeAnalysis) -> list[facts.Table]:
@@ -248,7 +318,6 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
         *([("Groups", groups)] if groups else []),
         *([("Further", explain_further(model))] if model.further_layers else []),
         *([("Parent", explain_parent(model))] if model.parent else []),
-        *([("Sharing", saving)] if (saving := explain_saving(model)) else []),
         *(("Note", note) for note in model.notes),
     ]
 

@@ -84,7 +84,6 @@ def to_survey_page(survey: MoETypeSurvey, pages: Mapping[int, str], command: str
         words={"Kind", "Stated", "Storage"},
         outcomes=sorted({model.outcome for model in models}),
         counts=count_types(survey),
-        lacks_pages=any(row.answer and place not in pages for place, row in enumerate(survey.rows)),
         meanings=MEANINGS,
         command=command and printable(command),
         data=survey.model_dump(mode="json"),

@@ -1,11 +1,13 @@
 """The templates of pages, which lie beside this module: HTML in which all text is escaped."""
 
+import re
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from markupsafe import Markup
 
 
 @cache
@@ -22,5 +24,18 @@ def load_template(name: str) -> "Template":
     environment.policies["json.dumps_kwargs"] = {
         "ensure_ascii": False
     }  # which also keeps the keys in the report's order
-    environment.filters["glue"] = lambda text: str(text).replace(" %", "\u00a0%")  # a number and its sign stay together
+    environment.filters["glue"] = _glue
+    environment.filters["breakable"] = _breakable
     return environment.get_template(name)
+
+
+def _glue(text: str) -> str:
+    """Text in which a number and what it counts stay together."""
+    return re.sub(r"(?<=\d) (?=%|[kMGT]?B\b|UPCYCLED|NATIVE|UNDETERMINED|failed)", "\u00a0", str(text))
+
+
+def _breakable(text: str) -> "Markup":
+    """Text in which a line may end after a slash, a dash and the like, as in long names."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<=[-/_.:])(?=[^-/_.:\s\d])", str(text)))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 
 from ..reports import LayerConversion, MoEWeightsVerification, ProjectionConversion, WeightFault
 from ..terms import ROLES
@@ -57,6 +58,12 @@ def describe_compared(report: MoEWeightsVerification) -> str:
     counts = sorted({len(layer.experts) for layer in report.layers})
     most = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return f"{name_layers(numbers)} of {len(report.moe_layers)}, {most} of {report.experts} experts in each"
+
+
+def describe_bits(report: MoEWeightsVerification) -> str:
+    """For instance "4.42 a weight of the experts"; nothing where none were compared."""
+    bits = [projection.bits_per_weight for layer in report.layers for projection in layer.projections.values()]
+    return f"{fmean(bits):.3g} a weight of the experts" if bits else ""
 
 
 def describe_projection(role: str, projection: ProjectionConversion) -> list[str]:
