@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from markupsafe import Markup
 
 
 @cache
@@ -25,7 +24,7 @@ def load_template(name: str) -> "Template":
         "ensure_ascii": False
     }  # which also keeps the keys in the report's order
     environment.filters["glue"] = _glue
-    environment.filters["breakable"] = _breakable
+    environment.filters["pieces"] = _pieces
     return environment.get_template(name)
 
 
@@ -34,8 +33,6 @@ def _glue(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%|[kMGT]?B\b|UPCYCLED|NATIVE|UNDETERMINED|failed)", "\u00a0", str(text))
 
 
-def _breakable(text: str) -> "Markup":
-    """Text in which a line may end after a slash, a dash and the like, as in long names."""
-    from markupsafe import Markup
-
-    return Markup("<wbr>").join(re.split(r"(?<=[-/_.:])(?=[^-/_.:\s\d])", str(text)))
+def _pieces(text: str) -> list[str]:
+    """The parts of a text between which a line may end: after a slash, a dash and the like, as in long names."""
+    return re.split(r"(?<=[-/_.:])(?=[^-/_.:\s\d])", str(text))
