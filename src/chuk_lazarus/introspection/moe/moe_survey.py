@@ -63,8 +63,8 @@ class MoESurveyService:
         cores and memory, or as many as the dask.distributed scheduler at the address `dask` has workers. `file`
         gets each row, as a line of JSON, when it is there; a model for which it already has an answer to the same
         request is not analysed again. `html` names a folder that gets a page of all models, which says that
-        `command` made it, and one of each that had a full analysis; the analyses are kept there, too, for when the
-        folder is written again. `progress` is told (what, done, total), and `finished` each new row. Raises
+        `command` made it, and one of each; full analyses are kept there, too, for when the folder is written
+        again. `progress` is told (what, done, total), and `finished` each new row. Raises
         InvalidRequest for a list, an option, a file or a folder that can't be used, and ClusterUnusable for a
         scheduler.
         """
