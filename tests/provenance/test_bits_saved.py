@@ -149,7 +149,7 @@ def test_the_sentence_is_shown_everywhere(model: str) -> None:
     for report in (analysis(model), estimate(model)):
         assert explain_saving(report) in show(report)
     assert explain_saving(analysis(model)) in to_page(analysis(model)).replace("\u00a0", " ")
-    assert explain_saving(analysis(model)) in analysis(model)._repr_html_()
+    assert explain_saving(analysis(model)) in analysis(model)._repr_html_().replace("\u00a0", " ")
 
 
 def test_reports_of_earlier_versions_are_shown_without() -> None:

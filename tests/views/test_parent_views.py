@@ -128,5 +128,5 @@ def test_the_page_tells_of_the_parents_layers() -> None:
     assert "layer 0: 100.0 % of the neurons found in layer 0 (1 of 2 layers of the parent searched)" in page
     assert "Searched" in page
     only = analyse("permuted").model_copy(update={"kind": "from this parent, no neuron twice"})
-    assert "It was upcycled from the dense model that was named." in to_page(only)
+    assert "It was upcycled from the given parent." in to_page(only)
     assert "The parent" not in to_page(analyse("permuted", None))
