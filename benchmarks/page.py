@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from measuring import CLOCKS, Figures
 
-from chuk_lazarus.introspection.moe.views.figures.style import COLORS, GREY, STYLE, WIDTH, save
+from chuk_lazarus.introspection.moe.views.figures.style import LIGHT, WIDTH, save, styled
 
+COLORS, GREY = LIGHT.colors, LIGHT.grey
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = ("startup", "analyze", "methods", "growth", "large", "factorise", "remote")
@@ -29,7 +29,7 @@ CASES = {
 }
 RIVALS = {
     "numpy_svd": "numpy's full SVD, on all cores",
-    "numpy_svd_side_by_side": "numpy's full SVD, one a core",
+    "numpy_svd_side_by_side": "numpy's full SVD, one per core",
     "torch_svdvals": "torch's svdvals",
     "weightwatcher_analyze": "WeightWatcher",
     "lazarus_0_4_1": "chuk-lazarus 0.4.1's algorithm",
@@ -64,7 +64,7 @@ def size(count: float) -> str:
 
 
 def both(values: Mapping[str, float], names: tuple[str, str] = CLOCKS, digits: int = 2) -> str:
-    """By the wall clock, and by the CPU's in parentheses."""
+    """Wall-clock seconds, and CPU seconds in parentheses."""
     return f"{values[names[0]]:.{digits}f} ({values[names[1]]:.{digits}f})"
 
 
@@ -85,7 +85,7 @@ def machine(found: Figures) -> str:
 
 
 def wanted(results: Mapping[str, Figures]) -> str:
-    """What was aimed at beside what came out; times by the wall clock, with those of the CPU in parentheses."""
+    """The targets beside the results; wall-clock times, with CPU times in parentheses."""
     cases, large, growth = results["analyze"]["cases"], results["large"], results["growth"]["series"]
     every, gpt = (cases[name] for name in list(CASES)[1:])
     jobs = {**large["analysis"]["jobs"], **large["compression"]["jobs"]}
@@ -113,7 +113,7 @@ def wanted(results: Mapping[str, Figures]) -> str:
     counts = {
         "peak memory with a layer of 11.3 GB, GiB": (max(job["peak_gib"] for job in jobs.values()), 2),
         **{
-            f"times that a weight is read, {name.partition(',')[0]}": (most_read(job), 2)
+            f"reads per weight, {name.partition(',')[0]}": (most_read(job), 2)
             for name, job in jobs.items()
             if "2GB" in name
         },
@@ -131,7 +131,7 @@ def wanted(results: Mapping[str, Figures]) -> str:
         *((name, f"{got:.2g}", f"≤ {aim:g}", got <= aim) for name, (got, aim) in counts.items()),
     ]
     return table(
-        ["figure", "value", "wanted", "reached"],
+        ["figure", "value", "target", "met"],
         ((name, value, aim, "yes" if is_reached else "no") for name, value, aim, is_reached in rows),
     )
 
@@ -227,7 +227,7 @@ def growth(series: Figures) -> str:
 
 def large(found: Figures) -> str:
     return table(
-        ["job", "memory allowed", "peak, GiB", "seconds", "read / stored", "times a weight is read", "more than twice"],
+        ["job", "memory allowed", "peak, GiB", "seconds", "read / stored", "reads per weight", "more than twice"],
         (
             (
                 f"{name.partition(', ')[0]}, {part['experts']} experts",
@@ -246,7 +246,7 @@ def large(found: Figures) -> str:
 
 def factors(found: Figures) -> str:
     return table(
-        ["way", "seconds", "times ours", "relative error"],
+        ["method", "seconds", "times ours", "relative error"],
         (
             (
                 way,
@@ -261,7 +261,7 @@ def factors(found: Figures) -> str:
 
 def throughput(jobs: Figures) -> str:
     return table(
-        ["job", "seconds", "MB a second", "peak, GiB"],
+        ["job", "seconds", "MB per second", "peak, GiB"],
         (
             (
                 name,
@@ -276,7 +276,7 @@ def throughput(jobs: Figures) -> str:
 
 def remote(models: Figures) -> str:
     return table(
-        ["model and its experts", "mode", "weights", "the rest", "requests", "again: bytes", "requests"],
+        ["model and its experts", "mode", "weights", "other files", "requests", "repeat: bytes", "requests"],
         (
             (
                 f"{name}, {size(model['expert_bytes'])}",
@@ -305,7 +305,7 @@ def startup(found: Figures) -> str:
 
 
 def draw(results: Mapping[str, Figures]) -> Figure:
-    with style.context(["default", STYLE]):
+    with styled():
         figure = Figure((WIDTH, 6.6), layout="constrained")
         (by_stage, by_rival), (time, memory) = figure.subplots(2, 2)
         draw_stages(by_stage, results["analyze"]["cases"])
@@ -320,8 +320,8 @@ def draw(results: Mapping[str, Figures]) -> Figure:
 
 
 def draw_stages(axes: Axes, cases: Figures) -> None:
-    """A bar for each analysis, and one for the bare work behind it, as shares of the analysis' CPU seconds."""
-    axes.set_title("CPU time, and that of the bare work")
+    """A bar for each analysis, and one for its floor, as shares of the analysis' CPU seconds."""
+    axes.set_title("CPU time, and that of the floor")
     bars = [(case, which) for case in cases.values() for which in ("stages_cpu_seconds", "floor_cpu_seconds")]
     places = [-(place + place // 2) for place in range(len(bars))]
     left = [0.0] * len(bars)
@@ -334,13 +334,13 @@ def draw_stages(axes: Axes, cases: Figures) -> None:
             widths.append(seconds[stage] / sum(case["stages_cpu_seconds"].values()))
         axes.barh(places, widths, left=left, color=color, label=stage)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_yticks(places, [label for name in CASES.values() for label in (name, "bare")])
+    axes.set_yticks(places, [label for name in CASES.values() for label in (name, "floor")])
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.1), ncols=3, columnspacing=1.0, handlelength=1.0)
 
 
 def draw_rivals(axes: Axes, cases: Figures) -> None:
-    axes.set_title("CPU time of others over ours")
+    axes.set_title("CPU time of other methods over ours")
     for number, (case, label) in enumerate(CASES.items()):
         ratios = cases[case]["rivals_over_analysis_cpu"]
         places = [-(4 * list(RIVALS).index(name) + number) for name in ratios]
@@ -348,10 +348,10 @@ def draw_rivals(axes: Axes, cases: Figures) -> None:
     axes.axvline(1, color=GREY, linewidth=1)
     names = (
         "numpy's SVD,\nall cores",
-        "numpy's SVD,\none a core",
+        "numpy's SVD,\none per core",
         "torch's\nsvdvals",
         "Weight-\nWatcher",
-        "0.4.1's\nway",
+        "0.4.1's\nalgorithm",
     )
     axes.set_yticks([-(4 * place + 1) for place in range(len(RIVALS))], names)
     axes.grid(axis="y", visible=False)

@@ -1,4 +1,4 @@
-"""Who may import whom: rooms without circles, and no library before it is needed."""
+"""Which module may import which: packages without cycles, and no library before it is needed."""
 
 import ast
 import subprocess
@@ -19,8 +19,8 @@ GROUND = {"errors", "terms", "text", "files", "progress", "arguments"}
 BELOW = GROUND | {"numerics", "weights", "reports"}
 DOORS = {"moe_cache", "moe_layout", "moe_type", "moe_survey", "moe_weights", "moe_compression", "plots"}
 
-# room -> the rooms, or single modules, that it may import beside itself
-ROOMS: dict[str, set[str]] = {
+# package -> the packages, or single modules, that it may import beside itself
+PACKAGES: dict[str, set[str]] = {
     "errors": set(),
     "terms": set(),
     "progress": set(),
@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 
-# what a room must not know of its own house
+# narrower rules inside a package: subpackage or module -> what it may import
 WITHIN: dict[str, set[str]] = {
     "weights.repositories": GROUND,
     "weights.codecs": {"errors", "numerics.device"},
@@ -106,8 +106,8 @@ def short(module: str) -> str:
     return module.removeprefix(MOE).removeprefix("chuk_lazarus").lstrip(".")
 
 
-def is_in(module: str, rooms: set[str]) -> bool:
-    return any(module == room or (room and module.startswith(f"{room}.")) for room in rooms)
+def is_in(module: str, packages: set[str]) -> bool:
+    return any(module == package or (package and module.startswith(f"{package}.")) for package in packages)
 
 
 def is_for_types(node: ast.AST) -> bool:
@@ -142,14 +142,14 @@ def own_imports(module: str) -> set[str]:
 
 def test_every_module_is_in_a_room() -> None:
     outside = {"chuk_lazarus", "chuk_lazarus.introspection"}
-    assert not [name for name in FILES.keys() - outside if not is_in(short(name), set(ROOMS))]
+    assert not [name for name in FILES.keys() - outside if not is_in(short(name), set(PACKAGES))]
 
 
 @pytest.mark.parametrize("module", FILES, ids=short)
 def test_rooms_import_those_below_them(module: str) -> None:
     name = short(module)
-    room = name.split(".")[0]
-    allowed = ROOMS.get(room, set()) | ({room} if room else set())
+    package = name.split(".")[0]
+    allowed = PACKAGES.get(package, set()) | ({package} if package else set())
     for inner, narrow in WITHIN.items():
         if is_in(name, {inner}):
             allowed = narrow | {inner}

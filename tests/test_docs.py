@@ -224,14 +224,17 @@ def test_the_page_has_every_variable_of_ours() -> None:
     assert not [name for name in named if f"`{name}`" not in reference.CLI.read_text("utf-8")]
 
 
-def test_the_plan_of_the_house_has_every_file() -> None:
-    plan = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## The house")[2]
+def test_the_layout_of_the_code_has_every_file() -> None:
+    plan = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Layout of the code")[2]
     moe = SOURCE / "introspection/moe"
-    rooms = [
+    packages = [
         moe,
-        *(moe / room for room in ("weights", "jobs", "provenance", "overlays", "conversion", "views", "numerics")),
+        *(
+            moe / package
+            for package in ("weights", "jobs", "provenance", "overlays", "conversion", "views", "numerics")
+        ),
     ]
-    files = [file for room in rooms for file in room.iterdir() if file.is_file()]
+    files = [file for package in packages for file in package.iterdir() if file.is_file()]
     assert not [file.name for file in files if file.name != "__init__.py" and f" {file.name}" not in plan]
 
 

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from chuk_lazarus import __version__
 from chuk_lazarus.cli.app import app, run
+from chuk_lazarus.cli.moe_expert import DOCUMENTATION
 from chuk_lazarus.cli.version import EXTRAS
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +161,7 @@ def test_every_address_of_the_project_is_the_same() -> None:
     home = PROJECT["urls"]["Repository"]
     assert all(address.startswith(home) for address in PROJECT["urls"].values())
     assert f"git clone {home} " in (ROOT / "README.md").read_text("utf-8")
+    assert DOCUMENTATION.endswith(PROJECT["urls"]["Documentation"])  # as --help names it
 
 
 def test_there_are_templates_for_a_wrong_verdict_and_an_unread_model() -> None:

@@ -9,7 +9,8 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from places import ROOT
+from hub_server import HubServer
+from places import FIXTURES, ROOT
 
 NOTEBOOK = ROOT / "docs/notebook.ipynb"
 
@@ -63,6 +64,22 @@ def test_the_notebook_runs_and_shows_what_is_stored(tmp_path: Path, monkeypatch:
             assert NUMBER.sub("#", text).split() == NUMBER.sub("#", after[kind]).split(), STALE
             numbers = [[float(x.replace(",", "")) for x in NUMBER.findall(one)] for one in (text, after[kind])]
             assert numbers[1] == pytest.approx(numbers[0], rel=0.02, abs=0.11), STALE  # another BLAS rounds otherwise
+
+
+def test_the_cells_that_need_the_network_run_as_they_stand(hub: HubServer, cache: Path) -> None:
+    hub.add("allenai/OLMoE-1B-7B-0924", FIXTURES / "olmoe")  # a tiny model of that family
+    cells = [
+        cell.source
+        for cell in nbformat.read(NOTEBOOK, as_version=4).cells
+        if "skip-execution" in cell.metadata.get("tags", ())
+    ]
+    assert len(cells) == 2
+    shown: dict[str, object] = {}
+    exec("from chuk_lazarus.introspection.moe import MoELayoutService", shown)  # in the first cell, which is run
+    for source in cells:
+        *statements, result = source.strip().splitlines()
+        exec("\n".join(statements), shown)
+        assert eval(result, shown).model == "allenai/OLMoE-1B-7B-0924"
 
 
 if __name__ == "__main__":

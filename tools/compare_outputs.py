@@ -29,7 +29,7 @@ from itertools import product
 from pathlib import Path
 
 FIXTURES = Path(__file__).resolve().parents[1] / "tests" / "fixtures"
-DEMOS = ("demo:upcycled", "demo:native", "demo:permuted")  # demo:parent is a parent, and no MoE
+DEMOS = ("demo:upcycled", "demo:native", "demo:permuted", "demo:lora")  # demo:parent is a parent, and no MoE
 TEXTS = {".html", ".json", ".jsonl", ".md", ".svg", ".txt"}
 SETTINGS = {
     "COLUMNS": "100",

@@ -67,22 +67,23 @@ FROM_PUBLISHED_CODE = [
 
 INTRODUCTION = """# Families and storage formats
 
-What is read, and what says that it is read right. This page is made by `python tools/families.py` from the layout
-table and the test checkpoints, and a test holds it against them: nothing is listed that no test reads.
+What can be read, and what proves that it is read correctly. `python tools/families.py` makes this page from the layout
+table and the test checkpoints, and a test compares them: everything listed is read by a test.
 
-The **oracle** is what the experts' matrices are compared with: a tiny model of that class, built and saved by
-`transformers`, `mlx-lm` or another library, whose own forward pass, expert by expert, agrees with them; or, where no
-library builds the family, tensors with the names and shapes that are published for it (`published shapes`, which proves
-the reading of these names, and not that every published file has them).
+The **oracle** is what the experts' matrices are compared with. It is a tiny model of that class, built and saved by
+`transformers`, `mlx-lm` or another library, whose own forward pass agrees with the matrices for every expert. If no
+library builds the family, it is tensors with the published names and shapes (`published shapes`). That proves
+how these names are read, but not that every published file has them.
 
-A model type that is not listed works, too, if its tensors' names and shapes fit one row of the table, and the report
-says so. Whether gates and ups in one tensor lie in halves or in turns, no shape can tell: then the weights decide, by
-the norms of up rows and down columns, which training leaves alike; where they don't show it, the model is refused.
+A model type that is not listed works too if its tensors' names and shapes fit one row of the table, and the report
+says so. No shape shows whether gate and up rows in one tensor are stored as halves or interleaved. Then the weights
+decide, by the norms of up rows and down columns, which training keeps alike; if these are not clear, the model is
+refused.
 
 ## Families
 
-`model_type` is what `config.json` says (of diffusers `_class_name`), in parentheses that of its text part. GGUF files
-are read by the names that llama.cpp gives the tensors, whatever the architecture (rows `gguf` and so on below; oracle:
+`model_type` is the one in `config.json` (for diffusers `_class_name`), with that of its text part in parentheses. GGUF
+files are read by llama.cpp's tensor names, whatever the architecture (rows `gguf` and so on below; the oracle is
 files written by the `gguf` package).
 
 | model_type | layout | oracle | storage |
@@ -90,7 +91,7 @@ files written by the `gguf` package).
 """
 
 WITHOUT_ROW = """
-Types that libraries load and no row lists (`python tools/model_types.py` finds them in a library's source):
+Types that libraries load but no row lists (`python tools/model_types.py` finds them in a library's source):
 
 | model_type | |
 |---|---|
@@ -100,9 +101,9 @@ LAYOUTS = """
 ## Layouts
 
 One row of [layouts.toml](../src/chuk_lazarus/introspection/moe/weights/layouts.toml) each. Names follow `layers.N.` (or
-`blocks.N.`, `blk.N.`, ...), with alternatives in braces. Axes: E experts, I intermediate, H hidden;
-`(2 I)` has all gates before all ups, or the other way round in `up_gate`, `(I 2)` has them in turns, `(E I)` all rows
-of one expert after those of the other.
+`blocks.N.`, `blk.N.`, ...), with alternatives in braces. Axes: E experts, I intermediate, H hidden.
+`(2 I)` has all gate rows before all up rows, or the reverse in `up_gate`; `(I 2)` interleaves them; `(E I)` has the
+rows of one expert after those of another.
 
 | layout | tensors |
 |---|---|
@@ -111,15 +112,15 @@ of one expert after those of the other.
 ATTENTION = """
 ## Attention and embeddings
 
-What tells that a model comes from a dense one even where every expert is new: the projections q, k, v and o of a layer,
-or, with latent attention, q or q_a and q_b, kv_a, kv_b and o. Axes as above, and Q, K, V for the rows of q, k and v:
+These show that a model comes from a dense one even if every expert is new: the projections q, k, v and o of a layer,
+or, with latent attention, q or q_a and q_b, kv_a, kv_b and o. Axes as above, and Q, K, V for the rows of q, k and v.
 `(Q K V)` has all rows of q before those of k, `(G Q K V)` has them group by group (the heads that share one key),
-`(A Q Z)` head by head, each with a gate on its output, which is not read. A row without model types holds for all.
+`(A Q Z)` head by head, each with a gate on its output, which is not read. A row without model types is for all.
 
-How a fused tensor lies no shape tells. It is cut for the model types that are named here, as the library's own code
-cuts it, for these as published code does: {published}. Of another type only o is read, and a note says so. The order of
-rows is that of transformers: where Meta's names or llama.cpp have the rows of each head of q and k in rotary pairs
-(GGUF of {pairs}), they are brought back.
+No shape shows how a fused tensor is arranged. For the model types named here it is cut as the library's own code does,
+and for these as published code does: {published}. For other types only o is read, and a note says so. The order of
+rows is that of transformers: rows that Meta's names or llama.cpp store in rotary pairs for each head of q and k
+(GGUF of {pairs}) are put back in that order.
 
 Not read, with a note: linear attention and state space layers, the compressed attention of DeepSeek-V4, the double
 attention of LongCat-Flash, JetMoE's mixture of attention, tensors that MLX fuses for Inkling, Kimi-K3 and Muse Spark,
@@ -137,23 +138,23 @@ FORMATS = """
 The storage is what reports print. Every format is also tested with random bytes and sizes against an encoder of its own
 (`tests/encoders_float.py`, `tests/encoders_packed.py`), in every layout in which it can occur.
 
-How the weights are quantised is what `config.json` says, or, where it says nothing, `hf_quant_config.json` (ModelOpt),
+The quantisation is taken from `config.json` or, if that says nothing, from `hf_quant_config.json` (ModelOpt),
 `quantize_config.json` (AutoGPTQ), `quant_config.json` (AutoAWQ) or `quant_model_description.json` (ModelSlim) beside
-it. MLX's `quantization` goes before the `quantization_config` of a model that was converted. Settings of a module go
-before the general ones (MLX, ModelOpt's `quantized_layers`, AutoRound's `extra_config`, Quark). Experts of one layer
-may be in several formats, where each of them is stored as rows of outputs.
+it. MLX's `quantization` takes precedence over the `quantization_config` of a model that was converted. Settings of a
+module take precedence over general ones (MLX, ModelOpt's `quantized_layers`, AutoRound's `extra_config`, Quark).
+Experts of one layer may be in several formats if each is stored as rows of outputs.
 
-ModelOpt's AWQ and SmoothQuant divide a weight, in whatever format it is stored, by factors of its inputs, and keep
-these beside it as `pre_quant_scale`. What is read and exported is the weight itself, multiplied by them again.
+ModelOpt's AWQ and SmoothQuant divide a weight in any format by factors of its inputs, and store these factors as
+`pre_quant_scale`. The weight is multiplied by them again when it is read and exported.
 
 | storage | oracle |
 |---|---|
 """
 
 REFUSED = """
-Refused, by name: FP8 in blocks without `weight_block_size`, and FP8 scales that fit two readings; integers of 3, 5, 6
-and 7 bits that old versions of compressed-tensors packed, as many as fit into a word; GPTQ in the marlin packing; AWQ
-other than 4-bit GEMM; stacks in bitsandbytes' 4-bit and of Quark's integers; {refused}; in GGUF Q8_1, Q8_K, Q1_0,
+Refused by name: FP8 in blocks without `weight_block_size`, and FP8 scales that can be read in two ways; integers of 3,
+5, 6 and 7 bits packed by old versions of compressed-tensors, as many as fit into a word; GPTQ in the marlin packing;
+AWQ other than 4-bit GEMM; stacks in bitsandbytes' 4-bit and of Quark's integers; {refused}; in GGUF Q8_1, Q8_K, Q1_0,
 the types of ik_llama.cpp and every type that the `gguf` package does not decode. Pickles are never opened.
 """
 

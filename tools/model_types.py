@@ -78,13 +78,13 @@ BY_NAMES = "read by its tensors' names, with a note"
 # Types without a row, and why.
 REASONS = {
     "alice_ai": BY_NAMES,
-    "bagel": "its two experts are one for text and one for images, and no mixture",
-    "doge": "its experts are one vector each, rows of an embedding, and no matrices",
+    "bagel": "its two experts are one for text and one for images, not a mixture",
+    "doge": "its experts are one vector each, rows of an embedding, not matrices",
     "interns1": BY_NAMES,
     "interns1_pro": BY_NAMES,
     "k2_horizon": BY_NAMES,
     "longcat_flash_sparse": BY_NAMES,
-    "magi2": "each head of the hidden state has experts of its own: refused",
+    "magi2": "refused, because each head of the hidden state has its own experts",
     "ming_image": "a diffusion model; its text encoder is read by its tensors' names, as `bailing_moe`",
     "openpangu": BY_NAMES,
     "param2moe": BY_NAMES,
@@ -94,8 +94,8 @@ REASONS = {
     "step3_text": BY_NAMES,
     "step3_vl": BY_NAMES,
     "step5": BY_NAMES,
-    "vitpose_backbone": "its experts are heads for data sets, chosen by the caller, and no mixture",
-    "xllm": BY_NAMES + "; experts of the attention's values are no feed-forwards, and not read",
+    "vitpose_backbone": "its experts are heads for data sets, chosen by the caller, not a mixture",
+    "xllm": BY_NAMES + "; experts of the attention's values are not feed-forwards, and not read",
     "youtu_vl": BY_NAMES,
     "ffn_norm_exps": "a norm",
 }

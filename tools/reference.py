@@ -46,7 +46,7 @@ against it. `--help` behind any command says the same.
     lazarus introspect moe-expert --help
 
 A model is a folder, a `.safetensors` or `.gguf` file, a Hub id (`org/name`, `org/name@revision`,
-`org/name/file.gguf`), or an embedded one: `demo:upcycled`, `demo:native`, `demo:permuted`, and their dense
+`org/name/file.gguf`), or an embedded one: `demo:lora`, `demo:upcycled`, `demo:native`, `demo:permuted`, and their dense
 `demo:parent`. `MODEL#STACK` reads another stack of layers, such as `#encoder`. Layers are `0,5,10`, `0-23/6` (every
 sixth), or `all`. Sizes are written like `500MB` or `2GB`.
 

@@ -30,7 +30,7 @@ MODELS = {
     "copies, cosine 0.65": "00/copy-hot-150",
     "shuffled copies": "demo:permuted",
     "copies + noise": "00/copy-noise-160",
-    "half drawn anew": "00/drop50-160",
+    "half re-initialised": "00/drop50-160",
     "shuffled halves": "00/slice2-shuffle-160",
     "slices, E = 32": "00/granular-S8E32-blocks-150",
     "branches": "00/branches-160",

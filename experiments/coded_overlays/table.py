@@ -26,7 +26,7 @@ SHOWN = (
     "copies, cosine 0.97",
     "shuffled copies",
     "copies + noise",
-    "half drawn anew",
+    "half re-initialised",
     "copies, E = 64",
     "native",
 )
@@ -112,7 +112,7 @@ def print_losses(rows: list[Row], ours: str) -> None:
                         f"| {theirs['kl']:.4f} | {own['bits']:.2f} | {own['kl']:.4f} | {distance:+.1f} |"
                     )
     for (is_native, is_calibrated), (better, same, worse) in counts.items():
-        kind = ("natives" if is_native else "upcycled") + (", calibrated" if is_calibrated else ", data-free")
+        kind = ("native" if is_native else "upcycled") + (", calibrated" if is_calibrated else ", data-free")
         print(f"\n{kind}: ours is better in {better}, the same within two standard errors in {same}, worse in {worse}")
 
 
@@ -130,14 +130,14 @@ def draw(rows: list[Row], path: Path) -> None:
         for ax in grid.flat[len(shown) :]:
             ax.set_visible(False)
         for ax in grid.flat[: len(shown)][-2:]:
-            ax.set_xlabel("bits a weight of the experts, everything counted")
+            ax.set_xlabel("bits per weight of the experts, everything counted")
         for ax in grid[:, 0]:
-            ax.set_ylabel("KL from the original, nats a token")
+            ax.set_ylabel("KL from the original, nats per token")
         text = (
             "Lower is better. Grey: other methods without data, each near 1.6, 2.1 and 3.1 bits; dotted: calibrated "
             "on text. One checkpoint each, 8,192 held-out tokens; standard errors are 3 to 5 % of a value."
         )
-        style.finish(figure, text, [], "python experiments/coded_overlays/table.py")
+        style.finish(figure, [text])
         style.save(figure, path)
 
 
@@ -150,12 +150,12 @@ def draw_panel(ax: Any, rows: list[Row], model: str) -> None:
         line = ":" if method in CALIBRATED else "-"
         bits, kl = zip(*curve, strict=True)
         ax.plot(bits, kl, line, color="#9A9A9A", linewidth=0.9, marker="o", markersize=2.2)
-        labels.append((kl[-1], method, style.GREY))
+        labels.append((kl[-1], method, style.LIGHT.grey))
         ax.plot([bits[-1], MOST + 0.04], [kl[-1], kl[-1]], color="#D8D8D8", linewidth=0.5, zorder=0)
     for method, color, name in (
-        ("plain", style.COLORS[1], "plain codes"),
-        ("overlay", style.COLORS[0], "overlay"),
-        ("trellis", style.COLORS[2], "with trellises"),
+        ("plain", style.LIGHT.colors[1], "plain codes"),
+        ("overlay", style.LIGHT.colors[0], "overlay"),
+        ("trellis", style.LIGHT.colors[2], "with trellises"),
     ):
         curve = [(row["bits"], row["kl"]) for row in rows_of(rows, model, method) if LEAST <= row["bits"] <= MOST]
         if curve:
@@ -171,7 +171,7 @@ def draw_panel(ax: Any, rows: list[Row], model: str) -> None:
     step = math.log(high / low) / 19
     places = spread([math.log(value) for value, _, _ in sorted(labels)], step, math.log(low) + step / 2, math.log(high))
     for (value, name, color), place in zip(sorted(labels), places, strict=True):
-        weight = "bold" if color != style.GREY else "normal"
+        weight = "bold" if color != style.LIGHT.grey else "normal"
         ax.annotate(
             name,
             (MOST + 0.04, value),

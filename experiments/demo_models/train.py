@@ -1,9 +1,11 @@
-"""Train the tiny demo models: one dense parent and three mixtures of experts whose history is known.
+"""Train the tiny demo models: one dense parent and four mixtures of experts whose history is known.
 
     parent     a dense Llama-shaped byte model, trained from scratch
     upcycled   the parent's feed-forward copied into 8 experts with a fresh router, then trained on
     native     the same mixture trained from scratch on as many bytes as parent and upcycled together
     permuted   `upcycled` with every expert's intermediate neurons shuffled: the same function, other weights
+    lora       the parent's feed-forward in 8 experts, each with a LoRA adapter of rank 4 of its own, merged; only the
+               adapters and the router are trained
 
 The corpus is the running interpreter's own standard library, so nothing is downloaded and the numbers depend a
 little on the Python version. Every checkpoint is written in bfloat16, loaded again with transformers and evaluated
@@ -11,6 +13,7 @@ in that state. The cosines and ranks in results.json come from a literal full SV
 
     python experiments/demo_models/train.py              # rewrites the packaged checkpoints and results.json
     python experiments/demo_models/train.py --out DIR    # writes everything, results.json too, to DIR
+    python experiments/demo_models/train.py --lora       # trains `lora` alone, from the parent that is there
 
 Needs torch, transformers, safetensors and numpy.
 """
@@ -30,6 +33,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 HERE = Path(__file__).resolve().parent
@@ -57,6 +61,7 @@ SHAPE = {
 
 CONTEXT, BATCH = 128, 16
 PARENT_STEPS, UPCYCLED_STEPS = 1000, 500
+LORA_RANK, LORA_RATE = 4, 6e-3
 NATIVE_STEPS = PARENT_STEPS + UPCYCLED_STEPS
 RATE, UPCYCLED_RATE, FINAL_FRACTION, WARMUP = 6e-3, 1.5e-3, 0.02, 50
 BALANCE, WEIGHT_DECAY, BETAS, CLIP = 0.01, 0.1, (0.9, 0.95), 1.0
@@ -102,7 +107,9 @@ def train(model: torch.nn.Module, corpus: torch.Tensor, steps: int, peak: float,
     sparse = model.config.model_type == "mixtral"
     options = {"output_router_logits": True} if sparse else {}
     draw = torch.Generator().manual_seed(data_seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        [one for one in model.parameters() if one.requires_grad], lr=peak, betas=BETAS, weight_decay=WEIGHT_DECAY
+    )
     losses, curve = [], []
     model.train()
     for step in range(steps):
@@ -182,6 +189,35 @@ def upcycle(folder: Path) -> MixtralForCausalLM:
     return model
 
 
+class Adapter(torch.nn.Module):
+    """A LoRA adapter for each of some stacked matrices [..., outputs, inputs]; at first it changes nothing."""
+
+    def __init__(self, parts: int, stack: torch.Tensor) -> None:
+        super().__init__()
+        experts, outputs, inputs = stack.shape
+        self.down = torch.nn.Parameter(torch.randn(experts, parts, LORA_RANK, inputs) / math.sqrt(inputs))
+        self.up = torch.nn.Parameter(torch.zeros(experts, parts, outputs // parts, LORA_RANK))
+
+    def forward(self, stack: torch.Tensor) -> torch.Tensor:
+        return stack + (self.up @ self.down).flatten(1, 2)
+
+
+def train_adapters(model: MixtralForCausalLM, corpus: torch.Tensor) -> dict:
+    """Train a LoRA adapter for each matrix of each expert, and the routers; then merge the adapters."""
+    model.requires_grad_(False)
+    stacks = {"gate_up_proj": 2, "down_proj": 1}
+    for layer in model.model.layers:
+        layer.mlp.gate.requires_grad_(True)
+        for name, parts in stacks.items():
+            adapter = Adapter(parts, getattr(layer.mlp.experts, name))
+            parametrize.register_parametrization(layer.mlp.experts, name, adapter)
+    run = train(model, corpus, UPCYCLED_STEPS, LORA_RATE, data_seed=SEED + 8)
+    for layer in model.model.layers:
+        for name in stacks:
+            parametrize.remove_parametrizations(layer.mlp.experts, name)
+    return run | {"rank": LORA_RANK}
+
+
 def permute(source: Path, folder: Path, seed: int) -> None:
     """Copy a checkpoint with each expert's neurons in an order of its own: rows of w1 and w3, columns of w2."""
     tensors = load_file(source / "model.safetensors")
@@ -241,10 +277,34 @@ def check(name: str, out: Path, corpus: torch.Tensor) -> dict:
     }
 
 
+def list_versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def train_lora(out: Path, training: torch.Tensor, validation: torch.Tensor) -> dict:
+    """Write `lora`, made of the parent that is in `out`."""
+    print("lora: the parent's feed-forward in every expert, each with an adapter of its own")
+    torch.manual_seed(SEED + 7)
+    model = upcycle(out / "parent")
+    run = train_adapters(model, training)
+    run["validation_loss_before_rounding"] = validate(model, validation)
+    save(model, out / "lora")
+    run |= check("lora", out, validation)
+    assert abs(run["validation_loss"] - run["validation_loss_before_rounding"]) < 0.01
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny demo models.")
     parser.add_argument("--out", type=Path, help="folder for the checkpoints and results.json (default: the package)")
-    target = parser.parse_args().out
+    parser.add_argument("--lora", action="store_true", help="train only `lora`, and add it to results.json")
+    arguments = parser.parse_args()
+    target = arguments.out
     out, results_file = target or DEMO, (target or HERE) / "results.json"
     started = time.perf_counter()
     torch.set_num_threads(1)  # the matrices are tiny, and one thread always sums in the same order
@@ -252,6 +312,15 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     training, validation, corpus = read_corpus()
     print(corpus)
+    if arguments.lora:
+        results = json.loads(results_file.read_text())
+        results["runs"]["lora"] = train_lora(out, training, validation) | {
+            "versions": list_versions(),
+            "corpus": corpus,
+        }
+        results["oracle"]["lora"] = measure(out / "lora")
+        results_file.write_text(json.dumps(results, indent=2) + "\n")
+        return
     runs: dict[str, dict] = {}
 
     print("parent: dense, from scratch")
@@ -285,18 +354,14 @@ def main() -> None:
         run |= check(name, out, validation)
         if "validation_loss_before_rounding" in run:
             assert abs(run["validation_loss"] - run["validation_loss_before_rounding"]) < 0.01, name
+    runs["lora"] = train_lora(out, training, validation)
     difference = runs["permuted"]["validation_loss"] - runs["upcycled"]["validation_loss"]
     assert abs(difference) < 1e-4, difference
     runs["permuted"]["validation_loss_minus_upcycled"] = difference
 
     results = {
         "seed": SEED,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": list_versions(),
         "corpus": corpus,
         "model": {**SHAPE, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K},
         "training": {
@@ -312,7 +377,7 @@ def main() -> None:
         },
         "validation_windows": VALIDATION_WINDOWS,
         "runs": runs,
-        "oracle": {name: measure(out / name) for name in ("upcycled", "native", "permuted")},
+        "oracle": {name: measure(out / name) for name in ("upcycled", "native", "permuted", "lora")},
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
     results_file.write_text(json.dumps(results, indent=2) + "\n")

@@ -71,7 +71,7 @@ def add_means(found: dict[str, Any]) -> None:
 def to_table(found: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| layer | projection | 90 % | 95 % | 99 % | of | share | of noise | first, last | delta energy | cosine |",
+        "| layer | projection | 90 % | 95 % | 99 % | of | share | vs noise | first, last | delta energy | cosine |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in [*found["layers"], *found["means"]]:

@@ -8,13 +8,12 @@ import pytest
 from chuk_lazarus.cli.app import run
 
 Capture = pytest.CaptureFixture[str]
-EXPERT = ["introspect", "moe-expert"]
 
 
 def steps(capsys: Capture, *words: str) -> dict[str, list[str]]:
     """The commands that follow the result of a command, by what they do."""
     capsys.readouterr()
-    assert run([*EXPERT, *words]) == 0
+    assert run(list(words)) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Next, ")]
     pairs = (line.removeprefix("Next, ").split(": ", 1) for line in lines)
     return {what: shlex.split(command) for what, command in pairs}
@@ -24,28 +23,37 @@ def test_from_a_model_to_one_that_is_smaller(capsys: Capture, tmp_path: Path, mo
     """Each step is run as it is printed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("import os\n\n\ndef read(path):\n    return open(path).read()\n" * 20)
-    found = steps(capsys, "moe-layout", "-m", "demo:upcycled")
+    found = steps(capsys, "layout", "demo:upcycled")
     for expected in ("see how it was trained", "see what can be saved", "write it"):
         assert list(found) == [expected]
-        assert found[expected][:3] == ["lazarus", *EXPERT]
-        found = steps(capsys, *found[expected][3:])
+        assert found[expected][0] == "lazarus"
+        found = steps(capsys, *found[expected][1:])
     assert found["run it"][:2] == ["mlx_lm.generate", "--model"]
     assert "--trust-remote-code" in found["run it"]
-    assert steps(capsys, *found["see what it costs"][3:]) == {}
+    assert steps(capsys, *found["see what it costs"][1:]) == {}
 
 
 def test_a_rule_is_handed_on(capsys: Capture) -> None:
-    for command in ("moe-overlay-estimate", "moe-overlay-compute"):
-        found = steps(capsys, command, "-m", "demo:upcycled", "--bits", "2.5", "--trellis")
-        assert found["write it"][5:] == ["demo:upcycled", "--bits", "2.5", "--trellis", "-O", "./smaller"]
+    for command in ("estimate", "compute"):
+        found = steps(capsys, command, "demo:upcycled", "--bits", "2.5", "--trellis")
+        assert found["write it"] == [
+            "lazarus",
+            "shrink",
+            "demo:upcycled",
+            "--bits",
+            "2.5",
+            "--trellis",
+            "-O",
+            "./smaller",
+        ]
 
 
 def test_what_is_for_mlx_lm_needs_no_code_of_ours(capsys: Capture, tmp_path: Path) -> None:
     target = str(tmp_path / "a name")
-    found = steps(capsys, "moe-overlay-compress", "-m", "demo:native", "--bits", "4", "-O", target)
+    found = steps(capsys, "shrink", "demo:native", "--bits", "4", "-O", target)
     assert found["run it"] == ["mlx_lm.generate", "--model", target, "--prompt", "The history of "]
 
 
 @pytest.mark.parametrize("option", ["-q", "--json"])
 def test_the_quiet_and_programs_get_none(capsys: Capture, option: str) -> None:
-    assert steps(capsys, "moe-type-analyze", "-m", "demo:native", option) == {}
+    assert steps(capsys, "analyze", "demo:native", option) == {}

@@ -117,6 +117,37 @@ def test_too_few_words_and_too_many(capsys: Capture, arguments: list[str], messa
     assert printed(capsys, arguments, 2) == f"lazarus: {message}\n"
 
 
+@pytest.mark.parametrize("value", ["x", "", "-1", "1.5", "a\0b"])
+def test_every_option_refuses_a_wrong_value_in_plain_words(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, command in ROOT.commands.items():
+        for param in getattr(command, "params", []):
+            if param.param_type_name == "option" and not param.is_flag and param.name != "model":
+                line = printed(capsys, [name, f"{max(param.opts, key=len)}={value}"], 2)  # no model is given
+                assert not re.search("Value error|Input should|parse|integer,", line), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),  # as Typer has it from 0.29 on, and before
+    [
+        (["layout", "--context", "x"], "'--context': ('x' is not a whole number|'x' is not a valid integer)"),
+        (["layout", "--context", "0"], "'--context': (it must be at least 1|0 is not in the range x>=1)"),
+        (["verify", "--tolerance", "x"], "'--tolerance': ('x' is not a number|'x' is not a valid float)"),
+        (["shrink", "--format", "mlxx"], "'--format': 'mlxx' is not one of 'auto', 'overlay', 'mlx'"),
+    ],
+)
+def test_a_wrong_value_is_quoted(capsys: Capture, arguments: list[str], problem: str) -> None:
+    line = f"lazarus: Invalid value for {problem} \\(see lazarus {arguments[0]} --help\\)\n"
+    assert re.fullmatch(line, printed(capsys, arguments, 2))
+
+
+@pytest.mark.parametrize("arguments", [["check", "demo:native", "--experts", ""], ["compute", "--memory", ""]])
+def test_an_empty_value_is_none(capsys: Capture, arguments: list[str]) -> None:
+    assert "''" in printed(capsys, [*arguments, "demo:native"], 2)
+
+
 def test_a_flag_may_stand_twice(capsys: Capture) -> None:
     assert printed(capsys, ["layout", "demo:native", "--json", "--json"]).startswith("{")
 

@@ -372,3 +372,22 @@ def test_files_that_are_not_copied_are_named(tmp_path: Path, options: dict[str, 
     report = MoECompressionService.compress(str(model), tmp_path / "out", **options)
     assert "not copied: images/logo.png, training_args.bin" in report.notes
     assert (tmp_path / "out/chat_template.jinja").is_file()
+
+
+def test_files_that_an_export_leaves_out_are_named(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    MoECompressionService.compress("demo:native", overlay, ranks=RANKS)
+    (overlay / "training_args.bin").write_text("x")
+    report = MoECompressionService.export(overlay, tmp_path / "out")
+    assert report.notes == ("not copied: training_args.bin",)
+    assert not (tmp_path / "out/training_args.bin").exists()
+
+
+@pytest.mark.parametrize("kind", ["mlx", "compressed-tensors"])
+def test_an_expert_that_is_not_finite_is_named(tmp_path: Path, kind: Any) -> None:
+    """Widths are chosen by some rows of some experts: what is broken elsewhere is seen when it is coded."""
+    tensors, config = demo()
+    tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"][1, 0] = np.nan
+    model = write(tmp_path / "model", tensors, config)
+    with pytest.raises(ModelUnreadable, match="layer 1: down of expert 3: the matrix holds NaN"):
+        MoECompressionService.export(model, tmp_path / "out", format=kind)

@@ -14,9 +14,9 @@ from chuk_lazarus.introspection.moe.overlays.ladder import advise, list_variance
 from chuk_lazarus.introspection.moe.overlays.quantisation import round_to_bits
 from chuk_lazarus.introspection.moe.reports import LadderRow, MoEOverlayEstimate
 from chuk_lazarus.introspection.moe.weights.experts import Experts
-from sampling import examples
+from sampling import examples, keep
 
-DEMOS = ("upcycled", "native", "permuted")
+DEMOS = ("upcycled", "native", "permuted", "lora")
 
 
 @cache
@@ -77,11 +77,13 @@ def test_the_ladder_falls_and_stays_above_the_bound(demo: str) -> None:
         known = [error for error in errors if error is not None]
         assert errors == [None] * (len(errors) - len(known)) + known
         assert known == sorted(known, reverse=True)
-        assert all(error >= row.bound for error, row in zip(errors, report.ladder, strict=True) if error is not None)
+        if demo != "lora" or name in ("rounding", "plain", "svd"):  # the bound knows nothing of low-rank deltas
+            above = [error >= row.bound for error, row in zip(errors, report.ladder, strict=True) if error is not None]
+            assert all(above)
 
 
 def test_copies_gain_and_natives_lose_nothing_by_codes() -> None:
-    for demo in ("upcycled", "permuted"):
+    for demo in ("upcycled", "permuted", "lora"):
         for row in estimate(demo).ladder:
             assert row.coded is not None
             assert row.plain is not None
@@ -89,7 +91,7 @@ def test_copies_gain_and_natives_lose_nothing_by_codes() -> None:
     assert all(row.coded == row.plain for row in estimate("native").ladder)
 
 
-@pytest.mark.parametrize("demo", DEMOS)
+@pytest.mark.parametrize("demo", keep(DEMOS, "upcycled"))
 def test_errors_of_the_ladder_are_those_of_whole_layers(demo: str) -> None:
     report = estimate(demo)
     experts = Experts.open(f"demo:{demo}")
@@ -127,26 +129,32 @@ def row(bits: float, **errors: float | None) -> LadderRow:
 def test_advice_names_the_best_at_each_size() -> None:
     rows = [row(2, coded=0.1), row(3, coded=0.05, plain=0.08), row(4, plain=0.02, coded=0.02), row(8, low_rank=0.0)]
     assert advise(rows, 0.09, 16, 2.25) == (
-        "codes on a base at 2 to 3 bits a weight, plain codes at 4 bits a weight, "
-        "a low-rank overlay at 8 bits a weight err least; "
+        "smallest error: codes on a base at 2 to 3 bits per weight, plain codes at 4 bits per weight, "
+        "a low-rank overlay at 8 bits per weight; "
         "codes of 2.25 bits are as good as 4-bit quantisation: moe-overlay-compress --as-good-as 4"
     )
-    assert advise(rows, 0.09, 16, None).endswith("err least")
+    assert advise(rows, 0.09, 16, None).endswith("at 8 bits per weight")
 
 
 def test_advice_counts_only_what_makes_the_file_smaller() -> None:
     rows = [row(2, coded=0.1), row(4, plain=0.02, coded=0.02)]
-    assert advise(rows, 0.09, 4, 4.4) == "codes on a base at 2 bits a weight err least"
+    assert advise(rows, 0.09, 4, 4.4) == "smallest error: codes on a base at 2 bits per weight"
     assert advise(rows, 0.09, 2, 1.9).startswith("nothing")
     assert advise(rows, 0.01, 16, None).startswith("nothing")
 
 
 def test_a_tie_goes_to_the_simpler_way() -> None:
-    assert advise([row(4, rounding=0.1, plain=0.099, coded=0.099)], 0.1, 16, None).startswith("plain quantisation")
-    assert advise([row(4, rounding=0.1, plain=0.09, coded=0.09)], 0.1, 16, None).startswith("plain codes")
+    assert advise([row(4, rounding=0.1, plain=0.099, coded=0.099)], 0.1, 16, None).startswith(
+        "smallest error: plain quantisation"
+    )
+    assert advise([row(4, rounding=0.1, plain=0.09, coded=0.09)], 0.1, 16, None).startswith(
+        "smallest error: plain codes"
+    )
 
 
 def test_advice_of_the_demos() -> None:
     assert estimate("upcycled").advice == estimate("permuted").advice
-    assert estimate("upcycled").advice.startswith("codes on a base at 1.5 to 8 bits a weight err least; codes of 2.")
-    assert estimate("native").advice.startswith("plain codes at 1.5 to 8 bits a weight err least; codes of 4.")
+    assert estimate("upcycled").advice.startswith(
+        "smallest error: codes on a base at 1.5 to 8 bits per weight; codes of 2."
+    )
+    assert estimate("native").advice.startswith("smallest error: plain codes at 1.5 to 8 bits per weight; codes of 4.")

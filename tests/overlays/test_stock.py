@@ -23,6 +23,7 @@ from chuk_lazarus.introspection.moe.weights.repositories.find import DEMO_FOLDER
 from hub_server import Fault, HubServer
 from mlx_lm_recipes import RECIPES
 from places import FIXTURES
+from sampling import sampled
 
 NATIVE = DEMO_FOLDER / "native"
 COMPRESS = ["introspect", "moe-expert", "moe-overlay-compress"]
@@ -119,7 +120,7 @@ def test_logits_stay_near(tmp_path: Path) -> None:
     assert np.abs(ours - exact).max() < 0.03 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(("bits", "group"), [(3, 64), (4, 64), (4, 32)])
+@pytest.mark.parametrize(("bits", "group"), sampled([(3, 64), (4, 64), (4, 32)], [(3, 64)]))
 def test_kl_is_less_than_of_mlx_lm_s_own_at_equal_bytes(tmp_path: Path, bits: int, group: int) -> None:
     theirs = tmp_path / "theirs"
     model, config = load_model(NATIVE, lazy=True)
@@ -313,7 +314,9 @@ def test_the_screen(tmp_path: Path) -> None:
 def test_without_mlx_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    monkeypatch.delitem(sys.modules, "chuk_lazarus.introspection.moe.overlays.runtime.stock", raising=False)
-    with pytest.raises(InvalidRequest, match="MLX and mlx-lm are not installed"):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    for name in [name for name in sys.modules if name.startswith("chuk_lazarus.introspection.moe.overlays.runtime")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(InvalidRequest, match="MLX and mlx-lm are not installed") as error:
         compress("demo:native", tmp_path / "out", bits=3)
+    assert error.value.hint == 'run: pip install "chuk-lazarus[mlx]"'

@@ -20,8 +20,9 @@ from chuk_lazarus.introspection.moe.reports import MoEOverlayEstimate, Report, S
 from chuk_lazarus.introspection.moe.views.page import to_page
 from chuk_lazarus.introspection.moe.views.words import explain_saving
 from made_layers import HIDDEN, copies, native, shuffle, write
+from sampling import keep
 
-PLAIN = "experts share nothing that pays: plain codes are best"
+PLAIN = "not by a shared base: the experts have too little in common; quantise them plainly"
 
 
 @cache
@@ -109,7 +110,7 @@ def test_identical_experts_leave_the_base_alone(tmp_path: Path) -> None:
     found = {role: np.repeat(m, 8, axis=0) for role, m in native(np.random.default_rng(0), 1).items()}
     report = MoETypeService.analyze(write(tmp_path / "m", found))
     assert report.bits_saved == pytest.approx(3.5, abs=0.01)
-    assert "about 0.5 bits a weight" in explain_saving(report)
+    assert "about 0.5 bits per weight" in explain_saving(report)
 
 
 def test_experts_of_zeros_save_what_can_be_told(tmp_path: Path) -> None:
@@ -134,16 +135,16 @@ def test_the_sentence() -> None:
     bits = 4 - (model.bits_saved or 0)
     needed = 2 * 196_608 * bits / 8 / 1000
     assert explain_saving(model) == (
-        f"at the quality of 4 bits these experts need about {bits:.1f} bits a weight: "
-        f"{needed:.1f} kB instead of 196.6 kB, in all 2 layers"
+        f"yes: on a shared base, about {bits:.1f} bits per weight are as good as 4 bits without one: "
+        f"{needed:.1f} kB instead of 196.6 kB in all 2 layers"
     )
     assert explain_saving(analysis("demo:native")) == explain_saving(estimate("demo:native")) == PLAIN
     assert explain_saving(estimate("demo:upcycled")) == explain_saving(model)
     one = model.model_copy(update={"moe_layers": (0,), "layers": model.layers[:1], "original_bytes": 393_216})
-    assert explain_saving(one).endswith("instead of 98.3 kB, in 1 layer")
+    assert explain_saving(one).endswith("instead of 98.3 kB in 1 layer")
 
 
-@pytest.mark.parametrize("model", ["demo:upcycled", "demo:native"])
+@pytest.mark.parametrize("model", keep(["demo:upcycled", "demo:native"], "demo:upcycled"))
 def test_the_sentence_is_shown_everywhere(model: str) -> None:
     for report in (analysis(model), estimate(model)):
         assert explain_saving(report) in show(report)

@@ -71,7 +71,7 @@ def test_no_further_layers_where_some_are_asked_for(tmp_path: Path, chosen: dict
 @pytest.mark.parametrize(
     ("kinds", "origin", "words"),
     [
-        (["noise", "noise", "noise"], "NATIVE", "by parts of them"),
+        (["noise", "noise", "noise"], "NATIVE", "read in part"),
         (["few", "noise", "noise"], "NATIVE", "in common"),
         (["noise", "copies", "noise"], "UPCYCLED", "further apart"),
         (["copies", "noise", "noise"], "UPCYCLED", "further apart"),
@@ -84,7 +84,7 @@ def test_who_decides(tmp_path: Path, kinds: list[str], origin: str, words: str) 
     assert words in explain_further(analysis)
     assert f"layer 1 {said(analysis)[1]}" in explain_further(analysis)
     decides_elsewhere = analysis.layers[0].type != origin
-    assert ("parts of further layers decide" in explain(analysis)) == decides_elsewhere
+    assert ("further layers below decide" in explain(analysis)) == decides_elsewhere
     assert (analysis.kind is None) == (origin != "UPCYCLED")
 
 
@@ -92,7 +92,7 @@ def test_narrow_layers_differ_for_want_of_numbers(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys.modules[__name__], "HIDDEN", 32)
     analysis = MoETypeService.analyze(write_model(tmp_path, ["copies"] * 3))
     assert said(analysis) == {0: "UPCYCLED", 1: "UNDETERMINED", 2: "UNDETERMINED"}
-    assert "by 32 numbers" in explain_further(analysis)
+    assert "32 numbers" in explain_further(analysis)
 
 
 def test_each_combination_of_verdicts() -> None:
@@ -134,6 +134,6 @@ def test_the_table_says_what_each_layer_says(capsys: pytest.CaptureFixture[str],
     assert run(["introspect", "moe-expert", "moe-type-analyze", "-m", model]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Further layer 1 UPCYCLED" in text
-    assert "parts of further layers decide: below. Layer 0 would be NATIVE alone" in text
+    assert "The further layers below decide. Layer 0 alone would be NATIVE" in text
     assert run(["introspect", "moe-expert", "moe-layout", "-m", model]) == 0
     assert "of layers 1-2)" in " ".join(capsys.readouterr().out.split())

@@ -299,9 +299,9 @@ def test_redrawn_experts_are_told_by_their_attention(hidden: str, dense: list[La
         assert set(attention.projections) == {"q", "k", "v", "o"}
     assert matches(report)[0].kept < 0.02
     text = explain_parent(report)
-    assert "the attention is from it" in text
+    assert "the attention comes from it" in text
     assert "experts were re-initialised" in text
-    assert ("hidden side" in text) == (hidden == "permuted")
+    assert ("hidden dimensions" in text) == (hidden == "permuted")
 
 
 def test_neurons_are_found_on_a_permuted_hidden_side(dense: list[Layer], tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_attention_of_an_unrelated_parent(seed: int, dense: list[Layer], tmp_pat
     assert max(abs(attention.cka) for attention in attention_of(report)) < 0.2
     assert report.parent_embeddings
     assert not report.parent_embeddings.assigned
-    assert "its attention is not alike" in explain_parent(report)
+    assert "the attention is not similar" in explain_parent(report)
 
 
 def test_vocabularies_of_two_sizes_are_compared_as_far_as_both_go(dense: list[Layer], tmp_path: Path) -> None:
@@ -401,6 +401,7 @@ def test_a_parent_whose_attention_is_broken(dense: list[Layer], tmp_path: Path) 
     report = compare(tmp_path, redrawn(layers=1), train_on(draw_attention(0)), dense, theirs)
     (attention,) = attention_of(report)
     assert set(attention.projections) == {"k", "v", "o"}
+    assert "attention of the parent: layer 0: q is not finite: left out" in report.notes
     assert report.parent_embeddings is None
     assert report.type == "UPCYCLED"
 

@@ -298,7 +298,7 @@ def test_the_budget_for_a_native_verdict_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_hidden_layers": 1}')
     found = MoETypeService.quick(str(tmp_path), budget="500KB")
     assert found.type == "UNDETERMINED"
-    enough = re.search(r"--budget (\S+) would do", explain_quick(found))
+    enough = re.search(r"--budget (\S+) would be enough", explain_quick(found))
     assert enough
     assert MoETypeService.quick(str(tmp_path), budget=enough[1]).type == "NATIVE"
 

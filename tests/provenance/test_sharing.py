@@ -288,8 +288,8 @@ def test_a_verdict_without_a_kind_is_still_a_sentence() -> None:
     """As when the layers together are UPCYCLED, and none of them by itself."""
     full = MoETypeService.analyze("demo:upcycled").model_copy(update={"kind": None})
     quick = MoETypeService.quick("demo:upcycled").model_copy(update={"kind": None})
-    assert explain(full).endswith(": copies.")
-    assert explain_quick(quick).endswith(": copies or slices.")
+    assert explain(full).endswith(". The experts are copies.")
+    assert explain_quick(quick).endswith(". The experts are copies or slices.")
 
 
 def test_a_quick_verdict_on_narrow_experts_says_so(tmp_path: Path) -> None:
@@ -298,4 +298,4 @@ def test_a_quick_verdict_on_narrow_experts_says_so(tmp_path: Path) -> None:
     found = {role: m + 0.1 * native(np.random.default_rng(8), EXPERTS, NEURONS, 16)[role] for role, m in base.items()}
     quick = MoETypeService.quick(write(tmp_path / "m", found))
     assert quick.type == "UNDETERMINED"
-    assert "by 16 numbers of each neuron's vectors, fewer than 64" in explain_quick(quick)
+    assert "16 numbers of each neuron's vectors are too few to tell (64 are needed)" in explain_quick(quick)

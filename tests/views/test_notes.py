@@ -65,7 +65,7 @@ def test_what_was_trained_is_not(model: str) -> None:
 @pytest.mark.parametrize(("experts", "said"), [(3, "spectra of 3 of 8"), (None, "spectra of all 8")])
 def test_it_says_how_many_experts_were_looked_at(experts: int | None, said: str) -> None:
     text = shown(MoETypeService.analyze("demo:native", experts=experts))
-    assert f"neurons of all 8 experts; {said} " in text
+    assert f"neurons from all 8 experts; {said} " in text
 
 
 def in_groups(rng: np.random.Generator, groups: int) -> Matrices:
@@ -98,7 +98,7 @@ def test_the_older_rule_is_for_those_who_ask(capsys: Capture) -> None:
     assert "NATIVE" not in out
     assert run([*ANALYZE, "-m", "demo:permuted", "-v"]) == 0
     out = capsys.readouterr().out
-    assert "the documented rule says NATIVE" in " ".join(out.split())
+    assert "an older rule, by rank and cosine, says NATIVE" in " ".join(out.split())
     assert run(["introspect", "moe-expert", "moe-type-compare", "-m", "demo:permuted", "-c", "demo:upcycled"]) == 0
     assert "NATIVE" not in capsys.readouterr().out
     assert MoETypeService.analyze("demo:permuted").documented_rule.type == "NATIVE"  # as in the JSON

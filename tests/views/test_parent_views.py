@@ -63,7 +63,7 @@ def test_moved_layers_are_named() -> None:
 
 
 def test_signs_are_told() -> None:
-    assert "100.0 % with the other sign in up and down" in explain_parent(
+    assert "100.0 % with flipped signs in up and down" in explain_parent(
         changed(analyse("upcycled"), *2 * [{"flipped": 1.0}])
     )
     assert "sign" not in explain_parent(analyse("upcycled"))
@@ -85,7 +85,7 @@ def test_a_likeness_about_zero_has_no_sign() -> None:
 def test_the_native_demo_is_not_from_the_parent() -> None:
     report = analyse("native")
     assert report.type == "NATIVE"
-    assert "its attention is not alike" in explain_parent(report)
+    assert "the attention is not similar" in explain_parent(report)
     assert "Name the dense model" not in to_page(report)
     assert "Name the dense model" in to_page(analyse("native", None))
 

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from functools import cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,16 @@ from .interrupt import INTERRUPTED
 from .output import print_error
 from .suggest import command_meant
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 LEAST_WIDTH, GREATEST_WIDTH = 20, 10_000  # columns of a terminal
+
+ABOUT = """See how a Mixture-of-Experts model was trained, and how much smaller it can be made.
+
+\b
+Example:
+  lazarus analyze demo:native"""
 
 app = typer.Typer(
     name="lazarus",
@@ -28,9 +37,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=moe_expert.DOCUMENTATION,
 )
 moe_expert.add_short_names(app)
-app.command("cache", cls=Command, short_help="Tell what is kept on this machine, and clear it.")(show_cache)
+app.command("cache", cls=Command, short_help="Show or clear what is stored on this machine.")(show_cache)
 introspect = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 introspect.add_typer(moe_expert.app, name="moe-expert", short_help="Mixture-of-Experts checkpoints.")
 app.add_typer(
@@ -49,7 +59,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help="Look inside models without running them.\n\n\b\nExample:\n  lazarus analyze demo:native")
+@app.callback(help=ABOUT)
 def root(
     version: Annotated[
         bool,
@@ -118,9 +128,13 @@ def _check_width() -> None:
 
 
 def _end_usage(error: typer.TyperException, as_json: bool) -> int:
+    from pydantic import ValidationError
+
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(error.format_message())
         return 2
+    if isinstance(error.__cause__, ValidationError):  # by which Typer refuses values
+        error.message = _explain_value(error.__cause__.errors()[0])
     context = getattr(error, "ctx", None)
     message = re.sub(r"( \(Possible options: .*\)|\. Did you mean .*\?)$", "", error.format_message())
     hint = f"see {context.command_path} --help" if context else "see --help"
@@ -131,6 +145,17 @@ def _end_usage(error: typer.TyperException, as_json: bool) -> int:
         hint = f"did you mean {near[0]}? {hint}"
     print_error(2, message.removesuffix("."), hint, as_json)
     return 2
+
+
+def _explain_value(fault: "ErrorDetails") -> str:
+    """What is wrong with the value of an option, which pydantic tells in a programmer's words."""
+    if fault["type"] == "greater_than_equal":
+        return f"it must be at least {fault['ctx']['ge']}"
+    if fault["type"].startswith("int_"):
+        return f"{fault['input']!r} is not a whole number"
+    if fault["type"].startswith("float_"):
+        return f"{fault['input']!r} is not a number"
+    return fault["msg"].removeprefix("Value error, ")
 
 
 def _end_output(error: OSError, as_json: bool) -> int:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 @command(JSON)
 def cache(
     run: Run,
-    clear: Annotated[bool, typer.Option("--clear", help="Delete it all; say what that was.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False,
 ) -> "MoECache":
-    """Tell where bytes of models on the Hub and unfinished work are kept, and how much that is.
+    """Show where data from the Hub and unfinished work are stored, and how much there is.
 
     \b
     Examples:

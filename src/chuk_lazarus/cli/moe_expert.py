@@ -11,27 +11,29 @@ from .type_commands import analyze, compare, layout, survey
 from .weights_commands import verify as verify_weights
 
 PATH = "lazarus introspect moe-expert"
+DOCUMENTATION = "Documentation: https://github.com/chrishayuk/chuk-mlx/tree/main/docs"
 EXAMPLE = f"\b\nExample:\n  {PATH} moe-type-analyze -m demo:native"
 
 # name, short name, function, what it does
 COMMANDS = (
-    ("moe-layout", "layout", layout, "Show what is in a checkpoint, from its headers alone."),
+    ("moe-layout", "layout", layout, "Show what is in a checkpoint. Reads headers only."),
     ("moe-type-analyze", "analyze", analyze, "Tell whether an MoE was upcycled or trained natively."),
-    ("moe-type-compare", "compare", compare, "Analyse models in the same way, side by side."),
-    ("moe-overlay-compute", "compute", compute, "Choose ranks for an overlay, and say what it keeps and takes."),
-    ("moe-overlay-verify", "verify", verify, "Rebuild experts from an overlay, and compare with the originals."),
-    ("moe-overlay-estimate", "estimate", estimate, "Estimate an overlay of the whole model, and what pays instead."),
-    ("moe-overlay-compress", "shrink", compress, "Write a model with its experts as overlays."),
-    ("moe-overlay-export", "export", export, "Rebuild a standard checkpoint from an overlay."),
-    ("moe-overlay-eval", "eval", evaluate, "Run a model and its overlay on a text, side by side."),
-    ("moe-weights-verify", "check", verify_weights, "Tell whether a converted model still has the original's experts."),
-    ("moe-type-survey", "survey", survey, "Analyse many models into one table, and go on where it was interrupted."),
+    ("moe-type-compare", "compare", compare, "Analyse models side by side."),
+    ("moe-overlay-compute", "compute", compute, "Compute an overlay; report its error and size."),
+    ("moe-overlay-verify", "verify", verify, "Rebuild experts from their overlay and compare."),
+    ("moe-overlay-estimate", "estimate", estimate, "Estimate how small a model can be made."),
+    ("moe-overlay-compress", "shrink", compress, "Write a smaller copy of a model."),
+    ("moe-overlay-export", "export", export, "Write an overlay or a model for other programs."),
+    ("moe-overlay-eval", "eval", evaluate, "Run a model and its smaller version on a text."),
+    ("moe-weights-verify", "check", verify_weights, "Check a converted model against the original."),
+    ("moe-type-survey", "survey", survey, "Analyse many models into one table; can be resumed."),
 )
 
 app = typer.Typer(
     help=f"Mixture-of-Experts checkpoints: how they were trained, and what can be saved.\n\n{EXAMPLE}",
     no_args_is_help=True,
     rich_markup_mode=None,
+    epilog=DOCUMENTATION,
 )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import MoEOverlayCompression, MoEOverlayEstimate
 
-PROGRAM = "lazarus introspect moe-expert"
+PROGRAM = "lazarus"
 PROMPT = "The history of "
 RULES = ("bits", "fit", "as_good_as", "max_error", "target_ratio", "coded", "trellis", "energy", "rest_bits")
 
@@ -18,14 +18,14 @@ def next_steps(report: Any, command: str, parameters: dict[str, Any]) -> list[st
     """
     match command:
         case "layout":
-            return [_step("see how it was trained", "moe-type-analyze", report.model)]
+            return [_step("see how it was trained", "analyze", report.model)]
         case "analyze":
-            return [_step("see what can be saved", "moe-overlay-estimate", report.model)]
+            return [_step("see what can be saved", "estimate", report.model)]
         case "estimate":
             return _after_estimate(report, parameters)
         case "compute" | "verify":
             rule = _options(parameters)
-            return [_step("write it", "moe-overlay-compress", report.model, *rule, "-O", "./smaller")] if rule else []
+            return [_step("write it", "shrink", report.model, *rule, "-O", "./smaller")] if rule else []
         case "compress":
             return _after_compression(report)
         case _:
@@ -39,7 +39,7 @@ def _after_estimate(report: "MoEOverlayEstimate", parameters: dict[str, Any]) ->
         if report.advice.startswith("nothing"):
             return []
         rule = ["--as-good-as", "4"]
-    return [_step("write it", "moe-overlay-compress", report.model, *rule, "-O", "./smaller")]
+    return [_step("write it", "shrink", report.model, *rule, "-O", "./smaller")]
 
 
 def _after_compression(report: "MoEOverlayCompression") -> list[str]:
@@ -48,9 +48,7 @@ def _after_compression(report: "MoEOverlayCompression") -> list[str]:
     if report.format == "overlay":
         words.append("--trust-remote-code")
     run = f"Next, run it: {shlex.join([*words, '--prompt', PROMPT])}"
-    check = _step(
-        "see what it costs", "moe-overlay-eval", report.model, "--overlay", report.folder, "--text", "text.txt"
-    )
+    check = _step("see what it costs", "eval", report.model, report.folder, "--text", "text.txt")
     return [run, check]
 
 
@@ -60,9 +58,10 @@ def _options(parameters: dict[str, Any]) -> list[str]:
     for name in RULES:
         if name in parameters:
             option = f"--{name.replace('_', '-')}"
-            words += [option] if parameters[name] is True else [option, str(parameters[name])]
+            value = parameters[name]
+            words += [option] if value is True else [option, f"{value:g}" if isinstance(value, float) else str(value)]
     return words
 
 
 def _step(what: str, command: str, model: str, *words: str) -> str:
-    return f"Next, {what}: {PROGRAM} {shlex.join([command, '-m', model, *words])}"
+    return f"Next, {what}: {PROGRAM} {shlex.join([command, model, *words])}"

@@ -46,7 +46,7 @@ def parse_path(text: str) -> Path:
 
 def limit_memory(context: typer.Context, size: str | None) -> str | None:
     """Keep to a limit while the command runs."""
-    if size:
+    if size is not None:
         from chuk_lazarus.introspection.moe import memory_limit
 
         context.with_resource(memory_limit(size))
@@ -61,18 +61,18 @@ def check_caption(plot: Path | None, caption: bool) -> None:
 
 MODEL = (
     "a folder, a .safetensors or .gguf file, a Hub id (org/name or org/name@revision), "
-    "or demo:upcycled, demo:native, demo:permuted"
+    "or demo:lora, demo:upcycled, demo:native, demo:permuted"
 )
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="MODEL", help="The same, by name.", show_default=False),
+    typer.Option("--model", "-m", metavar="MODEL", help="The same as an option.", show_default=False),
     Positional("MODEL", f"The model: {MODEL}."),
 ]
 Layer = Annotated[
     int | None,
     typer.Option(
-        "--layer", metavar="N", parser=parse_layer, help="The layer to analyse; the first MoE layer if not given."
+        "--layer", metavar="N", parser=parse_layer, help="The layer to analyse. Default: the first MoE layer."
     ),
 ]
 Layers = Annotated[
@@ -81,42 +81,46 @@ Layers = Annotated[
 ExpertCount = Annotated[
     str,
     typer.Option(
-        "--experts", metavar="N|all", help="Of how many experts to take spectra; base and cosines always use all."
+        "--experts",
+        metavar="N|all",
+        help="How many experts to compute spectra for. The base and the cosines always use all experts.",
     ),
 ]
 Variance = Annotated[
     str,
-    typer.Option("--variance", metavar="SHARES", help="At which shares of the deltas' energy to take ranks."),
+    typer.Option(
+        "--variance", metavar="SHARES", help="Report the rank that holds each of these shares of the delta energy."
+    ),
 ]
 Thorough = Annotated[
-    bool, typer.Option("--thorough", help="Match all neurons of all experts, not a sample; takes time and memory.")
+    bool, typer.Option("--thorough", help="Match all neurons of all experts, not a sample. Needs more time and memory.")
 ]
-Budget = Annotated[str, typer.Option("--budget", metavar="SIZE", help="With --quick: how much to read of the weights.")]
+Budget = Annotated[str, typer.Option("--budget", metavar="SIZE", help="With --quick: how much of the weights to read.")]
 Html = Annotated[
     Path | None,
     typer.Option(
         "--html",
         metavar="FILE",
-        help="Write it as a page with figures and tables to this file, too.",
+        help="Also write a web page with figures and tables to this file.",
         callback=check_writable,
     ),
 ]
 Plot = Annotated[
     Path | None,
     typer.Option(
-        "--plot", metavar="FILE", help="Draw it to this file, too: .png, .svg or .pdf.", callback=check_drawable
+        "--plot", metavar="FILE", help="Also draw a figure to this file: .png, .svg or .pdf.", callback=check_drawable
     ),
 ]
 Caption = Annotated[
     bool,
-    typer.Option("--caption", help="With --plot: say in the figure what it shows, of which model, by which command."),
+    typer.Option("--caption", help="With --plot: add a caption with the model, the meaning and the command."),
 ]
 Dask = Annotated[
     str | None,
     typer.Option(
         "--dask",
         metavar="ADDRESS",
-        help="Let the workers of this dask.distributed scheduler do it, such as tcp://host:8786.",
+        help="Run on the workers of this dask.distributed scheduler, such as tcp://host:8786.",
         show_default=False,
     ),
 ]
@@ -126,7 +130,9 @@ Folder = Annotated[
         "--folder", "-O", metavar="FOLDER", help="The folder to write.", parser=parse_path, show_default=False
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the folder if it exists, and write it even if it is not smaller.")
+]
 
 # What the decorator of `command` takes care of
 
@@ -135,7 +141,7 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="About how much memory to use, such as 1GB; 2GB if not given.",
+        help="Roughly how much memory to use, such as 1GB. Default: 2GB.",
         callback=limit_memory,
         show_default=False,
     ),
@@ -143,23 +149,26 @@ Memory = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Write the JSON object to this file, too.", callback=check_writable),
+    typer.Option("--output", "-o", help="Also write the JSON object to this file.", callback=check_writable),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no hints.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what it cost.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no hints.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Report time, memory and bytes read on stderr.")]
 
 
-GateRank = Annotated[int | None, typer.Option("--gate-rank", min=0, help="The rank of the gate deltas.")]
-UpRank = Annotated[int | None, typer.Option("--up-rank", min=0, help="The rank of the up deltas.")]
-DownRank = Annotated[int | None, typer.Option("--down-rank", min=0, help="The rank of the down deltas.")]
+GateRank = Annotated[int | None, typer.Option("--gate-rank", min=0, help="Rank of the gate deltas.")]
+UpRank = Annotated[int | None, typer.Option("--up-rank", min=0, help="Rank of the up deltas.")]
+DownRank = Annotated[int | None, typer.Option("--down-rank", min=0, help="Rank of the down deltas.")]
 Energy = Annotated[
-    float, typer.Option("--energy", help="Choose each rank as the mean rank at this share of the deltas' energy.")
+    float,
+    typer.Option(
+        "--energy", help="Choose ranks that keep this share of the delta energy, on average over the experts."
+    ),
 ]
 MaxError = Annotated[
     float | None,
     typer.Option(
         "--max-error",
-        help="Spread rank for this relative weight error of the experts, in the fewest bytes; with --coded, bits.",
+        help="The smallest overlay whose relative weight error is at most this. With --coded: codes, not ranks.",
     ),
 ]
 TargetRatio = Annotated[
@@ -167,20 +176,24 @@ TargetRatio = Annotated[
     typer.Option(
         "--target-ratio",
         metavar="R",
-        help="Spread rank for this ratio of bytes, with the least weight error; with --coded, as --bits 16/R.",
+        help="The most accurate overlay that is this many times smaller. With --coded: the same as --bits 16/R.",
     ),
 ]
 Bits = Annotated[
     float | None,
     typer.Option(
         "--bits",
-        help="Code bases and deltas in so many bits for each weight of the experts, everything counted, such as 2.25.",
+        help="Store base and deltas in codes: this many bits per expert weight in all, such as 2.25.",
         show_default=False,
     ),
 ]
 RestBits = Annotated[
     str,
-    typer.Option("--rest-bits", metavar="N|keep", help="In MLX's format: bits of attention, embeddings and all else."),
+    typer.Option(
+        "--rest-bits",
+        metavar="N|keep",
+        help="For an MLX checkpoint: bits for attention, embeddings and everything else.",
+    ),
 ]
 Calibrate = Annotated[
     Path | None,
@@ -188,7 +201,7 @@ Calibrate = Annotated[
         "--calibrate",
         metavar="TEXT",
         parser=parse_path,
-        help="With codes: run the model in MLX on this text file, and let errors count as the experts' inputs do.",
+        help="With codes: run the model in MLX on this text and weight errors by the experts' real inputs.",
         show_default=False,
     ),
 ]
@@ -197,7 +210,7 @@ Fit = Annotated[
     typer.Option(
         "--fit",
         metavar="SIZE",
-        help="Code bases and deltas in the bits with which the whole folder takes at most so much, such as 24GB.",
+        help="Store base and deltas in codes, so that the whole folder takes at most this much, such as 24GB.",
         show_default=False,
     ),
 ]
@@ -206,19 +219,19 @@ AsGoodAs = Annotated[
     typer.Option(
         "--as-good-as",
         metavar="BITS",
-        help="Code bases and deltas in the fewest bits with which they err no more than plain quantisation at BITS.",
+        help="Store base and deltas in codes: as few bits as match the error of plain quantisation at BITS.",
         show_default=False,
     ),
 ]
 Coded = Annotated[
     bool,
     typer.Option(
-        "--coded", help="Codes in place of ranks for --max-error or --target-ratio; alone, as --as-good-as 4."
+        "--coded", help="Use codes, not ranks, for --max-error or --target-ratio. Alone: the same as --as-good-as 4."
     ),
 ]
 Trellis = Annotated[
     bool,
-    typer.Option("--trellis", help="With codes: code by trellises, which err less, and take longer to be made."),
+    typer.Option("--trellis", help="With codes: use trellis codes, which are more accurate and slower to compute."),
 ]
 
 
@@ -253,14 +266,14 @@ def overlay_options(
 def width_options(
     bits: Annotated[
         float | None,
-        typer.Option("--bits", help="Bits for each weight of the experts, everything counted.", show_default=False),
+        typer.Option("--bits", help="Bits per expert weight, including scales.", show_default=False),
     ] = None,
     fit: Annotated[
         str | None,
         typer.Option(
             "--fit",
             metavar="SIZE",
-            help="The bits with which all of it takes at most so much: 24GB.",
+            help="As many bits as fit: the whole output takes at most this much, such as 24GB.",
             show_default=False,
         ),
     ] = None,
@@ -269,15 +282,17 @@ def width_options(
         typer.Option(
             "--as-good-as",
             metavar="BITS",
-            help="The fewest bits that err no more than plain quantisation at BITS; 4 if nothing else is given.",
+            help="As few bits as match the error of plain quantisation at BITS. Default: 4.",
             show_default=False,
         ),
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option("--max-error", help="The fewest bits within this relative weight error.", show_default=False),
+        typer.Option(
+            "--max-error", help="As few bits as keep the relative weight error below this.", show_default=False
+        ),
     ] = None,
-    coded: Annotated[bool, typer.Option("--coded", help="As --as-good-as 4, which is meant without it, too.")] = False,
+    coded: Annotated[bool, typer.Option("--coded", help="The same as --as-good-as 4, the default.")] = False,
 ) -> "OverlayOptions":
     """How the widths of experts in a plain format are chosen, as the services take it."""
     return {"bits": bits, "fit": fit, "as_good_as": as_good_as, "max_error": max_error, "coded": coded}

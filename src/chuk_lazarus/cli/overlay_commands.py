@@ -67,10 +67,10 @@ def compute(
     experts: ExpertCount = "all",
     calibrate: Calibrate = None,
 ) -> "MoEOverlay":
-    """Choose ranks for an overlay (one base and a low-rank delta per expert), and say what it keeps and takes.
+    """Compute an overlay (one base and a delta per expert) and report its error and size.
 
-    Ranks are given, or chosen by the energy of the deltas, by error, or by size. With --bits, --fit, --as-good-as or
-    --coded base and deltas are coded in few bits instead, and the error is measured.
+    By default the deltas are low-rank. You give the ranks, or choose them by energy, by error or by size. With --bits,
+    --fit, --as-good-as or --coded, base and deltas are stored in codes of few bits instead.
 
     \b
     Examples:
@@ -104,14 +104,14 @@ def verify(
     experts: ExpertCount = "all",
     calibrate: Calibrate = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", help="The worst expert's relative output error that still passes.")
+        float, typer.Option("--tolerance", help="The largest relative output error that an expert may have.")
     ] = 0.05,
-    inputs: Annotated[int, typer.Option("--inputs", min=1, help="On how many vectors to try the experts.")] = 256,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of these vectors.")] = 0,
+    inputs: Annotated[int, typer.Option("--inputs", min=1, help="How many random input vectors to test with.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of the input vectors.")] = 0,
 ) -> Result:
-    """Rebuild the experts of a layer from base and deltas as a file would hold them, and compare with the originals.
+    """Rebuild experts from their overlay, exactly as a file would store it, and compare them with the originals.
 
-    Exits with 1 when the worst expert's output error is over the tolerance.
+    The exit code is 1 if an expert's output error is above the tolerance.
 
     \b
     Examples:
@@ -142,19 +142,21 @@ def estimate(
     model: Model,
     *,
     layers: Annotated[
-        str | None, typer.Option("--layers", metavar="SPEC", help="Which layers to measure: 0,5,10 or 0-23/6 or all.")
+        str | None, typer.Option("--layers", metavar="SPEC", help="Layers to measure: 0,5,10 or 0-23/6 or all.")
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Without --layers: how many evenly spaced layers to measure.")
+        int,
+        typer.Option("--samples", min=1, help="How many evenly spaced layers to measure, unless --layers is given."),
     ] = 3,
     rule: Rule,
     experts: ExpertCount = "8",
     plot: Plot = None,
     caption: Caption = False,
 ) -> "MoEOverlayEstimate":
-    """Estimate an overlay of the whole model, and what bits buy: in codes, plainly quantised, of low rank.
+    """Estimate how small the whole model can be made, and at what error.
 
-    Some layers are measured, the others interpolated, or, in codes, taken to be as the nearest that was measured.
+    It compares codes, plain quantisation and low-rank overlays at several sizes. A few layers are measured, and the
+    others are interpolated from them.
 
     \b
     Examples:
@@ -180,7 +182,7 @@ def compress(
     folder: Folder,
     *,
     layers: Annotated[
-        str, typer.Option("--layers", metavar="SPEC", help="Which layers to overlay: 0,5,10 or 0-23/6 or all.")
+        str, typer.Option("--layers", metavar="SPEC", help="Layers to compress: 0,5,10 or 0-23/6 or all.")
     ] = "all",
     rule: Rule,
     experts: ExpertCount = "all",
@@ -188,17 +190,18 @@ def compress(
     format: Annotated[
         Format,
         typer.Option(
-            "--format", help="overlay, or mlx: quantised for mlx-lm itself. auto is mlx where experts share nothing."
+            "--format", help="overlay; mlx, which plain mlx-lm loads; or auto: mlx if the experts share nothing."
         ),
     ] = Format.AUTO,
     rest_bits: RestBits = "8",
     force: Force = False,
 ) -> "MoEOverlayCompression":
-    """Write a model with its experts as overlays (base and low-rank factors) into a new folder, a complete checkpoint.
+    """Write a smaller copy of a model into a new folder.
 
-    With --bits, --fit, --as-good-as or --coded base and deltas are coded in few bits. Where experts share nothing, so
-    that no base pays, that is a plain quantised checkpoint which mlx-lm itself loads: each projection of each layer has
-    the width that errs least at this size. Killed at any moment, the same command continues.
+    The experts become overlays: one base, and a delta per expert, low-rank or (with --bits, --fit, --as-good-as or
+    --coded) in codes of few bits. If the experts share nothing, a base saves nothing. Then the copy is a quantised MLX
+    checkpoint that plain mlx-lm loads, with the bits of each projection chosen for the least error. If it is
+    interrupted, run the same command again to continue.
 
     \b
     Examples:
@@ -231,7 +234,7 @@ def export(
         str,
         typer.Argument(
             metavar="OVERLAY",
-            help="The folder of an overlay; for few bits, any model.",
+            help="The folder of an overlay, or any model if --format is not standard.",
             show_default=False,
         ),
     ],
@@ -241,7 +244,7 @@ def export(
             "--folder",
             "-O",
             metavar="TARGET",
-            help="The folder to write, or the file of a recipe.",
+            help="The folder to write, or the file if the format is gguf-recipe.",
             parser=parse_path,
             show_default=False,
         ),
@@ -260,17 +263,17 @@ def export(
         typer.Option(
             "--rest-bits",
             metavar="N|keep",
-            help="With mlx and gguf-recipe: bits of attention, embeddings and all else; 8 if not given.",
+            help="With mlx and gguf-recipe: bits for attention, embeddings and everything else. Default: 8.",
             show_default=False,
         ),
     ] = None,
     force: Force = False,
 ) -> "MoEOverlayExport":
-    """Rebuild a standard checkpoint of the original family, in bfloat16, from an overlay, or write it in few bits.
+    """Turn an overlay back into a standard checkpoint, or write any model in few bits for other programs.
 
-    The formats other than standard give each projection of each layer the width that errs least at a size, and take any
-    model in the place of an overlay. A recipe is the file for llama-quantize --tensor-type-file; the commands that make
-    a GGUF file with it are printed.
+    The standard format is bfloat16, as the model's family stores it. The other formats quantise: each projection of
+    each layer gets the number of bits with the least error for the size. A recipe is a file for
+    llama-quantize --tensor-type-file; the commands that make a GGUF file with it are printed.
 
     \b
     Examples:
@@ -302,26 +305,27 @@ def evaluate(
             "--overlay",
             metavar="OVERLAY",
             parser=parse_path,
-            help="The same, by name.",
+            help="The same as an option.",
             show_default=False,
         ),
         Positional(
             "OVERLAY",
-            "The folder of its overlay, or of another checkpoint of the same model: exported, quantised by "
-            "mlx_lm.convert, trained further.",
+            "The folder of its overlay, or of another version of the model: exported, quantised by "
+            "mlx_lm.convert, or trained further.",
         ),
     ],
     text: Annotated[
         Path,
         typer.Option("--text", metavar="TEXT", help="A text file in UTF-8.", parser=parse_path, show_default=False),
     ],
-    context: Annotated[int, typer.Option("--context", min=1, help="The length of the windows, in tokens.")] = 512,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of the text at most.")] = None,
+    context: Annotated[int, typer.Option("--context", min=1, help="Window length in tokens.")] = 512,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="Use at most this many tokens of the text.")
+    ] = None,
 ) -> "MoEOverlayEvaluation":
-    """Run a model and its overlay in MLX on the same text: loss, speed and memory of both, and the KL divergence of the
-    next token's distribution from the original's.
+    """Run a model and its smaller version on a text, and compare loss, KL divergence, speed and memory.
 
-    Both are in memory at the same time.
+    It needs MLX, and memory for both models.
 
     \b
     Examples:

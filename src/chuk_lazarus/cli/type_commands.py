@@ -33,7 +33,12 @@ from .positional import Positional
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import MoELayout, MoEQuickAnalysis, MoESurveyPlan, MoETypeSurvey
 
-SayMore = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: the cost, and the ranks of single experts.")]
+ShowMore = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Show more: the rank of each expert, an older rule's verdict, time and memory used."
+    ),
+]
 
 # options that a quick analysis has no use for
 NOT_QUICK = {"layer", "experts", "variance", "parent", "thorough", "html", "plot", "caption", "visualize"}
@@ -60,18 +65,24 @@ def layout(
         typer.Option(
             "--layers",
             metavar="SPEC",
-            help="Whose headers to read: 0,5,10 or 0-23/6 or all; the first and the last MoE layer's if not given.",
+            help="Layers whose headers to read: 0,5,10 or 0-23/6 or all. Default: the first and the last.",
         ),
     ] = None,
     fit: Annotated[
-        str | None, typer.Option("--fit", metavar="SIZE", help="Does it fit into 24GB, and what would that cost?")
+        str | None,
+        typer.Option(
+            "--fit", metavar="SIZE", help="Tell whether it fits into this much memory, such as 24GB, and at what error."
+        ),
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=1, help="With --fit: tokens that the cache holds.")] = 8192,
+    context: Annotated[
+        int,
+        typer.Option("--context", min=1, help="With --fit: the context length, in tokens, to keep cache memory for."),
+    ] = 8192,
     rest_bits: RestBits = "8",
 ) -> "MoELayout":
-    """Show what is in a checkpoint: layout, storage format, layers, experts, shapes and bytes. No weight is read.
+    """Show what is in a checkpoint: layout, storage format, layers, experts, shapes and bytes. Reads headers only.
 
-    With --fit, too, whether it fits, in how many bits a weight of its experts, with which error and on which machine.
+    With --fit, it also estimates how many bits per weight fit into a size, the error, and which Mac has enough memory.
 
     \b
     Examples:
@@ -96,28 +107,28 @@ def analyze(
         str | None,
         typer.Option(
             "--parent",
-            help="A dense model: does this one come from it, and which layers from which?",
+            help="A dense model. Tell whether this one was made from it, layer by layer.",
             show_default=False,
         ),
     ] = None,
     thorough: Thorough = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A verdict from a part of some experts in three layers: megabytes, seconds.")
+        bool, typer.Option("--quick", help="Decide from small parts of three layers: reads megabytes, takes seconds.")
     ] = False,
     budget: Budget = "64MB",
     html: Html = None,
     plot: Plot = None,
     caption: Caption = False,
     visualize: Annotated[
-        bool, typer.Option("--visualize", help="Draw the first layer's decay curves and cosines in the terminal.")
+        bool, typer.Option("--visualize", help="Draw the first layer's spectra and cosines in the terminal.")
     ] = False,
     memory: Memory = None,
     dask: Dask = None,
-    verbose: SayMore = False,
+    verbose: ShowMore = False,
 ) -> "MoEQuickAnalysis | Result":
-    """Tell how an MoE was trained: upcycled from a dense model, or natively.
+    """Tell whether an MoE was upcycled from a dense model or trained natively.
 
-    Only the header and the wanted layer's experts are read, from disk or over the network.
+    By default it reads the experts of the first MoE layer and parts of two more layers, from disk or from the Hub.
 
     \b
     Examples:
@@ -168,9 +179,13 @@ def compare(
     others: Annotated[
         list[str],
         typer.Option(
-            "--compare", "-c", metavar="OTHER", help="The same, by name; once for each model.", show_default=False
+            "--compare",
+            "-c",
+            metavar="OTHER",
+            help="The same as an option; repeat it for each model.",
+            show_default=False,
         ),
-        Positional("OTHER", "The models to compare it with."),
+        Positional("OTHER", "One or more models to compare it with."),
     ],
     layer: Layer = None,
     layers: Layers = None,
@@ -180,9 +195,9 @@ def compare(
     html: Html = None,
     plot: Plot = None,
     caption: Caption = False,
-    verbose: SayMore = False,
+    verbose: ShowMore = False,
 ) -> Result:
-    """Analyse two or more models in the same way, side by side.
+    """Analyse two or more models and show them side by side.
 
     \b
     Examples:
@@ -219,9 +234,9 @@ def survey(
         list[str],
         typer.Argument(
             metavar="MODEL|FILE...",
-            help="Models, folders of models such as the Hub's cache, and lists of models: .txt files with a model a "
-            "line, where parent=ID, layers=SPEC and experts=N may follow, .toml files with [[model]] tables, and - for "
-            "lines from stdin.",
+            help="Models, folders of models (such as the Hub's cache), or lists of models: a .txt file with one model "
+            "per line, optionally followed by parent=ID, layers=SPEC or experts=N; a .toml file with [[model]] tables; "
+            "- for lines from stdin.",
             show_default=False,
         ),
     ],
@@ -229,11 +244,11 @@ def survey(
     layers: Layers = None,
     experts: ExpertCount = "8",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A verdict from a part of some experts in three layers of each model.")
+        bool, typer.Option("--quick", help="Decide from small parts of three layers of each model.")
     ] = False,
     budget: Budget = "64MB",
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="How many models to analyse side by side; they share the memory.")
+        int, typer.Option("--jobs", min=1, help="How many models to analyse at once. They share the memory limit.")
     ] = 1,
     memory: Memory = None,
     dask: Dask = None,
@@ -243,8 +258,7 @@ def survey(
             "--output",
             "-o",
             metavar="FILE.jsonl",
-            help="Append each model's row, a line of JSON, when it is done; models that it has an answer for are not "
-            "analysed again.",
+            help="Append one line of JSON per finished model to this file. Models already in it are skipped.",
             callback=check_writable,
         ),
     ] = None,
@@ -254,27 +268,27 @@ def survey(
             "--html",
             metavar="FOLDER",
             parser=parse_path,
-            help="Write pages to this folder, too: index.html with all models, and one for each of them.",
+            help="Also write web pages to this folder: index.html for all models, and one page per model.",
             show_default=False,
         ),
     ] = None,
     table_format: Annotated[
         TableFormat | None,
-        typer.Option("--format", help="Print the rows on stdout in this format; json is --json.", show_default=False),
+        typer.Option("--format", help="Print the rows in this format. json is the same as --json.", show_default=False),
     ] = None,
     plan: Annotated[
         bool,
         typer.Option(
-            "--plan", help="Only say how much would be read, and about how long it would take, from headers or lists."
+            "--plan", help="Only estimate how much would be read and how long it would take. Reads headers only."
         ),
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say more: a line for each model as it ends, and figures by type.")
+        bool, typer.Option("--verbose", "-v", help="Show more: a line as each model finishes, and figures by type.")
     ] = False,
 ) -> Result:
-    """Tell of many models how each was trained, a row each; one that can't be analysed is a row that says why.
+    """Analyse many models, one row each. A model that can't be analysed gets a row that says why.
 
-    Exits with 1 where some model could not be analysed, or planned.
+    The exit code is 1 if any model failed.
 
     \b
     Examples:

@@ -17,41 +17,43 @@ def verify(
     run: Run,
     model: Annotated[
         str,
-        typer.Option("--model", "-m", metavar="MODEL", help="The same, by name.", show_default=False),
+        typer.Option("--model", "-m", metavar="MODEL", help="The same as an option.", show_default=False),
         Positional("MODEL", f"The converted model: {MODEL}."),
     ],
     against: Annotated[
         str,
-        typer.Option("--against", "-a", metavar="ORIGINAL", help="The same, by name.", show_default=False),
-        Positional("ORIGINAL", "The model that it was made from, named likewise."),
+        typer.Option("--against", "-a", metavar="ORIGINAL", help="The same as an option.", show_default=False),
+        Positional("ORIGINAL", "The model that it was converted from."),
     ],
     layers: Annotated[
         str | None,
         typer.Option(
             "--layers",
             metavar="SPEC",
-            help="Which layers to compare: 0,5,10 or 0-23/6, or all, with all experts; three if not given.",
+            help="Layers to compare: 0,5,10 or 0-23/6, or all with all experts. Default: three.",
         ),
     ] = None,
     experts: Annotated[
         str | None,
-        typer.Option(
-            "--experts", metavar="N|all", help="How many experts of a layer to compare; up to 8 if not given."
-        ),
+        typer.Option("--experts", metavar="N|all", help="How many experts of each layer to compare. Default: up to 8."),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option("--tolerance", metavar="FACTOR", help="How many times what its format costs an expert may err."),
+        typer.Option(
+            "--tolerance",
+            metavar="FACTOR",
+            help="Allow an expert this many times the error that its format should cost.",
+        ),
     ] = 2.5,
     html: Html = None,
     plot: Plot = None,
     caption: Caption = False,
 ) -> Result:
-    """Tell whether a converted model still has the experts of the original, and what is wrong with those it has not.
+    """Check that a converted model still has the experts of the original, and name what is wrong.
 
-    Each expert's relative error stands beside what its storage format should cost. Faults are named: experts left
-    unquantised, missing, empty, all the same, in another order, gate and up exchanged, and the like. Both models are
-    read by ranges, a sample by default. Exits with 1 where there is a fault.
+    It compares the relative error of each expert with the error that its storage format should cost. Faults are named:
+    experts left unquantised, missing, empty, all the same, in another order, gate and up exchanged, and so on. By
+    default a sample is read. The exit code is 1 if there is a fault.
 
     \b
     Examples:
@@ -63,7 +65,7 @@ def verify(
     from chuk_lazarus.introspection.moe.views import page
 
     check_caption(plot, caption)
-    wanted = parse_experts(experts) if experts else None
+    wanted = None if experts is None else parse_experts(experts)
     report = MoEWeightsService.verify(
         model,
         against,

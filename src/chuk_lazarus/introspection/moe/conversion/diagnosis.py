@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..numerics.deviation import deviation
 from ..numerics.neurons import Array, unit_rows
-from .faults import Kind
+from ..reports import FaultKind
 
 LINES = 256  # rows or columns whose products are compared, to tell a rotation
 ROTATED = 0.5  # the least correlation of products that only a rotation leaves
@@ -36,7 +36,7 @@ class Finding:
     """
 
     roles: tuple[str, ...]
-    kind: Kind
+    kind: FaultKind
     detail: str
     error: Mapping[str, float]
     harmless: bool = False

@@ -2,22 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-Kind = Literal[
-    "unquantised",
-    "missing",
-    "empty",
-    "identical",
-    "reordered",
-    "exchanged",
-    "transposed",
-    "interleaved",
-    "scale",
-    "rotated",
-    "router",
-    "error",
-]
+from ..reports import FaultKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +11,7 @@ class Fault:
     """What is wrong in a layer, with one role or all, and one expert or all; `detail` is a sentence without its end."""
 
     layer: int
-    kind: Kind
+    kind: FaultKind
     detail: str
     role: str | None = None
     expert: int | None = None

@@ -90,9 +90,9 @@ class RankRule:
 
     def __str__(self) -> str:
         if self.max_error is not None:
-            return f"relative weight error of the experts at most {self.max_error:g}, fewest bytes"
+            return f"fewest bytes with a relative weight error of at most {self.max_error:g}"
         if self.target_ratio is not None:
-            return f"ratio {self.target_ratio:g}, least weight error"
+            return f"smallest weight error at a ratio of {self.target_ratio:g}"
         given = ", ".join(f"{role} {rank}" for role, rank in self.given.items())
         rest = "" if len(self.given) == 3 else f"mean rank at {100 * self.energy:g} % of the delta energy"
         return " else ".join(part for part in (f"given: {given}" if given else "", rest) if part)

@@ -141,12 +141,12 @@ class BitRule:
     @property
     def _goal(self) -> str:
         if self.max_error is not None:
-            return f"relative weight error of the experts at most {self.max_error:g}, fewest bits"
+            return f"fewest bits with a relative weight error of at most {self.max_error:g}"
         if self.as_good_as is not None:
-            return f"as good as plain quantisation at {self.as_good_as} bits, fewest bits"
+            return f"fewest bits as good as plain {self.as_good_as}-bit quantisation"
         if self.fit is not None:
             return f"a folder of at most {self.fit:,} bytes"
-        return f"{self.bits:g} bits a weight of the experts, everything counted"
+        return f"{self.bits:g} bits per expert weight, scales included"
 
     @property
     def options(self) -> str:

@@ -9,7 +9,6 @@ from ..errors import InvalidRequest, name_model, printable
 from ..progress import Progress
 from ..reports import LayerVerification, MoEOverlayCompression
 from ..text import format_ranges
-from ..weights.checkpoint import Checkpoint
 from .allocation import RankRule
 from .analysis import INPUTS, TOLERANCE, OverlayJob, rounding_bits_beside
 from .bit_budget import BitRule
@@ -125,7 +124,9 @@ def compress(
             card=verify,
         )
         job.end()
-        before, after = _tensor_bytes(opened.experts.checkpoint), _tensor_bytes(read_overlay(folder).checkpoint)
+        before, after = (
+            each.count_bytes(each.names) for each in (opened.experts.checkpoint, read_overlay(folder).checkpoint)
+        )
         return MoEOverlayCompression(
             **opened.identity(),
             folder=printable(str(folder)),
@@ -168,14 +169,10 @@ def _may_be_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibra
     return True
 
 
-def _tensor_bytes(checkpoint: Checkpoint) -> int:
-    return sum(checkpoint.info(name).nbytes for name in checkpoint.names)
-
-
 def _notes(verified: Sequence[LayerVerification], before: int, after: int) -> list[str]:
     notes = []
     if after >= before:
-        notes.append("the overlay is no smaller than the model: its ranks or bits are too many for these experts")
+        notes.append("the overlay is not smaller than the model: its ranks or bits are too high for these experts")
     worst = max((layer.output_error.max for layer in verified), default=0.0)
     if worst > TOLERANCE:
         notes.append(f"the worst verified expert's output error is {100 * worst:.1f} %")

@@ -67,7 +67,12 @@ def _rebuild(source: Path, folder: Path, force: bool, progress: Progress) -> dic
     """Write a standard checkpoint; returns what the report says of it."""
     overlay = read_overlay(source)
     export_overlay(source, folder, force=force, resources=Resources.current(), progress=progress)
-    return {"family": overlay.family, "layers": overlay.layers, "bytes": tensor_bytes(folder)}
+    return {
+        "family": overlay.family,
+        "layers": overlay.layers,
+        "bytes": _tensor_bytes(folder),
+        "notes": tuple(left_out_note(overlay.checkpoint)),
+    }
 
 
 def _quantise(
@@ -89,13 +94,12 @@ def _quantise(
         if rest_bits not in (None, KEEP):
             raise InvalidRequest(f"{kind} has the experts alone in few bits", "leave out --rest-bits")
         widths, verified = quantise_packed(job, rule, target, force, progress)
-        left_out = left_out_note(experts.checkpoint)
-        notes = (*experts.notes, *verified_note(job), *loader_notes(widths), *left_out)
+        notes = (*experts.notes, *verified_note(job), *loader_notes(widths), *left_out_note(experts.checkpoint))
         return {
             **facts,
             "widths": _by_layer(widths),
             "verification": tuple(verified),
-            "bytes": tensor_bytes(target),
+            "bytes": _tensor_bytes(target),
             "notes": notes,
             "commands": (f"vllm serve {quote(str(target))}",),
         }
@@ -130,7 +134,7 @@ def _by_layer(widths: Mapping[Place, str | None]) -> dict[int, dict[str, str]]:
     return layers
 
 
-def tensor_bytes(folder: Path) -> int:
+def _tensor_bytes(folder: Path) -> int:
     """The bytes of all tensors of the checkpoint in a folder."""
     checkpoint = Checkpoint(Folder(folder))
-    return sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    return checkpoint.count_bytes(checkpoint.names)

@@ -19,7 +19,6 @@ from .trials import PLAIN_BITS, RoleTrial, predict_error
 Trials = Mapping[int, Mapping[str, RoleTrial]]
 Variances = Sequence[tuple[float, float]]
 
-# what is compared, the simplest first: another must err by the share CLEARLY less to be the best
 WAYS = {
     "rounding": "plain quantisation",
     "plain": "plain codes",
@@ -27,7 +26,6 @@ WAYS = {
     "low_rank": "a low-rank overlay",
     "svd": "plain SVDs",
 }
-CLEARLY = 0.98
 USABLE = 1.2  # times the error of 4-bit quantisation: what errs by more is no use
 
 
@@ -88,27 +86,18 @@ def advise(rows: Sequence[LadderRow], usual_error: float, stored_bits: float, as
     `stored_bits` are those of the file for each weight: only sizes below it count. Nothing is worthwhile where all
     errors are much above the usual one. `as_good` is from `bits_as_good`.
     """
-    best = {row.bits: _best(row) for row in rows if row.bits < stored_bits}
-    if not any(error <= USABLE * usual_error for _, error in best.values()):
-        return f"nothing: at fewer bytes than the file's, all err by more than {USUAL_BITS}-bit quantisation does"
-    runs = [(WAYS[way], [*run]) for way, run in groupby(best, key=lambda bits: best[bits][0])]
-    advice = f"{', '.join(f'{way} at {_span(sizes)} bits a weight' for way, sizes in runs)} err least"
+    best = {row.bits: row.best for row in rows if row.bits < stored_bits}
+    if not any(getattr(row, best[row.bits]) <= USABLE * usual_error for row in rows if row.bits in best):
+        return f"nothing: whatever is smaller than the file has a larger error than {USUAL_BITS}-bit quantisation"
+    runs = [(WAYS[way], [*run]) for way, run in groupby(best, key=best.__getitem__)]
+    ways = ", ".join(f"{way} at {_span(sizes)} bits per weight" for way, sizes in runs)
+    advice = f"smallest error: {ways}"
     if as_good is None or as_good >= stored_bits:
         return advice
     return (
         f"{advice}; codes of {as_good:.2f} bits are as good as {USUAL_BITS}-bit quantisation: "
         f"moe-overlay-compress {BitRule(as_good_as=USUAL_BITS).options}"
     )
-
-
-def _best(row: LadderRow) -> tuple[str, float]:
-    """The way that errs least, and its error."""
-    best, least = "svd", row.svd
-    for way in reversed(WAYS):
-        error = getattr(row, way)
-        if error is not None and CLEARLY * error <= least:
-            best, least = way, error
-    return best, least
 
 
 def _span(sizes: Sequence[float]) -> str:

@@ -13,6 +13,7 @@ from ..progress import Progress
 from ..reports import LayerVerification
 from .analysis import OverlayJob
 from .bit_budget import BitRule
+from .checkpoint.auxiliary import read_auxiliary_files
 from .checkpoint.card import CARD, write_packed_card
 from .checkpoint.folder import Contents, check_folder
 from .checkpoint.packed_writer import METHOD, PackedModel, check_modules, packed_contents
@@ -48,9 +49,10 @@ def quantise_packed(
     rest = sorted(set(checkpoint.names) - expert_names(job.layers))
     for layer in job.layers:
         check_modules(layer)
-    rest_stored = sum(checkpoint.info(name).nbytes for name in rest)
+    rest_stored = checkpoint.count_bytes(rest)
     least = sum(layer.parameters for layer in job.layers) // 4 + rest_stored
     check_folder(folder, checkpoint.repository.folder, force, least)
+    auxiliary = read_auxiliary_files(checkpoint)
     rule_text = f"{job.describe(rule)}; {METHOD}, rest kept"
 
     def open_contents(widths: Widths[Place], checks: Checks, card: Callable[[], str]) -> Contents:
@@ -59,7 +61,10 @@ def quantise_packed(
         return packed_contents(
             checkpoint,
             PackedModel(layers, codes, rest),
-            files={CARD: lambda: write_packed_card(printable(job.opened.name), listed, rule_text, card()).encode()},
+            files={
+                **auxiliary,
+                CARD: lambda: write_packed_card(printable(job.opened.name), listed, rule_text, card()).encode(),
+            },
             checks=checks,
             resources=job.opened.resources,
             progress=progress,

@@ -16,7 +16,7 @@ from ..weights.experts import Experts
 from ..weights.repositories.local import Folder
 from .analysis import OverlayJob
 from .bit_budget import BitRule
-from .checkpoint.auxiliary import left_out_note
+from .checkpoint.auxiliary import left_out_note, read_auxiliary_files
 from .checkpoint.card import CARD, write_stock_card
 from .checkpoint.folder import Contents, check_folder, check_smaller
 from .checkpoint.stock_writer import StockModel, remove_rest, stock_contents, write_rest
@@ -43,7 +43,7 @@ def quantise(
     """Write the job's model, quantised for mlx-lm, into `folder`, and verify some of its layers.
 
     `larger` says whether it may take no fewer bytes than the model. Raises InvalidRequest for a rule that can't be
-    met and where MLX is not installed, UnknownFormat for a model that mlx-lm has no class for.
+    met, LibraryMissing where MLX is not installed, UnknownFormat for a model that mlx-lm has no class for.
     """
     experts, checkpoint = job.opened.experts, job.opened.experts.checkpoint
     check_copyable(experts)
@@ -52,9 +52,10 @@ def quantise(
     stock = _open_stock(experts)
     all_layers = {number: experts.layer(number) for number in experts.layers}
     names = sorted(set(checkpoint.names) - expert_names([*map(experts.layer, (*experts.layers, *experts.mtp_layers))]))
-    rest_stored = sum(checkpoint.info(name).nbytes for name in names)
+    rest_stored = checkpoint.count_bytes(names)
     least = sum(layer.parameters for layer in all_layers.values()) // 4 + 2 * rest_stored
     check_folder(folder, checkpoint.repository.folder, force, least)
+    auxiliary = read_auxiliary_files(checkpoint)
     rest = stock.rest(write_rest(checkpoint, names, folder, progress))
     rest_codes = stock.rest_codes(rest, rest_bits)
     rule_text = f"{job.describe(rule)}; {'rest kept' if rest_bits is None else f'rest in {rest_bits} bits'}"
@@ -64,7 +65,10 @@ def quantise(
         return stock_contents(
             checkpoint,
             describe(widths),
-            files={CARD: lambda: write_stock_card(printable(job.opened.name), listed, rule_text, card()).encode()},
+            files={
+                **auxiliary,
+                CARD: lambda: write_stock_card(printable(job.opened.name), listed, rule_text, card()).encode(),
+            },
             checks=checks,
             resources=job.opened.resources,
             progress=progress,
@@ -136,12 +140,8 @@ def estimate_widths(
 
 def _open_stock(experts: Experts) -> Any:
     """mlx-lm's model of the checkpoint, without weights."""
-    try:
-        from .runtime.stock import StockNames
-    except ImportError:
-        raise InvalidRequest(
-            "MLX and mlx-lm are not installed", "install chuk-lazarus[mlx], or choose another --format"
-        ) from None
+    from .runtime.stock import StockNames
+
     config = experts.checkpoint.model_config.without_quantization()
     return StockNames(config, {number: experts.layer(number).roles for number in experts.layers})
 
@@ -156,9 +156,9 @@ def _report(
     left_out: Sequence[str],
 ) -> MoEOverlayCompression:
     checkpoint, written = job.opened.experts.checkpoint, Checkpoint(Folder(folder))
-    before, after = (sum(each.info(name).nbytes for name in each.names) for each in (checkpoint, written))
+    before, after = (each.count_bytes(each.names) for each in (checkpoint, written))
     weights = sum(layer.parameters for layer in job.layers)
-    parts = [tensor for layer in model.experts for tensor in model.expert_tensors(layer)]
+    parts = [tensor for layer in model.layers for tensor in model.expert_tensors(layer)]
     scales = sum(part.nbytes for part in parts if part.name.endswith((".scales", ".biases")))
     levels = sum(part.nbytes for part in parts if part.name.endswith(".weight"))
     notes = [*job.opened.experts.notes, *verified_note(job), *left_out_note(job.opened.experts.checkpoint)]

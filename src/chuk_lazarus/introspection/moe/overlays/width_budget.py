@@ -170,7 +170,7 @@ def _fit(size: int, trials: Trials[Unit], total_bytes: Callable[[Widths[Unit]], 
     taken = total_bytes(least)
     if taken > size:
         raise InvalidRequest(
-            f"a folder of {size:,} bytes is out of reach", f"the least takes {taken:,} (fewer bits for the rest help)"
+            f"a folder of {size:,} bytes is out of reach", f"the least takes {taken:,}; fewer bits for the rest help"
         )
     others = taken - count_bytes(trials, least)
     for _ in range(FIT_ROUNDS):

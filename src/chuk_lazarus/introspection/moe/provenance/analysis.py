@@ -215,7 +215,7 @@ def _documented(rank_ratio: float, cosine: float, origin: Origin, alone: Origin)
         why = "it knows nothing of the parent"
     elif origin == "UPCYCLED" != rule.origin:
         copied = cosine > THRESHOLDS.native_cosine
-        why = "training makes the deltas of copies broad" if copied else "it compares neurons by their position only"
+        why = "training gives copies high-rank deltas" if copied else "it compares neurons by their position only"
     elif origin == "NATIVE" != rule.origin:
         why = "what trained experts have in common lowers the rank of their deltas"
     return DocumentedRule(type=rule.origin, confidence=rule.confidence, why=why)

@@ -159,10 +159,10 @@ def mean_cka(roles: Mapping[str, ProjectionMatch]) -> float:
 
 def read_projections(attention: Attention, number: int, hidden: int, assignment: Assignment | None) -> dict[str, Array]:
     """The projections of a layer with the hidden side as columns of equal length, [rows, hidden]; those that have no
-    hidden side, or hold numbers that are not finite, are left out."""
+    hidden side are left out."""
     found = {}
     for role, matrix in attention.matrices(number).items():
         columns = matrix.T if role == "o" else matrix
-        if columns.shape[1] == hidden and np.isfinite(columns).all():
+        if columns.shape[1] == hidden:
             found[role] = even_columns(assignment.apply(columns) if assignment else columns)
     return found

@@ -16,6 +16,7 @@ from ..numerics.search import Found, find_neurons, prepare_queries, prepare_role
 from ..numerics.similarity import Assignment
 from ..progress import Counter, Progress
 from ..reports import EmbeddingMatch, LayerAnalysis, ParentMatch
+from ..weights.attention import NOT_FINITE
 from ..weights.expert_layer import ExpertLayer
 from ..weights.experts import Experts
 from ..weights.layouts import Kind
@@ -250,9 +251,9 @@ def name_parentage(matches: Sequence[ParentMatch], has_twins: bool) -> str:
 
 
 def describe_gaps(parent: Parent, layers: Sequence[LayerAnalysis]) -> list[str]:
-    """Sentences on why the attention was not compared."""
-    if all(layer.lineage.parent and layer.lineage.parent.attention for layer in layers):
-        return []
+    """Sentences on why the attention, or a part of it, was not compared."""
     if not parent.attention:
         return ["the parent is itself a Mixture of Experts: its attention does not tell how the experts began"]
+    if all(layer.lineage.parent and layer.lineage.parent.attention for layer in layers):
+        return [note for note in parent.attention.notes if NOT_FINITE in note]
     return [*parent.attention.notes[:4]] or ["the parent's attention could not be compared"]

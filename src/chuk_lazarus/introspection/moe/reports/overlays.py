@@ -10,6 +10,9 @@ from .report import Cost, Identity, Report
 TokensFrom = Literal["tokenizer", "bytes"]
 
 
+CLEARLY = 0.98  # a method is better than a simpler one if its error is below this share of the other's
+
+
 class ProjectionCodes(Report):
     """The codes of a coded projection: of its base, null where it has none, and of each expert's delta from it.
 
@@ -162,7 +165,8 @@ class LadderRow(Report):
 
     `rounding` is that of plain quantisation at `rounding_bits`, the most whose scales fit, too; `plain` that of our
     codes without bases, `coded` of an overlay in codes, `low_rank` of one in bf16, `svd` of plain SVDs. Null is what
-    does not fit. `bound` is the least error of any code, were the weights Gaussian.
+    does not fit. `bound` is the least error of any code if
+    the weights were Gaussian; for low-rank deltas a code can err less.
     """
 
     bits: float
@@ -174,6 +178,16 @@ class LadderRow(Report):
     low_rank: float | None
     svd: float
     bound: float
+
+    @property
+    def best(self) -> str:
+        """The name of the field whose method errs least; the simpler one where another errs less by under 2 %."""
+        best, least = "svd", self.svd
+        for method in ("low_rank", "coded", "plain", "rounding"):  # the simplest comes last
+            error: float | None = getattr(self, method)
+            if error is not None and CLEARLY * error <= least:
+                best, least = method, error
+        return best
 
 
 class MoEOverlayEstimate(Identity):

@@ -1,6 +1,6 @@
 """How a result is shown: in a terminal, in a notebook, as a page, as a figure.
 
-Importing this room registers how each kind of report looks (docs/decisions/views.md).
+Importing this package registers how each kind of report looks (docs/decisions/views.md).
 """
 
 from ..reports import (

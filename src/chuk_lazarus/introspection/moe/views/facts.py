@@ -16,9 +16,9 @@ from ..terms import ROLES
 from ..text import format_bytes, percent, whole_percent
 from .words import (
     format_bits,
-    format_compressible,
     format_cosine,
     format_likeness,
+    format_low_rank,
     format_rank,
     format_ratio,
     format_spread,
@@ -81,13 +81,13 @@ def compare(models: Sequence[MoETypeAnalysis]) -> Table:
         ("Confidence, as measured on tiny models", lambda model: whole_percent(model.confidence)),
         ("Kind", lambda model: model.kind or "–"),
         ("Neurons shared", _mean_of(SHARED)),
-        ("strongly", _mean_of(STRONG)),
+        ("with cosine 0.8 or more", _mean_of(STRONG)),
         *((f"{role.capitalize()} rank", partial(_format_mean_rank, role=role)) for role in ROLES),
-        ("of noise", _mean_of(NOISE)),
+        ("Rank vs noise", _mean_of(NOISE)),
         ("Delta energy", _mean_of(DELTA_ENERGY)),
         ("Bits saved", lambda model: format_bits(model.bits_saved)),
         ("Cosine (down)", _format_mean_cosine),
-        ("Compressible", format_compressible),
+        ("Low-rank overlay", format_low_rank),
         ("Bytes stored", lambda model: format_bytes(model.stored_bytes)),
         ("as overlay", lambda model: format_bytes(model.overlay_bytes)),
         ("Experts", _format_experts),
@@ -110,12 +110,12 @@ def compare_briefly(models: Sequence[MoETypeAnalysis]) -> Table:
         measures += [
             (f"{role.capitalize()} rank", partial(_format_mean_rank, role=role, brief=True)),
             (f"{role.capitalize()} rank %", _mean_of(of_projection(role, RANK_RATIO))),
-            ("  of noise", _mean_of(of_projection(role, NOISE_RATIO))),
+            ("  vs noise", _mean_of(of_projection(role, NOISE_RATIO))),
         ]
     measures += [
         ("Cosine (down)", _format_mean_cosine),
         ("Bits saved", lambda model: format_bits(model.bits_saved)),
-        ("Compressible", format_compressible),
+        ("Low-rank overlay", format_low_rank),
     ]
     return _tabulate("", "Metric", measures, models)
 
@@ -126,7 +126,7 @@ def list_layers(model: MoETypeAnalysis) -> Table:
         ("Shared", SHARED, percent),
         ("Strongly", STRONG, percent),
         *_rank_columns(model, percent),
-        ("Of noise", NOISE, percent),
+        ("Vs noise", NOISE, percent),
         ("Delta", DELTA_ENERGY, percent),
         ("Cosine", attrgetter("cosine"), format_cosine),
         ("Bits saved", bits_saved, format_bits),
@@ -151,8 +151,8 @@ def list_layers_briefly(model: MoETypeAnalysis) -> Table:
         ("Ratio", OVERLAY, format_ratio),
     ]
     return Table(
-        "gate, up, down: 95 % rank of the deltas over the greatest possible; Noise: over that of noise; "
-        "Bits: saved a weight by a base",
+        "gate, up, down: the rank that holds 95 % of the delta energy, of the largest possible; Noise: that rank vs "
+        "noise; Bits: bits per weight that a shared base saves; Ratio: how much smaller a low-rank overlay is",
         ["Layer", *(heading for heading, _, _ in columns), "Type"],
         [[str(layer.layer), *_cells(layer, columns), layer.type] for layer in model.layers],
         ["mean", *(write(mean_over_layers(model, figure)) for _, figure, write in columns), ""],
@@ -169,7 +169,7 @@ def list_ranks(model: MoETypeAnalysis) -> Table:
             "Shape",
             *(f"{100 * float(share):g} %" for share in shares),
             "Of the maximum",
-            "Of noise",
+            "Vs noise",
             "Aligned delta",
             "Bits saved",
             "Bound",
@@ -205,7 +205,7 @@ def list_ranks_briefly(layer: LayerAnalysis) -> Table:
         ]
         for role, projection in layer.projections.items()
     ]
-    return Table("", ["Projection", "Rank (95 %)", "of noise", "Delta energy", "aligned", "Bits", "Bound"], rows)
+    return Table("", ["Role", "Rank (95 %)", "vs noise", "Delta energy", "aligned", "Bits saved", "Bound"], rows)
 
 
 def list_expert_ranks(layer: LayerAnalysis) -> Table:

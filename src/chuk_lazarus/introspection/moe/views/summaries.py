@@ -26,8 +26,8 @@ from .words import (
     explain,
     explain_quick,
     explain_saving,
-    format_compressible,
     format_confidence,
+    format_low_rank,
     format_ratio,
     identify,
     name_layers,
@@ -58,7 +58,8 @@ def summarise_analysis(report: MoETypeAnalysis) -> str:
         f"{layers} of {count_noun(len(report.moe_layers), 'MoE layer')}, {describe_family(report)}",
         explain(report),
         caution(report),
-        f"compressible: {format_compressible(report)}",
+        f"Smaller? {saving}" if (saving := explain_saving(report)) else "",
+        f"low-rank overlay: {format_low_rank(report)}",
     )
 
 
@@ -107,8 +108,8 @@ def summarise_overlay(report: MoEOverlay) -> str:
     layers = name_layers([layer.layer for layer in report.layers])
     return _join(
         f"{identify(report)}: an overlay of {layers}, {report.rule}",
-        f"{sizes}, {report.bits_per_weight:.2f} bits a weight ({format_ratio(report.ratio)} smaller than bfloat16)",
-        f"weight error {percent(max(layer.weight_error for layer in report.layers))} at most in a layer",
+        f"{sizes}, {report.bits_per_weight:.2f} bits per weight ({format_ratio(report.ratio)} smaller than bfloat16)",
+        f"largest weight error of a layer: {percent(max(layer.weight_error for layer in report.layers))}",
     )
 
 
@@ -118,7 +119,7 @@ def summarise_verification(report: MoEOverlayVerification) -> str:
     outcome = "PASSED" if report.passed else "FAILED"
     return _join(
         f"{identify(report)}: {outcome}, {report.rule}",
-        f"the worst expert's outputs are off by {percent(worst)}, and {percent(report.tolerance)} are allowed",
+        f"the largest output error of an expert is {percent(worst)}; {percent(report.tolerance)} is allowed",
     )
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @cache
 def load_template(name: str) -> "Template":
-    """The template in a file of this room; every name in it must be given."""
+    """The template in a file of this package; every name in it must be given."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     def load(file: str) -> str:

@@ -39,7 +39,7 @@ HEADINGS = ("Role", "Format", "Bits", "Error", "Worst", "Expected", "Ratio")
 def summarise(report: MoEWeightsVerification) -> str:
     """For instance "no faults; no expert errs by more than 1.5 times what its format costs"."""
     if report.passed:
-        return f"no expert errs by more than {report.tolerance:g} times what its format costs"
+        return f"no expert's error is more than {report.tolerance:g} times what its format costs"
     counts = Counter(fault.fault for fault in report.faults)
     return f"faults: {', '.join(f'{number} {kind}' for kind, number in counts.items())}"
 
@@ -53,7 +53,7 @@ def identify_original(report: MoEWeightsVerification) -> str:
 def describe_compared(report: MoEWeightsVerification) -> str:
     """For instance "layers 0, 8, 15 of 16, with 8 of 64 experts"."""
     if not report.layers:
-        return "nothing: the names and shapes of the tensors say enough"
+        return "nothing: the names and shapes of the tensors already show the faults"
     numbers = [layer.layer for layer in report.layers]
     counts = sorted({len(layer.experts) for layer in report.layers})
     most = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])

@@ -73,7 +73,7 @@ def count_outcomes(outcomes: Sequence[str]) -> str:
     return f"{count_noun(len(outcomes), 'model')}: {', '.join(counts)}"
 
 
-NOTHING_PAYS = "experts share nothing that pays: plain codes are best"
+NOTHING_PAYS = "not by a shared base: the experts have too little in common; quantise them plainly"
 RATED = "as measured on tiny models"
 """What stands beside every confidence: on which models it was right so often."""
 
@@ -109,9 +109,14 @@ def format_ratio(ratio: float) -> str:
     return f"{ratio:.1f}x"
 
 
-def format_compressible(analysis: MoETypeAnalysis) -> str:
-    """For instance "yes (overlay 7.9x)"."""
-    return f"{'yes' if analysis.compressible else 'no'} (overlay {format_ratio(analysis.overlay_ratio)})"
+def compare_size(ratio: float, other: str) -> str:
+    """For instance "7.9x smaller than the file", or "no smaller than the file"."""
+    return f"{format_ratio(ratio)} smaller than {other}" if ratio >= 1.05 else f"no smaller than {other}"
+
+
+def format_low_rank(analysis: MoETypeAnalysis) -> str:
+    """What a low-rank overlay saves, for instance "7.9x smaller"."""
+    return f"{format_ratio(analysis.overlay_ratio)} smaller" if analysis.compressible else "saves nothing"
 
 
 def format_bits(bits: float | None) -> str:
@@ -120,7 +125,7 @@ def format_bits(bits: float | None) -> str:
 
 
 def explain_saving(report: MoETypeAnalysis | MoEOverlayEstimate) -> str:
-    """What a base for the experts of all MoE layers saves, in a sentence; nothing where it was not measured.
+    """Whether a shared base makes the experts of all MoE layers smaller, in a sentence; "" if it was not measured.
 
     The bytes of layers that were not analysed are taken from those that were.
     """
@@ -131,8 +136,8 @@ def explain_saving(report: MoETypeAnalysis | MoEOverlayEstimate) -> str:
     weights = report.original_bytes / 2
     if isinstance(report, MoETypeAnalysis):
         weights *= len(report.moe_layers) / len(report.layers)
-    layers = f"{'all ' if len(report.moe_layers) > 1 else ''}{count_noun(len(report.moe_layers), 'layer')}"
-    return f"{_say_saving(report.bits_saved, weights)}, in {layers}"
+    layers = f"all {len(report.moe_layers)} layers" if len(report.moe_layers) > 1 else "1 layer"
+    return f"{_say_saving(report.bits_saved, weights)} in {layers}"
 
 
 def _say_saving(saved: float, weights: float) -> str:
@@ -140,7 +145,7 @@ def _say_saving(saved: float, weights: float) -> str:
     bits = QUALITY - saved
     needed, plain = (format_bytes(weights * each / 8) for each in (bits, QUALITY))
     return (
-        f"at the quality of {QUALITY} bits these experts need about {bits:.1f} bits a weight: "
+        f"yes: on a shared base, about {bits:.1f} bits per weight are as good as {QUALITY} bits without one: "
         f"{needed} instead of {plain}"
     )
 
@@ -160,35 +165,35 @@ def explain(analysis: MoETypeAnalysis) -> str:
     neurons = sum(layer.neurons for layer in sharing)
     alike_in_place, twins = is_alike_in_place(lineages), [layer.twins for layer in sharing if layer.twins]
     without_down = fmean(layer.without_down or 0.0 for layer in sharing)
-    evidence = f"{_describe_sharing(shared, strong, neurons)} that were looked for"
+    evidence = _describe_sharing(shared, strong, neurons)
     if shared < LINEAGE.upcycled <= without_down:
-        evidence += f"; by gate and up alone {percent(without_down)}"
+        evidence += f"; by gate and up alone, {percent(without_down)}"
     if analysis.kind and analysis.kind.startswith("identical copies"):
-        return f"experts have the same weights: {analysis.kind}."
+        return f"The experts have the same weights: {analysis.kind}."
     if alike_in_place and shared < LINEAGE.upcycled:
         cosine, permuted = (analysis.mean_over_layers(figure) for figure in ("cosine", "permuted_cosine"))
         evidence += f"; neurons at the same position have a cosine of {cosine:.3f}, {permuted:.3f} by chance"
     projections = [layer.projections for layer in analysis.layers]
     from_parent, _, how = (analysis.kind or "").partition("from this parent, ")
     if how and not from_parent:
-        return f"it comes from {analysis.parent}: {how}. Without this parent: {evidence}."
+        return f"It was made from {analysis.parent}: {how}. Without this parent, the evidence is: {evidence}."
     alone = classify_by_neurons(lineages, projections)
     if analysis.further_layers and analysis.type != alone.origin:
         where = name_layers([layer.layer for layer in analysis.layers])
-        return f"parts of further layers decide: below. {where.capitalize()} would be {alone.origin} alone: {evidence}."
+        return f"The further layers below decide. {where.capitalize()} alone would be {alone.origin}: {evidence}."
     match analysis.type:
         case "UPCYCLED":
-            return f"{evidence}: {analysis.kind or 'copies'}."
+            return f"{evidence}. The experts are {analysis.kind or 'copies'}."
         case "NATIVE":
             if alike_in_place and not twins:
-                return f"{evidence}; {_describe_common(analysis)}: each expert has neurons of its own beside that."
-            return f"{evidence}: each expert has neurons of its own."
+                return f"{evidence}. {_describe_common(analysis)}; beyond that, each expert has its own neurons."
+            return f"{evidence}. Each expert has its own neurons."
     return f"{evidence}{_explain_doubt(analysis)}"
 
 
 LOOK_ALIKES: dict[Origin, str] = {
-    "NATIVE": "Experts that were all re-initialised look the same, as does a dense layer that was cut up; --parent "
-    "tells them apart.",
+    "NATIVE": "Experts that were all re-initialised look the same, and so do slices of a dense layer. With --parent, "
+    "these can be told apart.",
     "UPCYCLED": "A native model that was grown by duplicating its experts looks the same.",
 }
 """What looks like each verdict, where no parent is named."""
@@ -200,8 +205,8 @@ def explain_answer(answer: SurveyAnswer) -> str:
         return f"{answer.kind}." if answer.kind else ""
     text = _describe_shares(answer.shared, answer.strong)
     if answer.reach is not None:
-        text += f", in the parts that were read; of shuffled copies up to {percent(answer.reach)} would be"
-    return f"{text}: {answer.kind}." if answer.kind else f"{text}."
+        text += f" in the parts that were read; for shuffled copies, up to {percent(answer.reach)} would"
+    return f"{text}. The experts are {answer.kind}." if answer.kind else f"{text}."
 
 
 def caution(analysis: MoETypeAnalysis) -> str:
@@ -210,7 +215,7 @@ def caution(analysis: MoETypeAnalysis) -> str:
     said = []
     noise = [looks_untrained(layer.projections, layer.lineage.sharing, analysis.experts) for layer in layers]
     if analysis.type != "UPCYCLED" and all(noise):
-        said.append("The experts can't be told from random numbers: the model may not have been trained yet.")
+        said.append("The experts can't be told from random numbers: the model may be untrained.")
     if not analysis.parent and analysis.type in LOOK_ALIKES:
         said.append(LOOK_ALIKES[analysis.type])
     if others := [layer for layer in layers if layer.type != analysis.type]:
@@ -218,7 +223,7 @@ def caution(analysis: MoETypeAnalysis) -> str:
             f"{name_layers([layer.layer for layer in others if layer.type == origin])} {origin}"
             for origin in dict.fromkeys(layer.type for layer in others)
         )
-        said.append(f"Not every layer says so alone: {named}.")
+        said.append(f"Not every layer alone has this verdict: {named}.")
     if analysis.type == "NATIVE":
         said += _explain_blocks(analysis)
     return " ".join(said)
@@ -238,11 +243,11 @@ def _explain_blocks(analysis: MoETypeAnalysis) -> list[str]:
     said = []
     if most >= LINEAGE.upcycled:
         said.append(
-            f"Some pairs of experts share more neurons than independent ones do (up to {whole_percent(most)}); "
-            "they are too few to decide."
+            f"Some pairs of experts share more neurons than independent experts do (up to {whole_percent(most)}), "
+            "but there are too few of them to change the verdict."
         )
     if nearest >= ALIKE:
-        said.append(f"Some experts are alike in place (a cosine of up to {nearest:.2f}), and share no neurons.")
+        said.append(f"Some experts have similar weights (a cosine of up to {nearest:.2f}), but share no neurons.")
     return said
 
 
@@ -271,7 +276,7 @@ def describe_sample(analysis: MoETypeAnalysis) -> str:
     """How many of the experts were looked at, and for what."""
     lineage = analysis.layers[0].lineage
     of = "" if len(lineage.experts) == analysis.experts else f" of {analysis.experts}"
-    neurons = f"{lineage.sharing.neurons:,} neurons of all {count_noun(analysis.experts, 'expert')}"
+    neurons = f"{lineage.sharing.neurons:,} neurons from all {count_noun(analysis.experts, 'expert')}"
     each = " in each layer" if len(analysis.layers) > 1 else ""
     return f"{neurons}; spectra of {'all ' if not of else ''}{len(lineage.experts)}{of}{each}"
 
@@ -285,28 +290,28 @@ def _explain_doubt(analysis: MoETypeAnalysis) -> str:
     strong = fmean(layer.strong for layer in sharing)
     if has_shared(shared, neurons) or has_strong(strong, neurons):
         if min(layer.roles for layer in sharing) < LINEAGE.roles:
-            return "; but gate, up and down are nearly the same, and one role agrees with itself."
+            return ". But gate, up and down are nearly equal, so they are one piece of evidence, not three."
         if has_adapter(describe_components([layer.projections for layer in analysis.layers])[0], strong):
-            return f"; {_describe_common(analysis)}, as one adapter for all experts leaves it."
-        return "; the experts are one base plus deltas of few directions, as an overlay makes them."
+            return f". {_describe_common(analysis)}, as if one adapter had been added to all of them."
+        return ". The experts are one base plus low-rank deltas, as an overlay stores them."
     if twins:
-        return f"; experts {format_groups(twins[0])} are identical, or nearly: they were merged, or duplicated."
+        return f". Experts {format_groups(twins[0])} are identical, or nearly: they were merged or duplicated."
     if is_alike_in_place(lineages):
-        return ": they have something in common, as copies that were trained far apart have."
+        return ". The experts have something in common, as copies do that were trained far apart."
     if shared < LINEAGE.native:
-        return ": too few neurons were looked for to decide by."
-    return ": too many for independent experts, and too few for copies."
+        return ". Too few neurons were searched to decide."
+    return ". Independent experts share fewer neurons, and copies share more."
 
 
 def _describe_sharing(shared: float, strong: float, neurons: int) -> str:
     """The figures that a verdict rests on, as the beginning of a sentence."""
-    return f"{_describe_shares(shared, strong)}, of {neurons:,}"
+    return _describe_shares(shared, strong, f"; {neurons:,} neurons searched")
 
 
-def _describe_shares(shared: float, strong: float) -> str:
+def _describe_shares(shared: float, strong: float, searched: str = "") -> str:
     return (
-        f"{percent(shared)} of an expert's neurons are found again in its best partner ({percent(strong)} with a "
-        "cosine of 0.8 or more)"
+        f"{percent(shared)} of an expert's neurons have a close match in another expert ({percent(strong)} with a "
+        f"cosine of 0.8 or more{searched})"
     )
 
 
@@ -314,8 +319,8 @@ def _describe_common(analysis: MoETypeAnalysis) -> str:
     """What experts have in common beside neurons."""
     energy = max(0.0, fmean(layer.cosine.mean for layer in analysis.layers))
     if has_adapter(describe_components([layer.projections for layer in analysis.layers])[0]):
-        return f"the experts share a component of few directions with {percent(energy)} of their energy"
-    return f"the experts are a base with {percent(energy)} of their energy plus deltas of few directions"
+        return f"The experts share a low-rank component with {percent(energy)} of their energy"
+    return f"The experts are a base with {percent(energy)} of their energy plus low-rank deltas"
 
 
 def explain_further(analysis: MoETypeAnalysis) -> str:
@@ -328,17 +333,17 @@ def explain_further(analysis: MoETypeAnalysis) -> str:
     said = ", ".join(map(describe, analysis.further_layers))
     types = {layer.type for layer in analysis.layers} | {part.type for part in analysis.further_layers}
     if len(types) == 1:
-        return f"{said}, by parts of them"
+        return f"{said}; read in part"
     width = min(part.inputs for part in analysis.further_layers)
     if width < QUICK.width:
-        why = f"a part says nothing by {width} numbers of each neuron's vectors, fewer than {QUICK.width}"
+        why = f"{width} numbers of each neuron's vectors are too few to tell ({QUICK.width} are needed)"
     elif {"UPCYCLED", "NATIVE"} <= types:
-        why = "training moves the copies of some layers further apart, or only some layers were copied"
+        why = "training moved the copies of some layers further apart, or only some layers were copied"
     elif "UPCYCLED" in types:
-        why = "in some layers copies are too far apart to tell, or the part is too small"
+        why = "in some layers the copies are too far apart to tell, or the part read is too small"
     else:
-        why = "experts of some layers have more in common, or the part is too small"
-    return f"{said}, by parts of them; they differ: {why}"
+        why = "the experts of some layers have more in common, or the part read is too small"
+    return f"{said}; read in part. Possible reasons why they differ: {why}"
 
 
 def explain_quick(report: MoEQuickAnalysis) -> str:
@@ -346,24 +351,24 @@ def explain_quick(report: MoEQuickAnalysis) -> str:
     neurons = sum(layer.neurons for layer in report.layers)
     evidence = (
         f"{_describe_sharing(report.shared, report.strong, neurons)} in the parts that were read; "
-        f"of shuffled copies up to {percent(report.reach)} would be"
+        f"for shuffled copies, up to {percent(report.reach)} would"
     )
     match report.type:
         case "UPCYCLED":
-            return f"{evidence}: {report.kind or 'copies or slices'}."
+            return f"{evidence}. The experts are {report.kind or 'copies or slices'}."
         case "NATIVE":
-            return f"{evidence}: each expert has neurons of its own, or all of them were re-initialised."
+            return f"{evidence}. Each expert has its own neurons, or all of them were re-initialised."
     if (width := min(layer.inputs for layer in report.layers)) < QUICK.width:
         return (
-            f"{evidence}; but by {width} numbers of each neuron's vectors, fewer than {QUICK.width}, that says little."
+            f"{evidence}. But {width} numbers of each neuron's vectors are too few to tell ({QUICK.width} are needed)."
         )
     if any(layer.twins for layer in report.layers):
-        return f"{evidence}; some experts are identical: they were merged, or duplicated."
+        return f"{evidence}. Some experts are identical: they were merged or duplicated."
     if report.shared >= QUICK.upcycled or report.strong >= QUICK.strong:
-        return f"{evidence}; the experts may be one base plus deltas of few directions, as an overlay makes them."
+        return f"{evidence}. The experts may be one base plus low-rank deltas, as an overlay stores them."
     if report.shared < QUICK.native and QUICK.copies * report.reach * neurons < QUICK.expected:
-        return f"{evidence}: too few to call that NATIVE; {_suggest_budget(report)}."
-    return f"{evidence}: too few to tell."
+        return f"{evidence}. That is not enough for the verdict NATIVE: {_suggest_budget(report)}."
+    return f"{evidence}. That is not enough to decide."
 
 
 def _suggest_budget(report: MoEQuickAnalysis) -> str:
@@ -371,25 +376,25 @@ def _suggest_budget(report: MoEQuickAnalysis) -> str:
     neurons = sum(layer.neurons for layer in report.layers)
     growth = QUICK.expected / (QUICK.copies * report.reach * neurons) if neurons else math.inf
     if growth > 1 / min(layer.part for layer in report.layers):
-        return "the experts are too small for a quick verdict"
-    return f"--budget {math.ceil(1.05 * report.weight_bytes * growth / 1e6)}MB would do"
+        return "the experts are too small for --quick"
+    return f"--budget {math.ceil(1.05 * report.weight_bytes * growth / 1e6)}MB would be enough"
 
 
 def explain_full_analysis(report: MoEQuickAnalysis) -> str:
-    """What a full analysis would cost, and how much surer it would be."""
-    gain = f"{report.full_confidence:.0%} confidence"
+    """How many bytes a full analysis reads, and what it adds."""
+    gain = f"for a confidence of {report.full_confidence:.0%}"
     if report.type == "UNDETERMINED":
-        gain = "which compares all roles of all experts"
+        gain = "and compares all roles of all experts"
     elif report.full_confidence <= report.confidence:
-        gain = "no surer by the same evidence, but with ranks and an overlay"
-    return f"without --quick: {format_bytes(report.full_bytes)}, {gain}"
+        gain = "and adds ranks and savings, at the same confidence"
+    return f"an analysis without --quick reads {format_bytes(report.full_bytes)}, {gain}"
 
 
 def explain_rule(analysis: MoETypeAnalysis) -> str:
     """What the documented rule says, with the reason where it differs from the verdict."""
     rule = analysis.documented_rule
     figures = f"{analysis.rank_projection} rank {percent(analysis.rank_ratio)}, cosine {analysis.cosine:.3f}"
-    text = f"the documented rule says {rule.type} ({rule.confidence:.0%}; {figures})"
+    text = f"an older rule, by rank and cosine, says {rule.type} ({rule.confidence:.0%}; {figures})"
     return f"{text}: {rule.why}" if rule.why else text
 
 
@@ -400,10 +405,10 @@ def explain_parent(analysis: MoETypeAnalysis) -> str:
         fmean(getattr(match, figure) for match in matches)
         for figure in ("kept", "chance", "cosine", "in_place", "flipped")
     )
-    text = f"{percent(kept)} of the neurons are found in {analysis.parent}, {percent(chance)} by chance"
+    text = f"{percent(kept)} of the neurons have a match in {analysis.parent} ({percent(chance)} expected by chance)"
     if kept - chance >= LINEAGE.native:
-        signs = f", {percent(flipped)} with the other sign in up and down" if flipped >= LINEAGE.native else ""
-        text += f"; cosine {cosine:.2f}, {percent(in_place)} of them at their own position{signs}"
+        signs = f", {percent(flipped)} with flipped signs in up and down" if flipped >= LINEAGE.native else ""
+        text += f"; cosine {cosine:.2f}, {percent(in_place)} of them in the same position{signs}"
         text += _describe_order(analysis)
     attention = [match.attention for match in matches if match.attention]
     embeddings = analysis.parent_embeddings
@@ -412,13 +417,13 @@ def explain_parent(analysis: MoETypeAnalysis) -> str:
         if embeddings:
             likeness += f", of the embeddings {format_likeness(embeddings.cka)}"
         if not has_its_attention(matches):
-            it_is = "" if is_from_parent(matches) else ": nothing says that it is the parent"
-            return f"{text}; its attention is not alike ({likeness}){it_is}"
-        text += f"; the attention is from it ({likeness})"
+            it_is = "" if is_from_parent(matches) else ", so nothing says that it is the parent"
+            return f"{text}; the attention is not similar ({likeness}){it_is}"
+        text += f"; the attention comes from it ({likeness})"
         if not is_from_parent(matches):
-            text += ", so the experts were re-initialised, or trained until nothing of theirs was left"
+            text += ", so the experts were re-initialised, or trained until nothing of the parent was left"
     if embeddings and embeddings.assigned:
-        text += "; the hidden side is in another order or has other signs"
+        text += "; the hidden dimensions are in another order or have other signs"
     return text
 
 
@@ -434,7 +439,7 @@ def _describe_order(analysis: MoETypeAnalysis) -> str:
     listing = ", ".join(f"{number} from {source}" for number, source in moved[:MOST_MOVED])
     more = f" and {len(moved) - MOST_MOVED} more" if len(moved) > MOST_MOVED else ""
     text = f"; layers moved: {listing}{more}" if moved else ""
-    return text + (f"; of {name_layers([int(number) for number in absent])} nothing is found" if absent else "")
+    return text + (f"; nothing was found of {name_layers([int(number) for number in absent])}" if absent else "")
 
 
 def name_sources(match: ParentMatch) -> str:

@@ -28,6 +28,8 @@ from .layouts import (
 from .repositories.source import Range
 from .stored import Infos, find_rows, find_slices, module_of, open_stored, read_rows, weight_of
 
+NOT_FINITE = "is not finite"  # of a projection that is left out
+
 
 @dataclass(frozen=True, slots=True)
 class _Projection:
@@ -146,8 +148,8 @@ class Attention:
         """The projections of a layer by role, float32 in canonical form.
 
         q is [heads * size of a head, hidden], k and v [key heads * size, hidden], o [hidden, heads * size]. Roles that
-        can't be read are left out, with a note. Raises InvalidRequest for a layer without attention, ModelUnreadable
-        where bytes are missing.
+        can't be read, or are not finite, are left out, with a note. Raises InvalidRequest for a layer without
+        attention, ModelUnreadable where bytes are missing.
         """
         plan = self._plan(layer)
         found: dict[str, NDArray[np.float32]] = {}
@@ -159,6 +161,9 @@ class Attention:
             for role in found.keys() & {"q", "k"}:
                 found[role] = _to_halves(found[role], plan.rotary_head)
         order = ("q", "q_a", "q_b", "k", "v", "kv_a", "kv_b", "o")
+        for role in [role for role, matrix in found.items() if not np.isfinite(matrix).all()]:
+            del found[role]
+            self._note(layer, f"{role} {NOT_FINITE}: left out")
         return {role: found[role] for role in order if role in found}
 
     def nbytes(self, layer: int) -> int:

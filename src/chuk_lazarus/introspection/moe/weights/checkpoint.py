@@ -107,8 +107,12 @@ class Checkpoint:
     def total_bytes(self) -> int | None:
         """Bytes of all tensors, by the headers if all are read, or else by the index; None where neither tells."""
         if all(map(self.is_at_hand, self.names)):
-            return sum(info.nbytes for name in self.names for info in self.slices(name))
+            return self.count_bytes(self.names)
         return self._stated_bytes
+
+    def count_bytes(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors, by their headers."""
+        return sum(info.nbytes for name in names for info in self.slices(name))
 
     def is_at_hand(self, name: str) -> bool:
         """Whether the header that describes the tensor is read already."""

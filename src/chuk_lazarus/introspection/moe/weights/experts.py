@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .codecs import refused
 from .expert_layer import DoesNotFit, ExpertLayer, LacksRole, ShapesDoNotFit
 from .gate_up_order import SAMPLE, weigh_orders
-from .layouts import Kind, LayoutMatch, Order, has_feature, is_listed, match_names, usual_activation
+from .layouts import Kind, LayoutMatch, Order, has_feature, is_listed, is_mtp_root, match_names, usual_activation
 from .repositories.find import find_repository
 
 PROBED = 8  # experts of a damaged model of which one must fit
@@ -64,14 +64,14 @@ class Experts:
             sizes[match.root] = max(sizes.get(match.root, 0), len(match.layers))
         if not sizes:
             raise self._nothing()
-        self.stacks = tuple(sorted(sizes, key=lambda root: (_is_mtp_root(root), -sizes[root], root)))
+        self.stacks = tuple(sorted(sizes, key=lambda root: (is_mtp_root(root), -sizes[root], root)))
         root = self._choose_stack(stack)
         self.model_config = checkpoint.model_config.stack(root)
         if rotation := self.model_config.rotation(of_experts=True):
             raise refuse_rotated(rotation)
         self._match = self._choose_match([match for match in matches if match.root == root])
         depth = self.model_config.num_hidden_layers
-        main_stacks = [name for name in self.stacks if not _is_mtp_root(name)]
+        main_stacks = [name for name in self.stacks if not is_mtp_root(name)]
         end = max(self._match.layers) + 1
         if depth is not None and (self.model_config.is_stack or main_stacks == [root]):
             end = depth
@@ -96,7 +96,8 @@ class Experts:
         depth = self.model_config.num_hidden_layers
         heads = [name for name in unmatched if is_in_head(name, depth)]
         if heads:
-            self.notes.append(f"experts in a head for multi-token prediction are not read: {heads[0]}")
+            module, _, _ = heads[0].rpartition(".")
+            self.notes.append(f"experts in a head for multi-token prediction are not read: {module}")
         return [name for name in unmatched if name not in set(heads)] if heads else unmatched
 
     @classmethod
@@ -299,7 +300,7 @@ class Experts:
     def _choose_stack(self, wanted: str | None) -> str:
         """The root of the stack to read; raises InvalidRequest, which lists the stacks, if none is `wanted`."""
         if wanted is None:
-            main_stacks = [root for root in self.stacks if not _is_mtp_root(root)]
+            main_stacks = [root for root in self.stacks if not is_mtp_root(root)]
             if len(main_stacks) > 1:
                 self.notes.append(
                     f"the model has {len(main_stacks)} stacks of layers ({', '.join(main_stacks)}): {main_stacks[0]} "
@@ -422,12 +423,7 @@ def split_model(model: str) -> tuple[str, str | None]:
     return (name, stack) if mark and name and not os.path.exists(model) else (model, None)
 
 
-def _is_mtp_root(root: str) -> bool:
-    """Whether the stack's layers are for multi-token prediction."""
-    return any(part.startswith(("mtp", "nextn")) for part in root.split("."))
-
-
 def is_in_head(name: str, depth: int | None) -> bool:
     """Whether the tensor belongs to a head for multi-token prediction, by its name or its layer's number."""
     layer = re.search(r"(?:^|\.)layers\.(\d{1,9})\.", name)
-    return _is_mtp_root(name) or bool(layer and depth is not None and int(layer[1]) >= depth)
+    return is_mtp_root(name) or bool(layer and depth is not None and int(layer[1]) >= depth)

@@ -343,23 +343,35 @@ def _place_beside(pattern: str) -> tuple[str, str] | None:
     return None
 
 
+def is_mtp_root(root: str) -> bool:
+    """Whether what is named so is for multi-token prediction."""
+    return any(part.startswith(("mtp", "nextn")) for part in root.split("."))
+
+
+def _looks_routed(name: str) -> bool:
+    return bool(_LOOKS_ROUTED.search(name)) and not _NOT_ROUTED.search(name)
+
+
 def match_names(names: Iterable[str], kind: Kind = "routed") -> tuple[list[LayoutMatch], list[LayoutMatch], list[str]]:
     """The complete matches of the names with rows of the table, the incomplete matches, and the unmatched names.
 
-    Unmatched names look like routed experts and are in no complete match.
+    Unmatched names look like routed experts and are in no complete match: those in layers, and those in heads for
+    multi-token prediction that have no layers.
     """
     matches: dict[tuple[int, str], LayoutMatch] = {}
     beside: dict[str, dict[int, dict[str, Parts]]] = {}
     suspects: list[str] = []
     for name in names:
         if not (match := _LAYER.fullmatch(name)):
+            if kind == "routed" and is_mtp_root(name) and _looks_routed(name):
+                suspects.append(name)
             continue
         root, layer = match["root"] or "", int(match["layer"])
         pattern, number = _split_number(match["rest"])
         if place := _place_beside(pattern):
             small_tensor, part = place
             beside.setdefault(root, {}).setdefault(layer, {}).setdefault(small_tensor, {})[part] = name
-        elif kind == "routed" and _LOOKS_ROUTED.search(match["rest"]) and not _NOT_ROUTED.search(match["rest"]):
+        elif kind == "routed" and _looks_routed(match["rest"]):
             suspects.append(name)
         for row, role, part in _places(pattern, kind):
             if (row, root) not in matches:

@@ -9,12 +9,15 @@ from typing import Any
 
 from ...errors import MoEError, UnknownFormat
 from ...jobs.measure import WINDOW
+from ...terms import OVERLAY_CONFIG
 from ...weights.checkpoint import Checkpoint, TensorInfo
 from ...weights.codecs import PRE_QUANT_SCALE, Part, Stored, recognise
+from ...weights.model_config import ModelConfig, name_dtype
 from ...weights.stored import BIAS, Infos, group_quantised, is_runtime_scale, module_of, open_stored, read_rows
 from ...weights.tensor_info import INTEGER_DTYPES, PLAIN_DTYPES
 from ..quantisation import BF16
 from .folder import ShardFile, TensorWriter, bf16_tensor, copy_tensor
+from .model_file import forget_model_file
 
 
 def dequantise(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorWriter]:
@@ -61,6 +64,13 @@ def dequantise(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorWrite
         else:
             writers.append(copy_tensor(checkpoint, info))
     return sorted(writers, key=lambda writer: writer.tensor.name)
+
+
+def dequantised_config(config: ModelConfig) -> dict[str, Any]:
+    """The config of a model whose weights are written in bf16, without what an overlay adds to it."""
+    values = name_dtype(forget_model_file(config.without_quantization()), "bfloat16")
+    values.pop(OVERLAY_CONFIG, None)
+    return values
 
 
 def _rounded_dtypes(infos: Sequence[TensorInfo]) -> set[str]:

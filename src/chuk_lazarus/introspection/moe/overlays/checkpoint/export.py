@@ -8,18 +8,14 @@ from threading import BoundedSemaphore
 from ...errors import ModelUnreadable
 from ...jobs.resources import Resources
 from ...progress import Progress
-from ...terms import OVERLAY_CONFIG
 from ...weights.expert_layer import stored_rows
 from ...weights.experts import refuse_rotated
 from ...weights.fingerprint import fingerprint
 from ...weights.layouts import Layout, StoredTensor, load_table
-from ...weights.model_config import name_dtype
-from ...weights.repositories.source import CONFIG
 from ..quantisation import BF16
-from .auxiliary import check_copy, read_auxiliary_files
-from .dequantise import dequantise
+from .auxiliary import read_auxiliary_files
+from .dequantise import dequantise, dequantised_config
 from .folder import Contents, Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards, write_model
-from .model_file import MODEL_FILE, forget_model_file
 from .reader import OverlayCheckpoint, read_overlay
 
 
@@ -38,8 +34,7 @@ def export_overlay(
     if rotation := checkpoint.model_config.rotation():
         raise refuse_rotated(rotation)
     layout = plain_layout(overlay)
-    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
-        check_copy(checkpoint.repository, file)
+    files = read_auxiliary_files(checkpoint)
     names = sorted(set(checkpoint.names) - overlay.names)
     writers = dequantise(checkpoint, names)
     shards = [
@@ -57,10 +52,7 @@ def export_overlay(
         if tensor.name in written:
             raise ModelUnreadable(f"overlay_config: two tensors would be called {tensor.name}", "make it again")
         written.add(tensor.name)
-    config = name_dtype(forget_model_file(checkpoint.model_config.without_quantization()), "bfloat16")
-    del config[OVERLAY_CONFIG]
-    files = read_auxiliary_files(checkpoint.repository)
-    files.pop(MODEL_FILE, None)
+    config = dequantised_config(checkpoint.model_config)
     write_model(
         target,
         Contents(shards, encode_json(config) if config else None, files),  # the model may have had no config.json

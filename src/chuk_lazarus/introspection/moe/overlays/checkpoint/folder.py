@@ -22,7 +22,7 @@ from functools import partial
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...errors import InvalidRequest, printable
 from ...progress import Counter, Progress
@@ -36,6 +36,8 @@ LONGEST_NAME = 255  # bytes of a file's name, on every common file system
 
 SHARD = 5_000_000_000  # bytes of copied tensors in one file
 CHUNK = 16 * 2**20  # bytes copied at a time
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,19 +176,22 @@ def group_into_shards(writers: Iterable[TensorWriter], checkpoint: Checkpoint, p
         for writer in group:
             writer.write(shard)
 
-    def make_shard(group: Sequence[TensorWriter]) -> Shard:
-        return Shard(tuple(writer.tensor for writer in group), partial(fill, group))
+    for group in group_by_size(writers, lambda writer: writer.tensor.nbytes):
+        yield Shard(tuple(writer.tensor for writer in group), partial(fill, group))
 
-    group: list[TensorWriter] = []
+
+def group_by_size(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Consecutive items that take at most SHARD bytes together, unless a single one is larger."""
+    group: list[Item] = []
     size = 0
-    for writer in writers:
-        if group and size + writer.tensor.nbytes > SHARD:
-            yield make_shard(group)
+    for item in items:
+        if group and size + nbytes(item) > SHARD:
+            yield group
             group, size = [], 0
-        group.append(writer)
-        size += writer.tensor.nbytes
+        group.append(item)
+        size += nbytes(item)
     if group:
-        yield make_shard(group)
+        yield group
 
 
 def check_folder(target: Path, source: Path | None, force: bool, least: int) -> None:

@@ -10,26 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ...errors import ModelUnreadable, UnknownFormat
+from ...errors import UnknownFormat
 from ...jobs.resources import Resources
 from ...progress import Progress
-from ...terms import OVERLAY_CONFIG
 from ...weights.checkpoint import Checkpoint
 from ...weights.expert_layer import ExpertLayer
-from ...weights.model_config import ModelConfig, name_dtype
-from ...weights.repositories.source import CONFIG
+from ...weights.model_config import ModelConfig
 from ..codes.packed import PackedCode
-from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
-from ..quantisation import BF16
-from .auxiliary import check_copy, read_auxiliary_files
-from .dequantise import dequantise
-from .folder import Contents, Shard, ShardFile, Tensor, bf16_tensor, encode_json, group_into_shards
-from .model_file import MODEL_FILE, forget_model_file
+from ..fidelity import FidelityCheck
+from .coded_experts import Bf16Code, coded_tensors, write_experts
+from .dequantise import dequantise, dequantised_config
+from .folder import Contents, Shard, ShardFile, Tensor, encode_json, group_into_shards
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
-MATRICES_HELD = 8  # by a thread that codes one expert
 WEIGHT = ".weight"
 
 
@@ -45,15 +38,10 @@ class PackedModel:
 
     def expert_tensors(self, number: int) -> Iterator[Tensor]:
         """The tensors of one layer's experts."""
-        layer, code = self.layers[number], self.widths[number]
+        layer, code = self.layers[number], self.widths[number] or Bf16Code()
         for role, template in _templates(layer).items():
             for expert in range(layer.count):
-                module = template.replace("{expert}", str(expert))
-                if code is None:
-                    yield bf16_tensor(f"{module}{WEIGHT}", layer.shape(role))
-                    continue
-                for name, part in code.layout(layer.shape(role)).items():
-                    yield Tensor(f"{module}.{name}", part.dtype, part.shape, part.nbytes)
+                yield from coded_tensors(template.replace("{expert}", str(expert)), layer.shape(role), code)
 
 
 def packed_contents(
@@ -65,26 +53,20 @@ def packed_contents(
     resources: Resources,
     progress: Progress,
 ) -> Contents:
-    """What the folder of the model holds; `files` are further ones.
+    """What the folder of the model holds; `files` are those beside config and weights.
 
     `checks`, by layer, compare its experts with the originals, while these are written.
     """
-    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
-        check_copy(checkpoint.repository, file)
     fill = partial(_fill_experts, model, checks=checks, resources=resources, progress=progress)
     rest = list(group_into_shards(dequantise(checkpoint, model.rest), checkpoint, progress))
     shards = [*rest, *(Shard(tuple(model.expert_tensors(layer)), partial(fill, layer)) for layer in model.layers)]
     kept = [tensor for shard in rest for tensor in shard.tensors]
-    auxiliary = read_auxiliary_files(checkpoint.repository)
-    auxiliary.pop(MODEL_FILE, None)
-    config = packed_config(checkpoint.model_config, model, kept)
-    return Contents(shards, encode_json(config), {**auxiliary, **files})
+    return Contents(shards, encode_json(packed_config(checkpoint.model_config, model, kept)), files)
 
 
 def packed_config(config: ModelConfig, model: PackedModel, kept: Sequence[Tensor]) -> dict[str, Any]:
     """The config with a group of modules for each width, by patterns of their names, and the others that are `kept`."""
-    values = name_dtype(forget_model_file(config.without_quantization()), "bfloat16")
-    values.pop(OVERLAY_CONFIG, None)
+    values = dequantised_config(config)
     by_code: dict[PackedCode, list[ExpertLayer]] = {}
     ignored = [tensor.name.removesuffix(WEIGHT) for tensor in kept if _is_matrix(tensor)]
     for number, code in model.widths.items():
@@ -173,29 +155,11 @@ def _fill_experts(
     resources: Resources,
     progress: Progress,
 ) -> None:
-    """Write the experts of one layer, each as soon as it is coded."""
-    layer, code, check = model.layers[number], model.widths[number], checks.get(number)
-    templates = _templates(layer)
-    layer.prefetch(progress)
+    """Write the experts of one layer."""
+    layer, code, templates = model.layers[number], model.widths[number] or Bf16Code(), _templates(model.layers[number])
 
-    def write(expert: int) -> ExpertErrors | None:
-        exact, rebuilt = layer.matrices(expert), {}
-        is_checked = check is not None and expert in check.experts
-        for role, matrix in exact.items():
-            module = templates[role].replace("{expert}", str(expert))
-            try:
-                parts = {"weight": matrix.astype(BF16)} if code is None else code.encode(matrix)
-            except ValueError as error:
-                raise ModelUnreadable(f"{module}: {error}", "the checkpoint is broken") from None
-            for name, part in parts.items():
-                shard.write(f"{module}.{name}", part.tobytes())
-            if is_checked:
-                rebuilt[role] = (
-                    parts["weight"].astype(np.float32) if code is None else code.decode(parts, layer.shape(role))
-                )
-        return check.compare(expert, exact, rebuilt) if check and is_checked else None
+    def write(expert: int, role: str, part: str, data: bytes) -> None:
+        shard.write(f"{templates[role].replace('{expert}', str(expert))}.{part}", data)
 
-    with resources.worker_threads(layer, matrices=MATRICES_COMPARED if check else MATRICES_HELD) as pool:
-        for errors in pool.map(write, range(layer.count)):
-            if check and errors:
-                check.add(errors)
+    codes, check = dict.fromkeys(layer.roles, code), checks.get(number)
+    write_experts(layer, codes, write, check=check, resources=resources, progress=progress)

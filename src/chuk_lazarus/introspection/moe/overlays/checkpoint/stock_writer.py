@@ -14,58 +14,35 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ModelUnreadable
-from ...jobs.resources import Resources, Shaped
+from ...jobs.resources import Resources
 from ...progress import Progress
-from ...terms import OVERLAY_CONFIG
 from ...weights.checkpoint import Checkpoint
+from ...weights.expert_layer import ExpertLayer
 from ...weights.fingerprint import fingerprint
-from ...weights.model_config import ModelConfig, name_dtype
-from ...weights.repositories.source import CONFIG
+from ...weights.model_config import ModelConfig
 from ..codes.affine import AffineCode
 from ..codes.code import WIDTHS
-from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
+from ..fidelity import FidelityCheck
 from ..quantisation import BF16
-from .auxiliary import check_copy, read_auxiliary_files
-from .dequantise import dequantise
+from .coded_experts import Bf16Code, coded_tensors, encode, write_experts
+from .dequantise import dequantise, dequantised_config
 from .folder import (
-    SHARD,
     Contents,
     Shard,
     ShardFile,
     Tensor,
     bf16_tensor,
     encode_json,
+    group_by_size,
     group_into_shards,
     name_beside,
     remove,
     write_model,
 )
-from .model_file import MODEL_FILE, forget_model_file
 
 REST = "rest"
 ORIGIN = "origin.json"  # in the folder of the rest: what it was made from
 WINDOW = 1 << 22  # weights of a tensor that are coded at a time
-MATRICES_HELD = 8  # by a thread that codes one expert
-
-Matrices = dict[str, NDArray[np.float32]]
-
-
-class ExpertSource(Shaped, Protocol):
-    """The experts of one layer, wherever they come from."""
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-
-    def prefetch(self, progress: Progress) -> None:
-        """Fetch all of them in a few long requests."""
-
-    def matrices(self, expert: int) -> Matrices:
-        """One expert's matrices by role, float32 in canonical form."""
-
-    def biases(self, expert: int) -> Matrices:
-        """One expert's bias vectors by role, {} where it has none."""
 
 
 class RestTensor(Protocol):
@@ -87,7 +64,7 @@ class StockModel:
     bf16, by layer and role; all other tensors, and the codes of those of their modules that are quantised, by path.
     """
 
-    experts: Mapping[int, ExpertSource]
+    layers: Mapping[int, ExpertLayer]
     paths: Mapping[tuple[int, str], str]
     widths: Mapping[tuple[int, str], AffineCode | None]
     rest: Sequence[RestTensor]
@@ -101,41 +78,28 @@ class StockModel:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors, by name."""
-        tensors = [tensor for layer in self.experts for tensor in self.expert_tensors(layer)]
+        tensors = [tensor for layer in self.layers for tensor in self.expert_tensors(layer)]
         tensors += [part for tensor in self.rest for part in self.rest_parts(tensor)]
         return {tensor.name: tensor.shape for tensor in tensors}
 
-    def expert_tensors(self, layer: int) -> list[Tensor]:
+    def expert_tensors(self, number: int) -> list[Tensor]:
         """The tensors of one layer's experts."""
-        source = self.experts[layer]
+        layer = self.layers[number]
         tensors = [
-            bf16_tensor(f"{self.paths[layer, role]}.bias", (source.count, len(bias)))
-            for role, bias in source.biases(0).items()
+            bf16_tensor(f"{self.paths[number, role]}.bias", (layer.count, len(bias)))
+            for role, bias in layer.biases(0).items()
         ]
-        for role in source.roles:
-            tensors += _coded_tensors(
-                self.paths[layer, role], (source.count, *source.shape(role)), self.widths[layer, role]
-            )
+        for role in layer.roles:
+            code = self.widths[number, role] or Bf16Code()
+            tensors += coded_tensors(self.paths[number, role], (layer.count, *layer.shape(role)), code)
         return tensors
 
     def rest_parts(self, tensor: RestTensor) -> list[Tensor]:
         """The tensors that one of the others becomes."""
         path = tensor.name.removesuffix(".weight")
         if path != tensor.name and path in self.rest_codes:
-            return _coded_tensors(path, tensor.shape, self.rest_codes[path])
+            return coded_tensors(path, tensor.shape, self.rest_codes[path])
         return [Tensor(tensor.name, tensor.dtype, tensor.shape, WIDTHS[tensor.dtype] * prod(tensor.shape))]
-
-
-def _coded_tensors(path: str, shape: tuple[int, ...], code: AffineCode | None) -> list[Tensor]:
-    """The tensors of a module whose weight has that shape."""
-    if code is None:
-        return [bf16_tensor(f"{path}.weight", shape)]
-    *leading, rows, columns = shape
-    count = prod(leading)
-    return [
-        Tensor(f"{path}.{name}", part.dtype, (*leading, *part.shape), count * part.nbytes)
-        for name, part in code.layout((rows, columns)).items()
-    ]
 
 
 def write_rest(checkpoint: Checkpoint, names: Sequence[str], folder: Path, progress: Progress) -> Path:
@@ -169,27 +133,21 @@ def stock_contents(
     resources: Resources,
     progress: Progress,
 ) -> Contents:
-    """What the folder of the model holds; `files` are further ones.
+    """What the folder of the model holds; `files` are those beside config and weights.
 
     `checks`, by layer, compare its experts with the originals, while these are written.
     """
-    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
-        check_copy(checkpoint.repository, file)
     fill = partial(_fill_experts, model, checks=checks, resources=resources, progress=progress)
     shards = [
         *_rest_shards(model),
-        *(Shard(tuple(model.expert_tensors(layer)), partial(fill, layer)) for layer in model.experts),
+        *(Shard(tuple(model.expert_tensors(layer)), partial(fill, layer)) for layer in model.layers),
     ]
-    auxiliary = read_auxiliary_files(checkpoint.repository)
-    auxiliary.pop(MODEL_FILE, None)
-    config = encode_json(stock_config(checkpoint.model_config, model.codes))
-    return Contents(shards, config, {**auxiliary, **files})
+    return Contents(shards, encode_json(stock_config(checkpoint.model_config, model.codes)), files)
 
 
 def stock_config(config: ModelConfig, codes: Mapping[str, AffineCode]) -> dict[str, Any]:
     """The config with the settings of each quantised module, as mlx-lm writes and reads them."""
-    values = name_dtype(forget_model_file(config.without_quantization()), "bfloat16")
-    values.pop(OVERLAY_CONFIG, None)
+    values = dequantised_config(config)
     if not codes:
         return values
     most = max(set(codes.values()), key=list(codes.values()).count)
@@ -199,23 +157,14 @@ def stock_config(config: ModelConfig, codes: Mapping[str, AffineCode]) -> dict[s
 
 
 def _rest_shards(model: StockModel) -> Iterator[Shard]:
-    """Shards of about SHARD bytes with all tensors that are no experts'."""
+    """Shards with all tensors that are no experts'."""
 
     def fill(group: Sequence[RestTensor], shard: ShardFile) -> None:
         for tensor in group:
             _write_rest_tensor(model, tensor, shard)
 
-    group: list[RestTensor] = []
-    tensors: list[Tensor] = []
-    for tensor in model.rest:
-        parts = model.rest_parts(tensor)
-        if group and sum(each.nbytes for each in (*tensors, *parts)) > SHARD:
-            yield Shard(tuple(tensors), partial(fill, group))
-            group, tensors = [], []
-        group.append(tensor)
-        tensors += parts
-    if group:
-        yield Shard(tuple(tensors), partial(fill, group))
+    for group in group_by_size(model.rest, lambda tensor: sum(part.nbytes for part in model.rest_parts(tensor))):
+        yield Shard(tuple(part for tensor in group for part in model.rest_parts(tensor)), partial(fill, group))
 
 
 def _write_rest_tensor(model: StockModel, tensor: RestTensor, shard: ShardFile) -> None:
@@ -228,7 +177,7 @@ def _write_rest_tensor(model: StockModel, tensor: RestTensor, shard: ShardFile) 
     rows = values.reshape(-1, values.shape[-1])
     offsets = dict.fromkeys(code.layout((1, rows.shape[1])), 0)
     for start in range(0, len(rows), step := max(1, WINDOW // rows.shape[1])):
-        for name, part in _encode(code, rows[start : start + step].astype(np.float32), tensor.name).items():
+        for name, part in encode(code, rows[start : start + step].astype(np.float32), tensor.name).items():
             data = part.tobytes()
             shard.write(f"{path}.{name}", data, offsets[name])
             offsets[name] += len(data)
@@ -236,46 +185,21 @@ def _write_rest_tensor(model: StockModel, tensor: RestTensor, shard: ShardFile) 
 
 def _fill_experts(
     model: StockModel,
-    layer: int,
+    number: int,
     shard: ShardFile,
     *,
     checks: Mapping[int, FidelityCheck],
     resources: Resources,
     progress: Progress,
 ) -> None:
-    """Write the experts of one layer, each as soon as it is coded."""
-    source, check = model.experts[layer], checks.get(layer)
-    source.prefetch(progress)
+    """Write the experts of one layer."""
+    layer, check = model.layers[number], checks.get(number)
+    codes = {role: model.widths[number, role] or Bf16Code() for role in layer.roles}
 
-    def write(expert: int) -> ExpertErrors | None:
-        exact, rebuilt = source.matrices(expert), {}
-        is_checked = check is not None and expert in check.experts
-        for role, bias in source.biases(expert).items():
-            data = bias.astype(BF16).tobytes()
-            shard.write(f"{model.paths[layer, role]}.bias", data, expert * len(data))
-        for role, matrix in exact.items():
-            code, path = model.widths[layer, role], model.paths[layer, role]
-            parts = (
-                {"weight": matrix.astype(BF16)}
-                if code is None
-                else _encode(code, matrix, f"layer {layer}: {role} of expert {expert}")
-            )
-            for name, part in parts.items():
-                data = part.tobytes()
-                shard.write(f"{path}.{name}", data, expert * len(data))
-            if is_checked:
-                shape = matrix.shape[0], matrix.shape[1]
-                rebuilt[role] = parts["weight"].astype(np.float32) if code is None else code.decode(parts, shape)
-        return check.compare(expert, exact, rebuilt) if check and is_checked else None
+    def write(expert: int, role: str, part: str, data: bytes) -> None:
+        shard.write(f"{model.paths[number, role]}.{part}", data, expert * len(data))
 
-    with resources.worker_threads(source, matrices=MATRICES_COMPARED if check else MATRICES_HELD) as pool:
-        for errors in pool.map(write, range(source.count)):
-            if check and errors:
-                check.add(errors)
-
-
-def _encode(code: AffineCode, matrix: NDArray[np.float32], name: str) -> dict[str, NDArray[Any]]:
-    try:
-        return code.encode(matrix)
-    except ValueError as error:
-        raise ModelUnreadable(f"{name}: {error}", "the checkpoint is broken") from None
+    write_experts(layer, codes, write, check=check, resources=resources, progress=progress)
+    for expert in range(layer.count):
+        for role, bias in layer.biases(expert).items():
+            write(expert, role, "bias", bias.astype(BF16).tobytes())

@@ -22,7 +22,6 @@ from ...terms import OVERLAY_CONFIG
 from ...text import format_ranges
 from ...weights.expert_layer import ExpertLayer
 from ...weights.experts import Experts, refuse_rotated
-from ...weights.repositories.source import CONFIG
 from ...weights.stored import BIAS, is_runtime_scale
 from ...weights.tensor_info import DTYPES, PLAIN_DTYPES
 from ..coded_layer import CodedLayer, find_alignment
@@ -32,7 +31,7 @@ from ..coding import split_delta
 from ..fidelity import MATRICES_COMPARED, ExpertErrors, FidelityCheck
 from ..moments import ExpertMoments
 from ..quantisation import BF16
-from .auxiliary import check_copy, read_auxiliary_files
+from .auxiliary import read_auxiliary_files
 from .biases import permuted_biases
 from .card import CARD, write_card
 from .folder import (
@@ -228,8 +227,7 @@ def _compose(
         raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
     if not layers:
         raise InvalidRequest("no layer is given a rank", f"the MoE layers are {format_ranges(experts.layers)}")
-    for file in {CONFIG} & checkpoint.repository.files | checkpoint.files:
-        check_copy(checkpoint.repository, file)
+    files = read_auxiliary_files(checkpoint)
     prefixes, names = zip(*(_split_names(layer) for layer in layers), strict=True)
     if len({str(by_role) for by_role in names}) > 1:
         raise UnknownFormat("the layers' experts are not all named alike")
@@ -248,13 +246,13 @@ def _compose(
     ]
     overlay = make_overlay(names[0])
     overlay_json = overlay.to_json()
-    before = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    before = checkpoint.count_bytes(checkpoint.names)
     after = sum(shard.nbytes for shard in shards)
     contents = Contents(
         shards,
         encode_json({**name_model_file(config), OVERLAY_CONFIG: overlay_json}),
         {
-            **read_auxiliary_files(checkpoint.repository),
+            **files,
             MODEL_FILE: CONTENT,
             CARD: lambda: write_card(overlay, layers, before, after, options, card()).encode(),
         },
@@ -286,12 +284,12 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
     check_copyable(experts)
     checkpoint = experts.checkpoint
     opened = [experts.layer(number) for number in layers]
-    replaced = sum(checkpoint.info(name).nbytes for name in _replaced_names(opened))
+    replaced = checkpoint.count_bytes(_replaced_names(opened))
     if bits is None:
         least = sum(BF16.itemsize * prod(layer.shape(role)) for layer in opened for role in layer.roles)
     else:
         least = int(0.9 * bits / 8 * sum(layer.parameters for layer in opened))
-    model_bytes = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    model_bytes = checkpoint.count_bytes(checkpoint.names)
     check_folder(folder, checkpoint.repository.folder, force, model_bytes - replaced + least)
 
 

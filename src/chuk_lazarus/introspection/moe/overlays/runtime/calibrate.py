@@ -92,7 +92,7 @@ class _Watch:
         x = [np.array(x.astype(mx.float32)).astype(ml_dtypes.bfloat16) for x, _ in self.calls]
         experts = [np.array(indices.astype(mx.int32)) for _, indices in self.calls]
         if not all(np.isfinite(each.astype(np.float32)).all() for each in x):
-            raise ModelUnreadable(f"layer {number}: what enters the experts is not finite", "its weights are broken")
+            raise ModelUnreadable(f"layer {number}: the inputs of the experts are not finite", "its weights are broken")
         return LayerInputs(np.concatenate(x), np.concatenate(experts))
 
 

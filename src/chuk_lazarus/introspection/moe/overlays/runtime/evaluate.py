@@ -327,7 +327,7 @@ def _bits_per_weight(checkpoint: Checkpoint) -> float | None:
     try:
         if _is_overlay(checkpoint):
             overlay = OverlayCheckpoint(checkpoint)
-            stored = sum(checkpoint.info(name).nbytes for name in overlay.names)
+            stored = checkpoint.count_bytes(overlay.names)
             roles = [(layer, role) for layer in overlay.layers for role in overlay.roles(layer)]
             weights = sum(overlay.count(layer) * math.prod(overlay.shape(layer, role)) for layer, role in roles)
         else:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Kind = tuple[str, int, int]  # storage, experts and bytes of a layer
 
-ORDER_BY = {"model_type": "the model type", "names": "the tensors' names", "norms": "the norms of their weights"}
+ORDER_BY = {"model_type": "the model type", "names": "the tensor names", "norms": "the norms of the weights"}
 
 
 def render_layout(layout: MoELayout) -> "RenderableType":
@@ -24,7 +24,7 @@ def render_layout(layout: MoELayout) -> "RenderableType":
     experts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     formats = dict.fromkeys(name for layer in layout.layers for name in layer.formats.values())
     bits = 8 * first.stored_bytes / first.parameters
-    read = "" if layout.exact else f" (by the headers of {name_layers([layer.layer for layer in layout.layers])})"
+    read = "" if layout.exact else f" (from the headers of {name_layers([layer.layer for layer in layout.layers])})"
 
     facts: list[Fact] = [
         ("Model", identify(layout)),
@@ -42,14 +42,16 @@ def render_layout(layout: MoELayout) -> "RenderableType":
         if numbers:
             facts.append(("Dense layers", f"{len(numbers)} ({format_ranges(sorted(numbers))}){where}"))
     if layout.mtp_layers:
-        facts.append(("MTP layers", f"{len(layout.mtp_layers)} ({format_ranges(layout.mtp_layers)}), not in the sums"))
+        facts.append(
+            ("MTP layers", f"{len(layout.mtp_layers)} ({format_ranges(layout.mtp_layers)}), not counted below")
+        )
     facts += [
-        ("Experts", f"{experts}, {layout.top_k} for each token, {layout.activation}"),
+        ("Experts", f"{experts}, {layout.top_k} per token, {layout.activation}"),
         ("Shapes", f"{_format_shapes(first.shapes)} (out x in)"),
         ("Tensors", _describe_tensors(layout.tensors)),
     ]
     if layout.order and layout.order_by:
-        facts.append(("Gates, ups", f"in {layout.order}, by {ORDER_BY[layout.order_by]}"))
+        facts.append(("Gates, ups", f"in {layout.order}, decided by {ORDER_BY[layout.order_by]}"))
     if shared := layout.shared:
         where = f"in {count_noun(len(shared.layers), 'layer')} of {format_bytes(shared.stored_bytes)}"
         facts.append(("Shared", f"{_format_shapes(shared.shapes)}, {shared.storage}, {where}"))
@@ -71,8 +73,8 @@ def render_layout(layout: MoELayout) -> "RenderableType":
         ),
         (
             "An analysis",
-            f"reads {format_bytes(layout.analysis_bytes)} (moe-type-analyze: {beside}), "
-            f"{format_bytes(layout.quick_bytes)} (--quick), or {format_bytes(whole)} (--layers all)",
+            f"reads {format_bytes(layout.analysis_bytes)} ({beside}), "
+            f"{format_bytes(layout.quick_bytes)} with --quick, or {format_bytes(whole)} with --layers all",
         ),
         *fit,
     ]
@@ -85,27 +87,29 @@ def list_fit(fit: FitPlan) -> list[Fact]:
     how = "as stored" if fit.rest_bits is None else f"in {fit.rest_bits} bits"
     rest = "not counted" if fit.rest_bytes is None else f"{format_bytes(fit.rest_bytes)} {how}"
     if fit.bits_per_weight is None:
-        return [("Fits", f"no: quantised for MLX, it takes {format_bytes(fit.least_bytes)} or more, all else {rest}")]
+        return [
+            ("Fits", f"no: quantised for MLX, it takes at least {format_bytes(fit.least_bytes)} (the rest: {rest})")
+        ]
     if fit.bits_per_weight >= 16:
-        fits = f"yes: {size} hold it in bf16"
+        fits = f"yes: {size} is enough for bf16"
     else:
-        fits = f"yes: {size} leave {fit.bits_per_weight:.2f} bits for a weight of the experts, all else {rest}"
+        fits = f"yes, with {fit.bits_per_weight:.2f} bits per expert weight in {size} (the rest: {rest})"
     facts: list[Fact] = [("Fits", fits)]
     if fit.weight_error is not None and fit.bound is not None:
-        how = "measured on the sampled layers" if fit.measured else "expected of Gaussian weights, no weight was read"
+        how = "measured on the sampled layers" if fit.measured else "expected for Gaussian weights; no weight was read"
         facts.append(
-            ("Error", f"about {percent(fit.weight_error)} of the weights ({how}); the bound is {percent(fit.bound)}")
+            ("Error", f"about {percent(fit.weight_error)}, relative ({how}); the best possible is {percent(fit.bound)}")
         )
     if fit.memory_bytes is not None:
         cache = (
-            "the cache's size is not known"
+            "the cache size is unknown"
             if fit.cache_bytes is None
-            else (f"with {format_bytes(fit.cache_bytes)} of cache at most for {fit.context:,} tokens")
+            else f"including up to {format_bytes(fit.cache_bytes)} of cache for {fit.context:,} tokens"
         )
         machine = (
             "more than any Mac has"
             if fit.machine_bytes is None
-            else f"a Mac of {format_bytes(fit.machine_bytes)} runs it"
+            else f"a Mac with {format_bytes(fit.machine_bytes)} runs it"
         )
         facts.append(("Memory", f"{format_bytes(fit.memory_bytes)}, {cache}: {machine}"))
     return [*facts, ("Reads", f"{format_bytes(fit.download_bytes)}, one expert at a time")]

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ...reports import (
+    LadderRow,
     LayerVerification,
     MoEOverlay,
     MoEOverlayCompression,
@@ -17,12 +18,13 @@ from ...reports import (
 )
 from ...terms import ROLES
 from ...text import format_bytes, format_ranges, percent
-from ..words import explain_saving, format_bits, format_ratio, name_layers
+from ..words import compare_size, explain_saving, format_bits, format_ratio, name_layers
 from .grid import LEFT, WORDS, Fact, Grid, draw_commands, draw_facts, draw_table, identity_facts, paint, stack
 from .layout import list_fit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 
 def _roles(by_role: Mapping[str, object]) -> list[str]:
@@ -51,9 +53,10 @@ def _draw_layers(headings: Sequence[str], rows: Sequence[Sequence[str]], leave: 
 
 def _parts(report: MoEOverlay | MoEOverlayCompression) -> Fact:
     sizes = report.bytes_by_part
-    listing = f"bases {format_bytes(sizes.bases)}, deltas {format_bytes(sizes.deltas)}"
+    bases = f"bases {format_bytes(sizes.bases)}, deltas" if sizes.bases else "codes"
+    listing = f"{bases} {format_bytes(sizes.deltas)}"
     scales = f", scales {format_bytes(sizes.scales)}" if sizes.scales else ""
-    return "Bits", f"{report.bits_per_weight:.2f} a weight of the experts ({listing}{scales})"
+    return "Bits", f"{report.bits_per_weight:.2f} per expert weight ({listing}{scales})"
 
 
 def _render_coded_overlay(overlay: MoEOverlay) -> "RenderableType":
@@ -102,11 +105,11 @@ def render_overlay(overlay: MoEOverlay) -> "RenderableType":
 def _byte_facts(report: MoEOverlay | MoEOverlayEstimate) -> list[Fact]:
     stored, original = format_bytes(report.stored_bytes), format_bytes(report.original_bytes)
     return [
-        ("Experts", f"{stored} as stored, {original} at two bytes a weight"),
+        ("Experts", f"{stored} as stored, {original} in bfloat16"),
         (
             "Overlay",
-            f"{format_bytes(report.overlay_bytes)}: {format_ratio(report.ratio)} against two bytes a weight, "
-            f"{format_ratio(report.ratio_vs_stored)} against the file",
+            f"{format_bytes(report.overlay_bytes)}: {compare_size(report.ratio_vs_stored, 'the file')}, "
+            f"{compare_size(report.ratio, 'bfloat16')}",
         ),
     ]
 
@@ -114,7 +117,7 @@ def _byte_facts(report: MoEOverlay | MoEOverlayEstimate) -> list[Fact]:
 def render_verification(report: MoEOverlayVerification) -> "RenderableType":
     """Passed or failed, and the errors, a row for each layer."""
     verdict = paint("PASSED", "bold green") if report.passed else paint("FAILED", "bold red")
-    verdict.append(f" (worst expert's output error, tolerance {percent(report.tolerance)})", style="default")
+    verdict.append(f" (largest output error of an expert; {percent(report.tolerance)} is allowed)", style="default")
     roles = _roles(report.layers[0].weight_error)
     rows = [
         [
@@ -136,8 +139,8 @@ def render_verification(report: MoEOverlayVerification) -> "RenderableType":
         for bits in report.layers[0].rounding_error
     )
     method: list[Fact] = [
-        ("Inputs", f"{report.inputs} seeded vectors (seed {report.seed}), activation {report.activation}"),
-        ("Rounding", f"the mean output error of plain quantisation is {', '.join(rounding)}"),
+        ("Inputs", f"{report.inputs} random vectors (seed {report.seed}), activation {report.activation}"),
+        ("Compare", f"the mean output error of plain quantisation is {', '.join(rounding)}"),
     ]
     return stack(
         "MOE OVERLAY VERIFICATION",
@@ -161,7 +164,7 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
             if is_coded
             else format_ratio(layer.original_bytes / layer.overlay_bytes),
             "" if layer.bits_saved is None else format_bits(layer.bits_saved),
-            "measured" if layer.measured else "as its neighbour" if is_coded else "interpolated",
+            "measured" if layer.measured else "from nearest" if is_coded else "interpolated",
         ]
         for layer in report.layers
     ]
@@ -176,10 +179,10 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
         for row in report.same_bytes
     ]
     saving = explain_saving(report)
-    sharing: list[Fact] = [("Sharing", saving)] if saving else []
+    sharing: list[Fact] = [("Smaller?", saving)] if saving else []
     errors: list[Fact] = [
-        ("Error", f"{percent(report.weight_error)} of the weights"),
-        ("Same bytes", f"weight errors and bytes of layers {', '.join(map(str, report.layers_measured))}"),
+        ("Error", f"{percent(report.weight_error)}, relative, of the weights"),
+        ("Same bytes", f"the weight error of each method in as many bytes, {name_layers(report.layers_measured)}"),
     ]
     return stack(
         "MOE OVERLAY ESTIMATE",
@@ -187,7 +190,11 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
             [
                 *identity_facts(report),
                 ("Codes" if is_coded else "Ranks", report.rule),
-                *([("Format", "MLX, plainly quantised: the experts share nothing")] if report.format == "mlx" else []),
+                *(
+                    [("Format", "MLX, plain quantisation, because the experts share nothing")]
+                    if report.format == "mlx"
+                    else []
+                ),
                 *(list_fit(report.fit) if report.fit else []),
             ]
         ),
@@ -207,26 +214,27 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
 def _draw_ladder(report: MoEOverlayEstimate) -> "list[RenderableType]":
     """A row for each size: the errors of each way to spend it."""
 
-    def show(error: float | None) -> str:
-        return "" if error is None else percent(error)
+    def show(row: LadderRow, method: str) -> "str | Text":
+        error = getattr(row, method)
+        text = "" if error is None else percent(error)
+        if method == "rounding" and row.rounding_bits:
+            text += f" ({row.rounding_bits})"
+        return paint(f"{text} *", "bold") if method == row.best else text
 
     rows = [
         [
             f"{row.bits:g}",
             format_bytes(row.bytes),
-            show(row.rounding) + (f" ({row.rounding_bits})" if row.rounding_bits else ""),
-            show(row.plain),
-            show(row.coded),
-            show(row.low_rank),
-            show(row.svd),
-            show(row.bound),
+            *(show(row, method) for method in ("rounding", "plain", "coded", "low_rank", "svd")),
+            percent(row.bound),
         ]
         for row in report.ladder
     ]
     headings = ["Bits", "Bytes", "Quantised", "Codes", "On a base", "Low rank", "SVD", "Bound"]
     about = (
-        f"weight errors of {name_layers(report.layers_measured)} by bits a weight, everything counted, "
-        "and bytes of all layers' experts; in brackets the bits of quantised weights without their scales"
+        f"the weight error of each method by bits per weight (scales included), {name_layers(report.layers_measured)}; "
+        "Bytes: the experts of all layers; in brackets: the bits of quantised weights without scales; Bound: the best "
+        "possible for Gaussian weights, which low-rank deltas can beat; *: the smallest error at this size"
     )
     return [draw_facts([("Ladder", about)]), draw_table(headings, rows, leave=("SVD", "Bytes"))] if rows else []
 
@@ -294,7 +302,9 @@ def render_export(report: MoEOverlayExport) -> "RenderableType":
         for layer in report.verification
     ]
     expected = (
-        [] if report.weight_error is None else [("Error", f"about {percent(report.weight_error)} of the weights")]
+        []
+        if report.weight_error is None
+        else [("Error", f"about {percent(report.weight_error)}, relative, of the weights")]
     )
     return stack(
         "MOE OVERLAY EXPORTED",
@@ -324,7 +334,7 @@ def render_evaluation(report: MoEOverlayEvaluation) -> "RenderableType":
         ["KL from the original", "", "", f"{report.kl.mean:.5f}{_spread(report.kl.stderr, 5)}"],
         ["Tokens per second", *(f"{result.tokens_per_second:,.0f}" for result in results), ""],
         ["Weights in memory", *(format_bytes(result.parameter_bytes) for result in results), ""],
-        ["Bits a weight of the experts", *bits, ""],
+        ["Bits per expert weight", *bits, ""],
     ]
     table = draw_table(["", "Original", name, "Difference"], rows, {"": LEFT})
     return stack("MOE OVERLAY EVALUATION", draw_facts(facts), table)

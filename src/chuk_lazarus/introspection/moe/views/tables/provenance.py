@@ -18,8 +18,8 @@ from ..words import (
     explain_quick,
     explain_rule,
     explain_saving,
-    format_compressible,
     format_cosine,
+    format_low_rank,
     list_numbers,
 )
 from .grid import (
@@ -57,9 +57,8 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
     stored, overlay = format_bytes(analysis.stored_bytes), format_bytes(analysis.overlay_bytes)
     saving = explain_saving(analysis)
     overlay_facts: list[Fact] = [
-        *([("Sharing", saving)] if saving else []),
-        ("Compressible", format_compressible(analysis)),
-        ("Bytes", f"{stored} stored, {overlay} as overlay at 95 % of the delta energy"),
+        *([("Smaller?", saving)] if saving else []),
+        ("Low rank", f"{format_low_rank(analysis)}: {overlay} for {stored} as stored, at 95 % of the delta energy"),
     ]
     if many:
         layers = facts.list_layers_briefly(analysis)
@@ -73,7 +72,7 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
         )
     else:
         ranks = facts.list_ranks_briefly(analysis.layers[0])
-        table = draw_table(ranks.headings, ranks.rows, {"Projection": LEFT}, leave=("Bound", "aligned", "of noise"))
+        table = draw_table(ranks.headings, ranks.rows, {"Role": LEFT}, leave=("Bound", "aligned", "vs noise"))
         cosine = analysis.layers[0].cosine
         by_role = (("gate", cosine.gate), ("up", cosine.up))
         others = ", ".join(f"{role} {value:.3f}" for role, value in by_role if value is not None)
@@ -113,7 +112,7 @@ def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
     headings = ["Layer", "Experts", "Neurons", "Part", "Reach", "Shared", "Strongly", "In place"]
     table = draw_table(headings, rows, leave=("In place", "Part", "Neurons"))
     read = f"{format_bytes(report.weight_bytes)} of the experts' {format_bytes(report.stored_bytes)}"
-    cost = [("Read", f"{read}, {100 * report.share:.2g} %"), ("Surer", explain_full_analysis(report))]
+    cost = [("Read", f"{read}, {100 * report.share:.2g} %"), ("Full", explain_full_analysis(report))]
     return stack("MOE TYPE, QUICKLY", draw_facts(verdict), table, draw_facts(cost, report.notes))
 
 

@@ -49,11 +49,11 @@ LEAVE = (
 MARKDOWN = ("Model", "Type", "Conf.", "Kind", "Experts", "Storage", "Weights", "Shared", "Saved", "Error")
 LEGEND = {
     "Conf.": f"Confidences are {RATED}.",
-    "Weights": "Weights: of all routed experts.",
-    "Rank": "Rank: of the gate deltas (up without a gate), over the greatest possible.",
-    "Shared": "Shared: an expert's neurons that its best partner has, too.",
-    "Parent": "Parent: those that the dense model has.",
-    "Saved": "Saved: bits a weight, by a base for what experts share.",
+    "Weights": "Weights: those of all routed experts.",
+    "Rank": "Rank: that of the gate deltas (up if there is no gate), of the largest possible.",
+    "Shared": "Shared: neurons with a close match in another expert.",
+    "Parent": "Parent: neurons with a match in the dense model.",
+    "Saved": "Saved: bits per weight that a shared base saves.",
 }
 
 
@@ -232,11 +232,11 @@ def _render_plan(plan: MoESurveyPlan, width: int) -> "RenderableType":
     cells, total = [_plan_cells(model) for model in plan.models], _sum_plan(plan)
     used = [heading for heading in total if heading != "Stated" or any(row["Stated"] for row in cells)]
     room = _fit(used, [*cells, total], width, ("Stated", "One layer", "All layers", "Time"))
-    assumed = "a guess, for this machine's cores and 1 Gbit/s from the Hub"
+    assumed = "a guess for this machine's cores, with 1 Gbit/s from the Hub"
     blocks: list[RenderableType] = [
-        paint("Bytes of the experts as stored, by headers or by the list; no weight was read"),
+        paint("Bytes of the experts as stored, from headers or from the list; no weight was read"),
         _draw(cells, room, total),
-        draw_note(f"To read: what the analysis takes of them. Time: {assumed}."),
+        draw_note(f"To read: what the analysis reads of them. Time: {assumed}."),
     ]
     if errors := [model.error for model in plan.models if model.error]:
         blocks += [paint("\nFailed, with their exit codes", "bold"), draw_facts(map(_describe_error, errors))]

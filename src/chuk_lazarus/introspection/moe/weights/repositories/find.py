@@ -10,7 +10,7 @@ from ...files import as_path
 from .local import Folder
 from .source import Repository
 
-DEMO_MODELS = ("upcycled", "native", "permuted", "parent")
+DEMO_MODELS = ("lora", "upcycled", "native", "permuted", "parent")
 DEMO_FOLDER = Path(__file__).parents[4] / "demo"
 
 
