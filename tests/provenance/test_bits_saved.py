@@ -148,7 +148,7 @@ def test_the_sentence() -> None:
 def test_the_sentence_is_shown_everywhere(model: str) -> None:
     for report in (analysis(model), estimate(model)):
         assert explain_saving(report) in show(report)
-    assert explain_saving(analysis(model)) in to_page(analysis(model))
+    assert explain_saving(analysis(model)) in to_page(analysis(model)).replace("\u00a0", " ")
     assert explain_saving(analysis(model)) in analysis(model)._repr_html_()
 
 

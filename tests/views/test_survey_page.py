@@ -70,7 +70,7 @@ def test_the_index_has_a_row_and_a_figure_for_each_model(written: tuple[Path, Mo
         (NAMES[2], "failed"),
     ]
     assert rows[1]["Kind"] == "copies"
-    assert rows[1]["In the best partner"] == "100 %"
+    assert rows[1]["Shared"] == "100 %"
     assert (rows[1]["Experts"], rows[1]["Storage"], rows[1]["Weights"]) == ("8", "bf16", "393 k")
     assert rows[1]["Bits saved"] == "2.1"
     (_, _, error) = page.findall(".//tbody/tr")[2]

@@ -141,7 +141,7 @@ def explain_saving(report: MoETypeAnalysis | MoEOverlayEstimate) -> str:
 
 
 def _say_saving(saved: float, weights: float) -> str:
-    """The bytes of so many weights, without the bits that are saved of each."""
+    """The bytes of so many weights with a shared base and without, at equal error."""
     bits = QUALITY - saved
     needed, plain = (format_bytes(weights * each / 8) for each in (bits, QUALITY))
     return (
@@ -196,7 +196,7 @@ LOOK_ALIKES: dict[Origin, str] = {
     "these can be told apart.",
     "UPCYCLED": "A native model that was grown by duplicating its experts looks the same.",
 }
-"""What looks like each verdict, where no parent is named."""
+"""What else looks like each verdict, unless a parent is named."""
 
 
 def explain_answer(answer: SurveyAnswer) -> str:
@@ -205,7 +205,7 @@ def explain_answer(answer: SurveyAnswer) -> str:
         return f"{answer.kind}." if answer.kind else ""
     text = _describe_shares(answer.shared, answer.strong)
     if answer.reach is not None:
-        text += f" in the parts that were read; for shuffled copies, up to {percent(answer.reach)} would"
+        text += f", in the parts that were read; for shuffled copies, up to {percent(answer.reach)} would"
     return f"{text}. The experts are {answer.kind}." if answer.kind else f"{text}."
 
 
