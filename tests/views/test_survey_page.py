@@ -79,7 +79,7 @@ def test_the_index_has_a_row_and_a_figure_for_each_model(written: tuple[Path, Mo
     figures = page.findall(".//figure")
     assert [text_of(figure.find("figcaption")).split()[0] for figure in figures] == NAMES
     svg = figures[1].find(f"{SVG}svg")
-    assert svg.get("aria-label") == "in the best partner 100 %, nearly the same 100 %"
+    assert svg.get("aria-label") == "shared 100 %, strongly 100 %"
     assert [bar.get("width") for bar in svg.findall(f"{SVG}rect[@class='bar']")] == ["220.0", "220.0"]
     assert text_of(page.find(".//h1")) == "3 models: 1 UPCYCLED, 1 NATIVE, 1 failed"
 
