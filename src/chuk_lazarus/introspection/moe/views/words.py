@@ -305,13 +305,13 @@ def _explain_doubt(analysis: MoETypeAnalysis) -> str:
 
 def _describe_sharing(shared: float, strong: float, neurons: int) -> str:
     """The figures that a verdict rests on, as the beginning of a sentence."""
-    return f"{_describe_shares(shared, strong).removesuffix(')')}; {neurons:,} neurons searched)"
+    return _describe_shares(shared, strong, f"; {neurons:,} neurons searched")
 
 
-def _describe_shares(shared: float, strong: float) -> str:
+def _describe_shares(shared: float, strong: float, searched: str = "") -> str:
     return (
         f"{percent(shared)} of an expert's neurons have a close match in another expert ({percent(strong)} with a "
-        "cosine of 0.8 or more)"
+        f"cosine of 0.8 or more{searched})"
     )
 
 
