@@ -162,12 +162,12 @@ class ExpertLayer:
         for source, count in {} if self._damaged else self.expected.items():
             if sizes["E"] != count and self._router_rows == sizes["E"]:
                 self._remark(
-                    f"layer {self.number} has {sizes['E']} experts, as many as its router, and {source} says {count}"
+                    f"layer {self.number} has {sizes['E']} experts, as its router says, although {source} says {count}"
                 )
             elif sizes["E"] != count:
                 raise ModelUnreadable(
-                    f"layer {self.number} has {sizes['E']} experts, and {source} says {count}",
-                    "the checkpoint is incomplete, or this is said of another model",
+                    f"layer {self.number} has {sizes['E']} experts, but {source} says {count}",
+                    "the checkpoint is incomplete, or this belongs to another model",
                 )
         return sizes
 
@@ -359,12 +359,12 @@ class ExpertLayer:
             name = self._beside(kind).get("weight")
             scale = self.small_tensor(name)
             if name and (scale is None or scale.shape != (self.count,) or not np.isfinite(scale).all() or 0 in scale):
-                raise ModelUnreadable(f"{name} is not one factor for each of {self.count} experts")
+                raise ModelUnreadable(f"{name} should hold one factor for each of {self.count} experts")
             if scale is not None:
                 scales[kind] = scale
         if len(scales) == 1:
             raise ModelUnreadable(
-                f"layer {self.number} has a {next(iter(scales))} and no other factor of its experts",
+                f"layer {self.number} has {next(iter(scales))}, but lacks the other factors of its experts",
                 "the checkpoint is incomplete: download it again",
             )
         if all((scale == 1).all() for scale in scales.values()):
@@ -428,11 +428,13 @@ class ExpertLayer:
             elif stored.codec != first.codec and UNSCALED in (stored.codec, first.codec):
                 raise UnknownFormat("FP8 with and without scales")  # `open_tensor` names the gap
             elif stored.codec == first.codec and PRE_QUANT_SCALE in {*stored.rows_per_row} ^ {*first.rows_per_row}:
-                raise UnknownFormat("inputs that are scaled for some experts only")  # the same
+                raise UnknownFormat("inputs that are scaled only for some experts")  # the same
             if not are_alike:
                 name = weight_of(entry)
                 this, that = (f"{kind.codec} {list(kind.plain_shape)}" for kind in (stored, first))
-                raise ModelUnreadable(f"{name} is {this}, and the first expert's is {that}: they must be stored alike")
+                raise ModelUnreadable(
+                    f"{name} is {this}, but the first expert's is {that}: all must be stored the same way"
+                )
             opened.append((slices, stored))
         return opened
 
@@ -467,9 +469,9 @@ class ExpertTensor:
         if len({len(slices) for slices, _ in opened}) > 1 or (len(opened[0][0]) > 1 and len(self.spec.roles) > 1):
             raise UnknownFormat(f"{name} is cut into {len(opened[0][0])} slices in a way that we don't know")
         if self.spec.axes.flattened and opened[0][1].transposed:
-            raise UnknownFormat(f"{name}: {opened[0][1].codec} of several experts in one")
+            raise UnknownFormat(f"{name}: {opened[0][1].codec} of several experts in one tensor")
         if self.spec.axes.flattened and inputs_first and PRE_QUANT_SCALE in opened[0][1].rows_per_row:
-            raise UnknownFormat(f"{name}: the {PRE_QUANT_SCALE} of several experts in one")
+            raise UnknownFormat(f"{name}: the {PRE_QUANT_SCALE} of several experts in one tensor")
         return opened
 
     @cached_property
@@ -489,7 +491,7 @@ class ExpertTensor:
                 if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
                     name = slices[0][part].name
                     raise UnknownFormat(
-                        f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them"
+                        f"{name}: a block of {int(span)} rows may span both gate and up, or end between them"
                     )
         return self._opened
 
@@ -521,10 +523,10 @@ class ExpertTensor:
         The latter has {expert} in place of an expert's number.
         """
         if self.layer.has_shared_last:
-            raise UnknownFormat(f"{weight_of(self.parts[0])} holds the shared expert, too, and can't be replaced")
+            raise UnknownFormat(f"{weight_of(self.parts[0])} also holds the shared expert, and can't be replaced")
         if self.layer.factors:
             raise UnknownFormat(
-                f"{weight_of(self.parts[0])} has factors of each expert beside it, and can't be replaced"
+                f"{weight_of(self.parts[0])} has separate factors for each expert, and can't be replaced"
             )
         layer, name = split_name(weight_of(self.parts[0]))
         template = max((template for template in self.spec.names if name.startswith(template)), key=len)

@@ -82,13 +82,13 @@ class Experts:
             self.notes.append(f"expert {first.count} of each stack is the shared expert, and is left out")
         elif left_out := first.left_out:
             self.notes.append(
-                f"experts {format_ranges(left_out)} of a layer have no weights, or other shapes, and are left out"
+                f"experts {format_ranges(left_out)} of a layer are left out: no weights, or weights of other shapes"
             )
         if any(".switch_mlp_1." in name for name in checkpoint.names):
             self.notes.append("the experts of another modality, switch_mlp_1, are left out")
         if not self.layers:
             raise ModelUnreadable(
-                f"{checkpoint.config_file} says num_hidden_layers is {depth}, and no MoE layer lies below that"
+                f"{checkpoint.config_file} says num_hidden_layers is {depth}, but no MoE layer is below that"
             )
 
     def _leave_out_heads(self, unmatched: list[str]) -> list[str]:
@@ -168,7 +168,7 @@ class Experts:
         for number in chosen:
             self.layer(number)
         if not chosen:
-            raise InvalidRequest(f"{layers!r} chooses no layer", f"the MoE layers are {format_ranges(self.layers)}")
+            raise InvalidRequest(f"{layers!r} selects no layer", f"the MoE layers are {format_ranges(self.layers)}")
         return tuple(dict.fromkeys(chosen))
 
     def _open(self, match: LayoutMatch, number: int) -> ExpertLayer:
@@ -260,8 +260,8 @@ class Experts:
                 absent = [tensor for tensor in match.layout.tensors if tensor.role not in roles]
                 lacking = [f"{tensor.role} projections ({tensor.leaf})" for tensor in absent]
                 raise LacksRole.of(
-                    f"no layer has {f'its {lacking[0]}' if lacking else 'all that it needs'}, as layout "
-                    f"{match.layout.name} has",
+                    f"no layer has {f'the {lacking[0]}' if lacking else 'all tensors'} that layout "
+                    f"{match.layout.name} needs",
                     [role for tensor in absent for role in tensor.roles],
                 )
         if method := refused.name_method(self.checkpoint.model_config.quantization()):
@@ -279,7 +279,7 @@ class Experts:
         """The error to raise for a checkpoint without experts of the wanted kind."""
         if self.kind != "routed":
             return UnknownFormat(
-                f"no layout in our table holds {'shared experts' if self.kind == 'shared' else 'dense feed-forwards'}",
+                f"no layout in our table has {'shared experts' if self.kind == 'shared' else 'dense feed-forwards'}",
                 f"model_type is {self.model_type or 'not given'}",
             )
         if OVERLAY_CONFIG in self.checkpoint.config:
@@ -289,7 +289,7 @@ class Experts:
             )
         if (count := self.model_config.expert_count or 0) > 1:
             return UnknownFormat(
-                f"{self.checkpoint.config_file} says that there are {count} experts, and no tensor's name is known",
+                f"{self.checkpoint.config_file} says that there are {count} experts, but no tensor's name is known",
                 f"model_type is {self.model_type or 'not given'}; please report it",
             )
         return NotMoE(
@@ -304,11 +304,11 @@ class Experts:
             if len(main_stacks) > 1:
                 self.notes.append(
                     f"the model has {len(main_stacks)} stacks of layers ({', '.join(main_stacks)}): {main_stacks[0]} "
-                    f"was read; #{main_stacks[1]} behind the model's name reads another"
+                    f"was read; to read another, add #{main_stacks[1]} to the model's name"
                 )
             for root in self.stacks[len(main_stacks) :] if self.kind == "routed" else ():
                 self.notes.append(
-                    f"layers for multi-token prediction lie apart: #{root} behind the model's name reads them"
+                    f"layers for multi-token prediction are separate: to read them, add #{root} to the model's name"
                 )
             return self.stacks[0]
         if wanted in self.stacks:
@@ -316,7 +316,7 @@ class Experts:
         roots = [root for root in self.stacks if wanted in root.split(".")]
         if len(roots) != 1:
             listing = ", ".join(root or "(no name)" for root in self.stacks)
-            raise InvalidRequest(f"the model has no stack of layers named {wanted}", f"there are {listing}")
+            raise InvalidRequest(f"the model has no stack of layers named {wanted}", f"the stacks are {listing}")
         return roots[0]
 
     def _choose_match(self, candidates: list[LayoutMatch]) -> LayoutMatch:
@@ -339,7 +339,7 @@ class Experts:
         whole = [match for match in fitting if match.names == all_names]
         if not whole:
             leftover = min(all_names - fitting[0].names)
-            raise UnknownFormat(f"layout {fitting[0].layout.name} fits, and does not account for {leftover}")
+            raise UnknownFormat(f"layout {fitting[0].layout.name} fits, but leaves over {leftover}")
         if is_listed(self.model_type):
             # the gates and ups of a listed model lie in turns only where a row of its type says so
             whole = [m for m in whole if self.model_type in m.layout.model_types or not m.layout.may_be_halves] or whole
@@ -359,7 +359,7 @@ class Experts:
         if is_unlisted:
             self.notes.append(
                 f"model_type {self.model_type or '(none)'} is not in our table: "
-                f"layout {chosen.layout.name} was found by names"
+                f"layout {chosen.layout.name} was chosen by its tensors' names"
             )
         return chosen
 
@@ -376,12 +376,12 @@ class Experts:
             if not match.layout.may_be_halves and len(others) == 1:
                 return match
             raise UnknownFormat(
-                f"gates and ups may lie in halves or in turns: model_type is {self.model_type or 'not given'}, and "
-                f"the weights show neither ({evidence.describe()})",
+                f"gate and up rows may be in halves or in turns: model_type is {self.model_type or 'not given'}, and "
+                f"the weights do not show which ({evidence.describe()})",
                 "put the model's config.json beside its weights, or report the model type",
             )
         self.order_by = "norms"
-        self.notes.append(f"gates and ups lie in {evidence.order}: {evidence.describe()}")
+        self.notes.append(f"gate and up rows are in {evidence.order}: {evidence.describe()}")
         for other in others:
             if other.layout.order == evidence.order:
                 return other
@@ -397,7 +397,7 @@ def _differ_in_order(matches: Sequence[LayoutMatch]) -> bool:
 def refuse_rotated(key: str) -> UnknownFormat:
     """The error for a model whose config says, under this key, that its weights are stored rotated."""
     return UnknownFormat(
-        f"its config says under {key} that weights are stored rotated, which we do not undo",
+        f"its config says under {key} that weights are stored rotated, which we can't undo",
         "give the model that it was made from, or a version that is not rotated",
     )
 
@@ -411,7 +411,7 @@ def parse_layers(text: str) -> list[int]:
     for item in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6})(?:/(\d{1,6}))?)?\s*", item)
         if not match or match[3] == "0" * len(match[3] or "x"):
-            raise InvalidRequest(f"{text!r} is no list of layers", "write it like 0,5,10 or 0-23/6, or all")
+            raise InvalidRequest(f"{text!r} is not a list of layers", "write it like 0,5,10 or 0-23/6, or all")
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         chosen += range(first, last + 1, step)
     return chosen

@@ -32,19 +32,21 @@ def multiply_inputs(stored: Stored, factors: Part, inputs_first: bool | None) ->
     OtherInputs where there is not one factor for each input, UnknownFormat where we can't tell what they are.
     """
     if len(stored.shape) < 2:
-        raise UnknownFormat(f"its {PRE_QUANT_SCALE} scales inputs, and its weight {list(stored.shape)} is no matrix")
+        raise UnknownFormat(f"its {PRE_QUANT_SCALE} scales inputs, but its weight {list(stored.shape)} is not a matrix")
     *leading, rows, columns = stored.shape
     if factors.dtype not in ("BF16", "F16", "F32", "F64"):
-        raise UnknownFormat(f"its {PRE_QUANT_SCALE} is {factors.dtype}, and we know it as floats")
+        raise UnknownFormat(f"its {PRE_QUANT_SCALE} is {factors.dtype}, but should be floats")
     if inputs_first is None and leading:
-        raise UnknownFormat(f"its {PRE_QUANT_SCALE} scales inputs, and no layout says which axis of a stack they are")
+        raise UnknownFormat(
+            f"its {PRE_QUANT_SCALE} scales inputs, but no layout says which axis of the stack these are"
+        )
     by_row = bool(inputs_first) != stored.transposed
     size = rows if by_row else columns
     of_stack = bool(leading) and factors.shape in ((*leading, size), (*leading, 1, size))
     of_all = factors.shape[-1:] == (size,) and prod(factors.shape) == size and factors.shape[:1] != tuple(leading[:1])
     if not of_stack and not of_all:
         shapes = f"its {PRE_QUANT_SCALE} is {list(factors.shape)} and its weight {list(stored.plain_shape)}"
-        raise OtherInputs(f"{shapes}: not one factor for each of {size} inputs")
+        raise OtherInputs(f"{shapes}: not one factor per input, of which there are {size}")
     decoder = partial(decode, stored=stored.decode, by_row=by_row)
     return replace(stored, rows_per_row={**stored.rows_per_row, PRE_QUANT_SCALE: None}, decode=decoder)
 
