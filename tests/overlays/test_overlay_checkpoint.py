@@ -1123,7 +1123,7 @@ def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
 def test_room_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    with pytest.raises(InvalidRequest, match=r"needs [\d,]+ bytes of room, and 20,000 are free"):
+    with pytest.raises(InvalidRequest, match=r"needs [\d,]+ bytes, but only 20,000 are free"):
         write(FIXTURES / "olmoe", tmp_path / "overlay")
     assert not list(tmp_path.iterdir())
 

@@ -568,7 +568,7 @@ def test_tensors_that_do_not_fit(change: Callable[[dict[str, Any]], Any], text: 
 def test_a_broken_folder(folder: Path, tmp_path: Path) -> None:
     shard = folder / "model-00002-of-00002.safetensors"
     shutil.copy(shard, folder / "model-00003-of-00003.safetensors")
-    with pytest.raises(ModelUnreadable, match="is not among the model's files"):
+    with pytest.raises(ModelUnreadable, match="is not one of the model's files"):
         load_overlay(folder)
     (folder / "model-00003-of-00003.safetensors").unlink()
     shard.write_bytes(shard.read_bytes()[:-10])

@@ -16,7 +16,7 @@ from .codes.affine import AffineCode
 from .codes.code import Shape
 
 STAND_IN_GROUP = 32
-# type -> the bits of the affine code that stands in for it, and how many times as much squared error the type leaves
+# type -> the bits of the affine code that stands in for it, and the type's squared error relative to that code's
 STAND_INS = {
     "Q2_K": (2, 0.94),
     "Q3_K": (3, 0.97),
@@ -51,7 +51,7 @@ class GgmlType:
         """Bytes of a matrix [out, in] of that shape; raises ValueError where a row does not have whole blocks."""
         (rows, columns), (weights, size) = shape, self.block
         if columns % weights:
-            raise ValueError(f"rows of {columns} numbers do not have whole blocks of {weights}")
+            raise ValueError(f"rows of {columns} numbers do not divide into blocks of {weights}")
         return rows * columns // weights * size
 
     def lost(self, rows: NDArray[np.float32]) -> float:

@@ -110,7 +110,7 @@ def _choose(rule: BitRule, trials: Trials[int], total_bytes: Callable[[Widths[in
         except InvalidRequest:
             continue
     choose_widths(rule, trials, total_bytes)  # says what the least or the finest is
-    raise InvalidRequest("only widths that loaders would mistake meet the rule", "ask for more bits")
+    raise InvalidRequest("only widths that loaders would misread meet the rule", "ask for more bits")
 
 
 def loader_notes(widths: Widths[Place]) -> list[str]:
@@ -118,9 +118,9 @@ def loader_notes(widths: Widths[Place]) -> list[str]:
     codes = {parse_packed(width) for width in widths.values() if width}
     notes = []
     if others := sorted({code.bits for code in codes} - set(USUAL_BITS)):
-        notes.append(f"experts of {', '.join(map(str, others))} bits need a vLLM that has kernels for these")
+        notes.append(f"experts of {', '.join(map(str, others))} bits need a vLLM build with kernels for them")
     if len(codes) > 1:
-        notes.append("vLLM loads experts of several widths, and transformers up to 5.24 those of one alone")
+        notes.append("vLLM loads experts of mixed widths; transformers up to 5.24 needs a single width")
     if None in widths.values():
-        notes.append("layers whose rows have no whole groups of 32 stay in bf16")
+        notes.append("layers whose rows do not divide into groups of 32 stay in bf16")
     return notes

@@ -74,9 +74,9 @@ def check_file(target: Path, force: bool) -> None:
     if target.is_dir():
         raise InvalidRequest(f"{target} is a folder", "name the file to write")
     if target.exists() and not force:
-        raise InvalidRequest(f"{target} is there already", "choose another name, or force its replacement")
+        raise InvalidRequest(f"{target} already exists", "choose another name, or force its replacement")
     if not target.parent.is_dir():
-        raise InvalidRequest(f"{target.parent}: no such folder", "make it, or choose another")
+        raise InvalidRequest(f"{target.parent}: no such folder", "create it, or choose another")
 
 
 def _join_units(trials: Mapping[Place, WidthTrial], job: OverlayJob) -> dict[Unit, WidthTrial]:

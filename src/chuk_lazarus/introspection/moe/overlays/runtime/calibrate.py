@@ -47,7 +47,7 @@ def read_windows(folder: Path, text: Path) -> NDArray[np.int32]:
         raise InvalidRequest(f"can't read {text}: {reason}", "give a text file in UTF-8") from None
     _, tokens = tokenize(folder, content)
     if not tokens:
-        raise InvalidRequest(f"{text} is empty", "give a text like those that the model will read")
+        raise InvalidRequest(f"{text} is empty", "give text like what the model will read in use")
     length = min(CONTEXT, len(tokens))
     windows = np.array(tokens[: len(tokens) // length * length], np.int32).reshape(-1, length)
     return windows[list(evenly_spaced(len(windows), WINDOWS))]
@@ -125,7 +125,7 @@ def _watch_layers(
         missing -= {number} if is_wanted else set()
         _stream(module, number, _Watch(blocks[0]) if is_wanted else None, keep)
     if missing:
-        raise UnknownFormat(f"mlx-lm's {model_type} has no block of such gated experts in layer {min(missing)}")
+        raise UnknownFormat(f"mlx-lm's {model_type} has no block of gated experts in layer {min(missing)}")
 
 
 def _sizes(block: SwitchGLU) -> Sizes:

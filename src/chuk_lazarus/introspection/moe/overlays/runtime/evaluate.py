@@ -88,7 +88,7 @@ def compare(
             seconds[place] += taken
         if logits[0].shape != logits[1].shape:
             sizes = " and ".join(str(each.shape[-1]) for each in logits)
-            raise InvalidRequest(f"{original.name} and {other.name} have vocabularies of {sizes} tokens")
+            raise InvalidRequest(f"{original.name} and {other.name} have different vocabularies: {sizes} tokens")
         scores.append(_score(logits, targets))
         counter.add(targets.size)
     *losses, divergence = np.concatenate(scores, axis=1)
@@ -97,7 +97,9 @@ def compare(
         with name_model(name):
             results.append(_summarise(loss, context, taken, stored))
     if not np.isfinite(divergence).all():
-        raise ModelUnreadable(f"{other.name} has a probability of zero where {original.name} has not: no finite KL")
+        raise ModelUnreadable(
+            f"the KL is infinite: {other.name} gives a token probability 0 where {original.name} does not"
+        )
     difference = _standard_error(losses[1] - losses[0], context)
     kl = SampleMean(mean=float(divergence.mean()), stderr=_standard_error(divergence, context))
     return Comparison(results[0], results[1], difference, kl)
@@ -127,7 +129,7 @@ def evaluate_overlay(
     tokens_from, tokens = tokenize(folders[0], content)
     if _has_tokenizer(folders[1]) and tokenize(folders[1], content)[1] != tokens:
         raise InvalidRequest(
-            f"{folders[1]} and {folders[0]} make different tokens of {text}", "compare models with the same tokenizer"
+            f"{folders[1]} and {folders[0]} tokenise {text} differently", "compare models with the same tokenizer"
         )
     taken = tokens[:limit]
     original, other = (_load(folder) for folder in folders)
@@ -188,7 +190,7 @@ def _fit_batch(loaded: Loaded, tokens: Sequence[int], context: int) -> int:
     with _running(loaded.name):
         vocabulary: int = loaded.model(mx.array([[0]])).shape[-1]
         if tokens and max(tokens) >= vocabulary:
-            raise ModelUnreadable(f"its tokenizer gives token {max(tokens)}, and it has {vocabulary}")
+            raise ModelUnreadable(f"its tokenizer gives token {max(tokens)}, but its vocabulary has {vocabulary}")
     return max(1, min(BATCH, LOGITS // (context * vocabulary)))
 
 
@@ -263,7 +265,7 @@ def _standard_error(values: NDArray[np.float64], context: int) -> float | None:
 def _summarise(losses: NDArray[np.float64], context: int, seconds: float, parameter_bytes: int) -> Evaluation:
     loss = float(losses.mean())
     if not math.isfinite(loss):
-        raise ModelUnreadable(f"its loss on this text is {loss}", "its weights are broken, or too large to be run")
+        raise ModelUnreadable(f"its loss on this text is {loss}", "its weights are broken, or too large to run")
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(700.0, loss)),
@@ -314,9 +316,9 @@ def _check_tensors(original: Path, plain: Checkpoint, overlay: Path, overlaid: C
         source = plain.info(copy.name)
         is_alike = (source.dtype, source.shape) == (copy.dtype, copy.shape)
         if not is_alike or [*plain.chunks(copy.name, 2**20)] != [*overlaid.chunks(copy.name, 2**20)]:
-            raise InvalidRequest(f"{overlay} is no overlay of {original}: {copy.name} differs")
+            raise InvalidRequest(f"{overlay} is not an overlay of {original}: {copy.name} differs")
     if not smallest:
-        raise InvalidRequest(f"{overlay} is no overlay of {original}: they have no tensor in common")
+        raise InvalidRequest(f"{overlay} is not an overlay of {original}: they have no tensor in common")
 
 
 def _bits_per_weight(checkpoint: Checkpoint) -> float | None:

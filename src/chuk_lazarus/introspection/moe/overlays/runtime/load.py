@@ -128,8 +128,8 @@ def check_files(folder: Path) -> None:
     files = {checkpoint.info(name).file for name in checkpoint.names}
     if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - files):
         raise ModelUnreadable(
-            f"{stray[0]} is not among the model's files, and mlx-lm would load it, too",
-            "it may be of an older version or overlay: remove it",
+            f"{stray[0]} is not one of the model's files, but mlx-lm would load it too",
+            "it may be left from an older version or overlay: remove it",
         )
 
 
@@ -147,16 +147,17 @@ def _explain(error: OverlayConfigError) -> MoEError:
     match error.problem:
         case "missing":
             return ModelUnreadable(
-                "config.json has no overlay_config", "this is no overlay: load it with mlx-lm itself"
+                "config.json has no overlay_config", "this is not an overlay: load it with mlx-lm itself"
             )
         case "version":
-            return UnknownFormat(f"overlay version {error.value} is not known", f"we read versions {READ}")
+            return UnknownFormat(f"this overlay has version {error.value}, but we read only versions {READ}")
         case "roles":
             return UnknownFormat(
-                f"layer {int(error.value)} has not just gate, up and down", "only gated experts run in MLX so far"
+                f"layer {int(error.value)} has projections other than gate, up and down",
+                "only gated experts run in MLX so far",
             )
         case "code":
-            return ModelUnreadable(f"overlay_config: layer {int(error.value)} has sizes or codes that are none")
+            return ModelUnreadable(f"overlay_config: the sizes or codes of layer {int(error.value)} are not valid")
         case _:
             return ModelUnreadable("overlay_config lists no layers with their ranks")
 
@@ -271,7 +272,7 @@ def _name_overlays(
         if bank := layer.codes[role].bank:
             index = np.array(indices.get(number, mx.zeros(0)))
             if layer.index is None or index.shape != layer.index.shape or index.dtype != DTYPES[layer.index.dtype]:
-                raise ModelUnreadable(f"layer {number} has no index of its bank, or not of the shape that it should be")
+                raise ModelUnreadable(f"layer {number} has no index of its bank, or one of the wrong shape")
             if problem := check_index(index, bank.size):
                 raise ModelUnreadable(f"the index of the bank of layer {number}: {problem}")
             arrays["places"] = mx.array(_places(index, bank, layer.intermediate))
@@ -295,7 +296,7 @@ def _as_modules(layer: CodedExperts, role: str, parts: Mapping[str, mx.array]) -
     """
     expected = {name: part.shape for name, part in layer.layout(role).items()}
     if {name: array.shape for name, array in parts.items()} != expected:
-        raise ModelUnreadable(f"the parts of a {role} projection do not have the shapes that overlay_config tells")
+        raise ModelUnreadable(f"the parts of a {role} projection do not have the shapes that overlay_config gives")
     arrays: dict[str, mx.array] = {}
     for name, matrix in list_matrices(layer.codes[role], layer.shape(role), layer.experts).items():
         own = inner(parts, matrix.part)

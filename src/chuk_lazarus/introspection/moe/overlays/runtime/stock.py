@@ -55,7 +55,7 @@ class StockNames:
         except Exception as error:  # mlx-lm may raise anything for a config that it does not expect
             reason = " ".join(str(error).split())[:200]
             raise UnknownFormat(
-                f"mlx-lm has no model for such a {self.model_type}: {reason or type(error).__name__}",
+                f"mlx-lm has no model for this {self.model_type}: {reason or type(error).__name__}",
                 "update mlx-lm, or choose another --format",
             ) from None
         self.left_out: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class StockNames:
                 if set(names) == set(roles):
                     return [(role, f"{path}.{name}") for role, name in names.items()]
         raise UnknownFormat(
-            f"mlx-lm's {self.model_type} has no block of such experts in layer {layer}",
+            f"mlx-lm's {self.model_type} has no block for these experts in layer {layer}",
             "choose another --format",
         )
 
@@ -151,7 +151,7 @@ class StockNames:
             if wanted.get(name) != shapes.get(name):
                 had, has = (str(list(each[name])) if name in each else "absent" for each in (shapes, wanted))
                 raise UnknownFormat(
-                    f"mlx-lm's {self.model_type} wants {name} to be {has}, and it would be {had}",
+                    f"mlx-lm's {self.model_type} expects {name} to be {has}, but it would be {had}",
                     "choose another --format",
                 )
 
