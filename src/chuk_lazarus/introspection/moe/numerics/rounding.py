@@ -1,5 +1,4 @@
-"""What it costs to write numbers in few bits, the plain way: each group scaled to its largest, and rounded. Pure
-arrays."""
+"""The error of plain rounding to few bits: each group scaled to its largest number, and rounded. Pure arrays."""
 
 from typing import Any
 
