@@ -32,6 +32,7 @@ def pytest_configure() -> None:
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         os.environ.pop(name, None)
     _server.__enter__()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start Python hundreds of times
     os.environ |= {
         "HF_ENDPOINT": _server.url,
         "HF_HOME": f"{_home.name}/hf",

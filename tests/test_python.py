@@ -30,6 +30,7 @@ from chuk_lazarus.introspection.moe import (
 )
 from chuk_lazarus.introspection.moe.reports import as_rows
 from places import DEMO
+from sampling import keep
 
 NATIVE = DEMO / "native"
 DOORS = ("moe_type", "moe_survey", "moe_layout", "moe_compression", "moe_weights", "weights.experts")
@@ -94,7 +95,14 @@ def test_a_path_is_a_model(tmp_path: Path) -> None:
     assert [model.type for model in MoETypeService.compare(NATIVE, "demo:upcycled").models] == ["NATIVE", "UPCYCLED"]
 
 
-@pytest.mark.parametrize("models", ["demo:native", Path("demo:native"), ["demo:native"], (Path("demo:native"),)])
+@pytest.mark.parametrize(
+    "models",
+    keep(
+        ["demo:native", Path("demo:native"), ["demo:native"], (Path("demo:native"),)],
+        "demo:native",
+        (Path("demo:native"),),
+    ),
+)
 def test_a_survey_takes_one_model_or_several(models: object) -> None:
     assert [row.request.model for row in MoESurveyService.survey(models, layers=0).rows] == ["demo:native"]  # type: ignore[arg-type]
 

@@ -63,7 +63,7 @@ def call(capsys: Capture, command: str, *arguments: str | bytes, code: int = 0) 
     return err if code else out
 
 
-@pytest.mark.parametrize("name", keep(NAMES, b"-x", b"*", b"not utf-8 \xff\xfe", b"x" * 255))
+@pytest.mark.parametrize("name", keep(NAMES, b"-x", b"not utf-8 \xff\xfe"))
 def test_folders_of_any_name(name: bytes, tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("mlx.core")
     text = tmp_path / "text.txt"
@@ -88,7 +88,7 @@ def test_folders_of_any_name(name: bytes, tmp_path: Path, capsys: Capture) -> No
     call(capsys, "moe-overlay-compress", "-m", rebuilt, "-O", os.path.join(places[0], b"again"), *again)
 
 
-@pytest.mark.parametrize("name", keep(NAMES, b"[bold]x[", b"new\nline", b"not utf-8 \xff\xfe"))
+@pytest.mark.parametrize("name", keep(NAMES, b"[bold]x[", b"not utf-8 \xff\xfe"))
 def test_files_of_any_name(name: bytes, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the current folder, in front of which ./ keeps a dash from being an option."""
     monkeypatch.chdir(tmp_path)

@@ -359,7 +359,7 @@ def test_layers_beyond_the_originals_are_told(tmp_path: Path, made: tuple[Path, 
 
 
 def test_two_models_on_the_hub_are_read_by_ranges(tmp_path: Path, hub: HubServer, cache: Path) -> None:
-    layers = [make_layer(seed, experts=32, neurons=256, hidden=128) for seed in range(6)]
+    layers = [make_layer(seed, experts=32, neurons=96, hidden=128) for seed in range(6)]
     original = conversions.write_plain(tmp_path / "original", "gate_up_down", layers)
     model = conversions.write_mlx(tmp_path / "model", layers)
     hub.add("org/original", original)

@@ -590,7 +590,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value}
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("threads", keep([2, 3, 8], 3))
 def test_results_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     """Equal for a layer that fits one window a thread; else what sums of products give may differ by a rounding, the
     mean cosines and what sharing saves, and nothing else."""

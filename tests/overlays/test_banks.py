@@ -37,7 +37,7 @@ from chuk_lazarus.introspection.moe.overlays.layer import bank_notes
 from chuk_lazarus.introspection.moe.overlays.trials import RoleTrial
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from places import FIXTURES
-from sampling import examples
+from sampling import examples, keep
 
 Vectors = dict[str, NDArray[np.float32]]
 
@@ -459,7 +459,7 @@ def make_slices(folder: Path, noise: float = 0.05) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("bits", [2.5, 4.0])
+@pytest.mark.parametrize("bits", keep([2.5, 4.0], 2.5))
 def test_shared_neurons_save_bits(bits: float, tmp_path: Path) -> None:
     """The errors are less than those of plain codes of a bit more; reports and files say the same."""
     model = make_slices(tmp_path / "model")

@@ -26,6 +26,7 @@ OTHERS: list[MatrixCode] = [
     FactorsCode(0, BitsCode(8)),
     SumCode(FactorsCode(3, BitsCode(16, 64)), BitsCode(3)),
 ]
+MANY = 32  # columns: as many numbers as it takes for their luck to average out
 WHOLE = [levels for levels in LEVELS if levels != 3]  # zero, which three levels have, helps where few numbers count
 every_bits = pytest.mark.parametrize("code", BITS, ids=str)
 every_code = pytest.mark.parametrize("code", [*BITS, *OTHERS], ids=str)
@@ -145,10 +146,19 @@ def test_more_bits_err_less(group: int) -> None:
 @given(shapes, st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 5]))
 @settings(max_examples=examples(40), deadline=None)
 def test_more_bits_err_less_on_any_matrix(shape: tuple[int, int], seed: int, power: int) -> None:
+    """A weight errs by half a step at most, of steps that reach the peak of its group; a scale's byte costs some more.
+
+    The bound falls fourfold a bit. Errors themselves need not: four numbers can happen to lie on the coarser levels.
+    """
     matrix = gaussian(*shape, seed=seed) ** power
-    errors = [lost(BitsCode(levels), matrix) for levels in WHOLE]
-    assert all(more <= 1.05 * fewer + 1e-9 for fewer, more in pairwise(errors))
-    assert errors[0] < 1
+    groups = np.split(matrix.astype(np.float64), range(128, shape[1], 128), axis=1)
+    peaks = sum(group.shape[1] * float((np.abs(group).max(axis=1) ** 2).sum()) for group in groups)
+    bound = peaks / float((matrix.astype(np.float64) ** 2).sum())
+    errors = {levels: lost(BitsCode(levels), matrix) for levels in LEVELS}
+    assert all(error < 1.1 * bound / (levels - 1) ** 2 for levels, error in errors.items())
+    assert errors[2] < 1
+    if shape[1] >= MANY:
+        assert all(errors[more] <= 1.05 * errors[fewer] + 1e-9 for fewer, more in pairwise(WHOLE))
 
 
 @every_bits

@@ -24,6 +24,7 @@ from chuk_lazarus.introspection.moe.overlays.codes.low_rank import FactorsCode, 
 from chuk_lazarus.introspection.moe.overlays.factor_budget import measure_tails, participation
 from chuk_lazarus.introspection.moe.overlays.trials import RoleTrial, predict_error, try_layer
 from chuk_lazarus.introspection.moe.weights.experts import Experts
+from sampling import keep
 
 HIDDEN, INTERMEDIATE, EXPERTS, RANK = 128, 256, 8, 4
 NAMES = {"w1": (INTERMEDIATE, HIDDEN), "w2": (HIDDEN, INTERMEDIATE), "w3": (INTERMEDIATE, HIDDEN)}
@@ -108,7 +109,7 @@ def test_noise_has_all_directions_and_factors_have_few() -> None:
     assert participation(np.zeros_like(rows)) == 1
 
 
-@pytest.mark.parametrize("bits", [1.2, 1.6, 2.1])
+@pytest.mark.parametrize("bits", keep([1.2, 1.6, 2.1], 1.6))
 def test_deltas_of_low_rank_get_factors_and_err_less(bits: float, tmp_path: Path) -> None:
     """Than with bits alone, both coded and rebuilt."""
     model = plant(tmp_path, RANK)
@@ -134,7 +135,7 @@ def test_deltas_of_all_ranks_get_one_width_or_two_that_are_neighbours(bits: floa
     assert sum(isinstance(code, SumCode) for code in codes) <= 1
 
 
-@pytest.mark.parametrize("bits", [1.3, 1.6, 2.1, 3.1])
+@pytest.mark.parametrize("bits", keep([1.3, 1.6, 2.1, 3.1], 1.3, 3.1))
 def test_what_factors_err_is_as_measured(bits: float) -> None:
     codes = BitRule(bits).choose(demo_trials())
     assert any(isinstance(code.delta, FactorsCode | SumCode) for layer in codes.values() for code in layer.values())

@@ -82,6 +82,7 @@ def test_between_tried_codes_errors_fall(demo: str) -> None:
             assert 0 < errors[-1] < errors[0] < 1
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("demo", DEMOS)
 @pytest.mark.parametrize("bits", [2.0, 3.0, 5.0])
 def test_the_predicted_error_is_that_which_is_measured(demo: str, bits: float) -> None:
@@ -170,6 +171,7 @@ def test_a_folder_is_filled_and_never_overfilled(size: int, other: int, per_text
 # The demo models, whole
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("demo", DEMOS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_outputs_are_as_good_as_those_of_plain_quantisation(demo: str, bits: int) -> None:
@@ -181,6 +183,7 @@ def test_outputs_are_as_good_as_those_of_plain_quantisation(demo: str, bits: int
             assert layer.output_error.mean > 0.6 * layer.rounding_error[str(bits)]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("demo", DEMOS)
 @pytest.mark.parametrize("error", [0.02, 0.1, 0.3])
 def test_weights_err_no_more_than_was_asked(demo: str, error: float) -> None:
@@ -240,6 +243,7 @@ def test_coded_alone_is_as_good_as_four_bits() -> None:
     assert overlay_rule(fit="24GB") == BitRule(fit=24 * 10**9)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("command", ["moe-overlay-compute", "moe-overlay-verify", "moe-overlay-estimate"])
 @pytest.mark.parametrize(
     "options",

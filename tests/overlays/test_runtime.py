@@ -413,6 +413,7 @@ def to_mlx(array: NDArray[Any]) -> Any:
     return mx.array(array.astype(np.float32)).astype(mx.bfloat16) if array.dtype == BF16 else mx.array(array)
 
 
+@pytest.mark.sample
 @every_family
 @every_coding
 def test_codes_are_the_model_of_the_decoded_experts(name: str, codes: RoleCodes, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from chuk_lazarus.introspection.moe.weights.repositories.find import DEMO_FOLDER
 from hub_server import Fault, HubServer
 from mlx_lm_recipes import RECIPES
 from places import FIXTURES
+from sampling import sampled
 
 NATIVE = DEMO_FOLDER / "native"
 COMPRESS = ["introspect", "moe-expert", "moe-overlay-compress"]
@@ -119,7 +120,7 @@ def test_logits_stay_near(tmp_path: Path) -> None:
     assert np.abs(ours - exact).max() < 0.03 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(("bits", "group"), [(3, 64), (4, 64), (4, 32)])
+@pytest.mark.parametrize(("bits", "group"), sampled([(3, 64), (4, 64), (4, 32)], [(3, 64)]))
 def test_kl_is_less_than_of_mlx_lm_s_own_at_equal_bytes(tmp_path: Path, bits: int, group: int) -> None:
     theirs = tmp_path / "theirs"
     model, config = load_model(NATIVE, lazy=True)

@@ -147,6 +147,7 @@ def write_dense(folder: Path, found: Matrices) -> str:
 Make = Callable[[np.random.Generator], Matrices]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ def test_natives_with_an_adapter_that_all_have_are_not_upcycled(rank: int, tmp_p
     assert "UPCYCLED" not in verdicts(tmp_path / "m", found)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("experts", "slices"), [(16, 8), (32, 8), (64, 8), (64, 16), (128, 16)])
 @pytest.mark.parametrize("by_copy", [True, False])
 @pytest.mark.parametrize("is_disguised", [True, False])

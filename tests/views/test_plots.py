@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
@@ -52,6 +53,7 @@ from chuk_lazarus.introspection.moe.views.figures.provenance import (
 )
 from chuk_lazarus.introspection.moe.views.figures.style import DARK, LIGHT, theme
 from places import DEMO, FIXTURES
+from sampling import keep
 
 HOSTILE = "/models/$\\frac{x$/_a_/<b>&amp;\"'--></svg>/\u6a21\u578b/\u202e/" + "W" * 200
 ROLES = ("gate", "up", "down")
@@ -535,13 +537,17 @@ def test_it_is_drawn_on_axes_that_are_given(name: str) -> None:
             plot(ax=wrong)
 
 
+def light(color: Any) -> float:
+    return sum(share * value for share, value in zip((0.21, 0.72, 0.07), to_rgb(color), strict=True))
+
+
+@pytest.mark.parametrize("name", keep(ON_AXES, "sharing"))
+def test_figures_have_a_white_ground_unless_asked(name: str) -> None:
+    assert light(ON_AXES[name][0]().get_facecolor()[:3]) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("name", ON_AXES)
 def test_dark_figures_are_legible_on_dark_ground(name: str) -> None:
-    from matplotlib.colors import to_rgb
-
-    def light(color: Any) -> float:
-        return sum(share * value for share, value in zip((0.21, 0.72, 0.07), to_rgb(color), strict=True))
-
     figure = ON_AXES[name][0](dark=True)
     assert light(figure.get_facecolor()[:3]) < 0.15
     for text in texts(figure):
@@ -549,8 +555,6 @@ def test_dark_figures_are_legible_on_dark_ground(name: str) -> None:
         assert inside or light(text.get_color()) > 0.4, text.get_text()
     for ax in figure.axes:
         assert all(light(one.get_color()) > 0.2 for one in ax.lines)
-    plain = ON_AXES[name][0]()
-    assert light(plain.get_facecolor()[:3]) == pytest.approx(1)
 
 
 def test_the_colour_of_shares_turns_where_upcycled_begins() -> None:
@@ -585,7 +589,17 @@ def test_themed_figures_take_the_colours_of_the_page() -> None:
 # that it can be read
 
 
-LONG = ("two layers", "one role", "two experts", "64 experts, all sampled", "60 layers", "comparison of all")
+LONG = (
+    "two layers",
+    "one role",
+    "two experts",
+    "64 experts of 256, 8 sampled",
+    "64 experts, all sampled",
+    "60 layers",
+    "low rank",
+    "dark",
+    "comparison of all",
+)
 
 
 @pytest.mark.parametrize(

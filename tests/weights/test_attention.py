@@ -38,7 +38,7 @@ from chuk_lazarus.introspection.moe.weights.layouts import (
 )
 from chuk_lazarus.introspection.moe.weights.repositories.find import find_repository
 from places import FIXTURES
-from sampling import examples
+from sampling import examples, keep
 
 Matrix = NDArray[np.float32]
 Matrices = dict[str, Matrix]
@@ -542,7 +542,11 @@ def in_file(tensors: Mapping[str, tuple[str, Any]], config: Mapping[str, Any]) -
     return Checkpoint(Memory(contents | {"config.json": json.dumps(config).encode()}))
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "nvfp4_halves"])
+WHOLE = [name for name in ENCODERS if name != "nvfp4_halves"]
+OF_EACH_METHOD = {name.partition("_")[0]: name for name in WHOLE}
+
+
+@pytest.mark.parametrize("name", keep(WHOLE, *OF_EACH_METHOD.values()))
 def test_projections_and_embeddings_in_every_format(name: str) -> None:
     """A fused tensor, k of its own in another layer, and embeddings, whose rows are read by ranges."""
     rng = np.random.default_rng(0)

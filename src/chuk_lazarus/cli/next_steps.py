@@ -58,7 +58,8 @@ def _options(parameters: dict[str, Any]) -> list[str]:
     for name in RULES:
         if name in parameters:
             option = f"--{name.replace('_', '-')}"
-            words += [option] if parameters[name] is True else [option, str(parameters[name])]
+            value = parameters[name]
+            words += [option] if value is True else [option, f"{value:g}" if isinstance(value, float) else str(value)]
     return words
 
 

@@ -67,7 +67,7 @@ class MoESurveyService:
 
         `file` gets each row, as a line of JSON, when it is done; a model whose answer to the same request is already in
         it is not analysed again. `html` names a folder that gets a page of all models, which names the `command` that
-        made it, and a page of each fully analysed model; the analyses are kept there too, for when the folder is
+        made it, and a page of each; full analyses are kept there too, for when the folder is
         written again. `progress` is called with (what, done, total), and `finished` with each new row. Raises
         InvalidRequest for a list, an option, a file or a folder that can't be used, and ClusterUnusable for a scheduler
         that can't.

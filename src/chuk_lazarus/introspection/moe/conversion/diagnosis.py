@@ -75,7 +75,9 @@ def diagnose(
     for role in left:
         error = deviation(converted[role], original[role])
         cosine = _cosine(converted[role], original[role])
-        findings.append(Finding((role,), "error", f"{_say_error(error)}; its cosine is {cosine:.2f}", {role: error}))
+        findings.append(
+            Finding((role,), "error", f"{_say_error(error)}; its cosine is {round(cosine, 2) + 0.0:.2f}", {role: error})
+        )
     return findings
 
 

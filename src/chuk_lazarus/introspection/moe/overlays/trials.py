@@ -80,7 +80,7 @@ class RoleTrial:
 
     def rung(self, levels: int) -> BitsCode:
         """The code of so many levels."""
-        return BitsCode(levels, self.few_group if levels <= FEW_LEVELS else group_for(self.shape[1]))
+        return _rung(levels, self.shape, self.few_group)
 
     def error(self, codes: RoleCodes) -> float:
         """The error of codes, by the bits that they take."""
@@ -164,11 +164,21 @@ class RoleTrial:
             code = code.rest
         if isinstance(code, TrellisCode):
             return TRELLIS_ERRORS[code.bits] * errors[1 << code.bits]
-        bits = [code_bits(self.rung(levels), self.shape) for levels in TRIED]
+        bits = _tried_bits(self.shape, self.few_group)
         taken, lost = code_bits(code, self.shape), [errors[levels] for levels in TRIED]
         if taken < bits[0]:
             return float(np.interp(taken, [0.0, bits[0]], [most, lost[0]]))
         return float(np.exp(np.interp(taken, bits, np.log(np.maximum(lost, LEAST_ERROR))))) if lost[0] else 0.0
+
+
+def _rung(levels: int, shape: Shape, few_group: int) -> BitsCode:
+    return BitsCode(levels, few_group if levels <= FEW_LEVELS else group_for(shape[1]))
+
+
+@cache
+def _tried_bits(shape: Shape, few_group: int) -> NDArray[np.float64]:
+    """Bits a weight of the codes whose errors are measured."""
+    return np.array([code_bits(_rung(levels, shape, few_group), shape) for levels in TRIED])
 
 
 @cache

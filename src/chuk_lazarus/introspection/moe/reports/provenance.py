@@ -359,3 +359,7 @@ class MoETypeComparison(Report):
 
     schema_: Literal["moe-type-comparison/1"] = Field(default="moe-type-comparison/1", alias="schema")
     models: tuple[MoETypeAnalysis, ...]
+
+    def details(self) -> "RenderableType":
+        """The details of each analysis, for `rich.print`."""
+        return as_details(self)
