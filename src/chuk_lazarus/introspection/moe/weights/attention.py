@@ -99,7 +99,7 @@ class _Arrangement:
 
 
 class _DoesNotFit(Exception):
-    """Why a layer's tensors can't be what a row of the table says."""
+    """Why a layer's tensors do not fit a row of the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,7 @@ class Attention:
         return self._open_outputs(layer)
 
     def _open_outputs(self, layer: int) -> _Plan:
-        """Of a layer whose other tensors can't be read, o, where its name leaves nothing open."""
+        """The output projection of a layer whose other tensors can't be read, if its name is unambiguous."""
         for row, places in self._matches[layer].rows.items():
             layout = load_attention_table()[row]
             outputs = {place: parts for place, parts in places.items() if layout.tensors[place].role == "o"}
@@ -244,7 +244,7 @@ class Attention:
             spec = row.tensors[place]
             if spec.role not in opened:
                 for name in places[place].values():
-                    self.checkpoint.slices(name)  # a header that can't be read is no fault of this layer
+                    self.checkpoint.slices(name)  # a header that can't be read is not this layer's fault
                 try:
                     opened[spec.role] = self._open(spec, places[place])
                 except MoEError as error:
@@ -366,7 +366,7 @@ def _arrange(
 
 
 def _splits_a_head(queries: int, keys: int, heads: int) -> bool:
-    """Whether so many rows of keys are no whole number of heads that share the queries' heads."""
+    """Whether that many rows of keys would not be a whole number of heads of the queries' head size."""
     head, rest = divmod(queries, heads)
     return bool(rest or not head or keys % head or heads % (keys // head))
 

@@ -26,16 +26,15 @@ PROBED = 8  # experts of a damaged model of which one must fit
 class Experts:
     """The routed experts of a model, or its shared experts, or its dense feed-forwards, one per layer.
 
-    `stack` chooses among a model's stacks of layers by name, such as "encoder"; None is the largest stack.
-
-    Of a model that may be `damaged`, what there is is read: the experts of a layer need not be complete, nor stored
-    alike, and each is read by `ExpertLayer.alone`.
+    `stack` selects one of a model's stacks of layers by name, such as "encoder"; None is the largest stack. If the
+    model may be `damaged`, the experts of a layer need not be complete or stored alike, and each is read with
+    `ExpertLayer.alone`.
 
     `layers` are the numbers of the layers that have these experts, `mtp_layers` those for multi-token prediction.
     `stacks` are the names of all stacks, `family` is the name of the layout, `model_type` the one in the config, and
     `model_config` the config of the chosen stack. `notes` are sentences for the user on how the experts were found.
-    `order_by` is what tells whether gates and ups in one tensor lie in halves or in turns: the model type, the tensors'
-    names, or the norms of the weights; None where each has its own tensor.
+    `order_by` is how it is known whether gate and up rows in one tensor are in halves or in turns: from the model type,
+    the tensors' names, or the norms of the weights; None if each has its own tensor.
 
     Raises InvalidRequest, NotMoE, UnknownFormat or ModelUnreadable.
 
@@ -92,7 +91,7 @@ class Experts:
             )
 
     def _leave_out_heads(self, unmatched: list[str]) -> list[str]:
-        """The unmatched names without those in heads for multi-token prediction, of which a note tells."""
+        """The unmatched names without those in heads for multi-token prediction, which get a note."""
         depth = self.model_config.num_hidden_layers
         heads = [name for name in unmatched if is_in_head(name, depth)]
         if heads:
@@ -102,20 +101,21 @@ class Experts:
 
     @classmethod
     def open(cls, model: ModelName, kind: Kind = "routed", damaged: bool = False) -> "Experts":
-        """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`, each perhaps followed by `#STACK`."""
+        """Open the experts of `model`: a folder, a file, a Hub id or `demo:NAME`, each optionally followed by
+        `#STACK`."""
         name, stack = split_model(model_name(model))
         return cls(Checkpoint(find_repository(name)), kind, stack, damaged)
 
     def __repr__(self) -> str:
-        """For instance "Experts('org/name', mixtral, layers 0-31)"; nothing is read for it."""
+        """For instance "Experts('org/name', mixtral, layers 0-31)"; does not read anything."""
         return f"Experts({self.checkpoint.repository.name!r}, {self.family}, layers {format_ranges(self.layers)})"
 
     def __len__(self) -> int:
-        """The number of layers that have these experts; those for multi-token prediction are not counted."""
+        """The number of layers with these experts, not counting those for multi-token prediction."""
         return len(self.layers)
 
     def __iter__(self) -> Iterator[ExpertLayer]:
-        """The layers in their order."""
+        """The layers in order."""
         return map(self.layer, self.layers)
 
     @property
@@ -129,7 +129,7 @@ class Experts:
 
     @property
     def order(self) -> Order | None:
-        """How gates and ups lie in the tensor that holds both, None where each has its own."""
+        """How gate and up rows are arranged in the tensor that holds both, None if each has its own."""
         return self._match.layout.order
 
     @property
@@ -138,7 +138,7 @@ class Experts:
 
     @property
     def stack(self) -> str:
-        """The name of the chosen stack: the beginning of its tensors' names."""
+        """The name of the chosen stack: the prefix of its tensors' names."""
         return self._match.root
 
     def layer(self, number: int) -> ExpertLayer:
@@ -154,7 +154,7 @@ class Experts:
         """The numbers of the layers that the user asks for: `layer`, or `layers`, or the first MoE layer.
 
         `layers` are numbers, or a string such as "0,5,10", "0-23/6" or "all". Raises InvalidRequest, which lists the
-        MoE layers, for any other layer; also where `layer` and `layers` are both given, or `layers` is empty.
+        MoE layers, for any other layer; also if both `layer` and `layers` are given, or `layers` is empty.
         """
         layer, layers = layer_number(layer), layer_numbers(layers)
         if layer is not None and layers is not None:
@@ -192,9 +192,9 @@ class Experts:
         )
 
     def _probe(self, match: LayoutMatch) -> ExpertLayer:
-        """The first layer, by which layout and sizes are known; of a damaged model one of its experts that fits.
+        """The first layer, which determines layout and sizes; of a damaged model, one of its experts that fits.
 
-        Raises what the first expert's tensors raise where none of the first PROBED fits.
+        If none of the first PROBED fits, raises what the first expert's tensors raise.
         """
         first = self._open(match, min(match.layers))
         if not self._damaged or first.layout.is_single:
@@ -238,22 +238,22 @@ class Experts:
 
     @property
     def top_k(self) -> int:
-        """The number of experts that a token is routed to, by the config; 1 where it does not give it."""
+        """The number of experts per token, from the config; 1 if it does not say."""
         return self.model_config.top_k
 
     @property
     def scoring(self) -> str:
         """The router's function, "softmax" or "sigmoid".
 
-        Where the config does not name it, a router whose scores are corrected by a bias, as DeepSeek-V3's, takes the
-        sigmoid.
+        If the config does not name it, a router whose scores are corrected by a bias, like that of DeepSeek-V3, uses
+        the sigmoid.
         """
         is_corrected = any("correction" in parts for parts in self._match.beside.values())
         default = "sigmoid" if is_corrected or has_feature(self.model_type, "sigmoid") else "softmax"
         return self.model_config.scoring or default
 
     def _refuse(self, partial: list[LayoutMatch], unmatched: list[str]) -> NoReturn:
-        """Raise ModelUnreadable or UnknownFormat for tensors that look like routed experts and fit no layout."""
+        """Raise ModelUnreadable or UnknownFormat for tensors that look like routed experts but fit no layout."""
         for match in partial:
             if match.names.issuperset(unmatched):
                 roles = {role for experts in match.layers.values() for role in experts}
@@ -320,9 +320,9 @@ class Experts:
         return roots[0]
 
     def _choose_match(self, candidates: list[LayoutMatch]) -> LayoutMatch:
-        """The match whose layout fits the shapes and accounts for all tensors; of several, model_type chooses one.
+        """The match whose layout fits the shapes and accounts for all tensors; if several do, model_type decides.
 
-        Raises UnknownFormat where no layout does, or where model_type leaves a choice.
+        Raises UnknownFormat if no layout does, or if model_type does not decide.
         """
         fitting: list[LayoutMatch] = []
         reason: DoesNotFit | None = None
@@ -364,9 +364,9 @@ class Experts:
         return chosen
 
     def _choose_order(self, match: LayoutMatch, others: list[LayoutMatch]) -> LayoutMatch:
-        """The match with gates and ups in the order that the weights of its first layer show.
+        """The match with gate and up rows in the order that the weights of its first layer show.
 
-        Raises UnknownFormat where they show none, and the names leave both orders open.
+        Raises UnknownFormat if they show none, and the names allow both orders.
         """
         assert match.layout.order
         layer = self._probe(match)
@@ -389,7 +389,7 @@ class Experts:
 
 
 def _differ_in_order(matches: Sequence[LayoutMatch]) -> bool:
-    """Whether the matches are the same but for the order of gates and ups."""
+    """Whether the matches differ only in the order of gate and up rows."""
     axes = [[tensor.axes for tensor in match.layout.with_order("halves").tensors] for match in matches]
     return all(match.layout.order for match in matches) and all(one == axes[0] for one in axes)
 
@@ -418,7 +418,7 @@ def parse_layers(text: str) -> list[int]:
 
 
 def split_model(model: str) -> tuple[str, str | None]:
-    """A model's name, and the stack that may follow it behind a #: "org/name#encoder"."""
+    """A model's name, and the stack that may follow it after a #: "org/name#encoder"."""
     name, mark, stack = model.rpartition("#")
     return (name, stack) if mark and name and not os.path.exists(model) else (model, None)
 

@@ -21,15 +21,15 @@ PRE_QUANT_SCALE = "pre_quant_scale"
 
 
 class OtherInputs(UnknownFormat):
-    """Raised where the factors are not those of the inputs, which may lie on another axis."""
+    """Raised if the factors are not those of the inputs, which may be on another axis."""
 
 
 def multiply_inputs(stored: Stored, factors: Part, inputs_first: bool | None) -> Stored:
     """The tensor with the factors of its inputs multiplied into what is decoded.
 
-    `factors` are [in], or [experts, in] beside a stack. `inputs_first` tells whether a plain form has its inputs on the
-    last axis but one; None where nobody knows, and then only a matrix alone, which is [out, in], is taken. Raises
-    OtherInputs where there is not one factor for each input, UnknownFormat where we can't tell what they are.
+    `factors` are [in], or [experts, in] beside a stack. `inputs_first` says whether a plain form has its inputs on the
+    last axis but one; if it is unknown (None), only a single matrix, which is [out, in], is accepted. Raises
+    OtherInputs unless there is one factor per input, UnknownFormat if we can't tell what they are.
     """
     if len(stored.shape) < 2:
         raise UnknownFormat(f"its {PRE_QUANT_SCALE} scales inputs, but its weight {list(stored.shape)} is not a matrix")

@@ -22,7 +22,7 @@ import httpx2
 from ...errors import ModelUnreadable, MoEError
 
 try:
-    import huggingface_hub.constants  # noqa: F401  raises ValueError for a variable that is no number
+    import huggingface_hub.constants  # noqa: F401  raises ValueError for a variable that is not a number
 except ValueError as error:
     wrong = [name for name, value in os.environ.items() if name.startswith("HF_") and repr(value) in str(error)]
     raise ModelUnreadable(
@@ -154,17 +154,17 @@ class HubRepository:
             self.cache.trim()
 
     def received(self, count: int) -> None:
-        """Count bytes that came in; raises ModelUnreadable where their job is given up."""
+        """Count bytes that arrived; raises ModelUnreadable if their job was cancelled."""
         with self._lock:
             self.bytes_fetched += count
         if self._stopped.is_set():
             raise ModelUnreadable(f"reading {self.name} was cancelled")
 
     def retry(self, function: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
-        """Call `function`, repeatedly and with longer and longer delays where its error may pass.
+        """Call `function`, with growing delays after errors that may pass.
 
-        `done` is the number of bytes that have come; after ENOUGH of them, the delays start from the first one again.
-        Raises ModelUnreadable for an error that stays.
+        `done` is the number of bytes that have arrived; after ENOUGH of them, the delays start again from the first
+        one. Raises ModelUnreadable for an error that does not pass.
         """
         failures, before = 0, done()
         while True:
@@ -343,7 +343,8 @@ class HubFile:
         return [(low, min(low + CHUNK, stop)) for start, stop in gaps for low in range(start, stop, CHUNK)]
 
     def fetch(self, start: int, stop: int, count: Callable[[int], None] = lambda received: None) -> None:
-        """Fetch a range into the cache, resuming after a broken connection; `count` is told the bytes that came."""
+        """Fetch a range into the cache, resuming after a broken connection; `count` is called with the bytes that
+        arrived."""
         if not self.repository.cache.missing(self._key, [(start, stop)]):
             return  # another thread has fetched it
         received = bytearray()
@@ -440,11 +441,11 @@ def _start_client() -> None:
 
 
 class _BadAnswer(Exception):
-    """An answer that makes no sense, unlike, perhaps, the next one."""
+    """An answer that makes no sense; the next one may."""
 
 
 class _Unreachable(ModelUnreadable):
-    """Raised where there is no network, or it must not be used."""
+    """Raised if there is no network, or it must not be used."""
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -474,7 +475,7 @@ def _seconds_to_wait(error: BaseException) -> float:
 
 
 def explain(error: BaseException, name: str, revision: str) -> MoEError:
-    """An error of the Hub's client in words for the user, without the URL, which may be signed, and the token."""
+    """An error of the Hub's client as an error for the user, without the token and the URL, which may be signed."""
     match error:
         case GatedRepoError():
             return ModelUnreadable(f"{name} is gated", "accept its terms on its Hub page, then set HF_TOKEN")
