@@ -80,7 +80,7 @@ def compress(
             if planned is None:
                 ranks, curves = job.choose_ranks(rule, experts)
             else:
-                # a stopped run chose the ranks; what it kept of its measurements is deleted when this job ends
+                # an interrupted run chose the ranks; its kept measurements are deleted when this job ends
                 ranks = planned
                 job.resumable("measure", rule.energy, experts)
         checked = [opened.experts.layer(number) for number in job.verified_layers(numbers)]
@@ -93,7 +93,7 @@ def compress(
                 check = checks[layer.number]
                 if check.is_complete:
                     fidelity = check.result()
-                elif codes:  # a stopped run has written the layer, and the check has not seen its experts
+                elif codes:  # an interrupted run has written the layer, so the check has not seen its experts
                     moments = job.moments_of(layer)
                     fidelity = check_coded_layer(layer, codes[layer.number], check, opened.resources, progress, moments)
                 else:

@@ -1,8 +1,9 @@
-"""The types of llama.cpp in which `llama-quantize` keeps matrices: their bytes, and the errors that they leave.
+"""The types of llama.cpp in which `llama-quantize` stores matrices: their bytes and errors.
 
-The gguf package rounds to the types with blocks of 32 itself. It does not to those with blocks of 256 (K-quants and
-i-quants), nor to IQ4_NL: their errors are those of our affine code of as many bits in groups of 32, times a factor that
-ggml's own quantiser has been measured by (experiments/ggml_types), and lie within some per cent of that.
+The gguf package itself rounds to the types with blocks of 32, but not to those with blocks of 256 (K-quants and
+i-quants) or to IQ4_NL. The errors of these are estimated: those of our affine code with as many bits in groups of 32,
+times a factor that was measured with ggml's own quantiser (experiments/ggml_types); the estimates are within a few per
+cent.
 """
 
 from collections.abc import Collection, Sequence

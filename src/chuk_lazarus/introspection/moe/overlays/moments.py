@@ -97,7 +97,7 @@ def permute_moments(role: str, moments: NDArray[np.float32], permutation: NDArra
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was calibrated on: so many `tokens`, whose `digest` tells them from any other."""
+    """The text of a calibration: its number of `tokens`, and their `digest`."""
 
     tokens: int
     digest: str

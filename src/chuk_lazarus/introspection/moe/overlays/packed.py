@@ -1,8 +1,9 @@
 """Models quantised in the format of compressed-tensors, which transformers and vLLM load: a width for each layer.
 
 vLLM runs the projections of a layer in one kernel, which needs one width for all of them. transformers (up to 5.24)
-decodes all experts by the first group of the config: with others of other bits and as many scales it would read wrong
-numbers and not say so. So the widths of one checkpoint differ in their groups where they differ in bits, and it fails.
+decodes all experts by the first group of the config: if another group had other bits but as many scales, it would
+silently read wrong numbers. So widths of one checkpoint that differ in bits also differ in their group size, and it
+fails instead.
 """
 
 from collections.abc import Callable
@@ -103,7 +104,7 @@ def _widths(shape: Shape) -> list[PackedCode]:
 
 
 def _choose(rule: BitRule, trials: Trials[int], total_bytes: Callable[[Widths[int]], int]) -> Widths[int]:
-    """The widths that the rule chooses from the first set that can meet it; raises InvalidRequest where none can."""
+    """The widths that the rule chooses from the first set that can meet it; raises InvalidRequest if none can."""
     for widths in WIDTH_SETS:
         try:
             return choose_widths(rule, {number: trial.only(widths) for number, trial in trials.items()}, total_bytes)

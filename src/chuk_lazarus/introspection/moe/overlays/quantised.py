@@ -78,7 +78,7 @@ def write_quantised(
     def verify() -> str:
         codes = width_codes(widths)
         for number, check in checks.items():
-            if check.is_complete:  # a run that was stopped may have written the layer
+            if check.is_complete:  # an interrupted run may have written the layer
                 verified.append(layer_verification(number, {}, check.result(), codes[number]))
         return card_table(verified)
 

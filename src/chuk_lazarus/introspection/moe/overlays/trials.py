@@ -79,7 +79,7 @@ class RoleTrial:
         return self.has_base and (self.bank is not None or self.participation < TRAINED)
 
     def rung(self, levels: int) -> BitsCode:
-        """The code of so many levels."""
+        """The code with that many levels."""
         return _rung(levels, self.shape, self.few_group)
 
     def error(self, codes: RoleCodes) -> float:

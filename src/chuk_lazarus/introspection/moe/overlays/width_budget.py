@@ -114,7 +114,7 @@ def try_widths(
 
 
 def try_rows(rows: NDArray[np.float32], shape: Shape, experts: int, widths: Sequence[Width]) -> WidthTrial:
-    """The trial of a projection of so many experts of that shape, from rows [rows, columns] of some of them."""
+    """The trial of a projection of that many experts, from rows [rows, columns] of some of them."""
     energy = total_energy(rows) or 1.0  # zeros have no error
     return WidthTrial(
         experts * prod(shape),

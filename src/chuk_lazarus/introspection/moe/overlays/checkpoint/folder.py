@@ -309,7 +309,7 @@ def write_model(
             (unfinished / PLAN).unlink()
             os.fsync(descriptor)
             if force and folder.exists():
-                remove(replaced)  # a run that was stopped in one of the next steps has left it
+                remove(replaced)  # left by a run that was interrupted in one of the next steps
                 folder.rename(replaced)
             unfinished.rename(folder)
             if force:

@@ -32,7 +32,7 @@ def planned_layers(checkpoint: Checkpoint, folder: Path, rule: str, version: int
             layers: dict[str, Any] = plan["ranks"]
             return {str(int(layer)): of_layer for layer, of_layer in layers.items()}
     except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        pass  # there is no plan, or somebody else wrote it
+        pass  # there is no plan, or it was changed
     return None
 
 

@@ -78,11 +78,11 @@ def write_overlay(
     """Write the model into `folder` with the routed experts of every layer in `ranks` (layer -> role -> rank) as an
     overlay, everything else as it is.
 
-    The same call goes on with what a stopped one left in `<folder>.partial`. `force` replaces an existing folder once
-    the new one is whole, and deletes the unfinished work of another call. `source` is what the model is called in the
-    new folder's config and card, `rule` how the ranks were chosen. `checks`, by layer, compare the experts while they
-    are written, but not those of layers that a stopped call has written; `card` is called at the end for further text
-    of the card. `progress` is told bytes written.
+    The same call continues with what an interrupted one left in `<folder>.partial`. `force` replaces an existing folder
+    once the new one is whole, and deletes the unfinished work of another call. `source` is what the model is called in
+    the new folder's config and card, `rule` how the ranks were chosen. `checks`, by layer, compare the experts while
+    they are written, but not those of layers that an interrupted call has written; `card` is called at the end for
+    further text of the card. `progress` reports bytes written.
 
     Raises InvalidRequest for ranks that do not fit the model, a folder that must not be written or a disk without room,
     ModelUnreadable where the model is broken.

@@ -38,11 +38,11 @@ class BankShape:
 
     def cut(self, shape: Shape) -> tuple[Shape, Shape, Shape]:
         """The shapes of the bank, of an expert's deltas and of its unshared neurons."""
-        of_bank, of_deltas, of_strangers = (
+        of_bank, of_deltas, of_others = (
             (count, shape[1]) if self.axis == 0 else (shape[0], count)
             for count in (self.size, self.matched, shape[self.axis] - self.matched)
         )
-        return of_bank, of_deltas, of_strangers
+        return of_bank, of_deltas, of_others
 
     def index(self, experts: int) -> PartLayout:
         """Which neurons of the bank those of the experts refer to, [experts, matched], in the smallest integer type."""
@@ -51,8 +51,8 @@ class BankShape:
 
     def split(self, matrix: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """An expert's neurons that are deltas, and its unshared ones."""
-        deltas, strangers = np.split(matrix, [self.matched], axis=self.axis)
-        return np.ascontiguousarray(deltas), np.ascontiguousarray(strangers)
+        deltas, others = np.split(matrix, [self.matched], axis=self.axis)
+        return np.ascontiguousarray(deltas), np.ascontiguousarray(others)
 
     def split_moments(self, moments: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The second moments [in, in] of neurons that are deltas, and of unshared ones, if neurons are inputs."""

@@ -150,7 +150,7 @@ class BitsCode:
         return values
 
     def affine_settings(self, columns: int) -> tuple[int, int]:
-        """The group size and the bits of MLX's affine form of matrices of so many columns."""
+        """The group size and the bits of MLX's affine form of matrices with that many columns."""
         bits = bits_of(self.levels)
         groups = MLX_GROUPS if self.group in (ROW, MATRIX) else (self.group, MLX_GROUP)
         return next((group for group in groups if columns % group == 0), MLX_GROUP), MLX_BITS.get(bits, bits)

@@ -41,7 +41,7 @@ class FactorsCode:
     def encode(
         self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """See `Code`; factors are never made unbiased, since what they leave out is no shrinkage.
+        """See `Code`; factors are never made unbiased, since leaving out directions does not shrink the others.
 
         With moments the left factor is that of the matrix times their Cholesky factor. Raises ValueError for a rank
         above min(out, in), too.

@@ -50,7 +50,7 @@ def windows(bits: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def check_encoder() -> None:
-    """Raise LibraryMissing where there is no compiler to encode trellises with; decoding needs none."""
+    """Raise LibraryMissing if numba, which encodes trellises, is not installed; decoding does not need it."""
     try:
         from . import viterbi  # noqa: F401
     except ImportError:

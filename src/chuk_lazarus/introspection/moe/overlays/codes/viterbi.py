@@ -30,7 +30,7 @@ def _compile(function: Callable[..., None]) -> Callable[..., None]:
     compiled: Callable[..., None]
     try:
         compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # there is no folder that may hold it
+    except RuntimeError:  # there is no writable cache folder
         compiled = numba.njit(**options)(function)
     return compiled
 

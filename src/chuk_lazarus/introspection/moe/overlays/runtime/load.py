@@ -50,14 +50,13 @@ _ROUTED = re.compile(r"\.experts\.\d+\.|\.experts\.(?:gate_up_proj|down_proj)")
 
 
 def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
-    """The mlx-lm model of an overlay checkpoint, its experts left as base and deltas, and its config.
+    """The mlx-lm model of an overlay checkpoint, with its experts as base and deltas, and its config.
 
     Codes stay in few bits, in MLX's affine form, whose scales are float32 on a CPU and bfloat16 elsewhere, or as the
-    streams of trellises. The model's
-    class is derived from mlx-lm's own, so that all code for mlx-lm's models takes it. Every parameter must be in the
-    folder, and every tensor there must belong to a parameter, except those that mlx-lm itself drops. Raises
-    ModelUnreadable for a folder that is no overlay or is broken, UnknownFormat for a family that mlx-lm has no class
-    for, or whose experts in mlx-lm are no SwitchGLU.
+    streams of trellises. The model's class is derived from mlx-lm's own, so all code for mlx-lm's models accepts it.
+    Every parameter must be in the folder, and every tensor there must belong to a parameter, except those that mlx-lm
+    itself drops. Raises ModelUnreadable for a folder that is broken or not an overlay, UnknownFormat for a family that
+    mlx-lm has no class for, or whose experts in mlx-lm are not a SwitchGLU.
     """
     folder = Path(folder)
     with name_model(str(folder)):
@@ -98,9 +97,10 @@ def plain_name(folder: Path) -> Iterator[Path]:
 
 
 def overlay_classes(folder: str | Path) -> tuple[type[Module], type]:
-    """The classes of an overlay checkpoint's model and of its arguments, which mlx-lm's programs ask the folder for.
+    """The classes of an overlay checkpoint's model and of its arguments, which mlx-lm's programs import from the
+    folder.
 
-    Raises as `load_overlay` does, but for what only the weights tell.
+    Raises as `load_overlay` does, except for errors that only the weights show.
     """
     folder = Path(folder)
     with name_model(str(folder)):
@@ -118,8 +118,8 @@ def check_folder(folder: Path) -> Layers:
 
 
 def check_files(folder: Path) -> None:
-    """Raise ModelUnreadable for pipes, devices and broken links that mlx-lm or transformers may read, and for weights
-    that mlx-lm would load beside those of the model: it takes each file of this name, whatever the index says."""
+    """Raise ModelUnreadable for pipes, devices and broken links that mlx-lm or transformers may read, and for stray
+    weights: mlx-lm would load each file of this name, whatever the index says."""
     repository, templates = Folder(folder), folder / "additional_chat_templates"
     paths = [*([templates] if templates.is_symlink() else []), *templates.glob("*.jinja")]
     for name in sorted(repository.files | {str(path.relative_to(folder)) for path in paths}):

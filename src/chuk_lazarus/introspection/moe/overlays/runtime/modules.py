@@ -256,9 +256,9 @@ class CodedLinear(Module):
 
     def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """What each expert adds to the base product, its bias included; shapes as in OverlayLinear."""
-        referring, strangers = x, x
+        referring, others = x, x
         if self._bank and self._bank.axis:
-            referring, strangers = mx.split(x, [self._bank.matched], axis=-1)
+            referring, others = mx.split(x, [self._bank.matched], axis=-1)
         products: list[mx.array] = []
         if "delta" in self:
             products.append(self["delta"].gather(referring, indices, sorted_indices))
@@ -266,8 +266,8 @@ class CodedLinear(Module):
             inner = self["right"].gather(referring, indices, sorted_indices).astype(x.dtype)
             products.append(self["left"].gather(inner, indices, sorted_indices))
         if "rest" in self:
-            rest = self["rest"].gather(strangers, indices, sorted_indices)
-            if self._bank and not self._bank.axis:  # strangers are further outputs
+            rest = self["rest"].gather(others, indices, sorted_indices)
+            if self._bank and not self._bank.axis:  # unshared neurons are further outputs
                 zeros = mx.zeros((*rest.shape[:-1], self._bank.matched), rest.dtype)
                 products = [mx.concatenate([_sum(products) if products else zeros, rest], axis=-1)]
             else:

@@ -31,7 +31,7 @@ _LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\..*")
 
 @dataclass(frozen=True, slots=True)
 class StockTensor:
-    """A tensor that is no expert's, under mlx-lm's name: `load` reads it, once, as float32 or as it is stored."""
+    """A tensor that is not part of an expert, under mlx-lm's name; `load` reads it, once, as float32 or as stored."""
 
     name: str
     dtype: str
@@ -75,7 +75,7 @@ class StockNames:
         )
 
     def rest(self, folder: Path) -> list[StockTensor]:
-        """The tensors in the safetensors files of a folder, which are no experts', under mlx-lm's names.
+        """The tensors in the safetensors files of a folder, which has no experts, under mlx-lm's names.
 
         Nothing is read until a tensor's `load` is called. `left_out` then says which parts the model's class drops.
         """
@@ -109,7 +109,7 @@ class StockNames:
         ]
 
     def rest_codes(self, tensors: Iterable[StockTensor], bits: int | None) -> dict[str, AffineCode]:
-        """How modules that are no routed experts are quantised, by path: as mlx-lm does it, to `bits`; None for not.
+        """How modules other than routed experts are quantised, by path: as mlx-lm does it, to `bits`; None for not.
 
         Modules for which the model's class wants other settings get these, and routers stay as they are.
         """
