@@ -4,7 +4,7 @@ from collections.abc import Callable
 from threading import Lock
 
 Progress = Callable[[str, int, int], None]
-"""A function that is told of work as it goes on: (what, done, total)."""
+"""A function that is called during the work, with (what, done, total)."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:

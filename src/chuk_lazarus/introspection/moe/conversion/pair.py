@@ -12,7 +12,7 @@ from ..weights.codecs import Grid
 from ..weights.expert_layer import ExpertLayer, ExpertTensor
 from .format_error import ARITHMETIC, format_error
 
-CORNER = 64  # neurons and inputs of an expert by which experts are told apart
+CORNER = 64  # neurons and inputs of an expert by which experts are distinguished
 
 Matrices = dict[str, Array]  # by role, [out, in]
 

@@ -137,7 +137,7 @@ class _Verification:
             self.layers.append(_report_layer(pair, chosen, errors, router.error))
 
     def _fetch(self, pair: LayerPair, experts: Sequence[int]) -> None:
-        """Have all of some experts of both models at hand."""
+        """Fetch all of some experts of both models."""
         self._fetch_original(pair, experts)
         pair.converted.prefetch(
             self.progress,

@@ -54,7 +54,7 @@ class ClusterUnusable(MoEError):
 class Place:
     """Where each worker finds a model: an absolute path, a Hub id or an embedded model.
 
-    `sizes` are the bytes of the files at the path, which a worker must find there, too; None for what is no path.
+    `sizes` are the bytes of the files at the path, which a worker must find there too; None if it is not a path.
     """
 
     name: str
@@ -212,7 +212,7 @@ def connect(address: str | None) -> Iterator[Cluster | None]:
         finally:
             if client:
                 with suppress(TimeoutError):
-                    client.close(timeout=0.5)  # a scheduler that does not answer will see that we have gone
+                    client.close(timeout=0.5)  # a scheduler that does not answer will notice that we left
             runner.stop()
 
 

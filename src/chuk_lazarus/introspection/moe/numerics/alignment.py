@@ -22,8 +22,8 @@ SAMPLE = 64  # neurons of an expert that show whether it has to be aligned
 PAIRS, LEAST_PAIRS = 512, 8  # neurons of all experts together by which groups are found, and the fewest of an expert
 LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
 FOUND = 0.1  # the share of an expert's neurons that must be found, for the matches to say anything
-NEARLY_ALL = 0.98  # the share of neurons from which on an expert is not compared with the mean as well
-CLOSE = 0.5  # the cosine from which on two neurons belong together, though another one may be nearly as near
+NEARLY_ALL = 0.98  # the share of neurons above which an expert is not compared with the mean as well
+CLOSE = 0.5  # the cosine above which two neurons belong together, even if another is nearly as close
 ASSIGNED = 1024  # neurons that are assigned to places at once
 
 
@@ -98,7 +98,7 @@ def permute_vectors(vectors: Array, alignment: Alignment) -> Array:
 
 
 def _complete(groups: Sequence[Group], experts: int) -> tuple[Group, ...]:
-    """The groups, and those alone that are in none; all experts as one where there are no groups."""
+    """The groups, and each other expert as its own group; all experts as one group if there are none."""
     if not groups:
         return (tuple(range(experts)),)
     grouped = {expert for group in groups for expert in group}

@@ -26,7 +26,7 @@ from .neurons import Array, unit_rows
 BLOCK = 2**22  # cosines that one thread holds for each role
 LEAD = 0.1  # by which the nearest neuron must be nearer than the second nearest, in the mean over roles
 NEAR = 0.6  # the mean cosine above which gate and up count even if down disagrees
-EQUAL = 0.9  # the cosine from which on two roles of a neuron are the same vector, or nearly
+EQUAL = 0.9  # the cosine above which two roles of a neuron are the same vector, or nearly
 SIGNED = ("up", "down")  # roles whose signs may change together, where there is a gate
 
 

@@ -18,7 +18,7 @@ from .neurons import Array
 
 QUALITY = 4  # bits of a plain code, whose error the others are to reach
 PAYS = 0.1  # bits per weight below which a base is not worth it
-MANY = 32  # experts from which on a base is kept in BASE_BITS[1] bits, of fewer in BASE_BITS[0]
+MANY = 32  # with at least this many experts a base is kept in BASE_BITS[1] bits, else in BASE_BITS[0]
 BASE_BITS = (4, 5)
 
 
@@ -64,7 +64,7 @@ def sharing_rates(
     """The rate of each role.
 
     If all experts keep their order, it comes from `grams` [experts, experts] of the whole matrices; else from the
-    `vectors` [experts, neurons, d] that are known of the neurons.
+    `vectors` [experts, neurons, d] of the neurons.
     """
     aligned = align_grams(grams, vectors, alignment)
     return {role: sharing_rate(gram, alignment.groups) for role, gram in aligned.items()}

@@ -97,7 +97,7 @@ def compare_embeddings(
 
 
 def draw_runs(count: int) -> list[tuple[int, int]]:
-    """Evenly spaced runs of tokens, TOKENS together, out of range(count); all where there are no more."""
+    """Evenly spaced runs of tokens, TOKENS together, out of range(count); all if there are no more."""
     if count <= TOKENS:
         return [(0, count)]
     starts = np.linspace(0, count - RUN, TOKENS // RUN).round().astype(int).tolist()

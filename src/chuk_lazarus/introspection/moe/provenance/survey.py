@@ -36,7 +36,7 @@ from .quick import analyze_quickly
 from .survey_lists import Entry, read_entries, spell_layers
 from .survey_rows import append_row, open_rows, read_rows
 
-# -P: a file in the current folder, which may be a stranger's, must not be imported in a library's place
+# -P: a file in the current folder, which somebody else may have put there, must not be imported instead of a library
 WORKER = (sys.executable, "-P", "-c", f"from {__name__} import work; work()")
 PROGRESS_PAUSE = 0.1  # seconds between two reports of a process on the same work
 
