@@ -211,7 +211,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors, Any], None], int, str]] = {
     "a unit with an axis": (with_tensor("gate.base.unit", lambda a: a.reshape(1)), UNREADABLE, "is F32"),
     "no base": (without_tensor("up.base.values"), UNREADABLE, "is missing"),
     "no levels": (without_tensor("down.delta.left.levels"), UNREADABLE, "is missing"),
-    "version 3": (lambda tensors, facts: facts.update(version=3), UNKNOWN, "of version 3"),
+    "version 3": (lambda tensors, facts: facts.update(version=3), UNKNOWN, "has version 3"),
     "a version in words": (lambda tensors, facts: facts.update(version="2"), UNKNOWN, "version 2"),
     "a rank above that of the factors": (with_codes("down", delta="rank5:8bit:64"), UNREADABLE, "left.levels is"),
     "a rank beyond all sides": (with_codes("down", delta="rank999999:8bit:64"), UNREADABLE, "left.levels is"),

@@ -306,5 +306,5 @@ def test_weights_that_mlx_lm_would_load_beside_the_models_are_refused(tmp_path: 
     shutil.copytree(DEMO / "upcycled", model)
     (tmp_path / "text.txt").write_text("the same model twice")
     shutil.copy(DEMO / "native/model.safetensors", model / "model-old.safetensors")
-    with pytest.raises(ModelUnreadable, match=r"model-old\.safetensors is not among the model's files"):
+    with pytest.raises(ModelUnreadable, match=r"model-old\.safetensors is not one of the model's files"):
         MoECompressionService.evaluate(str(model), DEMO / "upcycled", tmp_path / "text.txt")

@@ -1139,7 +1139,7 @@ def test_a_disk_that_fills_up_leaves_what_can_be_resumed(tmp_path: Path) -> None
     (line,) = output.splitlines()
     assert code == 3
     assert line.startswith("InvalidRequest can't write ")
-    assert "goes on" in line
+    assert "run the same command again to continue" in line
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "folder.partial"}
     assert not [name for name in content(tmp_path / "folder.partial") if name.endswith(".tmp")]
     assert run(ONCE, model, folder)[0] == 0

@@ -875,7 +875,7 @@ def test_a_base_that_cannot_be_coded() -> None:
     for code in ("bf16", "rank2:4bit:64"):
         with pytest.raises(ValueError, match="in bits"):
             OverlayMoE(16, 24, 4, 2, 1).code_base(code)
-    with pytest.raises(ValueError, match="no code"):
+    with pytest.raises(ValueError, match="not a code"):
         OverlayMoE(16, 24, 4, 2, 1).code_base("9bit:64")
 
 

@@ -242,7 +242,7 @@ def test_integers_of_odd_widths_that_old_versions_packed_are_refused_by_name(bit
     encoded = ENCODERS["pack_int8"][0].func(matrix(4, 64), np.random.default_rng(), bits=bits)  # type: ignore[attr-defined]
     old = np.zeros((4, -(-64 // (32 // bits))), np.int32)
     parts = with_part(encoded, "weight_packed", "I32", old)
-    assert_refused(UnknownFormat, parts, encoded.quantization, f"of {bits} bits, as many as fit into a word")
+    assert_refused(UnknownFormat, parts, encoded.quantization, f"of {bits} bits in the padded words of old versions")
     encoded = ENCODERS["pack_int8"][0].func(  # type: ignore[attr-defined]
         matrix(4, 4), np.random.default_rng(), bits=bits, group=None
     )
@@ -258,7 +258,7 @@ def test_packed_integers_need_no_config_where_the_shapes_tell() -> None:
 
 def test_packed_integers_whose_width_the_shapes_leave_open() -> None:
     encoded = make("pack_int4_channel", 4, 4)  # one word a row: 4 to 8 bits
-    assert_refused(UnknownFormat, encoded.parts, {}, "do not tell")
+    assert_refused(UnknownFormat, encoded.parts, {}, "do not show which")
     assert open_parts(encoded.parts, encoded.quantization).codec == "int4"
 
 

@@ -228,9 +228,9 @@ def test_factors_of_one_change_nothing() -> None:
     ("factors", "message"),
     [
         ({"gate_scale": [1, 2, 3]}, "layer 0 has gate_scale, but lacks the other factors of its experts"),
-        ({"gate_scale": [1, 2], "out_scale": [1, 2, 3]}, "gate_scale is not one factor for each of 3 experts"),
-        ({"gate_scale": [1, 0, 2], "out_scale": [1, 2, 3]}, "gate_scale is not one factor for each of 3 experts"),
-        ({"gate_scale": [1, 1, 2], "out_scale": [1, np.nan, 3]}, "out_scale is not one factor for each of 3 experts"),
+        ({"gate_scale": [1, 2], "out_scale": [1, 2, 3]}, "gate_scale should hold one factor for each of 3 experts"),
+        ({"gate_scale": [1, 0, 2], "out_scale": [1, 2, 3]}, "gate_scale should hold one factor for each of 3 experts"),
+        ({"gate_scale": [1, 1, 2], "out_scale": [1, np.nan, 3]}, "out_scale should hold one factor for each of 3"),
     ],
 )
 def test_factors_that_are_broken_are_refused(factors: dict[str, Any], message: str) -> None:

@@ -73,7 +73,7 @@ class OverlayLinear(Module):
         """
         bits, base = parse_code(code), self.base
         if not isinstance(bits, BitsCode):
-            raise ValueError(f"a base to train on must have a code of bits, not {code}")
+            raise ValueError(f"a base to train on must be kept in bits, such as 4bit:128, not as {code}")
         if isinstance(base, AffineMatrix):
             raise ValueError("the base is already coded")
         shape = self.output_dims, self.input_dims
