@@ -426,7 +426,7 @@ def test_experts_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ({0: {"gate": FINE}}, "needs codes for"),
         ({9: dict.fromkeys(("gate", "up", "down"), FINE)}, "layer 9"),
         ({0: dict.fromkeys(("gate", "up", "down"), RoleCodes(FINE.base, FactorsCode(99, BitsCode(4))))}, "rank 99"),
-        ({}, "no layer"),
+        ({}, "for any layer"),
     ],
 )
 def test_codes_that_do_not_fit(codes: dict[int, LayerCodes], text: str, tmp_path: Path) -> None:

@@ -485,17 +485,17 @@ def test_a_bad_overlay_is_not_passed_over_in_silence(tmp_path: Path) -> None:
         write(tmp_path / "m", planted(2)), tmp_path / "good", ranks=dict.fromkeys(NAMES, 2)
     )
     assert not good.notes
-    for name, rank, word in (("rough", 0, "output error"), ("larger", 64, "no smaller")):
+    for name, rank, word in (("rough", 0, "output error"), ("larger", 64, "not smaller")):
         report = MoECompressionService.compress("demo:native", tmp_path / name, ranks=dict.fromkeys(NAMES, rank))
         assert any(word in note for note in report.notes), report.notes
 
 
 def test_nothing_larger_is_written_unless_it_is_forced(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"no smaller: 786\.4 kB before"):
+    with pytest.raises(InvalidRequest, match=r"not be smaller: 786\.4 kB before"):
         MoECompressionService.compress("demo:native", tmp_path / "larger")
     assert not any(tmp_path.iterdir())
     assert MoECompressionService.compress("demo:native", tmp_path / "forced", force=True).ratio < 1
-    with pytest.raises(InvalidRequest, match="no smaller"):  # rows are too short for a scale
+    with pytest.raises(InvalidRequest, match="not be smaller"):  # rows are too short for a scale
         MoECompressionService.compress(str(FIXTURES / "mixtral"), tmp_path / "larger", fit="1GB", format="mlx")
 
 

@@ -716,7 +716,7 @@ def test_what_an_overlay_has_not_got(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "reason"),
     [
-        ({}, "no layer"),
+        ({}, "for any layer"),
         ({5: RANKS}, "layer 5 is not"),
         ({0: {"gate": 1, "up": 1}}, "needs ranks for"),
         ({0: {**RANKS, "router": 1}}, "needs ranks for"),

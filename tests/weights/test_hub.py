@@ -539,7 +539,7 @@ def test_nobody_listens_at_the_endpoint(cache: Path) -> None:
             "https_proxy", "gopher://name:secret@127.0.0.1:9", ["can't start", "proxy"], marks=pytest.mark.long
         ),
         pytest.param("HTTPS_PROXY", "http://[::1", ["can't start", "proxy"], marks=pytest.mark.long),
-        ("HF_HUB_ETAG_TIMEOUT", "abc", ["can't start", "no number"]),
+        ("HF_HUB_ETAG_TIMEOUT", "abc", ["can't start", "not a number"]),
     ],
 )
 def test_settings_that_the_client_cannot_start_with(
