@@ -349,7 +349,7 @@ def test_options_that_cannot_be(options: dict[str, Any]) -> None:
         ("demo:native experts=0", ["line 1", "'0'"]),
         ("demo:native experts=two", ["line 1", "'two'"]),
         ("demo:native parent=", ["line 1", "parent"]),
-        (b"\xff\xfe\x00", ["list.txt", "no list"]),
+        (b"\xff\xfe\x00", ["list.txt", "not a list"]),
     ],
 )
 def test_text_lists_that_cannot_be(capsys: Capture, tmp_path: Path, text: str | bytes, words: list[str]) -> None:

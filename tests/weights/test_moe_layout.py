@@ -1045,7 +1045,7 @@ def test_verbose_tells_the_cost_on_stderr(capsys: Capture) -> None:
         (["-m", "/no/such/model"], 3, "/no/such/model"),
         (["-m", str(FIXTURES / "mixtral"), "--layers", "0,99"], 2, "layer 99"),
         (["-m", str(FIXTURES / "mixtral"), "--layers", "first"], 2, "first"),
-        (["-m", str(FIXTURES / "mixtral"), "--layers", ""], 2, "no list of layers"),
+        (["-m", str(FIXTURES / "mixtral"), "--layers", ""], 2, "not a list of layers"),
         (["-m", f"{FIXTURES}/mixtral#encoder"], 2, "encoder"),
         (["-m", "demo:native", "-o", "/no/such/folder/x.json"], 2, "/no/such/folder"),
         ([], 2, "--model"),
