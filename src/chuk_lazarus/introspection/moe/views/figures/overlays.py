@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ESTIMATE = (
-    "Relative error of the weights of the measured layers, root mean square, against bits a weight of the experts, "
+    "Relative error of the weights of the measured layers, root mean square, against bits per expert weight, "
     "everything counted, and the bytes of all their layers."
 )
 WAYS = {  # key of a row -> how its line is labelled
