@@ -603,8 +603,11 @@ def test_a_failure_is_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_lines(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+def two_lines(surveyed: tuple[MoETypeSurvey, Path], tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Those of an answer, which the survey above has, and of a failure."""
     file = tmp_path_factory.mktemp("two") / "rows.jsonl"
+    answers = (line for line in surveyed[1].read_bytes().splitlines(keepends=True) if json.loads(line)["answer"])
+    file.write_bytes(next(line for line in answers if json.loads(line)["request"]["model"] == "demo:native"))
     ask("demo:native", "/no/such/modèl", file=file)
     return file.read_bytes().splitlines(keepends=True)
 
