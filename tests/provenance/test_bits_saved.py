@@ -22,7 +22,7 @@ from chuk_lazarus.introspection.moe.views.words import explain_saving
 from made_layers import HIDDEN, copies, native, shuffle, write
 from sampling import keep
 
-PLAIN = "not by a shared base: the experts have too little in common; quantise them plainly"
+PLAIN = "Not by a shared base: the experts have too little in common. Use plain quantisation."
 
 
 @cache
@@ -135,13 +135,13 @@ def test_the_sentence() -> None:
     bits = 4 - (model.bits_saved or 0)
     needed = 2 * 196_608 * bits / 8 / 1000
     assert explain_saving(model) == (
-        f"yes: on a shared base, about {bits:.1f} bits per weight are as good as 4 bits without one: "
-        f"{needed:.1f} kB instead of 196.6 kB in all 2 layers"
+        f"Yes: on a shared base, about {bits:.1f} bits per weight are as good as 4 bits without one: "
+        f"{needed:.1f} kB instead of 196.6 kB in all 2 layers."
     )
     assert explain_saving(analysis("demo:native")) == explain_saving(estimate("demo:native")) == PLAIN
     assert explain_saving(estimate("demo:upcycled")) == explain_saving(model)
     one = model.model_copy(update={"moe_layers": (0,), "layers": model.layers[:1], "original_bytes": 393_216})
-    assert explain_saving(one).endswith("instead of 98.3 kB in 1 layer")
+    assert explain_saving(one).endswith("instead of 98.3 kB in 1 layer.")
 
 
 @pytest.mark.parametrize("model", keep(["demo:upcycled", "demo:native"], "demo:upcycled"))

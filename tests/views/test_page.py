@@ -209,8 +209,8 @@ def test_what_can_be_saved_stands_beside_each_verdict() -> None:
     found = [one for one in parse(page_of("comparison")).iter() if "verdict" in one.get("class", "").split()]
     saved = [words(part) for one in found for part in one.iter("p") if part.get("class") == "saving"]
     assert [text.partition(":")[0] for text in saved] == [
-        "not by a shared base",
-        "yes",
+        "Not by a shared base",
+        "Yes",
     ]
     assert all("of the neurons shared" in words(one) for one in found)
 

@@ -202,7 +202,7 @@ def test_an_answer_of_an_earlier_survey_has_a_page_of_what_is_known(tmp_path: Pa
     MoESurveyService.survey(["demo:native"], file=file, html=tmp_path / "pages")
     (link,) = parse((tmp_path / "pages/index.html").read_text("utf-8")).findall(".//tbody//a")
     text = text_of(parse((tmp_path / "pages" / link.get("href")).read_text("utf-8")))
-    assert "not by a shared base" in text
+    assert "Not by a shared base" in text
     assert "in the parts that were read" not in text
 
 

@@ -73,7 +73,7 @@ def count_outcomes(outcomes: Sequence[str]) -> str:
     return f"{count_noun(len(outcomes), 'model')}: {', '.join(counts)}"
 
 
-NOTHING_PAYS = "not by a shared base: the experts have too little in common; quantise them plainly"
+NOTHING_PAYS = "Not by a shared base: the experts have too little in common. Use plain quantisation."
 RATED = "as measured on tiny models"
 """What stands beside every confidence: on which models it was right so often."""
 
@@ -137,7 +137,7 @@ def explain_saving(report: MoETypeAnalysis | MoEOverlayEstimate) -> str:
     if isinstance(report, MoETypeAnalysis):
         weights *= len(report.moe_layers) / len(report.layers)
     layers = f"all {len(report.moe_layers)} layers" if len(report.moe_layers) > 1 else "1 layer"
-    return f"{_say_saving(report.bits_saved, weights)} in {layers}"
+    return f"{_say_saving(report.bits_saved, weights)} in {layers}."
 
 
 def _say_saving(saved: float, weights: float) -> str:
@@ -145,7 +145,7 @@ def _say_saving(saved: float, weights: float) -> str:
     bits = QUALITY - saved
     needed, plain = (format_bytes(weights * each / 8) for each in (bits, QUALITY))
     return (
-        f"yes: on a shared base, about {bits:.1f} bits per weight are as good as {QUALITY} bits without one: "
+        f"Yes: on a shared base, about {bits:.1f} bits per weight are as good as {QUALITY} bits without one: "
         f"{needed} instead of {plain}"
     )
 
@@ -153,8 +153,8 @@ def _say_saving(saved: float, weights: float) -> str:
 def explain_saving_of(answer: SurveyAnswer) -> str:
     """The same of a survey's answer, which a quick analysis leaves open."""
     if answer.bits_saved is None or answer.parameters is None:
-        return "not measured; a full analysis tells"
-    return NOTHING_PAYS if answer.bits_saved < PAYS else _say_saving(answer.bits_saved, answer.parameters)
+        return "Not measured; an analysis without --quick tells."
+    return NOTHING_PAYS if answer.bits_saved < PAYS else f"{_say_saving(answer.bits_saved, answer.parameters)}."
 
 
 def explain(analysis: MoETypeAnalysis) -> str:
