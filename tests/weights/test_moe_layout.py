@@ -812,7 +812,7 @@ def test_sums_where_not_all_headers_were_read(capsys: Capture, tmp_path: Path) -
     layout = describe(shards, [2])
     assert (layout.exact, layout.stored_bytes, layout.storage) == (False, 4 * sizes[2], "mlx-4bit")
     assert layout.analysis_bytes - layout.further_bytes == sizes[0]  # of the layer that an analysis takes by default
-    assert "(by the headers of layer 2)" in row(table(capsys, shards, "--layers", "2"), "All layers")
+    assert "(from the headers of layer 2)" in row(table(capsys, shards, "--layers", "2"), "All layers")
 
 
 def test_shared_experts_that_can_not_be_read_are_a_note(tmp_path: Path) -> None:
