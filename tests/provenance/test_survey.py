@@ -641,7 +641,7 @@ def test_a_model_whose_line_was_cut_off_is_analysed_again(tmp_path: Path, two_li
 def test_the_file_of_something_else_is_refused_and_kept(capsys: Capture, tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "file"
     file.write_bytes(content)
-    refused(capsys, ["demo:native", "-o", str(file)], "not of a survey")
+    refused(capsys, ["demo:native", "-o", str(file)], "not a row of a survey")
     assert file.read_bytes() == content
 
 
