@@ -241,7 +241,7 @@ def test_rows_are_what_the_report_says() -> None:
 
 @pytest.mark.parametrize("kind", ["compression", "export"])
 def test_what_is_no_table_says_so(kind: str) -> None:
-    with pytest.raises(InvalidRequest, match="is no table"):
+    with pytest.raises(InvalidRequest, match="is not a table"):
         reports()[kind].to_frame()
 
 

@@ -196,6 +196,17 @@ def test_verbose_tells_the_cost_on_stderr(capsys: Capture) -> None:
     assert err not in out
 
 
+def test_a_verbose_comparison_says_of_each_model_what_a_verbose_analysis_does(capsys: Capture) -> None:
+    assert run([*BOTH, "-v"]) == 0
+    compared, err = capsys.readouterr()
+    assert err.startswith("demo:native: read ")
+    for model in ("demo:native", "demo:upcycled"):
+        assert run([*ANALYZE, "-m", model, "-v"]) == 0
+        details = capsys.readouterr().out.partition("\nMORE\n")[2]
+        assert "By rank  an older rule, by rank and cosine, says" in details
+        assert f"MORE: {model}\n{details}" in compared
+
+
 def test_quiet_still_prints_the_report(capsys: Capture) -> None:
     assert run_ok(capsys, [*NATIVE, "-q"]) == run_ok(capsys, NATIVE)
 
@@ -308,7 +319,7 @@ def test_long_names_are_shown_whole(capsys: Capture, fixture: str, command: str)
 
 def test_many_layers_have_a_row_each(capsys: Capture, tmp_path: Path) -> None:
     table = run_ok(capsys, [*ANALYZE, "-m", write_mixtral(tmp_path / "m", 100, 2, 4, 8), "--layers", "all"])
-    assert re.findall(r"^\s+(\d+)\s.*%.*x  ", table, re.MULTILINE) == [str(layer) for layer in range(100)]
+    assert re.findall(r"^\s+(\d+)\s.*%.*  [A-Z]+$", table, re.MULTILINE) == [str(layer) for layer in range(100)]
     assert max(map(len, table.splitlines())) <= 80
 
 

@@ -168,7 +168,7 @@ def test_a_tilde_is_the_home_folder_only_where_a_shell_takes_it_for_that(
 
 def test_an_empty_folder_that_is_there_is_kept(tmp_path: Path, capsys: Capture) -> None:
     said = call(capsys, "moe-overlay-compress", "-m", "demo:upcycled", "-O", str(tmp_path), *RANKS, code=2)
-    assert f"{tmp_path} is there already" in said
+    assert f"{tmp_path} already exists" in said
     assert not [*tmp_path.iterdir()]
 
 

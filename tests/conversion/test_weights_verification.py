@@ -317,7 +317,7 @@ def test_a_scale_that_is_not_there_is_named(tmp_path: Path, made: tuple[Path, li
     model = conversions.write_tensors(tmp_path / "model", tensors, "gate_up_down", layers, **COMPRESSED)
     (fault,) = verify(model, original).faults
     assert (fault.fault, fault.layer, fault.role, fault.expert) == ("missing", 1, "up", 7)
-    assert fault.detail == "its weight_scale is not there"
+    assert fault.detail == "its weight_scale is missing"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_another_size_is_told(tmp_path: Path, made: tuple[Path, list[Layer]]) ->
     other = two_layers("gate_up_down", neurons=128)
     report = verify(conversions.write_plain(tmp_path / "model", "mlx", other), original)
     assert "error" in kinds(report)
-    assert "[128, 64], and the original's is [96, 64]" in report.faults[0].detail
+    assert "[128, 64], but the original's is [96, 64]" in report.faults[0].detail
 
 
 def test_layers_beyond_the_originals_are_told(tmp_path: Path, made: tuple[Path, list[Layer]]) -> None:
@@ -413,7 +413,7 @@ def test_the_command_exits_with_1_where_there_is_a_fault(
     report = MoEWeightsVerification.model_validate_json(file.read_text())
     assert report.schema_ == "moe-weights-verification/1"
     assert not report.passed
-    assert "gate is up, and up is gate" in page.read_text()
+    assert "gate and up are swapped" in page.read_text()
     assert page.read_text().startswith("<!DOCTYPE html>")
 
 
@@ -422,4 +422,4 @@ def test_a_page_of_a_model_of_which_nothing_could_be_compared(tmp_path: Path, ma
     tensors = without(conversions.plain_tensors("gate_up_down", layers), "down_proj")
     report = verify(conversions.write_tensors(tmp_path / "model", tensors, "gate_up_down", layers), original)
     assert report.layers == ()
-    assert "no layer has it" in to_page(report)
+    assert "it is missing in every layer" in to_page(report)

@@ -665,7 +665,7 @@ def test_a_model_type_that_is_none(capsys: Capture, tmp_path: Path, wrong: Any) 
     """The names decide, and the report says so."""
     assert run([*ANALYZE, "-m", write(tmp_path / "m", mixtral(), CONFIG | {"model_type": wrong})]) == 0
     out, line = capsys.readouterr()
-    assert "w1_w3_w2 was found by names" in " ".join(out.split())
+    assert "w1_w3_w2 was chosen by its tensors' names" in " ".join(out.split())
     assert "\x1b" not in out
     assert without_steps(line) == ""
 

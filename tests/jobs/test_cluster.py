@@ -392,7 +392,7 @@ def test_a_model_that_takes_workers_down_costs_its_own_answer(others: Machines) 
         ((number, found),) = workers.run([Task("org/large", end, (), ())])
     assert number == 0
     assert isinstance(found, ClusterUnusable)
-    assert re.match(r"org/large: 1 workers were lost over it, the last one was tcp://127\.0\.0\.1:\d+", found.message)
+    assert re.match(r"org/large: 1 workers died on it, the last one was tcp://127\.0\.0\.1:\d+", found.message)
 
 
 @pytest.mark.long
@@ -409,7 +409,7 @@ def test_a_model_that_takes_workers_down_costs_no_other_answer(others: Machines,
     assert [place for place, row in enumerate(there.rows) if not row.answer] == [3]
     lost = there.rows[3].error
     assert lost
-    assert "1 workers were lost over it" in lost.message
+    assert "1 workers died on it" in lost.message
     here = MoESurveyService.survey(harmless)
     assert [row.answer and row.answer.type for row in here.rows] == ["NATIVE"] * 7
     for one, other in zip([*there.rows[:3], *there.rows[4:]], here.rows, strict=True):
@@ -536,7 +536,7 @@ def test_workers_that_cannot_do_the_work(others: Machines, tmp_path: Path, capsy
     dist_info.mkdir(parents=True)
     (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: chuk-lazarus\nVersion: 0.0.1\n")
     others.start(1, {"PYTHONPATH": str(tmp_path / "old")})
-    assert re.search(rf"{WORKER} has chuk-lazarus 0\.0\.1, and this machine \d", refused())
+    assert re.search(rf"{WORKER} has chuk-lazarus 0\.0\.1, but this machine has \d", refused())
     others.workers[0].kill()
     others.workers[0].wait()
     wait_for(lambda: not others.client.scheduler_info()["workers"])

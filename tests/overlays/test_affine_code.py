@@ -110,7 +110,7 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
 
 
 def test_rows_without_whole_groups_are_refused() -> None:
-    with pytest.raises(ValueError, match="whole groups of 64"):
+    with pytest.raises(ValueError, match="divide into groups of 64"):
         AffineCode(4, 64).layout((2, 96))
 
 

@@ -225,9 +225,9 @@ def test_an_export_computes_what_the_model_does(
 def test_a_note_tells_of_strangers_where_there_are_some() -> None:
     some, none = ({role: bank_codes(role, 191, 96, rest) for role in ROLES} for rest in (FINE, None))
     assert bank_notes({0: some, 1: some, 2: none}) == [
-        "in layers 0-1 96 neurons of each expert are deltas from 191 that experts share, "
+        "in layers 0-1 96 neurons of each expert are deltas from a bank of 191 shared neurons, "
         "the others are coded by themselves",
-        "in layer 2 all 96 neurons of each expert are deltas from 191 that experts share",
+        "in layer 2 all 96 neurons of each expert are deltas from a bank of 191 shared neurons",
     ]
 
 
@@ -315,7 +315,7 @@ def set_twice(index: NDArray[np.uint8]) -> None:
     index[3, 5] = index[3, 90]
 
 
-IN_CONFIG = "sizes or codes that are none"
+IN_CONFIG = "the sizes or codes of layer"
 BROKEN = [
     (edit(lambda layer: layer.update(bank=190)), "overlay.gate.base.levels is U8"),
     (edit(lambda layer: layer.update(bank=2**40)), IN_CONFIG),
@@ -468,8 +468,9 @@ def test_shared_neurons_save_bits(bits: float, tmp_path: Path) -> None:
     size = sum(overlay.checkpoint.info(name).nbytes for name in overlay.names)
     assert report.bits_per_weight == pytest.approx(8 * size / (2 * 8 * 3 * 64 * 128))
     assert 0.99 * bits <= report.bits_per_weight <= bits
-    assert "in layers 0-1 96 neurons of each expert are deltas from 384 that experts share, the others are coded" in (
-        " ".join(report.notes)
+    assert (
+        "in layers 0-1 96 neurons of each expert are deltas from a bank of 384 shared neurons, the others are coded"
+        in (" ".join(report.notes))
     )
     parts = report.bytes_by_part
     assert parts.bases + parts.deltas + parts.scales == size
@@ -514,6 +515,6 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(tmp_path: Path, monkeyp
 def test_codes_for_another_bank_are_refused(tmp_path: Path) -> None:
     experts = Experts.open("demo:upcycled")
     codes = {number: {role: bank_codes(role, 191, 96, FINE) for role in ROLES} for number in experts.layers}
-    with pytest.raises(InvalidRequest, match="not for the bank"):
+    with pytest.raises(InvalidRequest, match="do not fit the bank"):
         writer.write_coded_overlay(experts, codes, tmp_path / "overlay", resources=Resources.current(), progress=quiet)
     assert not (tmp_path / "overlay").exists()

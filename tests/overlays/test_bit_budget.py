@@ -111,7 +111,7 @@ def test_experts_without_a_base_get_the_bits_that_deltas_need_less() -> None:
 
 @pytest.mark.parametrize("bits", [0, -1, 8.01, float("nan"), float("inf")])
 def test_bits_that_cannot_be(bits: float) -> None:
-    with pytest.raises(InvalidRequest, match="bits a weight"):
+    with pytest.raises(InvalidRequest, match="bits per weight"):
         BitRule(bits)
 
 

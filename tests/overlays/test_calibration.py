@@ -313,7 +313,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"target_ratio": 2}, InvalidRequest, "ranks are wanted"),
+        ({"target_ratio": 2}, InvalidRequest, "ranks can't be calibrated"),
         (
             {"bits": 2, "calibrate": "missing.txt"},
             InvalidRequest,

@@ -136,7 +136,7 @@ def test_an_unknown_tensor_of_a_quantised_weight_is_refused(tmp_path: Path) -> N
     tensors, config = demo()
     tensors = quantise(tensors, O_PROJ) | {f"{O_PROJ}.svdquant_lora_a": np.full((2, 64), 2, ml_dtypes.bfloat16)}
     model = write(tmp_path / "model", tensors, {**config, "quantization_config": FP8})
-    with pytest.raises(UnknownFormat, match=r"o_proj\.svdquant_lora_a: we don't know what it does"):
+    with pytest.raises(UnknownFormat, match=r"o_proj\.svdquant_lora_a: we don't know how it changes"):
         export(tmp_path, model)
     assert not (tmp_path / "export").exists()
 
@@ -181,9 +181,9 @@ def test_factors_of_experts_inputs_are_multiplied_into_an_overlay(tmp_path: Path
 @pytest.mark.parametrize(
     ("shape", "factors", "said"),
     [
-        ((64, 64), np.ones(63), r"o_proj\.weight: .*not one factor for each of 64 inputs"),
+        ((64, 64), np.ones(63), r"o_proj\.weight: .*not one factor per input, of which there are 64"),
         ((64, 64), np.ones(64, np.int32), r"o_proj\.weight: its pre_quant_scale is I32"),
-        ((2, 64, 64), np.ones((2, 64)), r"o_proj\.weight: .*no layout says which axis of a stack they are"),
+        ((2, 64, 64), np.ones((2, 64)), r"o_proj\.weight: .*no layout says which axis of the stack these are"),
     ],
 )
 def test_factors_that_can_not_be_those_of_inputs_are_refused(

@@ -249,12 +249,12 @@ def test_coded_experts_err_less_than_factors_of_the_same_size() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"bits": 0.3}, r"0.3 bits a weight are out of reach \(the least is 0.58\)"),
-        ({"bits": 9}, "9 bits a weight"),
+        ({"bits": 0.3}, r"0.3 bits per weight are out of reach \(the least is 0.58\)"),
+        ({"bits": 9}, "no codes of 9 bits per weight"),
         ({"bits": 2, "target_ratio": 4}, "both bits and a ratio are given"),
-        ({"bits": 2, "ranks": {"up": 3}}, "together with ranks"),
-        ({"bits": 2, "max_error": 0.1}, "both bits and a greatest error are given"),
-        ({"coded": True, "target_ratio": 1}, "a ratio of 1 in codes"),
+        ({"bits": 2, "ranks": {"up": 3}}, "both codes and ranks"),
+        ({"bits": 2, "max_error": 0.1}, "both bits and a maximum error are given"),
+        ({"coded": True, "target_ratio": 1}, "can't have a ratio of 1"),
     ],
 )
 def test_bits_that_cannot_be(options: dict[str, Any], text: str, tmp_path: Path) -> None:
@@ -348,11 +348,11 @@ def edit_codes(**codes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "kind", "text"),
     [
-        (edit_config(lambda o: o.update(version=3)), UnknownFormat, "of version 3, and we read versions 1 and 2"),
+        (edit_config(lambda o: o.update(version=3)), UnknownFormat, "version 3, but we read only versions 1 and 2"),
         (edit_config(lambda o: o.update(version=True)), UnknownFormat, "version True"),
         (edit_config(lambda o: o.update(version=1)), ModelUnreadable, "rank"),
         (edit_config(lambda o: o.update(layers={})), ModelUnreadable, "lists no layers"),
-        (edit_config(lambda o: o["layers"].pop("0")), ModelUnreadable, "layer 0 is half in"),
+        (edit_config(lambda o: o["layers"].pop("0")), ModelUnreadable, "layer 0 is only partly in"),
         (edit_config(lambda o: o["layers"]["0"]["codes"].pop("up")), ModelUnreadable, "layer 0"),
         (edit_layer(experts=7), ModelUnreadable, "delta"),
         (edit_layer(experts=10**6), UnknownFormat, "1000000 experts"),
@@ -426,7 +426,7 @@ def test_experts_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ({0: {"gate": FINE}}, "needs codes for"),
         ({9: dict.fromkeys(("gate", "up", "down"), FINE)}, "layer 9"),
         ({0: dict.fromkeys(("gate", "up", "down"), RoleCodes(FINE.base, FactorsCode(99, BitsCode(4))))}, "rank 99"),
-        ({}, "no layer"),
+        ({}, "for any layer"),
     ],
 )
 def test_codes_that_do_not_fit(codes: dict[int, LayerCodes], text: str, tmp_path: Path) -> None:

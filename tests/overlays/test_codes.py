@@ -315,7 +315,7 @@ def test_texts_of_codes() -> None:
     ["", "9bit:128", "2bit:32", "2bit", "rank8", "rank-1:3bit:128", "bf16+2bit:64", "rank1:bf16", "2bit:64+2bit:64"],
 )
 def test_other_texts_are_no_codes(text: str) -> None:
-    with pytest.raises(ValueError, match="is no code"):
+    with pytest.raises(ValueError, match="is not a code"):
         parse_code(text)
 
 

@@ -297,9 +297,9 @@ def test_errors_at_the_same_bytes_are_those_of_the_three_ways(tmp_path: Path) ->
     assert [row.bits for row in report.same_bytes] == [8, 4, 3]
     assert all(row.overlay is None or row.quantisation < row.overlay for row in report.same_bytes)
     assert all(row.quantisation < row.svd for row in report.same_bytes)
-    assert report.advice.startswith("plain codes at 1.5 to 8 bits a weight err least")
+    assert report.advice.startswith("smallest error: plain codes at 1.5 to 8 bits per weight")
     upcycled = MoECompressionService.estimate(write(tmp_path / "upcycled", planted(1, scale=0.05)))
-    assert "a low-rank overlay at 4 to 8 bits a weight err least" in upcycled.advice  # deltas of rank 1
+    assert "a low-rank overlay at 4 to 8 bits per weight" in upcycled.advice  # deltas of rank 1
     best = upcycled.same_bytes[0]
     assert best.overlay is not None
     assert best.overlay < best.svd
@@ -407,7 +407,7 @@ def test_ranks_once_chosen_stand_for_the_rest_of_the_work(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
-        (["moe-overlay-compress", "-m", "demo:native", "-O", "{there}"], 2, "there already"),
+        (["moe-overlay-compress", "-m", "demo:native", "-O", "{there}"], 2, "already exists"),
         (["moe-overlay-compress", "-m", "demo:native", "-O", "{file}/x"], 2, "x"),
         (["moe-overlay-compress", "-m", str(FIXTURES / "dense_llama"), "-O", "{new}"], 4, "Mixture"),
         (["moe-overlay-compress", "-m", "demo:native", "-O", "{new}", "--up-rank", "99"], 2, "99"),
@@ -485,17 +485,17 @@ def test_a_bad_overlay_is_not_passed_over_in_silence(tmp_path: Path) -> None:
         write(tmp_path / "m", planted(2)), tmp_path / "good", ranks=dict.fromkeys(NAMES, 2)
     )
     assert not good.notes
-    for name, rank, word in (("rough", 0, "output error"), ("larger", 64, "no smaller")):
+    for name, rank, word in (("rough", 0, "output error"), ("larger", 64, "not smaller")):
         report = MoECompressionService.compress("demo:native", tmp_path / name, ranks=dict.fromkeys(NAMES, rank))
         assert any(word in note for note in report.notes), report.notes
 
 
 def test_nothing_larger_is_written_unless_it_is_forced(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"no smaller: 786\.4 kB before"):
+    with pytest.raises(InvalidRequest, match=r"not be smaller: 786\.4 kB before"):
         MoECompressionService.compress("demo:native", tmp_path / "larger")
     assert not any(tmp_path.iterdir())
     assert MoECompressionService.compress("demo:native", tmp_path / "forced", force=True).ratio < 1
-    with pytest.raises(InvalidRequest, match="no smaller"):  # rows are too short for a scale
+    with pytest.raises(InvalidRequest, match="not be smaller"):  # rows are too short for a scale
         MoECompressionService.compress(str(FIXTURES / "mixtral"), tmp_path / "larger", fit="1GB", format="mlx")
 
 
@@ -510,7 +510,7 @@ def test_an_overlay_of_another_model_is_not_compared(tmp_path: Path, capsys: pyt
     (tmp_path / "text").write_text("def words(): pass")
     words = ["--overlay", str(tmp_path / "overlay"), "--text", str(tmp_path / "text")]
     assert run([*COMMAND, "moe-overlay-eval", "-m", "demo:native", *words]) == 2
-    assert "no overlay of" in capsys.readouterr().err
+    assert "not an overlay of" in capsys.readouterr().err
     for command in (["moe-type-analyze"], ["moe-overlay-verify"], ["moe-overlay-compress", "-O", str(tmp_path / "x")]):
         assert run([*COMMAND, *command, "-m", str(tmp_path / "overlay")]) == 4
         assert "is an overlay" in capsys.readouterr().err

@@ -716,7 +716,7 @@ def test_what_an_overlay_has_not_got(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "reason"),
     [
-        ({}, "no layer"),
+        ({}, "for any layer"),
         ({5: RANKS}, "layer 5 is not"),
         ({0: {"gate": 1, "up": 1}}, "needs ranks for"),
         ({0: {**RANKS, "router": 1}}, "needs ranks for"),
@@ -1123,7 +1123,7 @@ def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
 def test_room_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    with pytest.raises(InvalidRequest, match=r"needs [\d,]+ bytes of room, and 20,000 are free"):
+    with pytest.raises(InvalidRequest, match=r"needs [\d,]+ bytes, but only 20,000 are free"):
         write(FIXTURES / "olmoe", tmp_path / "overlay")
     assert not list(tmp_path.iterdir())
 
@@ -1139,7 +1139,7 @@ def test_a_disk_that_fills_up_leaves_what_can_be_resumed(tmp_path: Path) -> None
     (line,) = output.splitlines()
     assert code == 3
     assert line.startswith("InvalidRequest can't write ")
-    assert "goes on" in line
+    assert "run the same command again to continue" in line
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "folder.partial"}
     assert not [name for name in content(tmp_path / "folder.partial") if name.endswith(".tmp")]
     assert run(ONCE, model, folder)[0] == 0

@@ -105,7 +105,7 @@ def test_any_finite_matrix_has_finite_parts(code: PackedCode, rows: int, groups:
 def test_what_is_none() -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         PackedCode(4, 64).encode(np.full((2, 64), np.nan, np.float32))
-    with pytest.raises(ValueError, match="whole groups of 64"):
+    with pytest.raises(ValueError, match="divide into groups of 64"):
         PackedCode(4, 64).layout((2, 96))
     assert [str(code) for code in packed_widths((8, 96))] == [f"int{bits}:32" for bits in PACKED_BITS]
     assert packed_widths((8, 40)) == []

@@ -210,11 +210,11 @@ def test_what_mlx_lm_drops_is_named(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     save_file(tensors, file)
-    with pytest.raises(UnknownFormat, match=r"inv_freq to be absent, and it would be \[8\]"):
+    with pytest.raises(UnknownFormat, match=r"inv_freq to be absent, but it would be \[8\]"):
         compress(str(source), tmp_path / "out", bits=4, format="mlx")
     report = compress(str(FIXTURES / "minimax_m3_vl"), tmp_path / "kept", fit="1GB", rest_bits="keep", format="mlx")
     parts = "vision_tower, patch_merge_mlp, multi_modal_projector"
-    assert f"mlx-lm's class has no {parts}: left out" in report.notes
+    assert f"mlx-lm's model class has no {parts}: left out" in report.notes
 
 
 def test_from_the_hub_with_cuts(tmp_path: Path, hub: HubServer, three_bits: Any) -> None:
@@ -265,12 +265,12 @@ def test_a_run_that_was_stopped_continues(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--format", "mlx"], "no ranks"),
+        (["--format", "mlx"], "can't have ranks"),
         (["--format", "mlx", "--bits", "3", "--trellis"], "trellises"),
         (["--format", "mlx", "--bits", "3", "--layers", "0"], "all layers"),
         (["--format", "mlx", "--bits", "1.5"], "out of reach"),
-        (["--format", "mlx", "--bits", "3", "--rest-bits", "7"], "for the rest"),
-        (["--bits", "3", "--rest-bits", "many"], "for the rest"),
+        (["--format", "mlx", "--bits", "3", "--rest-bits", "7"], "the rest can't have"),
+        (["--bits", "3", "--rest-bits", "many"], "the rest can't have"),
         (["--format", "mlx", "--fit", "100kB"], "out of reach"),
     ],
 )

@@ -22,7 +22,7 @@ from chuk_lazarus.introspection.moe.views.words import explain_saving
 from made_layers import HIDDEN, copies, native, shuffle, write
 from sampling import keep
 
-PLAIN = "not by a shared base: the experts have too little in common; quantise them plainly"
+PLAIN = "Not by a shared base: the experts have too little in common. Use plain quantisation."
 
 
 @cache
@@ -135,21 +135,21 @@ def test_the_sentence() -> None:
     bits = 4 - (model.bits_saved or 0)
     needed = 2 * 196_608 * bits / 8 / 1000
     assert explain_saving(model) == (
-        f"yes: on a shared base, about {bits:.1f} bits per weight are as good as 4 bits without one: "
-        f"{needed:.1f} kB instead of 196.6 kB in all 2 layers"
+        f"Yes: on a shared base, about {bits:.1f} bits per weight are as good as 4 bits without one: "
+        f"{needed:.1f} kB instead of 196.6 kB in all 2 layers."
     )
     assert explain_saving(analysis("demo:native")) == explain_saving(estimate("demo:native")) == PLAIN
     assert explain_saving(estimate("demo:upcycled")) == explain_saving(model)
     one = model.model_copy(update={"moe_layers": (0,), "layers": model.layers[:1], "original_bytes": 393_216})
-    assert explain_saving(one).endswith("instead of 98.3 kB in 1 layer")
+    assert explain_saving(one).endswith("instead of 98.3 kB in 1 layer.")
 
 
 @pytest.mark.parametrize("model", keep(["demo:upcycled", "demo:native"], "demo:upcycled"))
 def test_the_sentence_is_shown_everywhere(model: str) -> None:
     for report in (analysis(model), estimate(model)):
         assert explain_saving(report) in show(report)
-    assert explain_saving(analysis(model)) in to_page(analysis(model))
-    assert explain_saving(analysis(model)) in analysis(model)._repr_html_()
+    assert explain_saving(analysis(model)) in to_page(analysis(model)).replace("\u00a0", " ")
+    assert explain_saving(analysis(model)) in analysis(model)._repr_html_().replace("\u00a0", " ")
 
 
 def test_reports_of_earlier_versions_are_shown_without() -> None:

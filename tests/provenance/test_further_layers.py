@@ -125,7 +125,7 @@ def test_bytes_grow_by_half_at_most(tmp_path: Path) -> None:
 def test_a_further_layer_that_can_not_be_read_is_a_note(tmp_path: Path) -> None:
     analysis = MoETypeService.analyze(write_model(tmp_path, ["noise"] * 3, broken=2))
     assert [part.layer for part in analysis.further_layers] == [1]
-    (note,) = (note for note in analysis.notes if note.startswith("layer 2 was not looked into: "))
+    (note,) = (note for note in analysis.notes if note.startswith("layer 2 was not read: "))
     assert "NaN" in note
 
 

@@ -205,7 +205,7 @@ def test_nothing_is_found_in_zeros(dense: list[Layer], tmp_path: Path) -> None:
 
 def test_another_hidden_size_is_refused(dense: list[Layer], tmp_path: Path) -> None:
     narrow = [{role: matrix[..., :-8] for role, matrix in layer.items()} for layer in dense]
-    with pytest.raises(InvalidRequest, match="hidden size is 40, and that of the experts 48"):
+    with pytest.raises(InvalidRequest, match="hidden size is 40, but that of the experts is 48"):
         analyze(tmp_path, [copy(dense[0])], narrow)
 
 

@@ -107,7 +107,7 @@ def test_a_budget_that_is_too_small(large: str) -> None:
     with pytest.raises(InvalidRequest, match="budget is too small") as error:
         MoETypeService.quick(large, budget="10KB")
     assert MoETypeService.quick(large, budget=error.value.hint.split()[1] + "MB").type == "UPCYCLED"
-    with pytest.raises(InvalidRequest, match="no size"):
+    with pytest.raises(InvalidRequest, match="not a size"):
         MoETypeService.quick(large, budget="much")
 
 

@@ -349,7 +349,7 @@ def test_options_that_cannot_be(options: dict[str, Any]) -> None:
         ("demo:native experts=0", ["line 1", "'0'"]),
         ("demo:native experts=two", ["line 1", "'two'"]),
         ("demo:native parent=", ["line 1", "parent"]),
-        (b"\xff\xfe\x00", ["list.txt", "no list"]),
+        (b"\xff\xfe\x00", ["list.txt", "not a list"]),
     ],
 )
 def test_text_lists_that_cannot_be(capsys: Capture, tmp_path: Path, text: str | bytes, words: list[str]) -> None:
@@ -644,7 +644,7 @@ def test_a_model_whose_line_was_cut_off_is_analysed_again(tmp_path: Path, two_li
 def test_the_file_of_something_else_is_refused_and_kept(capsys: Capture, tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "file"
     file.write_bytes(content)
-    refused(capsys, ["demo:native", "-o", str(file)], "not of a survey")
+    refused(capsys, ["demo:native", "-o", str(file)], "not a row of a survey")
     assert file.read_bytes() == content
 
 

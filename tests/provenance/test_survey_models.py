@@ -144,7 +144,7 @@ def test_models_come_from_stdin(monkeypatch: pytest.MonkeyPatch, capsys: Capture
     [
         (b"", "no model is given"),
         (b"demo:native layer=1", "the standard input, line 1"),
-        (b"\xff\xfe", "the standard input is no list"),
+        (b"\xff\xfe", "the standard input is not a list"),
     ],
 )
 def test_what_stdin_cannot_be(monkeypatch: pytest.MonkeyPatch, capsys: Capture, data: bytes, words: str) -> None:

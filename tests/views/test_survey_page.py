@@ -22,6 +22,7 @@ from chuk_lazarus.introspection.moe import (
     MoETypeService,
     MoETypeSurvey,
     SurveyRequest,
+    SurveyRow,
 )
 from chuk_lazarus.introspection.moe.text import format_csv, format_markdown, format_seconds
 from chuk_lazarus.introspection.moe.views.survey_page import to_survey_page
@@ -76,7 +77,7 @@ def test_the_index_has_a_row_and_a_figure_for_each_model(written: tuple[Path, Mo
         (NAMES[2], "failed"),
     ]
     assert rows[1]["Kind"] == "copies"
-    assert rows[1]["In the best partner"] == "100 %"
+    assert rows[1]["Shared"] == "100 %"
     assert (rows[1]["Experts"], rows[1]["Storage"], rows[1]["Weights"]) == ("8", "bf16", "393 k")
     assert rows[1]["Bits saved"] == "2.1"
     (_, _, error) = page.findall(".//tbody/tr")[2]
@@ -85,7 +86,7 @@ def test_the_index_has_a_row_and_a_figure_for_each_model(written: tuple[Path, Mo
     figures = page.findall(".//figure")
     assert [text_of(figure.find("figcaption")).split()[0] for figure in figures] == NAMES
     svg = figures[1].find(f"{SVG}svg")
-    assert svg.get("aria-label") == "in the best partner 100 %, nearly the same 100 %"
+    assert svg.get("aria-label") == "shared 100 %, strongly 100 %"
     assert [bar.get("width") for bar in svg.findall(f"{SVG}rect[@class='bar']")] == ["220.0", "220.0"]
     assert text_of(page.find(".//h1")) == "3 models: 1 UPCYCLED, 1 NATIVE, 1 failed"
 
@@ -182,16 +183,44 @@ def test_an_interrupted_survey_goes_on_with_its_analyses(tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path)) == ["pages", "rows.jsonl"]
 
 
-def test_an_answer_without_its_analysis_has_no_page(rows: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_full_analysis_has_a_page_of_what_is_known(tmp_path: Path, capsys: Capture) -> None:
+    """As after a quick survey."""
+    folder = tmp_path / "pages"
+    arguments = [*SURVEY, "demo:permuted", f"{FIXTURES}/dense_llama", "--quick", "--budget", "1MB"]
+    assert run([*arguments, "--html", str(folder), "-q", "--json"]) == 1
+    survey = MoETypeSurvey.model_validate_json(capsys.readouterr().out)
+    index = parse((folder / "index.html").read_text("utf-8"))
+    (link,) = (link.get("href") for link in index.findall(".//tbody//a"))
+    assert names_in(folder) == ["index.html", link]
+    page, answer = parse((folder / link).read_text("utf-8")), survey.rows[0].answer
+    assert answer
+    text = text_of(page.find(".//main"))
+    assert text_of(page.find(".//h1")) == "demo:permuted"
+    assert f"UPCYCLED {100 * answer.confidence:.0f} % confidence, as measured on tiny models" in text
+    assert f"{100 * (answer.shared or 0):.1f} % of an expert's neurons have a close match in another expert" in text
+    assert "in the parts that were read" in text
+    assert "lazarus introspect moe-expert moe-type-analyze -m demo:permuted" in text
+    assert SurveyRow.model_validate_json(page.find(".//script[@id='report']").text) == survey.rows[0]
+
+
+def test_an_answer_of_an_earlier_survey_has_a_page_of_what_is_known(rows: Path, tmp_path: Path) -> None:
     MoESurveyService.survey(["demo:native"], file=rows, html=tmp_path / "pages")
-    page = parse((tmp_path / "pages/index.html").read_text("utf-8"))
-    assert page.findall(".//tbody//a") == []
-    assert "needs its full analysis" in text_of(page)
+    (link,) = parse((tmp_path / "pages/index.html").read_text("utf-8")).findall(".//tbody//a")
+    text = text_of(parse((tmp_path / "pages" / link.get("href")).read_text("utf-8")))
+    assert "Not by a shared base" in text
+    assert "in the parts that were read" not in text
 
 
-def test_a_quick_survey_has_an_index_only(tmp_path: Path, capsys: Capture) -> None:
+def test_every_page_leads_back_to_the_table(written: tuple[Path, MoETypeSurvey]) -> None:
+    pages = list((written[0] / "models").glob("*.html"))
+    assert len(pages) == 2
+    for path in pages:
+        (back,) = parse(path.read_text("utf-8")).findall(".//a")
+        assert (path.parent / back.get("href")).resolve() == written[0] / "index.html"
+
+
+def test_the_command_stands_on_the_index(tmp_path: Path, capsys: Capture) -> None:
     assert run([*SURVEY, "demo:native", "--quick", "--budget", "1MB", "--html", str(tmp_path / "pages"), "-q"]) == 0
-    assert names_in(tmp_path / "pages") == ["index.html"]
     assert "NATIVE" in capsys.readouterr().out
     text = (tmp_path / "pages/index.html").read_text("utf-8")
     assert "lazarus introspect moe-expert moe-type-survey demo:native --quick --budget 1MB</code>" in text

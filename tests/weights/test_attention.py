@@ -730,7 +730,7 @@ OUTPUT = {"model.layers.0.self_attn.o_proj.weight": np.ones((8, 8), np.float32)}
         (fused(8) | OUTPUT, {"model_type": "phi3"}, ["o"], "does not fit o of 8 columns"),
         (fused(14) | OUTPUT, {"model_type": "phi3", "num_attention_heads": 2}, ["o"], "does not fit o of 8 columns"),
         (fused(columns=9) | OUTPUT, {"model_type": "phi3"}, ["o"], "do not fit together"),
-        (fused() | OUTPUT, {"model_type": "minimax"}, ["o"], "takes the number of heads"),
+        (fused() | OUTPUT, {"model_type": "minimax"}, ["o"], "needs the number of heads"),
         (fused() | OUTPUT, {"model_type": "minimax", "num_attention_heads": 3}, ["o"], "does not fit 3 heads"),
         (fused(20) | OUTPUT, {"model_type": "minimax", "num_attention_heads": 2}, ["o"], "does not fit 2 heads"),
         (fused() | OUTPUT, {"model_type": "minimax", "num_attention_heads": 2, "head_dim": 8}, ["o"], "heads of 8"),
@@ -747,7 +747,7 @@ OUTPUT = {"model.layers.0.self_attn.o_proj.weight": np.ones((8, 8), np.float32)}
             {"model.layers.0.self_attn.q_proj.weight": np.ones((2, 2, 2), np.float32)} | OUTPUT,
             {"model_type": "llama"},
             ["o"],
-            "no projection",
+            "not a projection",
         ),
         (
             {"model.layers.0.self_attn.q_proj.qqq": np.ones((2, 2), np.float32)} | OUTPUT,
@@ -759,7 +759,7 @@ OUTPUT = {"model.layers.0.self_attn.o_proj.weight": np.ones((8, 8), np.float32)}
             {"model.layers.0.self_attn.q_proj.weight": np.ones((0, 8), np.float32)} | OUTPUT,
             {"model_type": "llama"},
             ["o"],
-            "no projection",
+            "not a projection",
         ),
     ],
 )
@@ -823,7 +823,7 @@ def test_requests_that_can_not_be_met() -> None:
         with pytest.raises(InvalidRequest, match="layer 7"):
             call(7)
     assert open_made(tensors, None, "talker").notes == ("there is no stack of layers named talker",)
-    with pytest.raises(UnknownFormat, match="no token embeddings"):
+    with pytest.raises(UnknownFormat, match="no name of the token embeddings"):
         Embeddings(attention.checkpoint, "model")
     embeddings = Embeddings(Checkpoint(make({"model.embed_tokens.weight": np.ones((5, 4), np.float32)}, None)), "model")
     for start, stop in ((-1, 2), (3, 2), (0, 6)):

@@ -474,7 +474,7 @@ NVFP4 = {
         (NVFP4 | {"weight_scale_2": Part("I32", ())}, {}, UnknownFormat, "weight_scale_2 (I32)"),
         (NVFP4 | {"weight_scale": Part("U8", (8, 2))}, {}, UnknownFormat, "weight_scale (U8)"),
         (NVFP4 | {"pre_quant_scale": Part("I32", (32,))}, {}, UnknownFormat, "pre_quant_scale is I32"),
-        (NVFP4 | {"pre_quant_scale": Part("BF16", (8,))}, {}, OtherInputs, "factor for each of 32 inputs"),
+        (NVFP4 | {"pre_quant_scale": Part("BF16", (8,))}, {}, OtherInputs, "factor per input, of which there are 32"),
         (NVFP4 | {"pre_quant_scale": Part("BF16", (2, 32))}, {}, OtherInputs, "pre_quant_scale is [2, 32]"),
         (NVFP4 | {"pre_quant_scale": Part("BF16", ())}, {}, OtherInputs, "pre_quant_scale is []"),
         (NVFP4 | {"svdquant_lora_a": Part("BF16", (4, 32))}, {}, UnknownFormat, "svdquant_lora_a"),
@@ -483,7 +483,7 @@ NVFP4 = {
             {"weight": Part("BF16", (8,)), "pre_quant_scale": Part("BF16", (8,))},
             {},
             UnknownFormat,
-            "[8] is no matrix",
+            "[8] is not a matrix",
         ),
         ({name: part for name, part in NVFP4.items() if name != "weight_scale_2"}, {}, UnknownFormat, "F8_E4M3"),
         (
@@ -612,7 +612,7 @@ def test_fp8_of_modelslim_has_an_offset_for_each_row() -> None:
     np.testing.assert_array_equal(decode(stored, arrays), expected)
     np.testing.assert_array_equal(decode(stored, arrays, 3, 7), expected[3:7])
     for wrong in (offsets[:8], offsets[:, 0]):
-        with pytest.raises(ModelUnreadable, match="not one for each row"):
+        with pytest.raises(ModelUnreadable, match="not one per row"):
             open_parts(parts | {"weight_offset": ("F32", wrong)}, {})
 
 

@@ -242,7 +242,7 @@ def test_integers_of_odd_widths_that_old_versions_packed_are_refused_by_name(bit
     encoded = ENCODERS["pack_int8"][0].func(matrix(4, 64), np.random.default_rng(), bits=bits)  # type: ignore[attr-defined]
     old = np.zeros((4, -(-64 // (32 // bits))), np.int32)
     parts = with_part(encoded, "weight_packed", "I32", old)
-    assert_refused(UnknownFormat, parts, encoded.quantization, f"of {bits} bits, as many as fit into a word")
+    assert_refused(UnknownFormat, parts, encoded.quantization, f"of {bits} bits in the padded words of old versions")
     encoded = ENCODERS["pack_int8"][0].func(  # type: ignore[attr-defined]
         matrix(4, 4), np.random.default_rng(), bits=bits, group=None
     )
@@ -258,7 +258,7 @@ def test_packed_integers_need_no_config_where_the_shapes_tell() -> None:
 
 def test_packed_integers_whose_width_the_shapes_leave_open() -> None:
     encoded = make("pack_int4_channel", 4, 4)  # one word a row: 4 to 8 bits
-    assert_refused(UnknownFormat, encoded.parts, {}, "do not tell")
+    assert_refused(UnknownFormat, encoded.parts, {}, "do not show which")
     assert open_parts(encoded.parts, encoded.quantization).codec == "int4"
 
 
@@ -364,7 +364,7 @@ def test_gptq_whose_later_expert_has_another_order_than_the_first() -> None:
     first = make("gptq_4", 16, 96)
     other = first.parts["g_idx"][1][::-1].copy()
     stored = open_parts(first.parts, first.quantization)
-    with pytest.raises(UnknownFormat, match="another order than the first"):
+    with pytest.raises(UnknownFormat, match="a different order from the first"):
         decode(stored, with_part(first, "g_idx", "I32", other), 0, 40)
 
 
@@ -385,7 +385,7 @@ def test_gptq_groups_that_no_row_has(group: int) -> None:
         ({"checkpoint_format": "marlin"}, "marlin"),
         ({"checkpoint_format": "gptq_p"}, "gptq_p"),
         ({"is_marlin_format": True}, "marlin"),
-        ({"bits": 8}, "4 bits by its shapes, and config.json says 8"),
+        ({"bits": 8}, "4 bits by its shapes, but config.json says 8"),
         ({"quant_method": "auto-round"}, "packing_format None"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:exllamav2"}, "auto_round:exllamav2"),
     ],
@@ -537,7 +537,7 @@ def test_an_expert_whose_quant_state_tells_of_another_shape() -> None:
     encoded = make("bnb_nf4", 8, 32)
     stored = open_parts(encoded.parts, encoded.quantization)
     parts = with_state(encoded, json.dumps(state_of(encoded) | {"shape": [32, 8]}).encode())
-    with pytest.raises(ModelUnreadable, match="unlike other experts"):
+    with pytest.raises(ModelUnreadable, match="unlike that of other experts"):
         decode(stored, parts)
 
 

@@ -99,7 +99,7 @@ def test_the_router_decides_how_many_experts_there_are(uneven: tuple[Path, dict[
     router = "model.layers.1.block_sparse_moe.gate.weight"
     save_file({**tensors, router: tensors[router][:7]}, folder / "model.safetensors")
     report = MoETypeService.analyze(str(folder), layers="all")
-    assert "layer 1 has 7 experts, as many as its router, and config.json says 8" in report.notes
+    assert "layer 1 has 7 experts, as its router says, although config.json says 8" in report.notes
     assert report.experts_range == (7, 8)
     assert "7 to 8" in report._repr_html_()
 

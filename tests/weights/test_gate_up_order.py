@@ -71,7 +71,7 @@ def test_trained_weights_tell_the_order(
     assert_same_experts(model)
     layout = MoELayoutService.describe(model)
     assert (layout.order, layout.order_by) == (order, "norms")
-    assert any(note.startswith(f"gates and ups lie in {order}") for note in layout.notes)
+    assert any(note.startswith(f"gate and up rows are in {order}") for note in layout.notes)
 
 
 @pytest.mark.parametrize("order", ["halves", "turns"])
@@ -112,7 +112,7 @@ def exchanged(matrices: Matrices) -> Matrices:
 @pytest.mark.parametrize("order", ["halves", "turns"])
 def test_weights_that_do_not_tell_are_refused(tmp_path: Path, order: str, change: Reorder) -> None:
     model = write_fused(tmp_path, order, change=change)
-    with pytest.raises(UnknownFormat, match="may lie in halves or in turns: model_type is not given, and the weights"):
+    with pytest.raises(UnknownFormat, match="may be in halves or in turns: model_type is not given, and the weights"):
         Experts.open(model)
 
 

@@ -214,7 +214,7 @@ def test_factors_belong_to_the_matrices() -> None:
         np.testing.assert_array_equal(found["gate"], stacks["gate"][expert] * first)
         np.testing.assert_array_equal(found["up"], stacks["up"][expert] * first)
         np.testing.assert_array_equal(found["down"], stacks["down"][expert] * last)
-    with pytest.raises(UnknownFormat, match=r"gate_proj.* has factors of each expert beside it, and can't be replaced"):
+    with pytest.raises(UnknownFormat, match=r"gate_proj.* has separate factors for each expert, and can't be replaced"):
         layer.tensors[0].place  # noqa: B018
 
 
@@ -227,10 +227,10 @@ def test_factors_of_one_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ({"gate_scale": [1, 2, 3]}, "layer 0 has a gate_scale and no other factor of its experts"),
-        ({"gate_scale": [1, 2], "out_scale": [1, 2, 3]}, "gate_scale is not one factor for each of 3 experts"),
-        ({"gate_scale": [1, 0, 2], "out_scale": [1, 2, 3]}, "gate_scale is not one factor for each of 3 experts"),
-        ({"gate_scale": [1, 1, 2], "out_scale": [1, np.nan, 3]}, "out_scale is not one factor for each of 3 experts"),
+        ({"gate_scale": [1, 2, 3]}, "layer 0 has gate_scale, but lacks the other factors of its experts"),
+        ({"gate_scale": [1, 2], "out_scale": [1, 2, 3]}, "gate_scale should hold one factor for each of 3 experts"),
+        ({"gate_scale": [1, 0, 2], "out_scale": [1, 2, 3]}, "gate_scale should hold one factor for each of 3 experts"),
+        ({"gate_scale": [1, 1, 2], "out_scale": [1, np.nan, 3]}, "out_scale should hold one factor for each of 3"),
     ],
 )
 def test_factors_that_are_broken_are_refused(factors: dict[str, Any], message: str) -> None:
@@ -658,7 +658,7 @@ def test_the_router_is_right_where_a_config_contradicts_it(count: int) -> None:
     tensors = as_stored(ROWS["dbrx"], random_experts(4, 6, 4))
     experts = open_made(tensors, {"model_type": "dbrx", "ffn_config": {"moe_num_experts": count}})
     assert experts.layer(0).count == 4
-    assert f"layer 0 has 4 experts, as many as its router, and config.json says {count}" in experts.notes
+    assert f"layer 0 has 4 experts, as its router says, although config.json says {count}" in experts.notes
 
 
 def test_a_huge_expert_number_costs_nothing() -> None:
@@ -1011,7 +1011,7 @@ def test_a_shared_expert_at_the_end_of_a_stack_is_no_routed_one_and_is_not_repla
     experts = open_fixture("published_mlx_minimax_m3_fused")
     assert experts.notes == ["expert 4 of each stack is the shared expert, and is left out"]
     tensor = experts.layer(0).tensors[0]
-    with pytest.raises(UnknownFormat, match="holds the shared expert, too"):
+    with pytest.raises(UnknownFormat, match="also holds the shared expert"):
         _ = tensor.place
 
 
@@ -1047,7 +1047,7 @@ def test_other_names_of_zaya(row: str, block: str) -> None:
 
 def test_a_stack_with_one_expert_too_many_is_refused_for_other_models() -> None:
     tensors = as_stored(TABLE["stacked"], random_experts(5, 6, 4))
-    with pytest.raises(ModelUnreadable, match=r"5 experts, and config\.json says 4"):
+    with pytest.raises(ModelUnreadable, match=r"5 experts, but config\.json says 4"):
         _ = open_made(tensors, {"model_type": "qwen3_moe", "num_experts": 4}).layer(0).sizes
 
 
@@ -1061,14 +1061,14 @@ def test_the_number_of_experts_may_differ_by_layer() -> None:
     for number, matrices in layers.items():
         assert_same(read_all(experts.layer(number)), matrices)
     wrong = {"model_type": "gpt_oss_puzzle", "block_configs": blocks[::-1]}
-    with pytest.raises(ModelUnreadable, match=r"layer 0 has 4 experts, and config\.json says 2"):
+    with pytest.raises(ModelUnreadable, match=r"layer 0 has 4 experts, but config\.json says 2"):
         _ = open_made(tensors, wrong).layer(0).sizes
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
 def test_gates_and_ups_in_turns_are_those_of_their_row_s_types_alone(model_type: str) -> None:
     """vLLM's own parameters have Inkling's names, in halves."""
-    with pytest.raises(UnknownFormat, match="may lie in halves or in turns"):
+    with pytest.raises(UnknownFormat, match="may be in halves or in turns"):
         open_made(as_stored(TABLE["inkling"], random_experts(3, 6, 4)), {"model_type": model_type})
 
 

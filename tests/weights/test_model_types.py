@@ -77,5 +77,5 @@ def test_what_is_read_by_its_names_is_read_with_a_note(name: str) -> None:
     matrices = random_experts(3, 6, 4)
     experts = open_made(as_stored(row, matrices, block=block), {"model_type": name})
     assert experts.family == row.name
-    assert any("found by names" in note for note in experts.notes)
+    assert any("chosen by its tensors' names" in note for note in experts.notes)
     assert (experts.layer(0).matrices(1)["down"] == matrices["down"][1]).all()

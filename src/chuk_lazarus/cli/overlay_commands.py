@@ -272,8 +272,8 @@ def export(
     """Turn an overlay back into a standard checkpoint, or write any model in few bits for other programs.
 
     The standard format is bfloat16, as the model's family stores it. The other formats quantise: each projection of
-    each layer gets the number of bits with the least error for the size. A recipe is a file for
-    llama-quantize --tensor-type-file; the commands that make a GGUF file with it are printed.
+    each layer gets the number of bits with the least error for the size. A recipe is a
+    tensor-type file for llama-quantize; the commands that make a GGUF file with it are printed.
 
     \b
     Examples:

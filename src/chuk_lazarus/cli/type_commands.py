@@ -33,6 +33,13 @@ from .positional import Positional
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import MoELayout, MoEQuickAnalysis, MoESurveyPlan, MoETypeSurvey
 
+ShowMore = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Show more: the rank of each expert, an older rule's verdict, time and memory used."
+    ),
+]
+
 # options that a quick analysis has no use for
 NOT_QUICK = {"layer", "experts", "variance", "parent", "thorough", "html", "plot", "caption", "visualize"}
 
@@ -117,12 +124,7 @@ def analyze(
     ] = False,
     memory: Memory = None,
     dask: Dask = None,
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "--verbose", "-v", help="Show more: the rank of each expert, an older rule's verdict, time and memory used."
-        ),
-    ] = False,
+    verbose: ShowMore = False,
 ) -> "MoEQuickAnalysis | Result":
     """Tell whether an MoE was upcycled from a dense model or trained natively.
 
@@ -170,7 +172,7 @@ def analyze(
     return Result(report, more, [report.cost.describe()])
 
 
-@command(MEMORY, JSON, OUTPUT, QUIET, VERBOSE)
+@command(MEMORY, JSON, OUTPUT, QUIET)
 def compare(
     run: Run,
     model: Model,
@@ -193,6 +195,7 @@ def compare(
     html: Html = None,
     plot: Plot = None,
     caption: Caption = False,
+    verbose: ShowMore = False,
 ) -> Result:
     """Analyse two or more models and show them side by side.
 
@@ -220,7 +223,8 @@ def compare(
         write(html, page.to_page(report, run.command_line), "--html")
     if plot:
         plots.save(plots.plot_comparison(report, run.command_line, caption=caption), plot)
-    return Result(report, hints=[f"{analysis.model}: {analysis.cost.describe()}" for analysis in report.models])
+    more = [report.details()] if verbose else []
+    return Result(report, more, [f"{analysis.model}: {analysis.cost.describe()}" for analysis in report.models])
 
 
 @command(JSON, QUIET)
@@ -264,7 +268,7 @@ def survey(
             "--html",
             metavar="FOLDER",
             parser=parse_path,
-            help="Also write web pages to this folder: index.html for all models, and one page per analysis.",
+            help="Also write web pages to this folder: index.html for all models, and one page per model.",
             show_default=False,
         ),
     ] = None,

@@ -405,7 +405,11 @@ def check_line(code: int, err: str, run: Run) -> Outcome:
     text = f"{error['message']} {error['hint']}"
     if any(word in text for word in ("://", "127.0.0.1", "localhost", "Signature", "hf_", "Traceback")):
         return Outcome("says too much", text)
-    full = run.largest_file is not None and run.command == "compress" and ("can't write" in text or "of room" in text)
+    full = (
+        run.largest_file is not None
+        and run.command == "compress"
+        and ("can't write" in text or "bytes, but only" in text)
+    )
     if error["code"] != code or code != (2 if full and code == 2 else UNREADABLE):
         return Outcome("wrong exit code", f"{code} {text}")
     return Outcome("refused", text)

@@ -1,4 +1,4 @@
-"""What a caller in Python gives, checked and brought into one form; anything else is an InvalidRequest of one line."""
+"""Checks the arguments of the Python API and brings them into one form; raises InvalidRequest for anything else."""
 
 import operator
 import os
@@ -26,48 +26,51 @@ MODEL = "give a folder, a file, a Hub id such as org/name, or demo:upcycled"
 
 
 def model_name(model: Any, what: str = "the model", hint: str = MODEL) -> str:
-    """The name of a model that is given as a text or a path; of a path, ~ is no home, as in `files.as_path`."""
+    """The name of a model, given as a string or a path; as in `files.as_path`, ~ in a path object does not mean the
+    home folder."""
     name = os.fspath(model) if isinstance(model, os.PathLike) else model
     if name is not model and isinstance(name, str) and name.startswith("~"):
         name = f".{os.sep}{name}"
     if not isinstance(name, str):
-        raise InvalidRequest(f"{what} is {_quote(model)}, which is no name", hint)
+        raise InvalidRequest(f"{what} is {_quote(model)}, which is not a name", hint)
     return name
 
 
 def path(place: Any, what: str) -> Path:
-    """A place on this machine; in a text, ~ is the user's home."""
+    """A path on this machine; in a string, ~ is the user's home."""
     return as_path(place if isinstance(place, Path) else model_name(place, what, "give a path"))
 
 
 def model_names(models: Any) -> list[Any]:
-    """Several models, or a single one that was not put into a list; what an entry is, is not checked."""
+    """Several models as a list, even if only one is given; the entries are not checked."""
     if isinstance(models, str | os.PathLike) or not isinstance(models, Iterable):
         return [models]
     return list(models)
 
 
 def whole_number(value: Any, what: str, hint: str = "give a whole number", least: int | None = None) -> int:
-    """A whole number, of Python or NumPy, that is not below `least`."""
+    """An integer, of Python or NumPy, of at least `least`."""
     try:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise InvalidRequest(f"{what} is {_quote(value)}, which is no whole number", hint) from None
+        raise InvalidRequest(f"{what} is {_quote(value)}, which is not a whole number", hint) from None
     if least is not None and number < least:
         raise InvalidRequest(f"{what} must be at least {least}", hint)
     return number
 
 
 def real_number(value: Any, what: str) -> float:
-    """A number, of Python or NumPy; whether it is in range is for others to say."""
+    """A number, of Python or NumPy; its range is checked elsewhere."""
     try:
         if isinstance(value, bool | str | bytes):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise InvalidRequest(f"{what} is {_quote(value)}, which is no number", "give a number such as 0.95") from None
+        raise InvalidRequest(
+            f"{what} is {_quote(value)}, which is not a number", "give a number such as 0.95"
+        ) from None
 
 
 def address(dask: Any) -> str:
@@ -76,12 +79,12 @@ def address(dask: Any) -> str:
 
 
 def layer_number(layer: Any) -> int | None:
-    """The number of one layer, None where none is given."""
+    """The number of one layer, None if none is given."""
     return None if layer is None else whole_number(layer, "the layer", "give its number, or several as layers")
 
 
 def layer_numbers(layers: Any) -> Sequence[int] | str | None:
-    """The numbers of layers, or their text as it is; None where none are given."""
+    """The numbers of layers, or a string as it is; None if none are given."""
     if layers is None or isinstance(layers, str):
         return layers
     hint = 'give numbers such as [0, 5], or a text such as "0,5,10", "0-23/6" or "all"'
@@ -99,7 +102,7 @@ def expert_count(experts: Any) -> int | None:
 
 
 def shares(variance: Any) -> tuple[float, ...]:
-    """Shares of energy between 0 and 1; one of them may stand alone."""
+    """Shares of energy between 0 and 1; a single one may be given without a list."""
     several = isinstance(variance, Iterable) and not isinstance(variance, str | bytes)
     found = tuple(real_number(share, "a share of the variance") for share in (variance if several else [variance]))
     for share in found:
@@ -109,7 +112,7 @@ def shares(variance: Any) -> tuple[float, ...]:
 
 
 def byte_size(size: Any, what: str) -> int:
-    """A number of bytes, perhaps written like 500MB."""
+    """A number of bytes, or a string like 500MB."""
     return parse_size(size, what) if isinstance(size, str) else whole_number(size, what, "write it like 500MB or 20GB")
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, one class per exit code."""
+"""Errors for the user, one class per exit code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """`text`, or its beginning and its end where it is longer than LONGEST: what it quotes may be of any length."""
+    """`text`, or only its beginning and end if it is longer than LONGEST: what it quotes may have any length."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 205]} ... {text[-200:]}"
 
 
 class MoEError(Exception):
-    """Something the user can act on: `message` says what is wrong, `hint` what to do; both are printable."""
+    """An error that the user can act on: `message` says what is wrong, `hint` what to do; both are printable."""
 
     exit_code = 1
 
@@ -29,13 +29,13 @@ class MoEError(Exception):
 
 
 class InvalidRequest(MoEError):
-    """What was asked for does not fit the model: a layer it has not got, an option out of range."""
+    """The request does not fit the model: a layer that does not exist, an option out of range."""
 
     exit_code = 2
 
 
 class LibraryMissing(InvalidRequest, ImportError):
-    """What was asked for needs the libraries of one of this package's extras, and they are not installed."""
+    """The request needs libraries of one of this package's extras, which are not installed."""
 
     @classmethod
     def of(cls, extra: str, message: str) -> Self:
@@ -50,7 +50,7 @@ class ModelUnreadable(MoEError):
 
 
 class NotMoE(MoEError):
-    """The checkpoint was read, and it has no routed experts."""
+    """The checkpoint was read, but it has no routed experts."""
 
     exit_code = 4
 
@@ -63,7 +63,7 @@ class UnknownFormat(MoEError):
 
 @contextmanager
 def name_model(model: str) -> Iterator[None]:
-    """Put the model's name in front of the message of an error that does not name it."""
+    """Prefix the model's name to the message of an error that does not mention it."""
     try:
         yield
     except LibraryMissing:  # with any model

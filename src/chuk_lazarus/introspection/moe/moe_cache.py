@@ -1,4 +1,4 @@
-"""What is kept on this machine? `MoECacheService` tells, and deletes it."""
+"""What is kept on this machine? `MoECacheService` lists it and deletes it."""
 
 from . import views  # noqa: F401  which registers how reports are shown
 from .jobs.cache import describe_cache
@@ -6,7 +6,7 @@ from .reports import MoECache
 
 
 class MoECacheService:
-    """Tells what has been kept of models on the Hub, and of unfinished work."""
+    """Lists and deletes what is cached: bytes of models on the Hub, and unfinished work."""
 
     @staticmethod
     def describe() -> MoECache:
@@ -15,5 +15,5 @@ class MoECacheService:
 
     @staticmethod
     def clear() -> MoECache:
-        """Delete all that the cache holds; returns what that was. Raises a child of MoEError."""
+        """Delete everything in the cache; returns what was deleted. Raises a child of MoEError."""
         return describe_cache(clear=True)

@@ -37,17 +37,22 @@ from .terms import ROLES
 
 
 class MoECompressionService:
-    """Computes, verifies and estimates overlays: `expert ≈ base + left @ right`, or base and delta in few bits.
+    """Computes, verifies, estimates and writes overlays: `expert ≈ base + left @ right`, or base and delta in few bits.
 
-    `options` say how ranks are chosen, the same in each method (see `RankOptions`): `ranks` gives them by role; else
-    `max_error` (relative Frobenius error of the experts) or `target_ratio` (bytes) spread them over projections and
-    layers where they buy the most; else each is the mean rank at `energy` (0.95) of the deltas. Codes are chosen by
-    `bits` for each weight of the experts, everything counted, by the bytes of the whole folder, `fit`, or as those of
-    the fewest bytes that are `as_good_as` plain quantisation at so many bits; `coded` makes `max_error` and
-    `target_ratio` choose codes, and means `as_good_as` 4 alone; with `trellis` these are trellises, which need numba to
-    be made (see `OverlayOptions`). All but `estimate` also take `calibrate`, a text file: the model reads it in MLX,
-    and errors of codes count as its experts' inputs do. `model`, `layer`, `layers` and `progress` are as in
-    MoETypeService. All raise a child of MoEError.
+    `options` choose the ranks or the codes, in the same way in each method (see `RankOptions` and `OverlayOptions`).
+
+    Ranks: `ranks` gives them by role. Otherwise `max_error` (relative Frobenius error of the experts) or `target_ratio`
+    (of bytes) spreads rank over projections and layers to where it lowers the error most. Without any of these, each
+    rank is the mean rank at `energy` (0.95) of the deltas.
+
+    Codes: `bits` is the budget per weight of the experts, everything counted, and `fit` the size of the whole folder in
+    bytes. `as_good_as` takes the fewest bytes that match the error of plain quantisation at that many bits. `coded`
+    makes `max_error` and `target_ratio` choose codes, and alone means `as_good_as` 4. `trellis` uses trellis codes;
+    encoding these needs numba.
+
+    All methods but `estimate` also take `calibrate`, a text file: the model reads it in MLX, and errors of codes are
+    then weighted by the inputs that its experts get. `model`, `layer`, `layers` and `progress` are as in
+    MoETypeService. All methods raise a child of MoEError.
 
     >>> overlay = MoECompressionService.compute("demo:upcycled", bits=2.25)
     >>> overlay.bits_per_weight <= 2.25, overlay.layers[0].codes["gate"].base is not None
@@ -65,9 +70,9 @@ class MoECompressionService:
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlay:
-        """The ranks or codes that an overlay of some layers needs, what it keeps and what it takes.
+        """Choose the ranks or codes of an overlay of some layers; returns its error and its size.
 
-        `experts` says of how many spectra are taken, "all" for all.
+        `experts` is the number of experts whose spectra are computed, "all" for all.
         """
         rule, text = _rule(options), _as_path(calibrate)
         return analysis.compute(
@@ -94,11 +99,11 @@ class MoECompressionService:
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlayVerification:
-        """Rebuild the experts from base and factors, or codes, as stored, and compare weights and outputs with the
+        """Rebuild the experts from base and factors, or from codes, as stored; compare weights and outputs with the
         originals.
 
         The outputs are those of the whole expert function, on `inputs` seeded Gaussian vectors of the scale that the
-        layer's norm gives. Passes when the worst expert's relative output error is within `tolerance`.
+        layer's norm gives. Passes if the worst expert's relative output error is within `tolerance`.
         """
         return analysis.verify(
             model_name(model),
@@ -123,10 +128,11 @@ class MoECompressionService:
         progress: Progress | None = None,
         **options: Unpack[OverlayOptions],
     ) -> MoEOverlayEstimate:
-        """The whole model as an overlay, and what plain quantisation and plain SVDs do with the same bytes.
+        """Estimate an overlay of the whole model, and compare it with plain quantisation and plain SVDs at the same
+        bytes.
 
-        `layers` are measured, or `samples` evenly spaced ones; the others' ranks are interpolated, and labelled so; in
-        codes a layer is taken to be as the nearest that was measured. Ranks are spread over the measured layers.
+        `layers` are measured, or else `samples` evenly spaced ones. The ranks of the other layers are interpolated, and
+        marked so; their codes are taken from the nearest measured layer. Ranks are spread over the measured layers.
         """
         return estimate.estimate(
             model_name(model),
@@ -153,12 +159,14 @@ class MoECompressionService:
     ) -> MoEOverlayCompression:
         """Write the model with its experts as overlays into `folder`, a complete checkpoint.
 
-        By the `format` "auto", codes for experts that share nothing make it a plain quantised checkpoint, "mlx", that
-        mlx-lm itself loads: each projection of each layer has the width that errs least at this size, and all else
-        `rest_bits`, or "keep" for bf16. It needs MLX and mlx-lm.
+        With the `format` "auto", a model whose experts share nothing becomes a plain quantised checkpoint ("mlx"), if
+        codes are asked for. mlx-lm loads it without this package. Each projection of each layer gets the width with the
+        smallest error at this size, and everything else gets `rest_bits`, or stays in bf16 with "keep". This format
+        needs MLX and mlx-lm.
 
-        All MoE layers are overlaid unless `layers` says which; up to three of them are verified while they are written,
-        for the model card. The same call goes on where a stopped one was. `force` replaces a folder that is there.
+        All MoE layers are overlaid unless `layers` selects some. Up to three of them are verified while they are
+        written, for the model card. After an interruption, the same call continues where it stopped. `force` replaces
+        an existing folder.
         """
         numbers = layer_numbers(layers)
         return compression.compress(
@@ -187,12 +195,12 @@ class MoECompressionService:
     ) -> MoEOverlayExport:
         """Write the overlay checkpoint in `overlay` in another `format` into `folder`.
 
-        "standard" is a bfloat16 checkpoint of the original family. In the others experts have few bits, by default as
-        good as plain quantisation at 4 bits (see `options`), and any model is taken in the place of an overlay: "mlx"
-        is a plain quantised checkpoint that mlx-lm itself loads, "compressed-tensors" one for vLLM and transformers,
-        both with a few layers verified. "gguf-recipe" writes a file for `llama-quantize --tensor-type-file`, and
-        `commands` of the report are those that make the GGUF with it. All else has `rest_bits`, 8 where nothing else is
-        said, or is kept with "keep", and always in compressed-tensors.
+        "standard" is a bfloat16 checkpoint of the original family. The other formats also take any model instead of an
+        overlay, and quantise its experts, by default as well as plain quantisation at 4 bits (see `options`). "mlx" is
+        a plain quantised checkpoint for mlx-lm, "compressed-tensors" one for vLLM and transformers; a few layers of
+        both are verified. "gguf-recipe" writes a file for `llama-quantize --tensor-type-file`; the report's `commands`
+        make the GGUF with it. All else gets `rest_bits`, by default 8, or stays as it is with "keep"; in
+        compressed-tensors it always stays.
         """
         return exporting.export(
             model_name(overlay, "the overlay"),
@@ -219,8 +227,8 @@ class MoECompressionService:
 
         `overlay` may also be the folder of another checkpoint of the same model that mlx-lm loads: exported, quantised,
         trained further. The model must be on this machine, whose memory must hold both. `context` is the length of the
-        windows, `tokens` how many tokens at most. Raises LibraryMissing where MLX is not installed, and InvalidRequest
-        where the two are not of the same model.
+        windows in tokens, `tokens` the most tokens that are read. Raises LibraryMissing if MLX is not installed, and
+        InvalidRequest if the two are different models.
         """
         from .overlays.runtime.evaluate import evaluate_overlay
 
@@ -240,9 +248,9 @@ def _as_path(text: str | Path | None) -> Path | None:
 
 NUMBERS = {
     "energy": "the energy to keep",
-    "max_error": "the greatest error",
+    "max_error": "the maximum error",
     "target_ratio": "the ratio",
-    "bits": "the bits a weight",
+    "bits": "the bits per weight",
 }
 
 
@@ -251,7 +259,7 @@ def _rule(options: OverlayOptions) -> RankRule | BitRule:
 
 
 def _check(options: OverlayOptions) -> OverlayOptions:
-    """The options, once each is a number of its kind."""
+    """The options, each checked to be a number of its kind."""
     checked: dict[str, Any] = dict(options)
     for name in options.keys() & NUMBERS.keys():
         if checked[name] is not None or name == "energy":
@@ -259,9 +267,9 @@ def _check(options: OverlayOptions) -> OverlayOptions:
     if checked.get("fit") is not None:
         checked["fit"] = byte_size(checked["fit"], "the size of the folder")
     if checked.get("as_good_as") is not None:
-        checked["as_good_as"] = whole_number(checked["as_good_as"], "the bits to be as good as")
+        checked["as_good_as"] = whole_number(checked["as_good_as"], "the width to be as good as")
     if (ranks := checked.get("ranks")) is not None:
         if not isinstance(ranks, Mapping) or not set(ranks) <= set(ROLES):
-            raise InvalidRequest("the ranks are not by role", 'give them like {"gate": 4, "up": 4, "down": 8}')
+            raise InvalidRequest("ranks must be a dict of roles", 'give them like {"gate": 4, "up": 4, "down": 8}')
         checked["ranks"] = {role: whole_number(rank, f"the {role} rank") for role, rank in ranks.items()}
     return cast(OverlayOptions, checked)

@@ -1,4 +1,4 @@
-"""What is in this checkpoint? `MoELayoutService` tells it from the headers alone."""
+"""What is in this checkpoint? `MoELayoutService` reads it from the headers alone."""
 
 from . import views  # noqa: F401  which registers how reports are shown
 from .arguments import Layers, ModelName, byte_size, layer_numbers, model_name, whole_number
@@ -8,7 +8,7 @@ from .reports import MoELayout
 
 
 class MoELayoutService:
-    """Tells how the experts of a model lie in its files, without reading one weight.
+    """Describes how the experts of a model are stored in its files, without reading weights.
 
     >>> MoELayoutService.describe("demo:native").storage
     'bf16'
@@ -25,10 +25,10 @@ class MoELayoutService:
     ) -> MoELayout:
         """Describe one model, named as for `MoETypeService.analyze`.
 
-        The headers that hold `layers` are read; if None, those of the first and the last MoE layer, and the others are
-        taken to be like them unless all headers had to be read anyway. `fit` asks whether it fits into so many bytes
-        ("24GB"), quantised for mlx-lm, all but the experts in `rest_bits`, and at `context` tokens on which machine.
-        Raises a child of MoEError.
+        Reads the headers that hold `layers`, by default the first and the last MoE layer; the others are assumed to be
+        like them, unless all headers had to be read anyway. `fit` asks whether the model fits into that many bytes
+        ("24GB") when quantised for mlx-lm, with everything but the experts in `rest_bits`, and which machine runs it at
+        `context` tokens. Raises a child of MoEError.
         """
         bits, context = parse_rest_bits(rest_bits), whole_number(context, "the context", least=1)
         layout = describe_layout(model_name(model), layer_numbers(layers))

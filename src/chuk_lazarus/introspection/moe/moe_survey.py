@@ -1,4 +1,5 @@
-"""How were all these MoEs trained? `MoESurveyService` asks it of many models, and keeps every answer as it comes."""
+"""How were all these MoEs trained? `MoESurveyService` analyses many models, and saves each answer as soon as it has
+it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ Models = ModelName | SurveyRequest | Iterable[ModelName | SurveyRequest]
 
 
 class MoESurveyService:
-    """Tells of many models how they were trained.
+    """Analyses how each of many models was trained.
 
     >>> [row.answer.type for row in MoESurveyService.survey(["demo:native", "demo:upcycled"]).rows]
     ['NATIVE', 'UPCYCLED']
@@ -52,21 +53,24 @@ class MoESurveyService:
         progress: Progress | None = None,
         finished: Finished | None = None,
     ) -> MoETypeSurvey:
-        """Analyse many models; a model that can't be analysed is a row with its error.
+        """Analyse many models; a model that can't be analysed becomes a row with its error.
 
-        `models` are a model or several, as for `MoETypeService.analyze`, requests, folders of models, or lists:
-        names of .txt files with a model a line, or of .toml files with a [[model]] table each, or "-", the standard
-        input, as a .txt file. A folder of models has none of its own, and models in folders below, as the `hub`
-        folder of the Hub's cache has. `layer`, `layers` and `experts` hold for every model whose list does not say
-        otherwise. With a `budget` of bytes ("64MB") all analyses are quick ones, which know neither parents nor
-        numbers of experts: what lists say of those is passed over. `jobs` models are analysed side by side, sharing
-        cores and memory, or as many as the dask.distributed scheduler at the address `dask` has workers. `file`
-        gets each row, as a line of JSON, when it is there; a model for which it already has an answer to the same
-        request is not analysed again. `html` names a folder that gets a page of all models, which says that
-        `command` made it, and one of each that had a full analysis; the analyses are kept there, too, for when the
-        folder is written again. `progress` is told (what, done, total), and `finished` each new row. Raises
-        InvalidRequest for a list, an option, a file or a folder that can't be used, and ClusterUnusable for a
-        scheduler.
+        `models` is one or several of: a model as for `MoETypeService.analyze`, a request, a folder of models, a .txt
+        file with one model per line, a .toml file with one [[model]] table per model, or "-", the standard input, read
+        like a .txt file. A folder of models is one that is not a model itself and has models in subfolders, such as the
+        `hub` folder of the Hub's cache. `layer`, `layers` and `experts` apply to every model whose list does not set
+        them.
+
+        With a `budget` in bytes ("64MB"), all analyses are quick ones; these use neither a parent nor a number of
+        experts, so such settings in lists are ignored. `jobs` models are analysed at the same time, sharing cores and
+        memory; with `dask`, the address of a dask.distributed scheduler, as many as it has workers.
+
+        `file` gets each row, as a line of JSON, when it is done; a model whose answer to the same request is already in
+        it is not analysed again. `html` names a folder that gets a page of all models, which names the `command` that
+        made it, and a page of each; full analyses are kept there too, for when the folder is
+        written again. `progress` is called with (what, done, total), and `finished` with each new row. Raises
+        InvalidRequest for a list, an option, a file or a folder that can't be used, and ClusterUnusable for a scheduler
+        that can't.
         """
         folder = None if html is None else SurveyFolder(path(html, "the folder"))
         report = survey(
@@ -96,12 +100,11 @@ class MoESurveyService:
         budget: int | str | None = None,
         progress: Progress | None = None,
     ) -> MoESurveyPlan:
-        """What a survey of the same models with the same options would read, and about how long it would take.
+        """Estimate what a survey of the same models with the same options would read, and how long it would take.
 
-        Told by the shapes that .toml lists give, for which nothing is opened, and by headers of all other models; no
-        weight is read. A shape is `storage` and `shape = { layers, experts, hidden, intermediate }`, with `gated =
-        false` where an expert has two matrices. A model whose headers can't be read has an error. Raises
-        InvalidRequest.
+        Uses the shapes that .toml lists give, for which nothing is opened, and the headers of all other models; reads
+        no weights. A shape is `storage` and `shape = { layers, experts, hidden, intermediate }`, with `gated = false`
+        if an expert has two matrices. A model whose headers can't be read gets an error. Raises InvalidRequest.
         """
         return plan(
             _read(models),
@@ -113,6 +116,6 @@ class MoESurveyService:
 
 
 def _read(models: Models) -> list[str | SurveyRequest]:
-    """What is asked for: a single model, which is no list, too."""
+    """The models as a list, even if only one is given."""
     asked = [models] if isinstance(models, SurveyRequest) else model_names(models)
     return [model if isinstance(model, SurveyRequest) else model_name(model) for model in asked]

@@ -27,7 +27,7 @@ from .reports import MoEQuickAnalysis, MoETypeAnalysis, MoETypeComparison
 
 
 class AnalysisOptions(TypedDict, total=False):
-    """Options that the analyses of a comparison have in common; `MoETypeService.analyze` says what they mean."""
+    """Options that all analyses of a comparison share; `MoETypeService.analyze` explains them."""
 
     layer: int | None
     layers: Layers | None
@@ -38,7 +38,7 @@ class AnalysisOptions(TypedDict, total=False):
 
 
 class MoETypeService:
-    """Tells how an MoE was trained, from its weights.
+    """Determines from its weights how an MoE was trained.
 
     >>> MoETypeService.analyze("demo:native").type
     'NATIVE'
@@ -60,15 +60,17 @@ class MoETypeService:
         """Analyse one model.
 
         `model` is a folder, a .safetensors or .gguf file, a Hub id (`org/name`, `org/name@revision`) or `demo:NAME`.
-        `layer` or `layers` (numbers, or a string such as "0,5,10", "0-23/6" or "all") say where to look; the default is
-        the first MoE layer, and beside it parts of a middle and of the last one. `experts` says of how many the spectra
-        are taken and the neurons matched (two at least), "all" for all; base and cosines always use all. `variance` are
-        the shares of energy whose ranks are reported, 0.95 always among them. `parent` names a dense model, in whose
-        layers the neurons are looked for, and with whose attention and embeddings the model's are compared. `thorough`
-        matches all neurons of all experts, and so holds one role of the whole layer in memory. `dask` is the address of
-        a dask.distributed scheduler ("tcp://host:8786"), whose workers then take a layer at a time; the cost is the sum
-        of theirs. `progress` is told (what, done, total) as work goes on. An interrupted analysis of several layers
-        goes on, when it is asked for again, with those that were not finished. Raises a child of MoEError.
+        `layer` or `layers` (numbers, or a string such as "0,5,10", "0-23/6" or "all") select the layers; the default is
+        the first MoE layer, plus parts of a middle and of the last one. `experts` is the number of experts whose
+        spectra are computed and whose neurons are matched (at least two), "all" for all; base and cosines always use
+        all. `variance` are the shares of energy whose ranks are reported; 0.95 is always among them. `parent` names a
+        dense model: the neurons are searched for in its layers, and its attention and embeddings are compared with the
+        model's. `thorough` matches all neurons of all experts, and so holds one role of the whole layer in memory.
+
+        `dask` is the address of a dask.distributed scheduler ("tcp://host:8786"), whose workers then take one layer at
+        a time; the cost is the sum of theirs. `progress` is called with (what, done, total) during the work. If an
+        analysis of several layers is interrupted, the same call continues with the unfinished layers. Raises a child of
+        MoEError.
         """
         sample = choose_sample(expert_count(experts), shares(variance), thorough)
         name, dense = model_name(model), None if parent is None else model_name(parent, "the parent")
@@ -83,9 +85,9 @@ class MoETypeService:
         budget: int | str = BUDGET,
         progress: Progress | None = None,
     ) -> MoEQuickAnalysis:
-        """A verdict from some neurons of some experts, at most about `budget` bytes ("64MB") of their weights.
+        """A verdict from some neurons of some experts, reading at most about `budget` bytes ("64MB") of their weights.
 
-        Without `layers`, three evenly spaced MoE layers are looked into. Raises a child of MoEError.
+        Without `layers`, three evenly spaced MoE layers are read. Raises a child of MoEError.
         """
         size = byte_size(budget, "the budget")
         return analyze_quickly(model_name(model), layers=layer_numbers(layers), budget=size, progress=progress)

@@ -8,7 +8,7 @@ from .reports import MoEWeightsVerification
 
 
 class MoEWeightsService:
-    """Verifies the experts of a converted model: quantised, renamed, stacked or split.
+    """Verifies the experts of a converted model: one that was quantised, renamed, stacked or split.
 
     >>> MoEWeightsService.verify("demo:native", "demo:native").passed
     True
@@ -24,13 +24,13 @@ class MoEWeightsService:
         tolerance: float = TOLERANCE,
         progress: Progress | None = None,
     ) -> MoEWeightsVerification:
-        """Compare the experts of `model` with those of the model `against` that it was made from.
+        """Compare the experts of `model` with those of `against`, the model that it was made from.
 
-        Both are named as for `MoETypeService.analyze`. `layers` are those of the original, three evenly spaced ones
-        where none are given; `experts` are evenly spaced, by default up to eight of a layer, and all where `layers` is
-        "all". Names and headers are checked in all layers. An expert may err by `tolerance` times what its storage
-        format costs on the original's weights, written the plain way. Raises a child of MoEError where the models can't
-        be compared: what is missing from `model` is no error, but a fault in the report.
+        Both are named as for `MoETypeService.analyze`. `layers` are those of the original, by default three evenly
+        spaced ones. `experts` are evenly spaced, by default up to eight per layer, or all if `layers` is "all". Names
+        and headers are checked in all layers. The error of an expert may be `tolerance` times the error that plain
+        rounding to its storage format causes in the original's weights. Raises a child of MoEError if the models can't
+        be compared; what is missing from `model` is a fault in the report instead.
         """
         count = expert_count(experts)
         return verify(

@@ -1,20 +1,20 @@
-"""The progress of a job: who is told, and how much is done."""
+"""Progress of a job: the function that is called, and a counter."""
 
 from collections.abc import Callable
 from threading import Lock
 
 Progress = Callable[[str, int, int], None]
-"""A function that is told of work as it goes on: (what, done, total)."""
+"""A function that is called during the work, with (what, done, total)."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Progress for a job that nobody watches."""
+    """Ignores progress."""
 
 
 class Counter:
-    """Adds up what several threads have done, and tells of it.
+    """Adds up what several threads have done, and reports it.
 
-    `total` is what is reported in the end, in bytes as a rule. What is added may be counted in other units, each worth
+    `total` is what is reported at the end, usually in bytes. What is added may be counted in other units, each worth
     `scale` of those.
     """
 

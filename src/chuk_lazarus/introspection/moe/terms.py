@@ -1,4 +1,4 @@
-"""Words that have one meaning everywhere: the roles of an expert's matrices, and what a verdict can be."""
+"""Terms that are used everywhere: the roles of an expert's matrices, and the possible verdicts."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Numbers in words, and words as numbers: figures with their units, sizes, runs of whole numbers."""
+"""Numbers as text, and text as numbers: figures with their units, sizes, ranges of integers."""
 
 import csv
 import re
@@ -10,7 +10,7 @@ from .errors import InvalidRequest
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
-    """Whole numbers in short: [0, 1, 2, 5] -> "0-2, 5"."""
+    """Integers as short text: [0, 1, 2, 5] -> "0-2, 5"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -26,7 +26,7 @@ def format_numbers(numbers: Sequence[int]) -> str:
 
 
 def format_groups(groups: Sequence[Sequence[int]]) -> str:
-    """For instance "0-3; 4-7; 8-11; ...", or "that are 8 apart" where eight groups take turns."""
+    """For instance "0-3; 4-7; 8-11; ...", or "that are 8 apart" if eight groups are interleaved."""
     step, total = len(groups), sum(map(len, groups))
     if step < total and all([*group] == [*range(i, total, step)] for i, group in enumerate(groups)):
         return f"that are {step} apart"
@@ -74,7 +74,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as CSV, by RFC 4180 but for the ends of lines; None is nothing."""
+    """Rows with the same keys as CSV, by RFC 4180 except for the line ends; None is an empty field."""
     file = StringIO()
     writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
     writer.writeheader()
@@ -83,8 +83,8 @@ def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def format_markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Container[str]) -> str:
-    """A table in Markdown; headings in `left` are of words, the others of numbers. Cells stay text whatever is in
-    them."""
+    """A table in Markdown; headings in `left` are of text columns, the others of numbers. Special characters in cells
+    are escaped."""
 
     def line(cells: Iterable[str]) -> str:
         return f"| {' | '.join(cells)} |\n"
@@ -103,5 +103,5 @@ def parse_size(text: str, what: str) -> int:
     """A number of bytes, written like 500MB or 20GB; raises InvalidRequest that names `what` it is."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if not match:
-        raise InvalidRequest(f"{what} is {text!r}, which is no size", "write it like 500MB or 20GB")
+        raise InvalidRequest(f"{what} is {text!r}, which is not a size", "write it like 500MB or 20GB")
     return int(float(match[1]) * _UNITS[match[2]])

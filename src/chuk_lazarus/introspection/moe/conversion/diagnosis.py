@@ -1,5 +1,5 @@
-"""What was done to an expert that is not what it was. Each fault is a guess at what the conversion did, and the one
-that leaves no more error than the format explains is named. Pure arrays.
+"""Explains the error of a converted expert. Each check guesses one thing that the conversion may have done; the first
+guess that leaves no more error than the format explains is reported. Pure arrays.
 
 Matrices are by role, [out, in]; gate and up have neurons as rows, down as columns.
 """
@@ -16,12 +16,12 @@ from ..numerics.deviation import deviation
 from ..numerics.neurons import Array, unit_rows
 from ..reports import FaultKind
 
-LINES = 256  # rows or columns whose products are compared, to tell a rotation
+LINES = 256  # rows or columns whose products are compared, to detect a rotation
 ROTATED = 0.5  # the least correlation of products that only a rotation leaves
-CLEARLY = 0.7  # the greatest share of its error that may be left of what is explained
-TURNS = 4  # in which factors of rows and columns are found
-MOSTLY = 0.6  # the greatest error that factors may leave where large blocks are explained
-UNLIKE = 0.5  # the greatest cosine of a matrix with the original for it to be rotated
+CLEARLY = 0.7  # an explanation may leave at most this share of the error
+TURNS = 4  # rounds of fitting scales of rows and of columns
+MOSTLY = 0.6  # the largest error that scales may leave if large blocks are explained
+UNLIKE = 0.5  # a rotated matrix has a smaller cosine with the original
 BLOCKS = ((128, 128), (1, 128), (1, 64), (1, 32), (1, 16), (128, 1), (64, 1), (32, 1), (16, 1))  # that share a scale
 BLOCK_ROWS = 1024  # rows that are matched at a time
 
@@ -32,7 +32,7 @@ Matrices = Mapping[str, Array]
 class Finding:
     """What explains the error of some roles of one expert.
 
-    A `harmless` finding changes nothing in what the model computes. `error` by role is what is left unexplained.
+    A `harmless` finding does not change what the model computes. `error` by role is what remains unexplained.
     """
 
     roles: tuple[str, ...]
@@ -52,9 +52,9 @@ def diagnose(
     allowed: Mapping[str, float],
     inputs: Array | None = None,
 ) -> list[Finding]:
-    """What explains that the roles in `bad` err by more than is allowed; each of them is in one finding.
+    """What explains that the errors of the roles in `bad` are too large; each of these is in exactly one finding.
 
-    `inputs` [hidden] is what the norm before the experts was divided by, None where it was not changed.
+    `inputs` [hidden] is what the norm before the experts was divided by, None if it was not changed.
     """
     findings: list[Finding] = []
     left = list(bad)
@@ -75,24 +75,26 @@ def diagnose(
     for role in left:
         error = deviation(converted[role], original[role])
         cosine = _cosine(converted[role], original[role])
-        findings.append(Finding((role,), "error", f"{_say_error(error)}; its cosine is {cosine:.2f}", {role: error}))
+        findings.append(
+            Finding((role,), "error", f"{_say_error(error)}; its cosine is {round(cosine, 2) + 0.0:.2f}", {role: error})
+        )
     return findings
 
 
 def _say_error(error: float) -> str:
-    return "it is not finite" if error == inf else f"it errs by {100 * error:.3g} %"
+    return "it is not finite" if error == inf else f"its error is {100 * error:.3g} %"
 
 
 def _empty(
     original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """Zeros, a constant, or no numbers, everywhere or in some rows or columns."""
+    """Zeros, a constant, or NaN and infinity, in the whole matrix or in some rows or columns."""
     for role in bad:
         matrix, exact = converted[role], original[role]
         broken = ~np.isfinite(matrix)
         if broken.any():
             share = float(broken.mean())
-            detail = "NaN or infinity" + ("" if share == 1 else f" in {100 * share:.3g} % of its numbers")
+            detail = "NaN or infinity" + ("" if share == 1 else f" in {100 * share:.3g} % of its values")
             yield Finding((role,), "empty", detail, {role: inf})
             continue
         if matrix.min() == matrix.max():
@@ -105,7 +107,7 @@ def _empty(
                 kept = np.flatnonzero(~gone)
                 error = deviation(np.take(matrix, kept, 1 - axis), np.take(exact, kept, 1 - axis))
                 if error <= allowed[role]:
-                    detail = f"{int(gone.sum())} of {len(gone)} {name} are zeros"
+                    detail = f"{int(gone.sum())} of {len(gone)} {name} are all zeros"
                     yield Finding((role,), "empty", detail, {role: error})
                     break
 
@@ -128,28 +130,28 @@ def _exchanged(
         if holds.get(other, ("", 0.0))[0] == role:
             if role == next(name for name in original if name in (role, other)):
                 errors = {role: error, other: holds[other][1]}
-                yield Finding((role, other), "exchanged", f"{role} is {other}, and {other} is {role}", errors)
+                yield Finding((role, other), "exchanged", f"{role} and {other} are swapped", errors)
         else:
-            yield Finding((role,), "exchanged", f"it is {other}", {role: error})
+            yield Finding((role,), "exchanged", f"it holds the original's {other}", {role: error})
 
 
 def _transposed(
     original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """Inputs in the place of outputs, with or without the shape that belongs to them."""
+    """Inputs and outputs swapped, with the shape swapped too or not."""
     for role in bad:
         exact = original[role]
         error = deviation(converted[role], np.ascontiguousarray(exact.T).reshape(exact.shape))
         if error <= allowed[role]:
             is_square = exact.shape[0] == exact.shape[1]
-            detail = "inputs are in the place of outputs" + ("" if is_square else ", in the shape that it should have")
+            detail = "its inputs and outputs are swapped" + ("" if is_square else ", although its shape is right")
             yield Finding((role,), "transposed", detail, {role: error})
 
 
 def _interleaved(
     original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """Gates and ups that lie in halves, read as if in turns, or the other way round."""
+    """Gate and up rows stored as two halves but read as interleaved, or the other way round."""
     if not {"gate", "up"} <= set(bad):
         return
     gate, up = original["gate"], original["up"]
@@ -157,8 +159,14 @@ def _interleaved(
     for pair, order in (((gate, up), "gate first"), ((up, gate), "up first")):
         in_turns, in_halves = np.stack(pair, axis=1).reshape(2 * size, -1), np.concatenate(pair)
         for rows, detail in (
-            ((in_turns[:size], in_turns[size:]), f"gates and ups lie in turns, {order}, and are read in halves"),
-            ((in_halves[::2], in_halves[1::2]), f"gates and ups lie in halves, {order}, and are read in turns"),
+            (
+                (in_turns[:size], in_turns[size:]),
+                f"gate and up rows are stored interleaved, {order}, and are read as two halves",
+            ),
+            (
+                (in_halves[::2], in_halves[1::2]),
+                f"gate and up rows are stored as two halves, {order}, and are read as interleaved",
+            ),
         ):
             errors = {role: deviation(converted[role], part) for role, part in zip(("gate", "up"), rows, strict=True)}
             if all(errors[role] <= allowed[role] for role in errors):
@@ -173,7 +181,7 @@ def _rescaled(
     allowed: Mapping[str, float],
     inputs: Array | None = None,
 ) -> Iterator[Finding]:
-    """Factors that cancel out, as AWQ leaves them: those of the inputs in the norm before the experts, those of a
+    """Scales that cancel out, as AWQ leaves them: those of the inputs in the norm before the experts, those of a
     neuron's up row in its down column."""
     if set(original) != {"gate", "up", "down"} or not all(np.isfinite(matrix).all() for matrix in converted.values()):
         return
@@ -186,14 +194,18 @@ def _rescaled(
     wanted = {"gate": gate, "up": neurons[:, None] * up, "down": original["down"] / neurons}
     errors = {role: deviation(converted[role], matrix) for role, matrix in wanted.items()}
     if all(errors[role] <= allowed[role] for role in errors):
-        what = "factors of its neurons cancel out" if inputs is None else "factors are taken back by the norm"
+        what = (
+            "its neurons are scaled, and the scales cancel out"
+            if inputs is None
+            else "its inputs are scaled, and the norm undoes it"
+        )
         yield Finding(tuple(errors), "scale", what, errors, harmless=True)
 
 
 def _scaled(
     original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """A factor for the matrix, its rows, its columns, or blocks of these."""
+    """A scale of the matrix, its rows, its columns, or blocks of these."""
     for role in bad:
         exact, matrix = original[role], converted[role]
         shape = exact.shape
@@ -211,11 +223,11 @@ def _scaled(
                 break
         else:
             if (error := _error_of_rows_and_columns(matrix, exact)) <= allowed[role]:
-                yield Finding((role,), "scale", "its rows and its columns have factors", {role: error})
+                yield Finding((role,), "scale", "its rows and its columns are scaled", {role: error})
 
 
 def _error_of_rows_and_columns(matrix: Array, exact: Array) -> float:
-    """The error that is left where each row and each column has a factor, found in turns."""
+    """The error that remains if each row and each column has its own scale, fitted alternately."""
     scaled = exact
     for turn in range(2 * TURNS):
         axis = 1 - turn % 2
@@ -226,8 +238,8 @@ def _error_of_rows_and_columns(matrix: Array, exact: Array) -> float:
 
 
 def _fit_factors(matrix: Array, exact: Array, block: tuple[int, int]) -> tuple[NDArray[np.float64], float, float]:
-    """The factor that each block of a matrix has, [rows / height, columns / width]; and the errors that are left once
-    factors are taken from the matrix, and once the exact matrix has them: in the latter large blocks count more."""
+    """The scale of each block of a matrix, [rows / height, columns / width], and two errors: after dividing the matrix
+    by the scales, and after multiplying the exact matrix by them, where large blocks count more."""
     with np.errstate(over="ignore", invalid="ignore"):
         product, energy = _block_sums(matrix * exact, block), _block_sums(exact * exact, block)
         own = _block_sums(matrix * matrix, block)
@@ -265,7 +277,7 @@ def _shifted(
             rest = (grouped - grouped.mean(axis=2, keepdims=True)).reshape(difference.shape)
             error = float(np.linalg.norm(rest) / np.linalg.norm(original[role]))
             if error <= allowed[role]:
-                detail = f"each {width} inputs of a row are off by a constant, as by wrong zero points"
+                detail = f"each group of {width} inputs in a row is off by a constant, as with wrong zero points"
                 yield Finding((role,), "error", detail, {role: error})
                 break
 
@@ -273,7 +285,8 @@ def _shifted(
 def _reordered(
     original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """Neurons, or inputs and outputs of the expert, in another order; harmless where all roles have the neurons so."""
+    """Neurons, or inputs and outputs of the expert, in a different order; harmless if all roles have the same order of
+    neurons."""
     orders: dict[str, NDArray[np.intp]] = {}
     errors: dict[str, float] = {}
     for role in bad:
@@ -286,11 +299,11 @@ def _reordered(
         first = next(iter(orders.values()))
         is_shared = len(orders) == len(original) and all((order == first).all() for order in orders.values())
         if is_shared:
-            yield Finding(tuple(orders), "reordered", "its neurons are in another order", errors, harmless=True)
+            yield Finding(tuple(orders), "reordered", "its neurons are in a different order", errors, harmless=True)
         else:
             others = " and ".join(role for role in original if role not in orders) or "the others"
             for role in orders:
-                detail = f"its neurons are in another order than those of {others}"
+                detail = f"its neurons are in a different order from those of {others}"
                 yield Finding((role,), "reordered", detail, {role: errors[role]})
     for role in bad:
         if role in orders:
@@ -300,7 +313,7 @@ def _reordered(
         error = deviation(converted[role], np.take(original[role], found, axis))
         if error <= allowed[role]:
             which = "outputs" if role == "down" else "inputs"
-            yield Finding((role,), "reordered", f"its {which} are in another order", {role: error})
+            yield Finding((role,), "reordered", f"its {which} are in a different order", {role: error})
 
 
 def _match_lines(matrix: Array, exact: Array, axis: int) -> NDArray[np.intp]:
@@ -313,7 +326,8 @@ def _match_lines(matrix: Array, exact: Array, axis: int) -> NDArray[np.intp]:
 def _rotated(
     original: Matrices, converted: Matrices, bad: Sequence[str], allowed: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """Rows whose products with each other are the original's, which a rotation of their inputs leaves; or columns."""
+    """Rows (or columns) whose products with each other are the original's: a rotation of their inputs does not change
+    these."""
     for role in bad:
         matrix, exact = converted[role], original[role]
         if abs(_cosine(matrix, exact)) > UNLIKE:
@@ -321,10 +335,11 @@ def _rotated(
         for turned, side in ((False, "inputs"), (True, "outputs")):
             likeness = _product_likeness(matrix.T if turned else matrix, exact.T if turned else exact)
             if likeness >= ROTATED:
+                lines = "columns" if turned else "rows"
                 detail = (
-                    f"its {side} are rotated: the products of its {'columns' if turned else 'rows'} are the original's"
+                    f"its {side} are rotated: products of its {lines} correlate with the original's by {likeness:.2f}"
                 )
-                yield Finding((role,), "rotated", f"{detail} by a correlation of {likeness:.2f}", {role: 0.0})
+                yield Finding((role,), "rotated", detail, {role: 0.0})
                 break
 
 

@@ -8,7 +8,8 @@ from ..reports import FaultKind
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong in a layer, with one role or all, and one expert or all; `detail` is a sentence without its end."""
+    """A fault in a layer, of one role or all, and of one expert or all; `detail` is a sentence without its full
+    stop."""
 
     layer: int
     kind: FaultKind
@@ -18,9 +19,9 @@ class Fault:
 
 
 def gather(faults: Iterable[Fault], roles: Sequence[str], experts: Sequence[int]) -> list[Fault]:
-    """The faults of a layer with those of all `experts`, and of all `roles`, told as one where they are alike.
+    """The faults of a layer; equal faults of all `experts`, or of all `roles`, become one.
 
-    Details may differ; the first stands for all, with its place.
+    Their details may differ: the first is kept, with its place.
     """
     result = list(dict.fromkeys(faults))
     ways: tuple[tuple[Callable[[Fault], Fault], Callable[[Fault], object], Sequence[object]], ...] = (

@@ -1,4 +1,4 @@
-"""What a storage format costs: the error that these very weights have once they are written in it the plain way."""
+"""The error that a storage format should cause: that of plain rounding of the same weights to it."""
 
 from functools import cache
 from typing import Any
@@ -42,9 +42,9 @@ TABLES = {
 
 
 def format_error(matrix: Array, grid: Grid) -> float:
-    """The relative error of a matrix [rows, columns], as the format's rows lie, once it is written in the format.
+    """The relative error of plain rounding of a matrix [rows, columns], as the format's rows lie, to the format.
 
-    By a sample of its groups.
+    Estimated from a sample of its groups.
     """
     if grid.scale == "none":
         taken = sample_groups(matrix, 1, 64)
@@ -53,7 +53,7 @@ def format_error(matrix: Array, grid: Grid) -> float:
     height, width = grid.group
     is_whole = height is None and width is None
     taken = sample_groups(matrix, *((1, 64) if is_whole else grid.group))
-    # a second scale only keeps the first ones in range, so that the sample's will do for it
+    # a second scale only keeps the first ones in range, so the sample's is good enough
     whole = float(max(matrix.max(), -matrix.min()) if is_whole else np.abs(taken).max())
     largest = whole if is_whole else None
     if grid.element == "int":

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from ..numerics.neurons import Array
 
 Corners = Mapping[int, Array]  # expert -> some of the numbers of one of its matrices, of one shape
-SLACK = 1.5  # how much more a part of a matrix may err than the whole
-NEARER = 0.9  # how far the expert that is found may be, as a share of how far the one that should be there is
+SLACK = 1.5  # the error of a part of a matrix may be this much larger than that of the whole
+NEARER = 0.9  # an expert is found if its distance is below this share of the right expert's
 ROUNDING = 1e-6  # a distance below which experts are the same
-ALIKE = 0.5  # how far the same two experts may be, as a share of how far the original's are
+ALIKE = 0.5  # two experts are identical if their distance is below this share of that of the originals
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """For experts that are not what they should be: `of` which other expert of the original each is, where it is found;
-    and another converted expert that is the `same`, though the original's are not."""
+    """The real sources of experts with large errors: `of` has the other expert of the original that each is, if found,
+    and `same` another converted expert that is identical, though their originals are not."""
 
     of: Mapping[int, int]
     same: Mapping[int, int]
@@ -50,8 +50,8 @@ def find_sources(original: Corners, converted: Corners, experts: Sequence[int], 
 
 
 def find_strays(original: Corners, converted: Corners) -> set[int]:
-    """The experts that are nearer to another one of the original than to their own, or the same as another one though
-    the original's are not; both have the same experts."""
+    """The experts that are nearer to another expert of the original than to their own, or identical to another one
+    though their originals are not; both models have the same experts."""
     numbers = sorted(original)
     here, there = (_flatten([corners[number] for number in numbers]) for corners in (converted, original))
     far = _distances(here, there)
@@ -76,7 +76,8 @@ def find_order(original: Corners, converted: Corners) -> tuple[int, ...]:
 
 
 def keeps_groups(order: Sequence[int], groups: int) -> bool:
-    """Whether experts that follow each other in so many equal groups stay together, as group-limited routing asks."""
+    """Whether experts stay together in that many equal groups of consecutive experts, as group-limited routing
+    needs."""
     if groups < 2 or len(order) % groups:
         return True
     return all(

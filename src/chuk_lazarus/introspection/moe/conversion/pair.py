@@ -1,4 +1,4 @@
-"""One layer of a model and of its conversion, side by side: the same expert's matrices of both, and how far apart."""
+"""One layer of a model and of its conversion, side by side: the same expert's matrices of both, and their errors."""
 
 from dataclasses import dataclass, field
 from math import inf
@@ -12,16 +12,16 @@ from ..weights.codecs import Grid
 from ..weights.expert_layer import ExpertLayer, ExpertTensor
 from .format_error import ARITHMETIC, format_error
 
-CORNER = 64  # neurons and inputs of an expert by which experts are told apart
+CORNER = 64  # neurons and inputs of an expert by which experts are distinguished
 
 Matrices = dict[str, Array]  # by role, [out, in]
 
 
 @dataclass(frozen=True, slots=True)
 class RoleError:
-    """How far a converted matrix is from the original, and what its format should cost: relative Frobenius errors.
+    """The error of a converted matrix, and the error that its format should cause: relative Frobenius errors.
 
-    The error is infinite where the matrix is not finite. `original` and `converted` are corners of both.
+    The error is infinite if the matrix is not finite. `original` and `converted` are corners of both.
     """
 
     error: float
@@ -32,11 +32,11 @@ class RoleError:
 
 @dataclass(frozen=True, slots=True)
 class LayerPair:
-    """A layer of the original and the same layer of its conversion, whose experts are each read by itself.
+    """A layer of the original and the same layer of its conversion; each expert is read separately.
 
-    An expert errs too much where it does so by more than `tolerance` times what its format should cost, which is never
-    taken to be less than that of arithmetic in bfloat16; or, in the coarsest formats, by more than half way from that
-    to 1, which is the error of zeros.
+    The error of an expert may be `tolerance` times the expected error of its format, which is at least that of
+    arithmetic in bfloat16. In the coarsest formats it may only go half of the way from the expected error to 1, the
+    error of zeros.
     """
 
     original: ExpertLayer
@@ -101,7 +101,7 @@ class LayerPair:
         return format_error(matrix.T if tensor.is_turned(role) else matrix, grid)
 
     def allowed(self, expected: float) -> float:
-        """The greatest error that a matrix may have."""
+        """The largest error that a matrix may have."""
         expected = max(expected, ARITHMETIC / 2)
         return min(self.tolerance * expected, max(expected, (1 + expected) / 2))
 

@@ -31,10 +31,10 @@ def check_router(pair: LayerPair, order: Sequence[int]) -> RouterCheck:
     if exact is None:
         return RouterCheck(None)
     if found is None:
-        return RouterCheck(None, (Fault(pair.number, "router", "there is none"),))
+        return RouterCheck(None, (Fault(pair.number, "router", "it is missing"),))
     (weight, grid), original = found, exact[0]
     if weight.shape != original.shape:
-        detail = f"it is {list(weight.shape)}, and the original's is {list(original.shape)}"
+        detail = f"its shape is {list(weight.shape)}, but the original's is {list(original.shape)}"
         return RouterCheck(None, (Fault(pair.number, "router", detail),))
     allowed = pair.allowed(format_error(original, grid) if grid else 0.0)
     lost = deviation(weight, original[list(order)])
@@ -69,24 +69,24 @@ def _explain(weight: Array, exact: Array, allowed: float, error: float) -> str:
         return "its weight is all zeros"
     nearest = nearest_rows(weight, exact)
     if len(set(nearest.tolist())) == len(nearest) and deviation(weight, exact[nearest]) <= allowed:
-        return "its rows are in another order than the experts"
+        return "its rows are in a different order from the experts"
     factor = float(np.vdot(weight, exact)) / float(np.vdot(exact, exact))
     if factor and deviation(weight / np.float32(factor), exact) <= allowed:
         return f"its weight is {factor:.4g} times the original's"
-    return f"its weight errs by {100 * error:.3g} %"
+    return f"the error of its weight is {100 * error:.3g} %"
 
 
 def _compare_vectors(name: str, vector: Array | None, exact: Array, order: Sequence[int]) -> str | None:
-    what = "the correction of its scores" if name == "correction" else "its bias"
+    what = "its score correction bias" if name == "correction" else "its bias"
     if vector is None:
         return f"{what} is missing"
     if vector.shape != exact.shape or len(exact) != len(order):
-        return None if vector.shape == exact.shape else f"{what} has {len(vector)} numbers, and not {len(exact)}"
+        return None if vector.shape == exact.shape else f"{what} has {len(vector)} values, not {len(exact)}"
     wanted = exact[list(order)]
     if not np.isfinite(vector).all() or np.abs(vector - wanted).max() > ARITHMETIC * np.abs(exact).max():
-        return f"{what} is not the original's"
+        return f"{what} differs from the original's"
     if (vector != wanted).any() and (np.sort(vector) == np.sort(exact)).all():
-        return f"{what} is in another order than the experts"
+        return f"{what} is in a different order from the experts"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What of a conversion is not there, or was left as it was: by the names and headers of its tensors alone."""
+"""What a conversion lacks or did not quantise, from the names and headers of its tensors alone."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ Place = tuple[int, str, int | None]  # layer, role of the layout, expert
 
 
 def find_missing(original: Experts, converted: Experts) -> Iterator[Fault]:
-    """Layers, experts and roles of the original that the conversion lacks, and layers that only this one has."""
+    """Layers, experts and roles of the original that the conversion lacks, and layers that only the conversion has."""
     there = {*converted.layers, *converted.mtp_layers}
     here = {*original.layers, *original.mtp_layers}
     for layer in sorted(set(original.layers) - there):
@@ -40,18 +40,18 @@ def _find_missing_experts(original: ExpertLayer, converted: ExpertLayer) -> Iter
     parts = converted.parts()
     for tensor in converted.layout.tensors:
         if tensor.role not in parts:
-            yield from (Fault(converted.number, "missing", "it is not there", role) for role in tensor.roles)
+            yield from (Fault(converted.number, "missing", "it is missing", role) for role in tensor.roles)
     if set(original.roles) - set(converted.roles):
         for role in original.roles:
             if role not in converted.roles:
-                yield Fault(converted.number, "missing", f"layout {converted.layout.name} has none", role)
+                yield Fault(converted.number, "missing", f"layout {converted.layout.name} has no such projection", role)
     if converted.layout.is_single:
         return
     held = {expert for experts in _experts(original).values() for expert in experts}
     for tensor in converted.layout.tensors:
         lacking = held - parts.get(tensor.role, {}).keys() if tensor.role in parts else set()
         for expert in sorted(lacking):
-            yield from (Fault(converted.number, "missing", "it is not there", role, expert) for role in tensor.roles)
+            yield from (Fault(converted.number, "missing", "it is missing", role, expert) for role in tensor.roles)
 
 
 def _experts(layer: ExpertLayer) -> dict[str, range]:
@@ -59,8 +59,8 @@ def _experts(layer: ExpertLayer) -> dict[str, range]:
 
 
 def find_unquantised(converted: Experts) -> tuple[list[Fault], list[str]]:
-    """Experts that are stored in plain numbers beside quantised ones, or although the config says that the model is
-    quantised; and notes on those that the config says were left as they were."""
+    """Experts that are not quantised beside quantised ones, or although the config says that the model is quantised;
+    and notes on those that the config lists as not quantised."""
     plain: dict[Place, str] = {}
     quantised = 0
     for number in (*converted.layers, *converted.mtp_layers):
@@ -80,9 +80,7 @@ def find_unquantised(converted: Experts) -> tuple[list[Fault], list[str]]:
         layers = sorted({layer for layer, _, _ in left})
         notes.append(f"the config says that experts of layers {format_ranges(layers)} were not quantised")
     reason = (
-        "in plain numbers beside quantised ones"
-        if quantised
-        else f"in plain numbers, and the config says {_name(settings)}"
+        "not quantised, although others are" if quantised else f"not quantised, but the config says {_name(settings)}"
     )
     specs = {tensor.role: tensor.roles for tensor in converted.layer(converted.layers[0]).layout.tensors}
     faults = [
@@ -100,7 +98,7 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 
 def _is_plain(converted: Experts, parts: Parts) -> bool:
-    """Whether a weight is there in plain numbers; taken to be where its header is not read and it has no other part."""
+    """Whether a weight is not quantised; assumed if its header is not read and it has no other part."""
     if parts.keys() - NOT_DECODED != {"weight"}:
         return False
     name, checkpoint = parts["weight"], converted.checkpoint
@@ -108,7 +106,7 @@ def _is_plain(converted: Experts, parts: Parts) -> bool:
 
 
 def _is_left(module: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the config says that a module was left as it was."""
+    """Whether the config says that a module was not quantised."""
     if settings.get(module) is False:  # MLX
         return True
     listed = [entry for key in LISTS if isinstance(settings.get(key), list) for entry in settings[key]]
@@ -134,13 +132,13 @@ def explain_misfit(error: ShapesDoNotFit, original: ExpertLayer, expert: int | N
         is_turned = shape[:-2] == wanted[:-2] and shape[-2:] == wanted[:-3:-1]
         for role in tensor.roles:
             if is_turned:
-                detail = f"it is stored as {list(shape)}, and not as {list(wanted)}"
+                detail = f"it is stored as {list(shape)}, not as {list(wanted)}"
                 faults.append(Fault(error.layer, "transposed", detail, role, expert))
             elif tensor.axes.stacked and shape[1:] == wanted[1:] and shape[0] < wanted[0]:
                 missing = range(shape[0], wanted[0])
-                faults += [Fault(error.layer, "missing", "it is not there", role, absent) for absent in missing]
+                faults += [Fault(error.layer, "missing", "it is missing", role, absent) for absent in missing]
             else:
-                detail = f"its shape is {list(shape)}, and the original's would be {list(wanted)}"
+                detail = f"its shape is {list(shape)}, but the original's would be {list(wanted)}"
                 faults.append(Fault(error.layer, "error", detail, role, expert))
     return faults or [Fault(error.layer, "error", error.message, None, expert)]
 
@@ -152,7 +150,7 @@ def compare_shapes(converted: ExpertLayer, original: ExpertLayer, expert: int | 
         if role not in converted.roles or converted.shape(role) == original.shape(role):
             continue
         this, that = converted.shape(role), original.shape(role)
-        detail = f"it is {list(this)}, and the original's is {list(that)}"
+        detail = f"its shape is {list(this)}, but the original's is {list(that)}"
         faults.append(Fault(original.number, "transposed" if this == that[::-1] else "error", detail, role, expert))
     return faults
 
@@ -165,6 +163,6 @@ def explain_unreadable(error: MoEError, converted: ExpertLayer, expert: int | No
         others = set().union(*(parts.keys() for parts in experts.values()))
         lacking = sorted(others - experts.get(expert, {}).keys() - NOT_DECODED)
         if lacking and expert in experts:
-            detail = f"its {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not there"
+            detail = f"its {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing"
             faults += [Fault(converted.number, "missing", detail, role, expert) for role in stored.split("_")]
     return faults or [Fault(converted.number, "error", error.message, None, expert)]

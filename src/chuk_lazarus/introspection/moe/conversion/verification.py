@@ -24,7 +24,7 @@ from .structure import compare_shapes, explain_misfit, explain_unreadable, find_
 
 EXPERTS, LEAST_EXPERTS = 8, 2  # of a layer that are compared, and the fewest where they are large
 BUDGET = 2_000_000_000  # bytes of the original's experts beyond which fewer are compared
-TOLERANCE = 2.5  # times what the format should cost; GPTQ, which errs where inputs do not see it, took up to 1.8
+TOLERANCE = 2.5  # times the expected error; GPTQ, which puts errors where inputs are small, had up to 1.8
 MATRICES = 8  # that a thread holds while it compares an expert
 GROUP_KEYS = ("n_group", "num_expert_group", "n_groups")  # of experts, in configs whose routing is limited to groups
 
@@ -42,9 +42,9 @@ def verify(
 ) -> MoEWeightsVerification:
     """Compare the experts of `model` with those of `against`; `MoEWeightsService.verify` says what the options mean."""
     if not (isfinite(tolerance) and tolerance >= 1):
-        raise InvalidRequest(f"the tolerance is {tolerance}", "it is a factor from 1 on")
+        raise InvalidRequest(f"the tolerance is {tolerance}", "give a factor of 1 or more")
     if isinstance(experts, int) and experts < 1:
-        raise InvalidRequest(f"{experts} experts are too few", "compare one at least")
+        raise InvalidRequest(f"{experts} experts are too few", "compare at least one")
     with name_model(against):
         original = OpenedModel(against, None, layers, samples=LAYERS, purpose="verify")
     if experts is None and layers == "all":
@@ -72,7 +72,9 @@ class _Verification:
             self.faults += explain_misfit(error, self.original.experts.layer(error.layer))
         except LacksRole as error:
             numbers = [layer.number for layer in self.original.layers]
-            self.faults += [Fault(n, "missing", "no layer has it", role) for n in numbers for role in error.roles]
+            self.faults += [
+                Fault(n, "missing", "it is missing in every layer", role) for n in numbers for role in error.roles
+            ]
         if self.converted:
             self._compare(self.converted, experts)
         return self._report()
@@ -120,7 +122,7 @@ class _Verification:
                 if order:
                     sources = dict(enumerate(order))
                     self.notes.append(
-                        f"layer {pair.number}: experts and router are in another order, which is harmless: "
+                        f"layer {pair.number}: experts and router are in a different order, which is harmless: "
                         f"{name_order(order)}"
                     )
                     self._fetch_original(pair, [sources[expert] for expert in readable])
@@ -135,7 +137,7 @@ class _Verification:
             self.layers.append(_report_layer(pair, chosen, errors, router.error))
 
     def _fetch(self, pair: LayerPair, experts: Sequence[int]) -> None:
-        """Have all of some experts of both models at hand."""
+        """Fetch all of some experts of both models."""
         self._fetch_original(pair, experts)
         pair.converted.prefetch(
             self.progress,
@@ -181,7 +183,7 @@ class _Verification:
         sources: Mapping[int, int],
         errors: Mapping[int, dict[str, RoleError]],
     ) -> list[Fault]:
-        """What is wrong with experts that are not what they should be; what they may err is given by role."""
+        """What is wrong with experts whose errors are too large; the allowed errors are given by role."""
         faults: list[Fault] = []
         left = {expert: dict(allowed) for expert, allowed in bad.items()}
         if not bad:
@@ -200,13 +202,13 @@ class _Verification:
             )
             found = find_sources(here, there, experts, max(bad[expert][role] for expert in experts))
             if len(errors) > 1 and found.same.keys() | {*found.same.values()} == {*errors}:
-                faults.append(Fault(pair.number, "identical", "all experts are the same", role))
+                faults.append(Fault(pair.number, "identical", "all experts are identical", role))
                 for expert in experts:
                     del left[expert][role]
                 continue
             for expert in experts:
                 if expert in found.same:
-                    detail = f"it is the same as expert {found.same[expert]}"
+                    detail = f"it is identical to expert {found.same[expert]}"
                     faults.append(Fault(pair.number, "identical", detail, role, expert))
                 elif expert in found.of:
                     detail = f"it is expert {found.of[expert]} of the original"
@@ -222,8 +224,8 @@ class _Verification:
     def _diagnose(
         self, pair: LayerPair, expert: int, source: int, bad: Sequence[str], errors: dict[str, RoleError]
     ) -> list[Fault]:
-        """What is wrong with one expert, whose roles in `bad` err too much; `errors` becomes what is left where it is
-        harmless."""
+        """What is wrong with one expert whose errors are too large in the roles in `bad`; sets `errors` to what remains
+        if it is harmless."""
         original, converted = pair.original.matrices(source), pair.read_converted(expert)
         allowed = {role: pair.allowed(one.expected) for role, one in errors.items()}
         faults = []
@@ -238,7 +240,8 @@ class _Verification:
         return faults
 
     def _find_harmless_order(self, pair: LayerPair, bad: Mapping[int, Mapping[str, float]]) -> tuple[int, ...] | None:
-        """Which expert of the original each converted one is, where it is another for some, router and all; or None."""
+        """Which expert of the original each converted one is, if experts and router were reordered together; else
+        None."""
         count = pair.original.count
         if any(_check_readable(pair, expert) for expert in range(count)):
             return None
@@ -292,7 +295,7 @@ def _check_readable(pair: LayerPair, expert: int) -> list[Fault]:
     """What keeps a converted expert from being compared with the original's."""
     if pair.converted.layout.is_single and expert and not _check_readable(pair, 0):
         count = pair.converted.count
-        return [] if expert < count else [Fault(pair.number, "missing", "it is not there", None, expert)]
+        return [] if expert < count else [Fault(pair.number, "missing", "it is missing", None, expert)]
     number = None if pair.converted.layout.is_single else expert
     layer = pair.alone(expert)
     try:
@@ -307,7 +310,8 @@ def _check_readable(pair: LayerPair, expert: int) -> list[Fault]:
 
 
 def _find_bad(pair: LayerPair, errors: Mapping[int, Mapping[str, RoleError]]) -> dict[int, dict[str, float]]:
-    """The experts and roles that err by more than is allowed, or are nearer to another expert; with what is allowed."""
+    """The experts and roles whose errors are too large, or that are nearer to another expert; with the allowed
+    errors."""
     bad: dict[int, dict[str, float]] = {}
     for role in pair.roles:
         strays = find_strays(
@@ -332,9 +336,11 @@ def _compare_biases(pair: LayerPair, experts: Sequence[int], sources: Mapping[in
             continue
         for role, exact in pair.original.biases(sources[expert]).items():
             if role not in biases:
-                faults.append(Fault(pair.number, "missing", "its bias is not there", role, expert))
+                faults.append(Fault(pair.number, "missing", "its bias is missing", role, expert))
             elif not (error_of := deviation(biases[role][None], exact[None])) <= pair.tolerance * ARITHMETIC:
-                faults.append(Fault(pair.number, "error", f"its bias errs by {100 * error_of:.3g} %", role, expert))
+                faults.append(
+                    Fault(pair.number, "error", f"the error of its bias is {100 * error_of:.3g} %", role, expert)
+                )
     return faults
 
 

@@ -1,8 +1,8 @@
 """Many machines: tasks for the workers of a dask.distributed scheduler.
 
-A task is pure, so that dask may give it to another worker when one is lost. A worker takes one task at a time, with all
-its threads and within its memory: a task that was under way when a worker was lost may be the reason. No other module
-knows of dask.
+A task is pure, so dask may give it to another worker if one is lost. A worker runs one task at a time, with all its
+threads and within its memory limit, so the task that was running when a worker was lost may be the cause. No other
+module uses dask.
 """
 
 import logging
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 PATIENCE = 10  # seconds in which a scheduler must answer
-RETRIES = 2  # of a task that has failed otherwise than by an error of the model
+RETRIES = 2  # of a task that failed for another reason than an error of the model
 SHARE = 60  # % of a worker's memory: dask begins to act on a worker that takes more
 PAUSE = 0.2  # seconds between two reports of a worker on the same work
 LOOK = 5.0  # seconds between two looks for new workers
@@ -54,14 +54,14 @@ class ClusterUnusable(MoEError):
 class Place:
     """Where each worker finds a model: an absolute path, a Hub id or an embedded model.
 
-    `sizes` are the bytes of the files at the path, which a worker must find there, too; None for what is no path.
+    `sizes` are the bytes of the files at the path, which a worker must find there too; None if it is not a path.
     """
 
     name: str
     sizes: dict[str, int] | None
 
     def check(self, worker: str) -> None:
-        """Raise ModelUnreadable where a worker does not see these files."""
+        """Raise ModelUnreadable if a worker does not see these files."""
         if self.sizes is not None:
             path = split_model(self.name)[0]
             sizes, hint = file_sizes(path), "workers must see a model at the same path, or read it from the Hub"
@@ -84,9 +84,9 @@ def locate(model: str, revision: str | None = None) -> Place:
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[Outcome]):
-    """What a worker is asked for: `function(*arguments, progress)`, on models that it must see at `places`.
+    """A task for a worker: `function(*arguments, progress)`, on models that it must see at `places`.
 
-    `what` names the task in messages. The function is sent by its name, so it must be a module's own.
+    `what` names the task in messages. The function is sent by its name, so it must be at the top level of a module.
     """
 
     what: str
@@ -105,11 +105,10 @@ class Cluster:
     def run(
         self, tasks: Sequence[Task[Outcome]], watch: Watch | None = None
     ) -> Iterator[tuple[int, Outcome | MoEError]]:
-        """Each task's number with its result, or with the error of the model, as they come.
+        """Yield each task's number with its result, or with the error of the model, as they arrive.
 
-        A task whose worker is lost, or that fails in another way, is repeated; ClusterUnusable comes in place of the
-        result of a task that has cost too many workers. Raises ClusterUnusable when the scheduler is lost, and what a
-        task raises each time.
+        A task is repeated if its worker is lost or it fails in another way; after it has cost too many workers, its
+        result is a ClusterUnusable. Raises ClusterUnusable if the scheduler is lost, and what a task raises every time.
         """
         news: SimpleQueue[tuple[int, Future] | list[Any]] = SimpleQueue()
         shown: dict[int, dict[str, int]] = {number: {} for number in range(len(tasks))}
@@ -144,7 +143,7 @@ class Cluster:
                     watch(number, what, done, total)
 
     def _find_idle(self, busy: Mapping[int, str | None]) -> list[str | None]:
-        """The workers that have no task; None stands for a worker yet to come, where no task is under way."""
+        """The workers without a task; None stands for a worker that may still join, if no task is running."""
         try:
             there = self._client.nthreads()
         except OSError:
@@ -176,8 +175,8 @@ class Cluster:
         except KilledWorker as error:
             last = getattr(error.last_worker, "address", "unknown")
             return ClusterUnusable(
-                f"{what}: {error.allowed_failures + 1} workers were lost over it, the last one was {last}",
-                "see its log; perhaps it lacks memory",
+                f"{what}: {error.allowed_failures + 1} workers died on it, the last one was {last}",
+                "see its log; it may have run out of memory",
             )
         except CancelledError:
             raise self._lost() from None
@@ -187,14 +186,14 @@ class Cluster:
 def connect(address: str | None) -> Iterator[Cluster | None]:
     """The workers of the scheduler at `address`, such as "tcp://host:8786"; None for None.
 
-    What they have not done at the end is given up. Raises InvalidRequest for what is no address, LibraryMissing
-    without dask, and ClusterUnusable where no scheduler answers, it has no workers, or versions differ.
+    Tasks that are unfinished at the end are cancelled. Raises InvalidRequest for an invalid address, LibraryMissing
+    without dask, and ClusterUnusable if no scheduler answers, it has no workers, or versions differ.
     """
     if address is None:
         yield None
         return
     if not re.fullmatch(r"((tcp|tls|ws|wss)://)?[^\s/]+:\d{1,5}/?|inproc://\S+", address):
-        raise InvalidRequest(f"{address!r} is no address of a scheduler", "write it like tcp://host:8786")
+        raise InvalidRequest(f"{address!r} is not the address of a scheduler", "write it like tcp://host:8786")
     try:
         from distributed import Client
         from distributed.utils import LoopRunner
@@ -213,7 +212,7 @@ def connect(address: str | None) -> Iterator[Cluster | None]:
         finally:
             if client:
                 with suppress(TimeoutError):
-                    client.close(timeout=0.5)  # a scheduler that does not answer will see that we have gone
+                    client.close(timeout=0.5)  # a scheduler that does not answer will notice that we left
             runner.stop()
 
 
@@ -231,7 +230,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _find_scheduler(loop: Any, address: str) -> None:
-    """Check that a scheduler with workers answers: a client waits without an end for what says nothing."""
+    """Check that a scheduler with workers answers: a client would wait forever for an address that does not reply."""
     from distributed import Security, rpc, sync
 
     async def identify() -> Any:
@@ -240,7 +239,7 @@ def _find_scheduler(loop: Any, address: str) -> None:
 
     try:
         workers = sync(loop, identify, callback_timeout=PATIENCE)["workers"]
-    except Exception:  # of many kinds, by what it is that answers, if anything does
+    except Exception:  # depends on what answers there, if anything does
         raise ClusterUnusable(f"no dask scheduler answers at {address}", "start one with: dask scheduler") from None
     if not workers:
         raise ClusterUnusable(f"the scheduler at {address} has no workers", f"start some with: dask worker {address}")
@@ -254,7 +253,7 @@ def _check_versions(client: "Client") -> None:
         ours = versions["client"]["packages"][package]
         for who, machine in others.items():
             if (theirs := machine["packages"].get(package)) != ours:
-                has = f"{package} {theirs}, and this machine {ours}" if theirs else f"no {package}"
+                has = f"{package} {theirs}, but this machine has {ours}" if theirs else f"no {package}"
                 raise ClusterUnusable(f"{who} has {has}", f"install {package} {ours} there")
 
 

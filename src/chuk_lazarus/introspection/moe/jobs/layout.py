@@ -103,9 +103,9 @@ def header_facts(experts: Experts) -> HeaderFacts:
 
 
 def count_other_bytes(experts: Experts, first: ExpertLayer | None = None) -> int | None:
-    """Bytes of all that is no routed expert, as stored; None where headers and index do not tell.
+    """Bytes of everything but routed experts, as stored; None if headers and index do not tell.
 
-    Where not all headers are read, layers are taken to be like the first one.
+    If not all headers are read, layers are assumed to be like the first one.
     """
     total = experts.checkpoint.total_bytes
     numbers = (*experts.layers, *experts.mtp_layers)

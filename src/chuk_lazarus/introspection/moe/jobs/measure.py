@@ -28,22 +28,23 @@ DEFAULT_EXPERTS = 8  # of a layer, whose spectra an analysis takes
 WINDOW = 1_000_000  # weights of one expert decoded at a time in each thread while a mean is formed
 GROUP = 16  # experts that are summed in float32
 ALL_INPUTS = 256  # up to this length pairs of experts are compared by all numbers of their neurons' vectors
-INPUTS, LEAST_INPUTS = 128, 16  # of longer ones by so many, fewer where memory is short
+INPUTS, LEAST_INPUTS = 128, 16  # for longer ones, this many; fewer if memory is short
 RUN = 16  # neighbouring numbers that are kept together: to copy them is much faster than to pick single ones
 
 
 @dataclass(frozen=True, slots=True)
 class RoleMeasure:
-    """One role's figures in one layer.
+    """The figures of one role in one layer.
 
-    `gram` is [experts, experts], of all experts' flattened matrices; `first` [experts] is for each expert the first one
-    with the same matrix to the last bit; `spectra` are the energy spectra of the deltas
-    (expert minus mean of all experts) of the experts in `chosen`, all zero where a delta is no more than rounding;
-    `delta_energy` is the mean share of a chosen expert's energy that its delta has. Where neurons were matched,
-    `base_spectrum` is the energy spectrum of the mean, `nearest` says where those at `positions` [chosen, n] of the
-    chosen experts are found in the chosen experts, `elsewhere` in the given matrices of other layers or models,
-    `vectors` [experts, neurons, d] has the same d numbers of every neuron of every expert, and `queries` [chosen, n,
-    inputs] the whole vectors of those at `positions`.
+    `gram` is [experts, experts], of all experts' flattened matrices. `first` [experts] has for each expert the first
+    one with exactly the same matrix. `spectra` are the energy spectra of the deltas (expert minus mean of all experts)
+    of the experts in `chosen`, all zero if a delta is only rounding. `delta_energy` is the delta's share of a chosen
+    expert's energy, on average.
+
+    If neurons were matched, `base_spectrum` is the energy spectrum of the mean. `nearest` says where the neurons at
+    `positions` [chosen, n] of the chosen experts are found in the chosen experts, and `elsewhere` where in the given
+    matrices of other layers or models. `vectors` [experts, neurons, d] has the same d numbers of every neuron of every
+    expert, and `queries` [chosen, n, inputs] the whole vectors of those at `positions`.
     """
 
     shape: tuple[int, int]
@@ -69,10 +70,10 @@ def measure_layer(
     others: Sequence[tuple[ExpertLayer, int]] = (),
     keep_vectors: bool = False,
 ) -> dict[str, RoleMeasure]:
-    """The figures of every role of a layer; raises ModelUnreadable where a weight is not finite.
+    """The figures of every role of a layer; raises ModelUnreadable if a weight is not finite.
 
-    `queries` neurons of all chosen experts together, all for None, are looked for in the chosen experts and in
-    `others`, experts of other layers or models. Without queries, `vectors` are there if `keep_vectors`.
+    `queries` neurons of all chosen experts together (None: all) are searched for in the chosen experts and in `others`,
+    experts of other layers or models. Without queries, `vectors` are set only if `keep_vectors`.
     """
     result: dict[str, RoleMeasure] = {}
     layer.prefetch(progress)
@@ -110,8 +111,8 @@ def measure_layer(
 
 
 def draw_inputs(layer: ExpertLayer, resources: Resources) -> NDArray[np.intp]:
-    """Which numbers of the neurons' vectors are kept for all experts, in runs; they take a sixth of the memory at
-    most."""
+    """Which numbers of the neurons' vectors are kept for all experts, in runs; they take at most a sixth of the
+    memory."""
     size, neurons = layer.sizes["H"], layer.count * layer.sizes["I"] * len(layer.roles)
     wanted = size if size <= ALL_INPUTS else INPUTS
     count = min(wanted, max(LEAST_INPUTS, resources.memory // (6 * 4 * neurons)))
@@ -122,8 +123,8 @@ def draw_inputs(layer: ExpertLayer, resources: Resources) -> NDArray[np.intp]:
 
 
 def bytes_to_measure(layer: ExpertLayer, chosen: Sequence[int], resources: Resources) -> int:
-    """How many bytes of the files `measure_layer` reads: every expert once, and the chosen ones again where they are
-    too large to be kept."""
+    """How many bytes of the files `measure_layer` reads: every expert once, and the chosen ones twice if they are too
+    large to be kept in memory."""
     return sum(
         info.nbytes
         if _are_kept(tensor, len(chosen), resources)
@@ -139,9 +140,9 @@ def _are_kept(tensor: ExpertTensor, experts: int, resources: Resources) -> bool:
 
 
 def mean_experts(tensor: ExpertTensor, pool: ThreadPoolExecutor) -> dict[str, NDArray[np.float64]]:
-    """The mean of all experts by role, [out, in]; raises ModelUnreadable where it is not finite.
+    """The mean of all experts by role, [out, in]; raises ModelUnreadable if it is not finite.
 
-    Always summed in the order of the experts, so that it does not depend on the threads.
+    Experts are always summed in the same order, so the result does not depend on the threads.
     """
     layer = tensor.layer
     sums = {role: np.zeros(layer.shape(role)) for role in tensor.spec.roles}
@@ -250,7 +251,7 @@ class _FirstPass:
         return find_nearest(queries, self.positions.reshape(-1), as_neurons(role, matrix))
 
     def _note_queries(self, piece: Piece) -> None:
-        """Copy what a piece holds of the neurons that are looked for, and of all neurons the numbers that are kept."""
+        """Copy what a window holds of the neurons to search for, and the kept numbers of all neurons."""
         shape = self.layer.shape(piece.role)
         rows, columns = (range(size)[part] for part, size in zip(piece.index, shape, strict=True))
         neurons, inputs = (columns, rows) if piece.role == "down" else (rows, columns)
@@ -276,8 +277,8 @@ def _runs(numbers: NDArray[np.intp]) -> list[tuple[int, int]]:
 def mean_expert(values: NDArray[np.float32]) -> NDArray[np.float64]:
     """The mean of experts: float32 [experts, rows, columns] -> float64 [rows, columns].
 
-    Sums of GROUP experts are taken in float32, and the rest in float64, which takes four times as long: the mean of any
-    number of identical experts differs from them by less than ROUNDING sees.
+    GROUP experts at a time are summed in float32, and these sums in float64, which takes four times as long. So the
+    mean of any number of identical experts differs from them by less than the tolerance ROUNDING.
     """
     total = np.zeros(values.shape[1:])
     with np.errstate(over="ignore"):
@@ -319,5 +320,5 @@ def _delta_spectrum(matrix: NDArray[np.float32], base: NDArray[np.float32]) -> t
 
 
 def expert_counter(progress: Progress, what: str, layer: ExpertLayer, experts: int) -> Counter:
-    """A counter of decoded weights that tells of stored bytes; the job is to read this many experts of a layer."""
+    """A counter of decoded weights that reports stored bytes; the job will read this many experts of a layer."""
     return Counter(progress, what, layer.stored_bytes * experts // layer.count, layer.stored_bytes / layer.parameters)

@@ -23,9 +23,9 @@ def evenly_spaced(count: int, wanted: int | None) -> tuple[int, ...]:
 class OpenedModel:
     """A model that a job works on.
 
-    `layers` are the chosen ones (see `Experts.choose_layers`), or, where none are chosen, `samples` evenly spaced
-    ones. `experts` are the model's where they are open already. `purpose` ends the message of the NotMoE that is raised
-    for a layer with a single expert. Limits of memory and threads are read here, once for the whole job.
+    `layers` are the chosen ones (see `Experts.choose_layers`) or, if none are chosen, `samples` evenly spaced ones.
+    `experts` are passed if they are open already. `purpose` ends the message of the NotMoE that is raised for a layer
+    with a single expert. Limits of memory and threads are read here, once for the whole job.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A part of a layer: some neurons of some experts, read for a quick look."""
+"""A part of a layer: some neurons of some experts, for a quick analysis."""
 
 from collections.abc import Sequence
 
@@ -10,30 +10,30 @@ from ..text import parse_size
 from ..weights.expert_layer import ExpertLayer, ExpertTensor
 from .model import evenly_spaced
 
-LAYERS, EXPERTS = 3, 16  # that a quick analysis looks into
+LAYERS, EXPERTS = 3, 16  # that a quick analysis reads
 BUDGET = "64MB"  # of a quick analysis, if the user gives none
 
 
 def quick_bytes(layer: ExpertLayer, layers: int, budget: int) -> int:
-    """What a quick analysis reads at most of the experts of a model with `layers` layers like this one."""
+    """The most that a quick analysis reads of the experts of a model with `layers` layers like this one."""
     whole = bytes_per_neuron(layer) * layer.sizes["I"] * len(evenly_spaced(layer.count, EXPERTS))
     return min(budget, round(whole * len(evenly_spaced(layers, LAYERS))))
 
 
 def further_layers(layers: Sequence[int], first: int) -> tuple[int, ...]:
-    """Of a model's layers the ones that an analysis of the first looks into beside it: of `LAYERS` evenly spaced ones
-    the others."""
+    """The layers that an analysis of the first layer also reads parts of: `LAYERS` evenly spaced ones, without the
+    first."""
     return tuple(layers[place] for place in evenly_spaced(len(layers), LAYERS) if layers[place] != first)
 
 
 def further_budget(measured: int) -> int:
-    """The bytes that may be read of further layers together, beside `measured` ones of the first: half as many, at most
-    what a quick analysis reads."""
+    """How many bytes of further layers may be read in total: half of the `measured` bytes of the first layer, but no
+    more than a quick analysis reads."""
     return min(measured // 2, parse_size(BUDGET, "the budget"))
 
 
 def further_bytes(first: ExpertLayer, layers: Sequence[int], measured: int) -> int:
-    """What an analysis of the first of a model's layers, which reads `measured` bytes of it, reads of further ones."""
+    """What an analysis of the first layer, which reads `measured` bytes of it, reads of further layers."""
     further = further_layers(layers, first.number)
     return quick_bytes(first, len(further), further_budget(measured)) if further else 0
 

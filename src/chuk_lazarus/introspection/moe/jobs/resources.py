@@ -1,6 +1,6 @@
-"""Memory and threads: how much of them a job may take.
+"""Memory and threads: how much of them a job may use.
 
-A job reads the limits once, when it opens its model, and hands them down: `memory_limit` and `thread_limit` hold in
+A job reads the limits once, when it opens its model, and passes them on: `memory_limit` and `thread_limit` apply in
 their context, which the threads of a pool do not inherit.
 """
 
@@ -25,9 +25,9 @@ _threads: ContextVar[int | None] = ContextVar("threads", default=None)
 
 @contextmanager
 def memory_limit(size: int | str | None) -> Iterator[None]:
-    """Within this context, jobs take about `size` bytes ("1GB") of memory; 2 GB outside of it, or for None.
+    """Within this context, jobs use about `size` bytes ("1GB") of memory; by default, and for None, 2 GB.
 
-    A few matrices of one expert must fit whatever the limit. Raises InvalidRequest for what is no size, or too little.
+    A few matrices of one expert must fit whatever the limit. Raises InvalidRequest for an invalid or too small size.
     """
     wanted = None if size is None else byte_size(size, "the memory")
     if wanted is not None and wanted < LEAST_MEMORY:
@@ -41,7 +41,7 @@ def memory_limit(size: int | str | None) -> Iterator[None]:
 
 @contextmanager
 def thread_limit(count: int) -> Iterator[None]:
-    """Within this context, jobs take `count` threads; a thread per core outside of it."""
+    """Within this context, jobs use `count` threads; by default one per core."""
     token = _threads.set(count)
     try:
         yield
@@ -62,18 +62,18 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one job may take: about `memory` bytes, and `threads`."""
+    """What one job may use: about `memory` bytes, and `threads`."""
 
     memory: int
     threads: int
 
     @classmethod
     def current(cls) -> "Resources":
-        """What the limits allow here and now; for the thread that starts a job."""
+        """The limits in the current context; for the thread that starts a job."""
         return cls(_memory.get(), _threads.get() or _count_cores())
 
     def share(self, jobs: int) -> "Resources":
-        """The part of each of several jobs that run side by side."""
+        """The share of each of several jobs that run at the same time."""
         return Resources(max(LEAST_MEMORY, self.memory // jobs), max(1, self.threads // jobs))
 
     @property
@@ -96,7 +96,7 @@ class Resources:
         return self.memory // 2
 
     def worker_count(self, layer: Shaped | None = None, matrices: int = 2) -> int:
-        """How many threads fit: fewer than `threads` where `matrices` of the layer for each would take too much."""
+        """How many threads fit: fewer than `threads` if `matrices` of the layer for each would take too much memory."""
         largest = 4 * max(prod(layer.shape(role)) for role in layer.roles) if layer is not None else 1
         return max(1, min(self.threads, self.matrix_memory // (matrices * largest)))
 

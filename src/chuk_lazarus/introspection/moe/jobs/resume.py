@@ -1,7 +1,7 @@
-"""Going over many layers: progress over all of them, and what is done is kept until the end.
+"""Work on many layers: progress over all of them, and results that are kept until the end.
 
-A job that was interrupted goes on where it was. What it keeps lies in the cache folder, in a folder for each job, and
-goes when the job is done.
+An interrupted job continues where it stopped. Its results are in the cache folder, in one folder per job, which is
+deleted when the job is done.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.expert_layer import ExpertLayer
 from ..weights.fingerprint import fingerprint
 
-LEFT = 30 * 24 * 3600  # seconds after which nobody comes back to an interrupted job
+LEFT = 30 * 24 * 3600  # seconds after which an interrupted job is taken as abandoned
 
 Result = TypeVar("Result")
 
 
 class ResumableLayers:
-    """One job over several layers, known by what it does (`job`, JSON) and by the state of the model's files."""
+    """One job over several layers, identified by what it does (`job`, JSON) and by the state of the model's files."""
 
     def __init__(
         self, checkpoint: Checkpoint, job: Sequence[Any], layers: Sequence[ExpertLayer], progress: Progress
@@ -43,9 +43,9 @@ class ResumableLayers:
         self._folder = cache_folder() / "sweeps" / digest[:32]
 
     def each(self, kind: TypeAdapter[Result], measure: Callable[[ExpertLayer, Progress], Result]) -> list[Result]:
-        """What `measure` finds of each layer, or what an earlier run of the same job has found.
+        """The result of `measure` for each layer, or that of an earlier run of the same job.
 
-        `kind` is the type of a result; it writes and reads what is kept.
+        `kind` is the type of a result; it writes and reads the kept ones.
         """
 
         def measure_all(due: Sequence[ExpertLayer], watched: Sequence[Progress]) -> Iterator[tuple[int, Result]]:
@@ -59,9 +59,9 @@ class ResumableLayers:
         kind: TypeAdapter[Result],
         measure: Callable[[Sequence[ExpertLayer], Sequence[Progress]], Iterable[tuple[int, Result]]],
     ) -> list[Result]:
-        """As `each`, where `measure` is asked once, for all layers that no earlier run has a result of.
+        """Like `each`, but `measure` is called once, for all layers without a result of an earlier run.
 
-        It gets these layers and the progress of each, and gives, in any order, the place of a layer among them and its
+        It gets these layers and the progress of each, and yields, in any order, the place of a layer among them and its
         result.
         """
         results = {layer.number: kept for layer in self._layers if (kept := self._read_kept(kind, layer)) is not None}
@@ -72,7 +72,7 @@ class ResumableLayers:
             layer = due[place]
             results[layer.number] = result
             if self._is_kept:
-                with contextlib.suppress(OSError):  # a full disk costs the way back, and nothing else
+                with contextlib.suppress(OSError):  # with a full disk the job can't be resumed, but it can finish
                     write_checked(self._path(layer), kind.dump_json(result).decode())
             self._under_way.pop(layer.number, None)
             self._done += layer.stored_bytes
@@ -80,7 +80,7 @@ class ResumableLayers:
         return [results[layer.number] for layer in self._layers]
 
     def end(self) -> None:
-        """Forget what was kept: the job is done. What others have left for a month goes, too."""
+        """Delete the kept results, because the job is done; also those of other jobs that are a month old."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             for folder in self._folder.parent.iterdir():
@@ -89,7 +89,7 @@ class ResumableLayers:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def file_of(self, layer: ExpertLayer) -> Path:
-        """Where the job may keep a file of its own for a layer, which goes with the rest."""
+        """The path of a file that the job may keep for a layer; it is deleted with the results."""
         return self._folder / f"{layer.number}.data"
 
     @property

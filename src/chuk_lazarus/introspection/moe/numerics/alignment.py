@@ -18,21 +18,21 @@ from .pairs import BLOCK, LEAD, PairMatches, group_partners, match_neurons, prep
 Group = tuple[int, ...]  # experts, in ascending order
 Run = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
 
-SAMPLE = 64  # neurons of an expert by which it is seen whether it has to be aligned
+SAMPLE = 64  # neurons of an expert that show whether it has to be aligned
 PAIRS, LEAST_PAIRS = 512, 8  # neurons of all experts together by which groups are found, and the fewest of an expert
 LEAST_INPUTS = 8  # numbers of a neuron's vector below which neurons are alike by chance
 FOUND = 0.1  # the share of an expert's neurons that must be found, for the matches to say anything
-NEARLY_ALL = 0.98  # the share of neurons from which on an expert is not compared with the mean as well
-CLOSE = 0.5  # the cosine from which on two neurons belong together, though another one may be nearly as near
+NEARLY_ALL = 0.98  # the share of neurons above which an expert is not compared with the mean as well
+CLOSE = 0.5  # the cosine above which two neurons belong together, even if another is nearly as close
 ASSIGNED = 1024  # neurons that are assigned to places at once
 
 
 @dataclass(frozen=True, slots=True)
 class Bank:
-    """Shared neurons, `size` of them, and which of these each expert's first neurons are near to.
+    """Shared neurons, `size` of them, and which of these the first neurons of each expert are close to.
 
-    `index` [experts, matched] has numbers from 0 on, ascending for each expert and none twice. The rest of an expert's
-    neurons are like no other's.
+    `index` [experts, matched] has their numbers, from 0, ascending for each expert and without duplicates. The other
+    neurons of an expert are not shared.
     """
 
     size: int
@@ -43,9 +43,9 @@ class Bank:
 class Alignment:
     """Each expert's neurons in the order of the base of its group, or of a bank.
 
-    `permutations` [experts, neurons] has for each place which of the expert's own neurons belongs there. `groups` are
-    the experts that share a base; each expert is in one of them. Where there is a bank (`numerics.bank`), it says which
-    neurons belong together, and places mean nothing.
+    `permutations` [experts, neurons] has for each place the expert's own neuron that belongs there. `groups` are the
+    experts that share a base; each expert is in one of them. With a bank (`numerics.bank`), it defines which neurons
+    belong together, and places have no meaning.
     """
 
     permutations: NDArray[np.intp]
@@ -59,17 +59,16 @@ class Alignment:
 
 
 def keep_order(experts: int, neurons: int, groups: Sequence[Group] = ()) -> Alignment:
-    """The alignment that leaves all neurons where they are; without `groups` all experts are one."""
+    """The alignment that leaves all neurons where they are; without `groups`, all experts are one group."""
     return Alignment(np.tile(np.arange(neurons), (experts, 1)), _complete(groups, experts))
 
 
 def align(vectors: Mapping[str, Array], groups: Sequence[Group] | None = None, run: Run = map) -> Alignment:
     """The order of each expert's neurons that fits the base of its group, for vectors [experts, neurons, d] by role.
 
-    `groups` are experts that share neurons, by default found from the vectors. Experts in none of them keep their
-    order; so do those whose neurons are found where they are, nine of ten at least, or not found at all, and all
-    experts where the vectors are too short to tell neurons apart. `run` maps a function over numbers, on several
-    threads if it likes.
+    `groups` are experts that share neurons, by default found from the vectors. Experts outside these keep their order.
+    So do experts of which nine of ten neurons are found in place, or none at all, and all experts if the vectors are
+    too short to distinguish neurons. `run` maps a function over numbers, possibly on several threads.
     """
     experts, neurons = next(iter(vectors.values())).shape[:2]
     if min(matrix.shape[2] for matrix in vectors.values()) < LEAST_INPUTS:
@@ -99,7 +98,7 @@ def permute_vectors(vectors: Array, alignment: Alignment) -> Array:
 
 
 def _complete(groups: Sequence[Group], experts: int) -> tuple[Group, ...]:
-    """The groups, and those alone that are in none; all experts as one where there are no groups."""
+    """The groups, and each other expert as its own group; all experts as one group if there are none."""
     if not groups:
         return (tuple(range(experts)),)
     grouped = {expert for group in groups for expert in group}

@@ -1,8 +1,9 @@
-"""Neurons that only some experts share, as a bank: shared neurons, and which of them each expert's neurons are near to.
+"""Neurons that only some experts share, as a bank: shared neurons, and which of them each expert's neurons are close
+to.
 
-One base serves experts that match as a whole. Slices of one feed-forward that were shuffled, experts of several bases
-and copies that were partly drawn anew match neuron by neuron. Here neurons are clustered over experts, at most one of
-an expert in a cluster; each cluster of two or more becomes a neuron of the bank, and the rest are strangers.
+One base fits experts that match as a whole. Shuffled slices of one feed-forward, experts with several bases, and partly
+re-initialised copies match only neuron by neuron. Here neurons are clustered over experts, with at most one neuron of
+each expert per cluster. Each cluster of two or more becomes a neuron of the bank; the others are unshared.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from .neurons import Array, unit_rows
 from .pairs import prepare_neurons
 from .rates import PAYS, Rate, bank_bits, net_bits, saving_bound, sharing_rates
 
-CHANCE = 5.0  # deviations of the cosines of strangers, above which a cosine is no chance
+CHANCE = 5.0  # standard deviations of unrelated cosines above which a cosine is not chance
 
 
 def may_share(vectors: Mapping[str, Array], run: Run = map) -> bool:
@@ -42,8 +43,8 @@ def may_share(vectors: Mapping[str, Array], run: Run = map) -> bool:
 
 
 def share_neurons(vectors: Mapping[str, Array], alignment: Alignment) -> Alignment:
-    """The experts' neurons as a bank where that saves more than one base for all experts in the order of `alignment`,
-    which is returned where it does not.
+    """The experts' neurons as a bank, if that saves more than one base for all experts in the order of `alignment`;
+    else `alignment`.
 
     `vectors` [experts, neurons, d] are by role.
     """
@@ -57,16 +58,15 @@ def share_neurons(vectors: Mapping[str, Array], alignment: Alignment) -> Alignme
 
 
 def _close(size: int) -> float:
-    """The cosine from which on neurons of so many numbers belong together, which strangers hardly ever have."""
+    """The cosine above which neurons of that many numbers belong together; unrelated ones hardly ever reach it."""
     return max(CLOSE, min(0.9, CHANCE / float(np.sqrt(size))))
 
 
 def cluster_neurons(directions: Array) -> tuple[NDArray[np.intp], Array]:
-    """The cluster of each neuron [experts, neurons], and its cosine with what the cluster was when it came in.
+    """The cluster of each neuron [experts, neurons], and its cosine with the cluster's center when it joined.
 
-    Neurons `directions` [experts, neurons, d] are of length 1. Expert by expert, a neuron joins the cluster that is
-    nearest to it and to which it is nearest, if their cosine says that they belong together; any other one opens a
-    cluster.
+    Neurons `directions` [experts, neurons, d] have length 1. Expert by expert, a neuron joins a cluster if the two are
+    each other's nearest and their cosine says that they belong together; otherwise it starts a new cluster.
     """
     experts, neurons, size = directions.shape
     close = np.float32(_close(size))
@@ -87,9 +87,10 @@ def cluster_neurons(directions: Array) -> tuple[NDArray[np.intp], Array]:
 
 
 def arrange(directions: Array, clusters: NDArray[np.intp], cosines: Array, matched: int) -> Alignment | None:
-    """The bank where `matched` neurons of each expert refer to it: those of the clusters with the most users.
+    """The bank if `matched` neurons of each expert refer to it: those in the clusters with the most users.
 
-    An expert that has fewer gets the nearest of the bank for some strangers. None where the bank has too few neurons.
+    An expert with fewer of them fills up with unshared neurons, each referring to the nearest of the bank. None if the
+    bank has too few neurons.
     """
     experts, neurons = clusters.shape
     users = np.bincount(clusters.ravel())[clusters]
@@ -119,7 +120,7 @@ def arrange(directions: Array, clusters: NDArray[np.intp], cosines: Array, match
 
 
 def _arrangements(directions: Array, clusters: NDArray[np.intp], cosines: Array) -> list[Alignment]:
-    """The banks that are worth a try: of as many neurons as the experts have that are shared."""
+    """The banks worth trying, with different numbers of shared neurons per expert."""
     neurons = clusters.shape[1]
     shared = (np.bincount(clusters.ravel())[clusters] > 1).sum(axis=1)
     counts = {int(shared.min()), int(np.median(shared)), int(shared.max())}
@@ -132,7 +133,7 @@ def _arrangements(directions: Array, clusters: NDArray[np.intp], cosines: Array)
 def rate_sharing(
     grams: Mapping[str, NDArray[np.floating]], vectors: Mapping[str, Array], alignment: Alignment, shared: Alignment
 ) -> dict[str, Rate]:
-    """As `sharing_rates`, or what the bank of `shared`, if it has one, saves of each role where that is more."""
+    """Like `sharing_rates`, but of each role what the bank of `shared`, if it has one, saves, if that is more."""
     rates = sharing_rates(grams, vectors, alignment)
     if shared.bank is None:
         return rates
@@ -142,7 +143,7 @@ def rate_sharing(
 
 
 def _bank_rate(vectors: Array, alignment: Alignment) -> Rate:
-    """The rate of one role's vectors [experts, neurons, d]: strangers are their own deltas, and save nothing."""
+    """The rate of one role's vectors [experts, neurons, d]; unshared neurons are their own deltas, and save nothing."""
     assert alignment.bank is not None
     (experts, neurons, _), matched = vectors.shape, alignment.bank.index.shape[1]
     energies = np.square(permute_vectors(vectors, alignment), dtype=np.float64).sum(axis=(0, 2))
@@ -158,8 +159,9 @@ def _bank_rate(vectors: Array, alignment: Alignment) -> Rate:
 
 
 def bank_variances(vectors: Array, alignment: Alignment) -> tuple[tuple[float, float], ...]:
-    """The variances of one role's neurons: what a neuron of the bank and its users have in common, what is their own,
-    and the strangers' all; each as a share of the energy, and the share of the weights that has it."""
+    """The variances of one role's neurons: of the part that a neuron of the bank and its users have in common, of the
+    users' own parts, and of unshared neurons; each as a share of the energy, with the share of the weights that has
+    it."""
     assert alignment.bank is not None
     (experts, neurons, _), matched = vectors.shape, alignment.bank.index.shape[1]
     energies = np.square(permute_vectors(vectors, alignment), dtype=np.float64).sum(axis=(0, 2))
@@ -174,7 +176,7 @@ def bank_variances(vectors: Array, alignment: Alignment) -> tuple[tuple[float, f
 
 
 def bank_saving(vectors: Array, alignment: Alignment) -> float:
-    """The bits a weight that a bank saves of vectors [experts, neurons, d], by the law."""
+    """The bits per weight that a bank of vectors [experts, neurons, d] saves, by the law."""
     bank = alignment.bank
     assert bank is not None
     experts, neurons, _ = vectors.shape
@@ -183,7 +185,7 @@ def bank_saving(vectors: Array, alignment: Alignment) -> float:
 
 
 def bank_delta_energy(vectors: Array, alignment: Alignment) -> float:
-    """The share of the matched neurons' energy that is in their deltas from the means of their neurons of the bank."""
+    """The share of the matched neurons' energy that is in their deltas from the means of their clusters."""
     bank = alignment.bank
     assert bank is not None
     matched = bank.index.shape[1]
@@ -197,7 +199,7 @@ def bank_delta_energy(vectors: Array, alignment: Alignment) -> float:
 
 
 def _base_saving(vectors: Array, alignment: Alignment) -> float:
-    """The bits a weight that one base for all experts saves."""
+    """The bits per weight that one base for all experts saves."""
     ordered = permute_vectors(vectors, replace(alignment, bank=None))
     energy = float(np.square(ordered, dtype=np.float64).sum())
     common = len(vectors) * float(np.square(ordered.mean(axis=0, dtype=np.float64)).sum())

@@ -1,7 +1,8 @@
-"""The one seam to a GPU: products of rows and the decoding of small numbers, by numpy on the CPU or by MLX on a GPU.
+"""The only code that uses a GPU: products of rows and the decoding of small numbers, by numpy on the CPU or MLX on a
+GPU.
 
-MLX is asked on Apple Silicon, and elsewhere if LAZARUS_DEVICE is "gpu"; "cpu" keeps everything on the CPU, where BLAS
-is a hundred times faster than MLX.
+MLX is used on Apple Silicon, and elsewhere if LAZARUS_DEVICE is "gpu"; "cpu" keeps everything on the CPU, where BLAS is
+a hundred times faster than MLX.
 """
 
 import os
@@ -34,9 +35,9 @@ def look_up(table: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.
 
 @cache
 def gpu() -> Any:
-    """MLX's GPU device, None where there is none or the CPU is wanted.
+    """MLX's GPU device, None if there is none or the CPU was requested.
 
-    Raises InvalidRequest where a GPU is wanted and there is none.
+    Raises InvalidRequest if a GPU was requested and there is none.
     """
     wanted = os.environ.get("LAZARUS_DEVICE", "")
     if wanted not in ("", "cpu", "gpu"):
@@ -52,7 +53,7 @@ def gpu() -> Any:
                 mx.eval(mx.zeros((1,), stream=device))
             return device
     if wanted == "gpu":
-        raise InvalidRequest("LAZARUS_DEVICE is gpu, and MLX finds none here", "unset it")
+        raise InvalidRequest("LAZARUS_DEVICE is gpu, but MLX finds no GPU", "unset it")
     return None
 
 

@@ -1,12 +1,12 @@
-"""The lower convex hull of points in the plane: what is worth its price."""
+"""The lower convex hull of points in the plane: the options that are worth their price."""
 
 from collections.abc import Sequence
 
 
 def lower_hull(prices: Sequence[float], losses: Sequence[float]) -> list[int]:
-    """Which points are on the lower convex hull of prices and losses as long as losses fall, by ascending price.
+    """The points on the lower convex hull of prices and losses, as long as losses fall, by ascending price.
 
-    For any budget, no mix of other points loses less than the mix of two neighbours of these.
+    For any budget, no mix of other points has a smaller loss than the mix of two neighbours of these.
     """
     hull: list[tuple[float, float, int]] = []
     for point in sorted(zip(prices, losses, range(len(prices)), strict=True)):

@@ -1,4 +1,4 @@
-"""LAPACK's eigenvalues and eigenvectors of a symmetric float32 matrix, called so that threads work side by side.
+"""LAPACK's eigenvalues and eigenvectors of a symmetric float32 matrix, called so that threads can run in parallel.
 
 numpy's solver releases the GIL and is slower, in float32 as in float64; scipy's `eigh` holds the GIL while it works. So
 the routine that scipy ships for Cython code is called directly.

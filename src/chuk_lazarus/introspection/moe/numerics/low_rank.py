@@ -61,11 +61,11 @@ def relative_error(approximation: NDArray[np.float32], exact: NDArray[np.float32
 
 
 def overlay_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, float], experts: int) -> int:
-    """Bytes of base and factors of one layer, at two bytes a number; shapes [out, in] and ranks are by role."""
+    """Bytes of base and factors of one layer, at two bytes per number; shapes [out, in] and ranks are by role."""
     numbers = sum(out * inner + experts * ranks[role] * (out + inner) for role, (out, inner) in shapes.items())
     return round(BYTES_PER_NUMBER * numbers)
 
 
 def original_bytes(shapes: Mapping[str, tuple[int, int]], experts: int) -> int:
-    """Bytes of the experts themselves, at two bytes a weight."""
+    """Bytes of the experts themselves, at two bytes per weight."""
     return BYTES_PER_NUMBER * experts * sum(prod(shape) for shape in shapes.values())

@@ -16,10 +16,10 @@ SHORT, LONG = 1e-12, 1e18  # lengths between which squares lose nothing in float
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """What one role's vectors say about queries and experts, each array [queries, experts].
+    """The nearest neurons by one role's vectors, each array [queries, experts].
 
-    `neuron` is the expert's neuron that is nearest to the query, `cosine` how near, and `runner_up` how near the second
-    nearest is; `in_place` is the cosine with the neuron at the query's own position, `mean` and `deviation` are those
+    `neuron` is the expert's neuron nearest to the query, `cosine` its cosine, and `runner_up` that of the second
+    nearest. `in_place` is the cosine with the neuron at the query's own position, and `mean` and `deviation` are those
     of the cosines with all neurons of the expert.
     """
 

@@ -1,16 +1,16 @@
 """Which neurons of one expert are found in which other expert, for all pairs of experts. Pure arrays.
 
-A neuron is found in another expert where its vectors in all roles (gate row, up row, down column) have one and the same
-neuron there for their nearest, clearly nearer than the second nearest. The comparison is blind to what changes nothing
-in the function of a layer, or only its scale:
+A neuron is found in another expert if the nearest neighbour of its vector is the same neuron there in all roles (gate
+row, up row, down column), and clearly nearer than the second nearest. The comparison ignores what does not change the
+function of a layer, or only its scale:
 
 - the order of neurons, and the length of each vector;
-- the scale of a column: columns are brought to equal weight over all neurons;
+- the scale of a column: columns are scaled to equal weight over all neurons;
 - a sign that up and down have in common;
 - a direction that all neurons share: the mean neuron is subtracted.
 
-Where the down projections were mixed, by a rotation of the neurons that a runtime undoes, gate and up still agree. Two
-roles prove less than three, so what they say alone counts only where the neurons are near.
+If the down projections were mixed, by a rotation of the neurons that a runtime undoes, gate and up still agree. Two
+roles prove less than three, so a match in these two alone counts only if the neurons are close.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,8 +25,8 @@ from .neurons import Array, unit_rows
 
 BLOCK = 2**22  # cosines that one thread holds for each role
 LEAD = 0.1  # by which the nearest neuron must be nearer than the second nearest, in the mean over roles
-NEAR = 0.6  # the mean cosine of gate and up from which on they are believed where down disagrees
-EQUAL = 0.9  # the cosine from which on two roles of a neuron are the same vector, or nearly
+NEAR = 0.6  # the mean cosine above which gate and up count even if down disagrees
+EQUAL = 0.9  # the cosine above which two roles of a neuron are the same vector, or nearly
 SIGNED = ("up", "down")  # roles whose signs may change together, where there is a gate
 
 
@@ -34,10 +34,9 @@ SIGNED = ("up", "down")  # roles whose signs may change together, where there is
 class PairMatches:
     """Where queries are found, each array [queries, experts].
 
-    `neuron` is the expert's neuron that is nearest in all roles, -1 where the roles disagree; `cosine` is the mean over
-    roles of the cosine with the nearest by that mean, `lead` by how much it is more than the same of the second
-    nearest. `without_down` is, where the roles disagree, the neuron that gate and up alone find, near and clearly
-    nearest; -1 elsewhere.
+    `neuron` is the expert's neuron that is nearest in all roles, -1 if the roles disagree. `cosine` is the largest mean
+    cosine over the roles with a neuron, and `lead` how much larger it is than the second largest. If the roles
+    disagree, `without_down` is the neuron that gate and up alone find, if it is close and clearly nearest; else -1.
     """
 
     neuron: NDArray[np.int32]
@@ -155,10 +154,10 @@ def _match_without_down(gate: Array, up: Array) -> NDArray[np.int32]:
 def are_mutual(
     roles: Mapping[str, Array], positions: NDArray[np.intp], partners: NDArray[np.intp], neurons: NDArray[np.int32]
 ) -> NDArray[np.bool_]:
-    """Whether the neuron that a query is found as in a partner is found as the query in turn, [experts, n].
+    """Whether the neuron that a query matches in a partner matches the query in turn, [experts, n].
 
-    `partners` [experts] is the expert that is looked at for each expert's queries, `neurons` [experts, n] which of its
-    neurons they are found as, -1 for none.
+    `partners` [experts] is the partner of each expert, and `neurons` [experts, n] the neurons there that its queries
+    match, -1 for none.
     """
     is_gated = "gate" in roles and len(roles) > 1
     mutual = np.zeros(positions.shape, bool)
@@ -173,8 +172,8 @@ def are_mutual(
 
 
 def agreement_chance(nearest: NDArray[Any], is_near: NDArray[np.bool_], neurons: int) -> float:
-    """The probability that independent roles find the same one of `neurons` neurons, by how often each role finds each;
-    0 where nothing is near. `nearest` is [roles, queries], `is_near` [queries]."""
+    """The probability that independent roles find the same one of `neurons` neurons, given how often each role finds
+    each; 0 if nothing is close. `nearest` is [roles, queries], `is_near` [queries]."""
     if not is_near.any():
         return 0.0
     shares = [np.bincount(role[is_near], minlength=neurons) / is_near.sum() for role in nearest]

@@ -1,8 +1,8 @@
-"""What sharing is worth in bits: how many bits a weight one base for many experts saves. Pure arrays.
+"""What sharing saves in bits: how many bits per weight one base for many experts saves. Pure arrays.
 
-A Gaussian number of variance v takes 0.5 log2(v / D) bits at the squared error D, so a delta that has the share d of
-its expert's energy takes 0.5 log2(1 / d) bits a weight less than the expert; the base costs its own bits, divided by
-the experts that share it.
+A Gaussian number of variance v takes 0.5 log2(v / D) bits at the squared error D. So a delta with the share d of its
+expert's energy takes 0.5 log2(1 / d) bits per weight less than the expert. The base costs its own bits, divided by the
+experts that share it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,18 +17,18 @@ from .gram import gram_matrix, pairwise_cosines
 from .neurons import Array
 
 QUALITY = 4  # bits of a plain code, whose error the others are to reach
-PAYS = 0.1  # bits a weight below which a base is not worth it
-MANY = 32  # experts from which on a base is kept in BASE_BITS[1] bits, of fewer in BASE_BITS[0]
+PAYS = 0.1  # bits per weight below which a base is not worth it
+MANY = 32  # with at least this many experts a base is kept in BASE_BITS[1] bits, else in BASE_BITS[0]
 BASE_BITS = (4, 5)
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What one projection's experts share.
+    """What the experts share in one projection.
 
-    `delta_energy` is the share of their energy that is in the deltas from the mean of their group, 0 to 1;
-    `bits_saved` what a base for each group saves, in bits a weight, less than 0 where the base costs more; `bound` the
-    most that any code can save at the error of QUALITY bits, by the mean cosine of the experts.
+    `delta_energy` is the share of their energy that is in the deltas from the mean of their group, 0 to 1. `bits_saved`
+    is what a base for each group saves, in bits per weight, negative if the base costs more. `bound` is the most that
+    any code can save at the error of QUALITY bits, from the mean cosine of the experts.
     """
 
     delta_energy: float
@@ -37,7 +37,7 @@ class Rate:
 
 
 def sharing_rate(products: NDArray[np.floating], groups: Sequence[Sequence[int]]) -> Rate:
-    """What sharing saves of experts with these scalar products [experts, experts], where each group has a base.
+    """What sharing saves for experts with these scalar products [experts, experts], if each group has a base.
 
     An expert that is alone in its group is its own delta, and saves nothing.
     """
@@ -63,8 +63,8 @@ def sharing_rates(
 ) -> dict[str, Rate]:
     """The rate of each role.
 
-    Where all experts keep their order it is by `grams` [experts, experts] of the whole matrices; else by the `vectors`
-    [experts, neurons, d] that are known of the neurons.
+    If all experts keep their order, it comes from `grams` [experts, experts] of the whole matrices; else from the
+    `vectors` [experts, neurons, d] of the neurons.
     """
     aligned = align_grams(grams, vectors, alignment)
     return {role: sharing_rate(gram, alignment.groups) for role, gram in aligned.items()}
@@ -84,29 +84,29 @@ def _gram(vectors: Array) -> NDArray[np.floating]:
 
 
 def base_bits(experts: int) -> int:
-    """The bits a weight in which a base for so many experts is kept."""
+    """The bits per weight of a base for that many experts."""
     return BASE_BITS[experts >= MANY]
 
 
 def net_bits(delta_energy: float, experts: int) -> float:
-    """0.5 log2(1 / d) - b0 / E, at most what leaves nothing but the base at the error of QUALITY bits."""
+    """0.5 log2(1 / d) - b0 / E; the first term is at most QUALITY, since deltas can't take less than no bits."""
     gain = min(float(QUALITY), -0.5 * log2(delta_energy)) if delta_energy > 0 else float(QUALITY)
     return gain - base_bits(experts) / experts
 
 
 def bank_bits(delta_energy: float, experts: int, neurons: int, matched: int, size: int) -> float:
-    """As `net_bits`, where `matched` of an expert's `neurons` are deltas from neurons of a bank of `size`."""
+    """Like `net_bits`, if `matched` of an expert's `neurons` are deltas from neurons of a bank of `size`."""
     bits = base_bits(round(experts * matched / size))
     gain = net_bits(delta_energy + 4.0**-bits, experts) + base_bits(experts) / experts
     return matched / neurons * gain - bits * size / (experts * neurons)
 
 
 def saving_bound(cosine: float, experts: int, bits: float = QUALITY) -> float:
-    """The most that sharing can save of E Gaussian experts of this mean cosine c, in bits a weight.
+    """The most that sharing can save for E Gaussian experts with this mean cosine c, in bits per weight.
 
-    -0.5 [log2(1 + (E - 1) c) / E + (E - 1) / E log2(1 - c)], as long as 1 - c is no less than the squared error of
-    `bits` bits; of nearer experts the deltas take no bits at all, and the error is left for the mean (reverse
-    water-filling). A cosine below 0 counts as 0.
+    -0.5 [log2(1 + (E - 1) c) / E + (E - 1) / E log2(1 - c)], as long as 1 - c is at least the squared error of `bits`
+    bits; for closer experts the deltas take no bits at all, and the error is left for the mean (reverse water-filling).
+    A negative cosine counts as 0.
     """
     cosine = min(1.0, max(0.0, cosine))
     error, common, own = 4.0**-bits, 1.0 + (experts - 1) * cosine, 1.0 - cosine
@@ -116,10 +116,10 @@ def saving_bound(cosine: float, experts: int, bits: float = QUALITY) -> float:
 
 
 def least_error(variances: NDArray[np.float64], counts: NDArray[np.float64], bits: float) -> float:
-    """The least summed squared error of independent Gaussian numbers at `bits` bits for each, on average.
+    """The smallest mean squared error of independent Gaussian numbers at `bits` bits each, on average.
 
-    There are `counts` numbers of each of the `variances`; all keep the error of one level, or their own variance where
-    that is less (reverse water-filling; Cover and Thomas, Elements of Information Theory, 10.3.3).
+    There are `counts` numbers of each of the `variances`. All have the same error, or their own variance if that is
+    smaller (reverse water-filling; Cover and Thomas, Elements of Information Theory, 10.3.3).
     """
     order = np.argsort(-variances)
     order = order[variances[order] > 0]
@@ -134,9 +134,9 @@ def least_error(variances: NDArray[np.float64], counts: NDArray[np.float64], bit
 
 
 def mean_saved(rates: Iterable[tuple[float, int]]) -> float:
-    """The bits a weight that bases save over several projections, each given by what it saves and its weights.
+    """The bits per weight that bases save over several projections, each given by its saving and its number of weights.
 
-    Where sharing does not pay a projection is coded plainly, and saves nothing.
+    If sharing does not pay, a projection is coded without a base, and saves nothing.
     """
     known = list(rates)
     return sum(saved * weights for saved, weights in known if saved >= PAYS) / sum(weights for _, weights in known)

@@ -1,5 +1,4 @@
-"""What it costs to write numbers in few bits, the plain way: each group scaled to its largest, and rounded. Pure
-arrays."""
+"""The error of plain rounding to few bits: each group scaled to its largest number, and rounded. Pure arrays."""
 
 from typing import Any
 
@@ -10,11 +9,11 @@ from numpy.typing import NDArray
 from .neurons import Array
 
 SAMPLE = 8192  # numbers of a matrix by which its error is estimated
-LEAST_GROUPS = 8  # that a sample has where there are so many
+LEAST_GROUPS = 8  # of a sample, if there are that many
 
 
 def table_levels(codes: int, kind: type) -> Array:
-    """The finite values of a small float of so many codes, ascending."""
+    """The finite values of a small float with that many codes, ascending."""
     values = np.arange(codes, dtype=np.uint8).view(kind).astype(np.float32)
     return np.unique(values[np.isfinite(values)])
 

@@ -1,7 +1,7 @@
 """Where the neurons of experts are found in one other set of neurons, as a dense feed-forward. Pure arrays.
 
 Found means what it means in `pairs`: all roles have one and the same neuron for their nearest, clearly nearer than the
-second nearest. Each side is prepared by itself, so that what changes nothing in a layer's function may differ between
+second nearest. Each side is prepared separately, so what does not change a layer's function may differ between
 the two: the order of neurons, their lengths, the scales of columns, and a sign that up and down have in common.
 """
 
@@ -102,5 +102,5 @@ def prepare_role(vectors: Array) -> Array:
 
 
 def searching_order(number: int, layers: Sequence[int]) -> list[int]:
-    """The numbers of `layers` in the order in which to look into them: `number`, then its neighbours outwards."""
+    """The numbers of `layers` in searching order: `number`, then its neighbours outwards."""
     return sorted(layers, key=lambda layer: (abs(layer - number), layer))

@@ -1,10 +1,11 @@
-"""How alike two projections are, and whether the hidden side of one model is that of another in disguise. Pure arrays.
+"""How similar two projections are, and whether one model's hidden dimensions are another's, permuted and with other
+signs. Pure arrays.
 
-A projection is given with the hidden side as its columns, which are brought to equal length: [rows, hidden]. Row
-cosines compare rows at equal places. CKA compares W^T W over the hidden side instead, so that it is blind to any
-rotation of the rows: to the order of heads, and to how many there are. Both are blind to the scales of columns, such as
-the weights of a norm. The measures, and the assignment, are those of Zeng et al., AWM: Accurate Weight-Matrix
-Fingerprint for Large Language Models, ICLR 2026 (arXiv 2510.06738).
+A projection has the hidden side as its columns, which are scaled to equal length: [rows, hidden]. Row cosines compare
+rows at the same position. CKA compares W^T W over the hidden side instead, so it does not change under any rotation of
+the rows: neither the order nor the number of heads matters. Both ignore the scales of columns, such as the weights of a
+norm. The measures, and the assignment, are those of Zeng et al., AWM: Accurate Weight-Matrix Fingerprint for Large
+Language Models, ICLR 2026 (arXiv 2510.06738).
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .neurons import Array, unit_rows
 
 COLUMNS = 1024  # of the hidden side that CKA is taken over, evenly spaced
 LEAST_COLUMNS = 4  # that the unbiased estimate takes
-ASSIGNED = 0.5  # the least mean correlation of the columns of two embeddings that are one hidden side in disguise
+ASSIGNED = 0.5  # the least mean correlation of the columns of two embeddings with the same, permuted hidden side
 GAIN = 1.25  # by which an assignment must fit better than the order as it is
 
 

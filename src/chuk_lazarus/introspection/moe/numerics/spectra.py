@@ -12,7 +12,7 @@ from .lapack import symmetric_eigenvalues
 
 SHARES = (0.90, 0.95, 0.99)  # of energy, whose ranks must be exact
 DECAY_POINTS = 65  # of a spectrum that a report keeps
-MARGIN = 1e-6  # of their sum, by which leading energies in float32 may err
+MARGIN = 1e-6  # error of leading energies in float32, as a share of their sum
 ROUNDING = 1e-9
 """A delta with less than this share of its expert's energy is rounding, not structure."""
 
@@ -21,7 +21,7 @@ def energy_spectrum(matrix: NDArray[np.float32]) -> NDArray[np.float64]:
     """The squared singular values of a matrix [m, n], largest first, min(m, n) of them.
 
     They are the eigenvalues of the Gram matrix on the short side, which costs a fraction of a singular value
-    decomposition. Product and solver work in float32, where sums of leading values err by less than MARGIN of the
+    decomposition. Product and solver work in float32, where the error of sums of leading values is below MARGIN of the
     whole; where that could change the rank at one of SHARES, they are done again in float64.
     """
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

@@ -19,10 +19,10 @@ RUN = 32  # neighbouring stored rows that are read together
 def align_layer(layer: ExpertLayer, resources: Resources, *, with_bank: bool = False) -> Alignment:
     """The order of each expert's neurons in which the layer's base is formed.
 
-    With `with_bank` it is that of a bank where only some neurons are shared. Neurons are compared by the roles whose
-    stored rows hold a number of every neuron, usually down, since a few rows of these tell them apart; only where there
-    is no such role, or its vectors are short and a bank may be made, all weights are read. Raises ModelUnreadable where
-    a number is not finite.
+    With `with_bank`, the order of a bank if only some neurons are shared. Neurons are compared in the roles whose
+    stored rows hold a number of every neuron, usually down, since a few rows of these are enough. All weights are read
+    only if there is no such role, or if its vectors are short and a bank may be made. Raises ModelUnreadable if a
+    number is not finite.
     """
     experts, neurons = layer.count, layer.sizes["I"]
     numbers = max(LEAST_NUMBERS, min(NUMBERS, resources.memory // (6 * 4 * experts * neurons)))
@@ -113,7 +113,8 @@ def mean_aligned(
 
 
 def find_places(alignment: Alignment) -> NDArray[np.intp]:
-    """Where each of the experts' neurons belongs, in the base or in the bank, [experts, neurons]; -1 for strangers."""
+    """Where each of the experts' neurons belongs, in the base or in the bank, [experts, neurons]; -1 for unshared
+    neurons."""
     if alignment.bank is None:
         return np.argsort(alignment.permutations, axis=1)
     places = np.full(alignment.permutations.shape, -1)

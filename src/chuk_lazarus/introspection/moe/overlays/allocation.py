@@ -17,10 +17,11 @@ Key = TypeVar("Key")
 
 
 def allocate(curves: Mapping[Key, RateCurve], *, budget: float = np.inf, energy_left: float = 0.0) -> dict[Key, int]:
-    """The ranks that leave out the least energy within `budget` bytes, or at most `energy_left` for the fewest bytes.
+    """The ranks that leave out the least energy within `budget` bytes, or that leave out `energy_left` in the fewest
+    bytes.
 
-    Each further rank goes to the curve where it adds the most energy per byte. As spectra only fall, that is the
-    optimum where all costs are equal, as they are for gate, up and down of layers of the same size.
+    Each further rank goes to the curve where it adds the most energy per byte. As spectra only fall, this is optimal if
+    all costs are equal, as they are for gate, up and down of layers of the same size.
     """
     ranks = dict.fromkeys(curves, 0)
     left_out = sum(float(curve.spectrum.sum()) for curve in curves.values())
@@ -55,7 +56,7 @@ class RankOptions(TypedDict, total=False):
     target_ratio: float | None
 
 
-USUAL_ENERGY = 0.95  # of the deltas, that ranks hold where nothing else is asked for
+USUAL_ENERGY = 0.95  # of the deltas, that ranks keep by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +74,19 @@ class RankRule:
 
     def __post_init__(self) -> None:
         if self.max_error is not None and self.target_ratio is not None:
-            raise InvalidRequest("both a greatest error and a ratio are given", "give one of the two")
+            raise InvalidRequest("both a maximum error and a ratio are given", "give one of the two")
         if self.given and (self.max_error is not None or self.target_ratio is not None):
-            raise InvalidRequest("ranks are given together with a greatest error or a ratio", "give one of the two")
+            raise InvalidRequest("ranks are given together with a maximum error or a ratio", "give one of the two")
         if not 0 < self.energy <= 1:
             raise InvalidRequest(f"the energy to keep is {self.energy:g}", "give a share above 0 and at most 1")
         if self.max_error is not None and not 0 < self.max_error < 1:
-            raise InvalidRequest(f"the greatest error is {self.max_error:g}", "give a share between 0 and 1")
+            raise InvalidRequest(f"the maximum error is {self.max_error:g}", "give a share between 0 and 1")
         if self.target_ratio is not None and not 0 < self.target_ratio < inf:
             raise InvalidRequest(f"the ratio is {self.target_ratio:g}", "give a number above 0, such as 4")
 
     @property
     def is_usual(self) -> bool:
-        """Whether nothing was asked for: neither ranks nor an error, a size or a share of the energy."""
+        """Whether everything is the default: no ranks, error, size or share of the energy was given."""
         return self == RankRule({})
 
     def __str__(self) -> str:
@@ -145,4 +146,4 @@ def check_ranks(number: int, ranks: Ranks, shapes: Mapping[str, tuple[int, int]]
     for role, rank in ranks.items():
         greatest = min(shapes[role])
         if not 0 <= rank <= greatest:
-            raise InvalidRequest(f"layer {number}: {role} rank {rank}", f"give one from 0 to {greatest}")
+            raise InvalidRequest(f"layer {number}: {role} can't have rank {rank}", f"give 0 to {greatest}")

@@ -1,4 +1,4 @@
-"""What an overlay of low rank competes with at the same bytes: plain quantisation, and a plain SVD per expert."""
+"""What a low-rank overlay competes with at the same bytes: plain quantisation, and a plain SVD per expert."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +26,10 @@ LADDER = (1.5, 2.0, 2.5, 3.0, 4.0, 8.0)  # bits for each weight of the experts, 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Relative weight errors of one layer's experts at `bytes`: plainly quantised to `bits`, as an overlay, as SVDs.
+    """Relative weight errors of one layer's experts at `bytes`: under plain quantisation to `bits`, as an overlay, as
+    SVDs.
 
-    The overlay's error is None where not even its base fits.
+    The overlay's error is None if even its base does not fit.
     """
 
     bits: int
@@ -40,8 +41,8 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Factored:
-    """Relative weight errors of one layer's experts at `bits` bits a weight: as an overlay, None where not even its
-    base fits, and as SVDs, both in bf16."""
+    """Relative weight errors of one layer's experts at `bits` bits per weight: as an overlay (None if even its base
+    does not fit) and as SVDs, both in bf16."""
 
     bits: float
     overlay: float | None

@@ -121,7 +121,7 @@ def verify(
     Raises InvalidRequest for a tolerance that is negative or not finite, and for experts of an unknown activation.
     """
     if not 0 <= tolerance < inf:
-        raise InvalidRequest(f"the tolerance is {tolerance:g}", "give a number from 0 on, such as 0.05")
+        raise InvalidRequest(f"the tolerance is {tolerance:g}", "give 0 or more, such as 0.05")
     with name_model(model):
         job = OverlayJob(model, layer, layers, progress)
         job.check_activation()
@@ -152,7 +152,7 @@ def verify(
 
 @dataclass(frozen=True, slots=True)
 class LayerComparison:
-    """What an estimate measures of one layer: curves, alternatives at the same bytes, and by role what sharing saves,
+    """What an estimate measures of one layer: curves, alternatives at the same bytes, by role the saving of sharing and
     the `list_variances` of the aligned experts, and trials."""
 
     curves: LayerCurves
@@ -166,7 +166,7 @@ class LayerComparison:
 class OverlayJob:
     """An opened model, and the passes over its chosen layers: measuring, comparing, verifying.
 
-    Results of a pass are kept, so that a run that was stopped goes on where it was, until `end` is called.
+    Results of a pass are kept until `end` is called, so that an interrupted run continues where it stopped.
     """
 
     def __init__(
@@ -186,32 +186,32 @@ class OverlayJob:
         self._passes: list[ResumableLayers] = []
 
     def end(self) -> None:
-        """Delete the results that were kept for a stopped run."""
+        """Delete the results that were kept for an interrupted run."""
         for resumable in self._passes:
             resumable.end()
 
     def resumable(self, *work: Any) -> ResumableLayers:
-        """A resumable pass over the layers; `work` (JSON) tells it from any other."""
+        """A resumable pass over the layers; `work` (JSON) distinguishes it from others."""
         key = [*work, self.opened.name]
         self._passes.append(ResumableLayers(self.opened.experts.checkpoint, key, self.layers, self.progress))
         return self._passes[-1]
 
     def resumable_codes(self, *work: Any) -> ResumableLayers:
-        """As `resumable`, for work that depends on what was calibrated on."""
+        """Like `resumable`, for work that depends on the calibration."""
         return self.resumable(*work, *([self.calibration.digest] if self.calibration else []))
 
     def calibrate(self, text: Path | None, rule: RankRule | BitRule) -> None:
-        """Let errors of codes be measured by what enters the experts while the model reads a text, if there is one.
+        """Measure errors of codes by the inputs that the experts get while the model reads a text, if there is one.
 
         Raises InvalidRequest for a rule of ranks, a text that can't be read, a model that is not on this machine, and
-        LibraryMissing where MLX is not installed; see `gather_inputs`, too.
+        LibraryMissing if MLX is not installed; see also `gather_inputs`.
         """
         if text is None:
             return
         if not isinstance(rule, BitRule):
-            raise InvalidRequest("a text to calibrate with is given, and ranks are wanted", "give it with codes")
+            raise InvalidRequest("ranks can't be calibrated", "leave out the text, or ask for codes")
         if rule.trellis:
-            raise InvalidRequest("trellises can't be calibrated", "give the text or trellis, and not both")
+            raise InvalidRequest("trellises can't be calibrated", "give either the text or trellis")
         repository = self.opened.experts.checkpoint.repository
         if not isinstance(repository, Folder):
             name = self.opened.name
@@ -232,7 +232,7 @@ class OverlayJob:
                 try:
                     inputs.write(gathering.file_of(due[place]))
                 except OSError as error:
-                    reason = f"what the experts get can't be kept: {error.strerror}"
+                    reason = f"can't save the inputs of the experts: {error.strerror}"
                     raise InvalidRequest(reason, "set LAZARUS_CACHE to a folder with room") from None
                 size = due[place].stored_bytes
                 watched[place](f"calibrating layer {number}", size, size)
@@ -254,11 +254,11 @@ class OverlayJob:
         return ExpertMoments(layer, inputs, str(self.opened.experts.activation))
 
     def describe(self, rule: RankRule | BitRule) -> str:
-        """The rule in words, with what was calibrated on."""
+        """The rule in words, with the calibration."""
         return f"{rule}; {self.calibration}" if self.calibration else str(rule)
 
     def describe_folder(self, rule: BitRule, overlaid: Sequence[int]) -> dict[str, str]:
-        """What the folder of a coded model says of where it is from: source, rule, and the options that verify it."""
+        """The origin of a coded model as its folder states it: source, rule, and the options that verify it."""
         layers = format_ranges(overlaid)
         calibrated = " --calibrate TEXT" if self.calibration else ""
         return {
@@ -354,9 +354,9 @@ class OverlayJob:
     def count_bits(
         self, rule: BitRule, trials: Mapping[int, Mapping[str, RoleTrial]], overlaid: Sequence[int] | None = None
     ) -> BitRule:
-        """The rule; one of a folder's size as that of the bits a weight that the size leaves for the experts.
+        """The rule; if it is the size of a folder, converted to the bits per weight that this leaves for the experts.
 
-        A layer that was not tried is taken to be as the nearest that was.
+        A layer that was not tried is assumed to be like the nearest that was.
         """
         if rule.fit is None:
             return rule
@@ -455,5 +455,5 @@ def rounding_bits_beside(rule: RankRule | BitRule) -> tuple[int, ...]:
 
 
 def _codes_key(chosen: Mapping[int, LayerCodes]) -> dict[str, Any]:
-    """Codes as JSON, which tells a pass with them from any other."""
+    """Codes as JSON, which distinguishes a pass with them from others."""
     return {str(number): codes_to_json(codes) for number, codes in chosen.items()}

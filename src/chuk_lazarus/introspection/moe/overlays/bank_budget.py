@@ -1,4 +1,4 @@
-"""What a bank of neurons takes: how much its deltas hold, and the widths of bank, deltas and strangers."""
+"""The size of a bank of neurons: how large its deltas are, and the widths of bank, deltas and unshared neurons."""
 
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -14,11 +14,12 @@ from .codes.code import Shape
 from .codes.low_rank import FactorsCode
 
 NOTHING = FactorsCode(0, BitsCode(8))  # no delta: neurons are those of the bank
-MOST_LEVELS = 64  # of a bank, as more buy nothing
+MOST_LEVELS = 64  # of a bank; more do not lower the error
 
 
 def sharing_experts(index: NDArray[np.intp], count: int) -> list[int]:
-    """Experts that share many neurons of a bank: one, and in turn the one that shares the most with those before it."""
+    """Experts that share many neurons of a bank: one, then repeatedly the one that shares the most with those chosen so
+    far."""
     chosen = [0]
     while len(chosen) < count:
         known = np.unique(index[chosen])
@@ -28,9 +29,10 @@ def sharing_experts(index: NDArray[np.intp], count: int) -> list[int]:
 
 
 def bank_delta_share(matched: Sequence[NDArray[np.float32]], bank: Bank, chosen: Sequence[int]) -> float:
-    """d of the experts' matched neurons [matched, inputs], from those neurons of the bank that several of them share.
+    """The energy share d of the deltas of the experts' matched neurons [matched, inputs], from bank neurons that
+    several share.
 
-    A neuron's users differ from their mean by less than from the mean of all users; that is made up for. 1 where none
+    A neuron's users differ less from their own mean than from the mean of all users; this is corrected for. 1 if none
     is shared.
     """
     users = np.bincount(bank.index.ravel(), minlength=bank.size)
@@ -55,11 +57,11 @@ def bank_ladder(
     rungs: Sequence[MatrixCode],
     error: Callable[[RoleCodes], float],
 ) -> list[RoleCodes]:
-    """The codes of bank, deltas and strangers that err the least for their bytes, from the fewest bytes on.
+    """The codes of bank, deltas and unshared neurons with the smallest error for their bytes, from the fewest bytes on.
 
-    These are on the lower convex hull of all that could be: as long as the deltas from a wider bank would take more
-    than they save, there are none. `group` weights of the bank share a scale; `rungs` are the codes of both deltas
-    and strangers, of ascending bits.
+    These are on the lower convex hull of all combinations. There are no deltas as long as those from a wider bank would
+    take more than they save. `group` weights of the bank share a scale; `rungs` are the codes of both deltas and
+    unshared neurons, of ascending bits.
     """
     rests: Sequence[MatrixCode | None] = rungs if bank.matched < shape[bank.axis] else [None]
     deltas: list[MatrixCode] = [NOTHING, *rungs]

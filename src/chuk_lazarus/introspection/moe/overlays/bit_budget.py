@@ -1,10 +1,10 @@
-"""Which code each projection of each layer gets, for a budget of bits a weight, or for an error.
+"""Which code each projection of each layer gets, for a budget of bits per weight, or for an error.
 
-The law: an expert's delta, whose energy is the share d of the expert's, needs 0.5 log2(1 / d) bits a weight less than
-the expert, and the base costs its own bits over the number of experts. Where that does not pay (`numerics.rates`),
-experts are coded without a base. All deltas have the same width, or one of two that are neighbours. Where neurons refer
-to a bank, its width, that of the deltas and that of the strangers are chosen together; where deltas are of low rank,
-the width of the base, the rank of their factors and the width of the rest.
+The law: an expert's delta, whose energy is the share d of the expert's, needs 0.5 log2(1 / d) bits per weight less than
+the expert, and the base costs its own bits divided by the number of experts. If that does not pay (`numerics.rates`),
+experts are coded without a base. All deltas have the same width, or one of two neighbouring widths. With a bank, the
+widths of bank, deltas and unshared neurons are chosen together; with low-rank deltas, the width of the base, the rank
+of the factors and the width of the rest.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,25 +28,25 @@ from .factor_budget import FACTOR_BITS, factor_ladder
 from .trials import LEAST_ERROR, MISSING, PLAIN_BITS, RoleTrial, group_for
 
 FACTOR_LEVELS = 8  # of the factors, which are kept in 3 bits
-FEWER_LEVELS = (4, 2)  # of factors that only fill what is left
-RANK_SHARES = (0.25, 0.5, 0.75)  # bits a weight of the factors that are the ladder's lowest rungs
+FEWER_LEVELS = (4, 2)  # of factors that only use up the rest of the budget
+RANK_SHARES = (0.25, 0.5, 0.75)  # bits per weight of the factors that are the ladder's lowest rungs
 NO_DELTA = -2.0  # the stage of a unit without deltas; that of deltas of one bit is 0
 MOST_BITS = 8.0
 LITTLE = 0.004  # the share of a budget that may be left
-USUAL_BITS = 4  # of the plain quantisation that codes are as good as where nothing else is said
+USUAL_BITS = 4  # of the plain quantisation that codes match by default
 MARGIN = 0.97  # the share of an allowed squared error that is used, since it is measured on a part
-UNBIASED = 1.15  # times as much squared error as of the least, that of unbiased deltas counts in outputs
+UNBIASED = 1.15  # factor by which the squared error of unbiased deltas counts in outputs
 ROUNDS = 12  # of looking for the bits that fill a folder
 
 
 class OverlayOptions(RankOptions, total=False):
     """How ranks or codes are chosen, as options of the services: `RankOptions`, or codes.
 
-    `bits` are the bits for each weight of the experts, everything counted, of an overlay in codes; `fit` the bytes of
-    the whole folder, a number or a text such as "24GB"; `as_good_as` the bits of the plain quantisation that codes
-    shall err no more than, in the fewest bytes. `coded` makes `max_error` and `target_ratio` mean codes, and is
-    `as_good_as` 4 where no other is given. `trellis` keeps what has one to four bits in trellises, which err less and
-    take longer to be made.
+    `bits` is the budget per weight of the experts, everything counted; `fit` the size of the whole folder in bytes, a
+    number or a string such as "24GB". `as_good_as` takes the fewest bytes whose error is at most that of plain
+    quantisation at that many bits. `coded` makes `max_error` and `target_ratio` choose codes, and alone means
+    `as_good_as` 4. `trellis` uses trellises for codes of one to four bits; their error is smaller, and encoding takes
+    longer.
     """
 
     bits: float | None
@@ -69,17 +69,17 @@ def overlay_rule(
     rule = rank_rule(**options)
     if not coded and bits is None and fit is None and as_good_as is None:
         if trellis:
-            raise InvalidRequest("trellises are wanted, and no codes", "give bits, a size or coded, too")
+            raise InvalidRequest("trellises need codes", "give bits, a size or coded, too")
         return rule
     if trellis:
         check_encoder()
     if rule.given:
-        raise InvalidRequest("codes are wanted together with ranks", "give one of the two")
+        raise InvalidRequest("both codes and ranks are given", "give one of the two")
     targets = {
         "bits": bits,
         "the size of a folder": fit,
-        "the bits to be as good as": as_good_as,
-        "a greatest error": rule.max_error,
+        "a width to be as good as": as_good_as,
+        "a maximum error": rule.max_error,
         "a ratio": rule.target_ratio,
     }
     given = [name for name, target in targets.items() if target is not None]
@@ -87,14 +87,17 @@ def overlay_rule(
         raise InvalidRequest(f"both {given[0]} and {given[1]} are given", "give one of the two")
     if rule.target_ratio is not None:
         if 16 / rule.target_ratio > MOST_BITS:
-            raise InvalidRequest(f"a ratio of {rule.target_ratio:g} in codes", f"give {16 / MOST_BITS:g} or more")
+            raise InvalidRequest(
+                f"codes can't have a ratio of {rule.target_ratio:g}", f"give {16 / MOST_BITS:g} or more"
+            )
         return BitRule(16 / rule.target_ratio, trellis=trellis)
     size = parse_size(fit, "the size of the folder") if isinstance(fit, str) else fit
     return BitRule(bits, rule.max_error, as_good_as if given else USUAL_BITS, size, trellis)
 
 
 class _Unit(NamedTuple):
-    """One projection of one layer, and its codes from the fewest bytes on, each with the stage at which it is left."""
+    """One projection of one layer, and its codes from the fewest bytes on, each with the stage at which it is
+    replaced."""
 
     layer: int
     role: str
@@ -110,10 +113,10 @@ class _Unit(NamedTuple):
 class BitRule:
     """How codes are chosen: by exactly one of four targets.
 
-    `bits` for each weight of the experts, everything counted; the greatest relative weight error of the experts of each
-    layer, `max_error`; the bits of the plain quantisation that each layer shall be `as_good_as`; or the bytes of the
-    whole folder, to `fit`. With `trellis`, deltas and experts without a base are in trellises where these have so many
-    bits. Raises InvalidRequest for a number out of range.
+    `bits` per weight of the experts, everything counted; `max_error`, the largest relative weight error of the experts
+    of each layer; `as_good_as`, the bits of the plain quantisation whose error each layer must not exceed; or `fit`,
+    the size of the whole folder in bytes. With `trellis`, deltas and experts without a base are in trellises if these
+    have that many bits. Raises InvalidRequest for a number out of range.
     """
 
     bits: float | None = None
@@ -124,16 +127,18 @@ class BitRule:
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 0 < self.bits <= MOST_BITS:
-            raise InvalidRequest(f"{self.bits:g} bits a weight", f"give a number above 0 and up to {MOST_BITS:g}")
+            raise InvalidRequest(
+                f"there are no codes of {self.bits:g} bits per weight", f"give a number above 0 and up to {MOST_BITS:g}"
+            )
         if self.max_error is not None and not 0 < self.max_error < 1:
-            raise InvalidRequest(f"the greatest error is {self.max_error:g}", "give a share between 0 and 1")
+            raise InvalidRequest(f"the maximum error is {self.max_error:g}", "give a share between 0 and 1")
         if self.as_good_as is not None and self.as_good_as not in PLAIN_BITS:
             known = ", ".join(map(str, PLAIN_BITS[:-1]))
             raise InvalidRequest(
-                f"as good as {self.as_good_as:g} bits of plain quantisation", f"give {known} or {PLAIN_BITS[-1]}"
+                f"there is no plain quantisation of {self.as_good_as:g} bits", f"give {known} or {PLAIN_BITS[-1]}"
             )
         if self.fit is not None and not 0 < self.fit < inf:
-            raise InvalidRequest(f"a folder of {self.fit:,} bytes", "give a size such as 20GB")
+            raise InvalidRequest(f"a folder can't have {self.fit:,} bytes", "give a size such as 20GB")
 
     def __str__(self) -> str:
         return f"{self._goal}{', trellises' if self.trellis else ''}"
@@ -150,7 +155,7 @@ class BitRule:
 
     @property
     def options(self) -> str:
-        """The rule as a command has it."""
+        """The rule as options of the command line."""
         trellis = " --trellis" if self.trellis else ""
         if self.max_error is not None:
             return f"--max-error {self.max_error} --coded{trellis}"
@@ -159,9 +164,10 @@ class BitRule:
         return f"--bits {self.bits}{trellis}" if self.fit is None else f"--fit {self.fit}{trellis}"
 
     def choose(self, trials: Mapping[int, Mapping[str, RoleTrial]]) -> dict[int, LayerCodes]:
-        """The codes of every layer; raises InvalidRequest where even the least take more, or the finest err more.
+        """The codes of every layer; raises InvalidRequest if even the smallest take more, or if even the best have a
+        larger error.
 
-        What is to `fit` has no choice of its own: `fit_bits` says which bits a weight that is.
+        `fit` is not chosen for directly: `fit_bits` converts it to bits per weight.
         """
         if self.bits is not None:
             return _within(self.bits, trials, self.trellis)
@@ -173,8 +179,8 @@ class BitRule:
     def _reach(self, number: int, roles: Mapping[str, RoleTrial]) -> dict[int, LayerCodes]:
         """The fewest bits with which a layer meets the rule.
 
-        Its units climb as in `_within`, but without factors: what these leave is in few directions, and at equal errors
-        of weights outputs err more. Before each step scales for shorter groups are tried in its place.
+        Its units climb as in `_within`, but without factors: what factors leave is in few directions, so at equal
+        errors of weights the outputs have larger errors. Before each step, scales for shorter groups are tried instead.
         """
         units = _open_units({number: roles}, self.trellis, with_factors=False)
         prices = self._prices(roles)
@@ -199,13 +205,15 @@ class BitRule:
             else f"as good as plain quantisation at {self.as_good_as} bits"
         )
         factor = sqrt(loss(finer) / MARGIN)
-        raise InvalidRequest(f"layer {number}: no codes are {goal}", f"the finest err {factor:.3g} times as much")
+        raise InvalidRequest(
+            f"layer {number}: no codes are {goal}", f"the smallest error is {factor:.3g} times as large"
+        )
 
     def _prices(self, roles: Mapping[str, RoleTrial]) -> dict[str, float]:
-        """By role, the share of the loss that a layer may have which a unit of the role's relative error takes.
+        """By role, the cost of the role's squared relative error, as a multiple of the loss that a layer may have.
 
-        A greatest error is that of all weights together. What shall be as good as plain quantisation is measured in
-        units of that, role by role, since the outputs depend on each role's relative error.
+        A maximum error is that of all weights together. `as_good_as` is measured in units of plain quantisation's
+        error, role by role, since the outputs depend on each role's relative error.
         """
         if self.max_error is not None:
             allowed = self.max_error**2 * sum(trial.energy for trial in roles.values())
@@ -220,11 +228,10 @@ class BitRule:
 
 
 def _within(bits: float, trials: Mapping[int, Mapping[str, RoleTrial]], trellis: bool) -> dict[int, LayerCodes]:
-    """The best codes of at most so many bits a weight; raises InvalidRequest where even the least take more.
+    """The best codes of at most that many bits per weight; raises InvalidRequest if even the smallest take more.
 
-    All units climb from stage to stage, those of the largest error first. When no whole step fits, those that would
-    come next get scales for shorter groups, and as long as much is left even then, factors beside their code, and
-    shorter groups in these.
+    All units climb from stage to stage, those with the largest error first. When no whole step fits, the next ones get
+    scales for shorter groups and, if much is still left, factors beside their code, and shorter groups in these.
     """
     units = _open_units(trials, trellis)
     weights = _count_weights(units)
@@ -233,7 +240,7 @@ def _within(bits: float, trials: Mapping[int, Mapping[str, RoleTrial]], trellis:
     free = budget - _count_bytes(units, chosen) - _index_bytes(trials)
     if free < 0:
         least = ceil(800 * (budget - free) / weights) / 100
-        raise InvalidRequest(f"{bits:g} bits a weight are out of reach", f"the least is {least:.2f}")
+        raise InvalidRequest(f"{bits:g} bits per weight are out of reach", f"the least is {least:.2f}")
     steps = _list_steps(units)
     taken = 0
 
@@ -267,10 +274,10 @@ def fit_bits(
     folder_bytes: Callable[[Mapping[int, LayerCodes]], int],
     trellis: bool = False,
 ) -> float:
-    """The bits a weight with which a whole folder takes at most `size` bytes, and nearly as many.
+    """The bits per weight at which a whole folder takes at most `size` bytes, and nearly as many.
 
-    `trials` are those of all layers that are overlaid, and `folder_bytes` says what a folder with such codes takes.
-    Raises InvalidRequest where even the least codes take more.
+    `trials` are those of all overlaid layers, and `folder_bytes` gives the size of a folder with some codes. Raises
+    InvalidRequest if even the smallest codes take more.
     """
     units = _open_units(trials, trellis)
     weights = _count_weights(units)
@@ -314,7 +321,7 @@ def _open_units(
 ) -> list[_Unit]:
     """The units of all layers.
 
-    Those without a base are ahead of the others by the bits that a delta needs less, so that errors are alike.
+    Those without a base are ahead of the others by the bits that a delta saves, so that errors are similar.
     """
     all_trials = [trial for roles in trials.values() for trial in roles.values()]
     saved = [0.5 * log2(1 / t.delta_share) for t in all_trials if t.has_base and not t.bank and t.delta_share]
@@ -354,7 +361,7 @@ def _open_units(
 
 
 def _bit_rungs(trial: RoleTrial, trellis: bool) -> tuple[BitsCode | TrellisCode, ...]:
-    """The codes of ascending bits, trellises where these have so many."""
+    """The codes of ascending bits, trellises if these have that many."""
     trellises = [TrellisCode(width) for width in WIDTHS] if trellis else []
     above = 1 << WIDTHS[-1] if trellis else 0
     return (*trellises, *(trial.rung(levels) for levels in LEVELS if levels > above))
@@ -367,13 +374,13 @@ def _index_bytes(trials: Mapping[int, Mapping[str, RoleTrial]]) -> int:
 
 
 def _plain_stage(trial: RoleTrial, error: float) -> float:
-    """The stage of a plain code that errs as much, between those of two codes where there is none."""
+    """The stage of a plain code with the same error, or between those of two codes."""
     errors = [log2(trial.plain_error(trial.rung(levels)) or LEAST_ERROR) for levels in LEVELS]
     return float(np.interp(-log2(error or LEAST_ERROR), [-each for each in errors], range(len(errors))))
 
 
 def _delta_stages(trial: RoleTrial, rungs: Sequence[MatrixCode], ladder: Sequence[RoleCodes]) -> list[float]:
-    """The stages of the codes of a delta, `rungs`, that do as much harm, between those of two where there is none."""
+    """The stages of the codes of a delta, `rungs`, with the same harm, or between those of two."""
     codes = [RoleCodes(trial.usual_base, code) for code in (FactorsCode(0, FACTOR_BITS[0]), *rungs)]
     marks, wanted = ([-log2(max(trial.harm(each), LEAST_ERROR)) for each in side] for side in (codes, ladder))
     return [float(stage) for stage in np.interp(wanted, marks, [NO_DELTA, *range(len(rungs))])]
@@ -427,8 +434,7 @@ def _shorten_factors(codes: RoleCodes) -> RoleCodes:
 def _fill(unit: _Unit, codes: RoleCodes, free: int) -> RoleCodes:
     """The unit's codes with factors of the deltas, of the greatest rank that takes at most `free` bytes more.
 
-    They are in FACTOR_LEVELS, or fewer where so little is free; where the spectrum is known, in the code that does the
-    least harm.
+    They have FACTOR_LEVELS, or fewer if little is free; if the spectrum is known, the code with the least harm.
     """
     delta, room = codes.delta, free + unit.nbytes(codes)
     if isinstance(delta, FactorsCode | SumCode):

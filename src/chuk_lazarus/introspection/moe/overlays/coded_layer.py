@@ -1,7 +1,7 @@
 """The experts of one layer in codes: a coded base, and for each expert the code of its delta from the stored base.
 
-Where only some neurons are shared, the base is a bank of neurons. Of an expert, those that refer to it are deltas, and
-the rest are coded by themselves.
+If only some neurons are shared, the base is a bank of neurons. The neurons of an expert that refer to it are deltas;
+the others are coded directly.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +44,7 @@ class CodedLayer:
 
     @property
     def matrices_held(self) -> int:
-        """How many of the layer's matrices a thread holds while it codes one; with moments, those and their factors."""
+        """How many of the layer's matrices a thread holds while it codes one; with moments, these and their factors."""
         hidden, intermediate = self.layer.sizes["H"], self.layer.sizes["I"]
         sides = max(hidden, intermediate), min(hidden, intermediate)
         return 2 + (-(-SQUARES * sides[0] // sides[1]) if self._moments else 0)
@@ -108,7 +108,7 @@ class CodedLayer:
 
 
 def _stands_alone(codes: RoleCodes) -> bool:
-    """Whether neurons of a bank are those of the experts, or nearly: there are no deltas, or only factors."""
+    """Whether the neurons of a bank are those of the experts, or nearly: there are no deltas, or only factors."""
     return codes.bank is not None and isinstance(codes.delta, FactorsCode)
 
 
@@ -124,6 +124,6 @@ def find_alignment(layer: ExpertLayer, codes: LayerCodes, resources: Resources) 
     found = {(alignment.bank.size, alignment.bank.index.shape[1])} if alignment.bank else set()
     if banks != found:
         raise InvalidRequest(
-            f"layer {layer.number}: the codes are not for the bank that its neurons make", "choose the codes again"
+            f"layer {layer.number}: the codes do not fit the bank of its neurons", "choose the codes again"
         )
     return alignment

@@ -25,9 +25,9 @@ from .layer import bank_notes, coded_bytes, layer_verification, plain_bytes, pro
 from .stock import quantise
 
 Format = Literal["auto", "overlay", "mlx"]
-TRELLIS_BITS = 4  # a weight, below which trellises err clearly less
-TRELLIS_NOTE = "--format overlay --trellis errs less in so few bits, and needs chuk-lazarus to run"
-LEAST_BITS = 1.0  # a weight that a coded overlay is taken to need on disk, where its rule does not say it
+TRELLIS_BITS = 4  # per weight, below which trellises have a clearly smaller error
+TRELLIS_NOTE = "at so few bits --format overlay --trellis has a smaller error, but needs chuk-lazarus to run"
+LEAST_BITS = 1.0  # per weight that a coded overlay is assumed to need on disk, if its rule does not say
 
 
 def compress(
@@ -44,9 +44,9 @@ def compress(
 ) -> MoEOverlayCompression:
     """Write the model with its experts as an overlay into `folder`, or quantised, and verify some of its layers.
 
-    What is no smaller than the model is written only if it is forced, or if its ranks or its accuracy were asked for.
-    By the format "auto", experts that no base pays for are quantised for mlx-lm where the rule is one of bits. Raises
-    InvalidRequest where a rule and a format do not go together.
+    A result that is not smaller than the model is written only if that is forced, or if ranks or an accuracy were asked
+    for. With the format "auto", experts for which no base pays are quantised for mlx-lm, if the rule is one of bits.
+    Raises InvalidRequest if a rule and a format do not go together.
     """
     if kind == "mlx":
         check_stock(rule, layers, calibrate)
@@ -80,7 +80,7 @@ def compress(
             if planned is None:
                 ranks, curves = job.choose_ranks(rule, experts)
             else:
-                # a stopped run chose the ranks; what it kept of its measurements is deleted when this job ends
+                # an interrupted run chose the ranks; its kept measurements are deleted when this job ends
                 ranks = planned
                 job.resumable("measure", rule.energy, experts)
         checked = [opened.experts.layer(number) for number in job.verified_layers(numbers)]
@@ -93,7 +93,7 @@ def compress(
                 check = checks[layer.number]
                 if check.is_complete:
                     fidelity = check.result()
-                elif codes:  # a stopped run has written the layer, and the check has not seen its experts
+                elif codes:  # an interrupted run has written the layer, so the check has not seen its experts
                     moments = job.moments_of(layer)
                     fidelity = check_coded_layer(layer, codes[layer.number], check, opened.resources, progress, moments)
                 else:
@@ -150,15 +150,15 @@ def compress(
 
 
 def check_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibrate: Path | None) -> None:
-    """Raise InvalidRequest for what a model that is quantised for mlx-lm can't have."""
+    """Raise InvalidRequest for options that a model quantised for mlx-lm can't have."""
     if not isinstance(rule, BitRule):
-        raise InvalidRequest("a checkpoint for mlx-lm has no ranks", "give --bits, --fit, --as-good-as or --coded")
+        raise InvalidRequest("a checkpoint for mlx-lm can't have ranks", "give --bits, --fit, --as-good-as or --coded")
     if rule.trellis:
-        raise InvalidRequest("mlx-lm has no trellises", "leave out --trellis, or write an overlay: --format overlay")
+        raise InvalidRequest("mlx-lm can't run trellises", "leave out --trellis, or write an overlay: --format overlay")
     if calibrate:
-        raise InvalidRequest("only overlays are calibrated", "leave out --calibrate, or give --format overlay")
+        raise InvalidRequest("only overlays can be calibrated", "leave out --calibrate, or give --format overlay")
     if layers != "all":
-        raise InvalidRequest("a checkpoint for mlx-lm has all layers", "leave out --layers")
+        raise InvalidRequest("a checkpoint for mlx-lm always has all layers", "leave out --layers")
 
 
 def _may_be_stock(rule: RankRule | BitRule, layers: Sequence[int] | str, calibrate: Path | None) -> bool:

@@ -50,11 +50,14 @@ def export(
     with name_model(model):
         if kind == "standard":
             if given or rest_bits is not None:
-                raise InvalidRequest("a standard checkpoint has no widths", "leave them out, or give another --format")
+                raise InvalidRequest(
+                    "a standard checkpoint is not quantised: it takes no widths",
+                    "leave them out, or give another --format",
+                )
             facts = _rebuild(as_path(source), target, force, progress)
         else:
             if given.get("trellis"):
-                raise InvalidRequest(f"{kind} has no trellises", "leave them out, or write an overlay")
+                raise InvalidRequest(f"{kind} can't hold trellises", "leave them out, or write an overlay")
             rule = overlay_rule(**{**given, "coded": True})  # type: ignore[arg-type]
             assert isinstance(rule, BitRule)
             facts = _quantise(model, target, kind, rule, rest_bits, force, progress)
@@ -92,7 +95,7 @@ def _quantise(
     facts: dict[str, Any] = {"family": experts.family, "layers": experts.layers, "rule": str(rule)}
     if kind == "compressed-tensors":
         if rest_bits not in (None, KEEP):
-            raise InvalidRequest(f"{kind} has the experts alone in few bits", "leave out --rest-bits")
+            raise InvalidRequest(f"{kind} quantises only the experts", "leave out --rest-bits")
         widths, verified = quantise_packed(job, rule, target, force, progress)
         notes = (*experts.notes, *verified_note(job), *loader_notes(widths), *left_out_note(experts.checkpoint))
         return {

@@ -1,4 +1,4 @@
-"""Where deltas are of low rank: how much of them is beyond a rank, and the codes of base, factors and the rest."""
+"""Codes of low-rank deltas: how much energy is beyond a rank, and the codes of base, factors and rest."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,26 +21,25 @@ Numbers = TypeVar("Numbers", float, NDArray[np.float64])
 
 FACTOR_BITS = (BitsCode(4), BitsCode(8), BitsCode(16))
 RANK_STEP = 1.3  # from one rank to the next
-LEAST_KEPT = 0.1  # of anything that is coded at all
-MOST_FACTORS = 4.0  # bits a weight that factors may take
+LEAST_KEPT = 0.1  # the smallest share that a code is assumed to keep
+MOST_FACTORS = 4.0  # bits per weight that factors may take
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaSpectrum:
     """How much of the deltas from the exact mean is in few directions.
 
-    `share` is the share of the experts' energy that they have, and `tails` by rank the share of theirs that is beyond
-    it.
+    `share` is their share of the experts' energy, and `tails` has by rank the share of their own energy beyond it.
     """
 
     share: float
     tails: Mapping[int, float]
 
     def left_by(self, code: FactorsCode, shape: Shape, error: float) -> tuple[float, float]:
-        """The shares that factors whose code errs by `error` leave of the deltas, and of noise beside them.
+        """The shares that factors whose code has the error `error` leave of the deltas, and of added noise.
 
-        Two factors that err by e keep (1 - e)**2 of what is within their rank. Of noise that is what lies in the rows
-        or columns that deltas of the rank have.
+        Two factors with an error e keep (1 - e)**2 of what is within their rank. Of noise, that is the part in the rows
+        or columns that deltas of this rank have.
         """
         kept = (1 - error) ** 2
         tail = float(np.interp(code.rank, [*self.tails], [*self.tails.values()]))
@@ -49,9 +48,9 @@ class DeltaSpectrum:
 
 
 def participation(rows: NDArray[np.float32]) -> float:
-    """How many directions some rows [n, columns] have, by their participation ratio, over what noise has.
+    """The number of directions in some rows [n, columns], by their participation ratio, relative to that of noise.
 
-    The ratio is tr(G)**2 / tr(G**2), G the products of the rows; that of Gaussian noise is n m / (n + m + 1).
+    The ratio is tr(G)**2 / tr(G**2), where G are the products of the rows; for Gaussian noise it is n m / (n + m + 1).
     """
     count, columns = rows.shape
     gram = rows.astype(np.float64) @ rows.T
@@ -81,11 +80,11 @@ def factor_ladder(
 ) -> list[RoleCodes]:
     """The codes of base and deltas that do the least harm for their bytes, from the fewest bytes on.
 
-    These are on the lower convex hull of all: `bases` with deltas in `rungs`, in factors, and in sums of both. With a
-    base deltas have two `energies`, their own and that of the noise that the base's code puts into them; `left_by`
-    tells the shares of these that the code of a delta leaves, which of a sum are the products of those of its parts.
-    Deltas of which e is left are kept by 1 - e along themselves, and what is missing there counts `missing` times;
-    where the rest is `unbiased`, as that of a trellis always is, nothing is missing, and e / (1 - e) is noise.
+    These are on the lower convex hull of all combinations: `bases` with deltas in `rungs`, in factors, and in sums of
+    both. With a base, deltas have two `energies`, their own and that of the noise that the base's code adds. `left_by`
+    gives the shares of these that the code of a delta leaves; those of a sum are the products of its parts' shares. If
+    e is left of a delta, 1 - e of it is kept along its own direction, and what is missing there counts `missing` times.
+    If the rest is `unbiased`, as that of a trellis always is, nothing is missing, and e / (1 - e) is noise.
     """
     most = MOST_FACTORS / 8 * prod(shape)
     factors = [FactorsCode(rank, bits) for bits in FACTOR_BITS for rank in _ranks(min(shape))]
@@ -106,13 +105,13 @@ def factor_ladder(
 
 
 def as_harm(left: Numbers, missing: float) -> Numbers:
-    """The harm of codes of least squares, numbers or an array, that leave so much of deltas: they keep 1 - e along
-    them, and what is missing there counts `missing` times."""
+    """The harm of least-squares codes (numbers or an array) that leave such shares of deltas: 1 - e is kept along them,
+    and what is missing there counts `missing` times."""
     return left * (1 - left + missing * left)
 
 
 def as_noise(left: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The error of codes that were made unbiased, of those that leave so much for the least error."""
+    """The error of unbiased codes, from the share that the code with the least error leaves."""
     return left / np.maximum(1 - left, LEAST_KEPT)
 
 

@@ -1,4 +1,4 @@
-"""What an overlay costs in accuracy: the errors of the experts' weights, and of their outputs."""
+"""The accuracy of an overlay: the errors of the experts' weights, and of their outputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,7 +135,7 @@ class FidelityCheck:
         return ExpertErrors(weights, rounding, exact_output, output)
 
     def add(self, errors: "ExpertErrors") -> None:
-        """Take the errors of the next expert."""
+        """Add the errors of the next expert."""
         routing_weights, expert = self._inputs.routing_weights, self.experts[len(self._output_errors)]
         self._weight_errors.append(errors.weights)
         self._output_errors.append(relative_error(errors.output, errors.exact_output))
@@ -145,7 +145,7 @@ class FidelityCheck:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every expert that is to be compared has been."""
+        """Whether all experts that are to be compared have been."""
         return len(self._output_errors) == len(self.experts)
 
     def _mixed_error(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Does a model fit into so many bytes, and what does that cost? From headers alone, before a weight is read."""
+"""Does a model fit into a number of bytes, and at what error? From headers alone, before weights are read."""
 
 from bisect import bisect_left
 
@@ -9,10 +9,10 @@ from ..reports import FitPlan
 from ..text import parse_size
 from .codes.affine import AFFINE_BITS
 
-# relative squared errors of our affine codes on Gaussian weights, by bits a weight with their scales
-# (tests/overlays/test_fit.py measures them anew)
+# relative squared errors of our affine codes on Gaussian weights, by bits per weight with their scales
+# (tests/overlays/test_fit.py measures them again)
 GAUSSIAN_ERRORS = {2.25: 0.1152, 2.5: 0.1066, 3.25: 0.0337, 4.25: 0.00884, 5.25: 0.00222, 6.25: 0.00055, 8.25: 3.5e-5}
-SCALE_BITS = 0.5  # a weight of the rest, in groups of 64
+SCALE_BITS = 0.5  # per weight of the rest, in groups of 64
 MACHINES = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # memories that are sold, in GB
 USABLE = 0.75  # the share of its memory that MLX may take on a Mac by default
 CONTEXT = 8192
@@ -30,10 +30,10 @@ def plan_fit(
     context: int = CONTEXT,
     rest_bits: int | None = 8,
 ) -> FitPlan:
-    """How a model of so many expert `parameters` fits into `size` bytes, quantised for mlx-lm.
+    """How a model with that many expert `parameters` fits into `size` bytes, quantised for mlx-lm.
 
-    `stored_bytes` are those of its experts' files, `other_bytes` of all else, which is taken to have 16 bits a weight;
-    None where they are not known, and then they count nothing. The error is that of Gaussian weights.
+    `stored_bytes` are those of its experts' files. `other_bytes` are those of everything else, assumed to have 16 bits
+    per weight; None counts as nothing. The error is that of Gaussian weights.
     """
     wanted = parse_size(size, "the size of the folder") if isinstance(size, str) else size
     rest = other_bytes or 0
@@ -63,9 +63,9 @@ def plan_fit(
 
 
 def expected_error(bits: float) -> float:
-    """The relative weight error at so many bits a weight, were the weights Gaussian.
+    """The relative weight error at that many bits per weight, if the weights are Gaussian.
 
-    Between the widths it falls geometrically, as that of a mix of two does, or faster.
+    Between the widths it falls geometrically, like that of a mix of two, or faster.
     """
     errors = np.log2(list(GAUSSIAN_ERRORS.values()))
     squared = 2.0 ** float(np.interp(bits, list(GAUSSIAN_ERRORS), errors))
@@ -73,17 +73,19 @@ def expected_error(bits: float) -> float:
 
 
 def smallest_machine(memory: int) -> int | None:
-    """The least memory, in bytes, of a Mac that may take so many for MLX; None where none may."""
+    """The smallest memory, in bytes, of a Mac that may use that many for MLX; None if no Mac may."""
     place = bisect_left(MACHINES, memory / USABLE / 1e9)
     return MACHINES[place] * 10**9 if place < len(MACHINES) else None
 
 
 def parse_rest_bits(value: int | str) -> int | None:
-    """The bits of all that is no routed expert, None where it is kept; raises InvalidRequest for anything else."""
+    """The bits of everything but routed experts, None to keep it; raises InvalidRequest for anything else."""
     if value == KEEP:
         return None
     if isinstance(value, str) and value.isdecimal():
         value = int(value)
     if value not in AFFINE_BITS:
-        raise InvalidRequest(f"{value!r} bits for the rest", f"give {', '.join(map(str, AFFINE_BITS))} or {KEEP}")
+        raise InvalidRequest(
+            f"the rest can't have {value!r} bits", f"give {', '.join(map(str, AFFINE_BITS))} or {KEEP}"
+        )
     return int(value)

@@ -1,8 +1,9 @@
-"""The types of llama.cpp in which `llama-quantize` keeps matrices: their bytes, and the errors that they leave.
+"""The types of llama.cpp in which `llama-quantize` stores matrices: their bytes and errors.
 
-The gguf package rounds to the types with blocks of 32 itself. It does not to those with blocks of 256 (K-quants and
-i-quants), nor to IQ4_NL: their errors are those of our affine code of as many bits in groups of 32, times a factor that
-ggml's own quantiser has been measured by (experiments/ggml_types), and lie within some per cent of that.
+The gguf package itself rounds to the types with blocks of 32, but not to those with blocks of 256 (K-quants and
+i-quants) or to IQ4_NL. The errors of these are estimated: those of our affine code with as many bits in groups of 32,
+times a factor that was measured with ggml's own quantiser (experiments/ggml_types); the estimates are within a few per
+cent.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,7 +17,7 @@ from .codes.affine import AffineCode
 from .codes.code import Shape
 
 STAND_IN_GROUP = 32
-# type -> the bits of the affine code that stands in for it, and how many times as much squared error the type leaves
+# type -> the bits of the affine code that stands in for it, and the type's squared error relative to that code's
 STAND_INS = {
     "Q2_K": (2, 0.94),
     "Q3_K": (3, 0.97),
@@ -51,7 +52,7 @@ class GgmlType:
         """Bytes of a matrix [out, in] of that shape; raises ValueError where a row does not have whole blocks."""
         (rows, columns), (weights, size) = shape, self.block
         if columns % weights:
-            raise ValueError(f"rows of {columns} numbers do not have whole blocks of {weights}")
+            raise ValueError(f"rows of {columns} numbers do not divide into blocks of {weights}")
         return rows * columns // weights * size
 
     def lost(self, rows: NDArray[np.float32]) -> float:

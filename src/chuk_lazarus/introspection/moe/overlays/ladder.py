@@ -1,4 +1,4 @@
-"""What bits buy: from few bits a weight to many, the errors of codes, of low rank, and of any code at best."""
+"""Error by size: from few bits per weight to many, the errors of codes, of low rank, and of the best possible code."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ WAYS = {
     "low_rank": "a low-rank overlay",
     "svd": "plain SVDs",
 }
-USABLE = 1.2  # times the error of 4-bit quantisation: what errs by more is no use
+USABLE = 1.2  # times the error of 4-bit quantisation: a larger error is not usable
 
 
 def list_variances(gram: NDArray[np.floating]) -> tuple[tuple[float, float], ...]:
@@ -71,7 +71,7 @@ def draw_ladder(
 
 
 def bits_as_good(trials: Trials) -> float | None:
-    """The bits a weight of codes that err no more than plain 4-bit quantisation; None where there are none."""
+    """The bits per weight of codes whose error is at most that of plain 4-bit quantisation; None if there are none."""
     try:
         codes = BitRule(as_good_as=USUAL_BITS).choose(trials)
     except InvalidRequest:
@@ -81,14 +81,15 @@ def bits_as_good(trials: Trials) -> float | None:
 
 
 def advise(rows: Sequence[LadderRow], usual_error: float, stored_bits: float, as_good: float | None) -> str:
-    """What errs least at which size, and what is as good as plain 4-bit quantisation, whose error is `usual_error`.
+    """Which method has the smallest error at which size, and what is as good as plain 4-bit quantisation
+    (`usual_error`).
 
-    `stored_bits` are those of the file for each weight: only sizes below it count. Nothing is worthwhile where all
-    errors are much above the usual one. `as_good` is from `bits_as_good`.
+    Only sizes below `stored_bits`, the bits per weight of the file, count. Nothing is worthwhile if all errors are much
+    larger than the usual one. `as_good` is from `bits_as_good`.
     """
     best = {row.bits: row.best for row in rows if row.bits < stored_bits}
     if not any(getattr(row, best[row.bits]) <= USABLE * usual_error for row in rows if row.bits in best):
-        return f"nothing: whatever is smaller than the file has a larger error than {USUAL_BITS}-bit quantisation"
+        return f"nothing: everything smaller than the file has a larger error than {USUAL_BITS}-bit quantisation"
     runs = [(WAYS[way], [*run]) for way, run in groupby(best, key=best.__getitem__)]
     ways = ", ".join(f"{way} at {_span(sizes)} bits per weight" for way, sizes in runs)
     advice = f"smallest error: {ways}"
@@ -113,7 +114,7 @@ def _count_weights(trials: Trials) -> int:
 
 
 def _widest(bits: float, trials: Trials) -> int | None:
-    """The most bits of plain quantisation that take no more than `bits` a weight with their scales, None for none."""
+    """The most bits of plain quantisation that take at most `bits` per weight with their scales, None for none."""
     room = bits / 8 * _count_weights(trials)
     sizes = {
         width: sum(trial.experts * quantised_bytes(trial.shape, width) for _, _, trial in _each(trials))
@@ -132,7 +133,7 @@ def _rounding_error(bits: int, trials: Trials) -> float:
 
 
 def _coded_error(bits: float, trials: Trials) -> float | None:
-    """The error of the best codes of so many bits, None where even the least take more."""
+    """The error of the best codes of that many bits, None if even the smallest take more."""
     try:
         codes = BitRule(bits).choose(trials)
     except InvalidRequest:
@@ -141,7 +142,7 @@ def _coded_error(bits: float, trials: Trials) -> float | None:
 
 
 def _bound(bits: float, trials: Trials, variances: Mapping[int, Mapping[str, Variances]]) -> float:
-    """The least root mean square over the layers of the relative error of any code, were the weights Gaussian."""
+    """The smallest possible error of any code, as the root mean square over the layers, if the weights are Gaussian."""
     values, counts = [], []
     for number, roles in trials.items():
         energy = sum(trial.energy for trial in roles.values()) or 1.0

@@ -29,7 +29,7 @@ LONGEST_ERROR = 99.999  # relative; no error of an expert's outputs takes more d
 
 
 def total_bytes(layers: Sequence[LayerOverlay] | Sequence[LayerEstimate]) -> tuple[int, int, int]:
-    """Bytes of the experts of all these layers: at two bytes a weight, as stored, and as an overlay."""
+    """Bytes of the experts of all these layers: at two bytes per weight, as stored, and as an overlay."""
     return (
         sum(layer.original_bytes for layer in layers),
         sum(layer.stored_bytes for layer in layers),
@@ -103,7 +103,7 @@ def bank_notes(codes: Mapping[int, LayerCodes]) -> list[str]:
             layers.setdefault((replace(bank, axis=0), has_rest), []).append(number)
     return [
         f"in layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)} {'' if has_rest else 'all '}"
-        f"{bank.matched} neurons of each expert are deltas from {bank.size} that experts share"
+        f"{bank.matched} neurons of each expert are deltas from a bank of {bank.size} shared neurons"
         f"{', the others are coded by themselves' if has_rest else ''}"
         for (bank, has_rest), numbers in layers.items()
     ]
@@ -241,7 +241,7 @@ def _describe_rates(rates: Mapping[str, Rate]) -> dict[str, SharingRate]:
 
 
 def interpolate_saved(layers: Sequence[LayerEstimate]) -> float:
-    """The bits a weight that bases save over all layers; of a layer that was not measured, between its neighbours'."""
+    """The bits per weight that bases save over all layers; layers that were not measured are interpolated."""
     known = {layer.layer: layer.bits_saved for layer in layers if layer.bits_saved is not None}
     saved = np.interp([layer.layer for layer in layers], list(known), list(known.values()))
     return float(np.average(saved, weights=[layer.original_bytes for layer in layers]))

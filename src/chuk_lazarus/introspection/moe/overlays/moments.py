@@ -1,4 +1,4 @@
-"""Second moments of what enters the experts' projections: what the errors of codes are measured by.
+"""Second moments of the inputs of the experts' projections, which weight the errors of codes.
 
 The squared error of an expert's output on its inputs x is that of the weights, E, in the metric of their second moments
 H: the trace of E H Eᵀ (Frantar and others, 2023, for H from a text).
@@ -19,22 +19,22 @@ from ..jobs.model import evenly_spaced
 from ..numerics.forward import run_gates
 from ..weights.expert_layer import ExpertLayer
 
-OTHERS = 128  # tokens of the layer that each expert is given beside its own
+OTHERS = 128  # tokens of the layer that each expert gets in addition to its own
 DAMPING = 0.01  # of the mean over all columns, which each column is given: another text may use what this one does not
 
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """What enters the experts of a layer while a model reads a text.
+    """The inputs of the experts of a layer while a model reads a text.
 
-    `x` are bfloat16 inputs [tokens, hidden], and `experts` int32 [tokens, k] those that each token goes to.
+    `x` are bfloat16 inputs [tokens, hidden], and `experts` int32 [tokens, k] those that each token is routed to.
     """
 
     x: NDArray[np.generic]
     experts: NDArray[np.int32]
 
     def of_expert(self, expert: int) -> NDArray[np.float32]:
-        """The inputs of one expert [n, hidden], and a few of all tokens, of which an expert without tokens lives."""
+        """The inputs of one expert [n, hidden], plus a few of all tokens, for experts that got none."""
         is_theirs = (self.experts == expert).any(axis=1)
         is_theirs[list(evenly_spaced(len(self.x), OTHERS))] = True
         return np.asarray(self.x[is_theirs], np.float32)
@@ -97,7 +97,7 @@ def permute_moments(role: str, moments: NDArray[np.float32], permutation: NDArra
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was calibrated on: so many `tokens`, whose `digest` tells them from any other."""
+    """The text of a calibration: its number of `tokens`, and their `digest`."""
 
     tokens: int
     digest: str

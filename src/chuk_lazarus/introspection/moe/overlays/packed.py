@@ -1,8 +1,9 @@
 """Models quantised in the format of compressed-tensors, which transformers and vLLM load: a width for each layer.
 
 vLLM runs the projections of a layer in one kernel, which needs one width for all of them. transformers (up to 5.24)
-decodes all experts by the first group of the config: with others of other bits and as many scales it would read wrong
-numbers and not say so. So the widths of one checkpoint differ in their groups where they differ in bits, and it fails.
+decodes all experts by the first group of the config: if another group had other bits but as many scales, it would
+silently read wrong numbers. So widths of one checkpoint that differ in bits also differ in their group size, and it
+fails instead.
 """
 
 from collections.abc import Callable
@@ -103,14 +104,14 @@ def _widths(shape: Shape) -> list[PackedCode]:
 
 
 def _choose(rule: BitRule, trials: Trials[int], total_bytes: Callable[[Widths[int]], int]) -> Widths[int]:
-    """The widths that the rule chooses from the first set that can meet it; raises InvalidRequest where none can."""
+    """The widths that the rule chooses from the first set that can meet it; raises InvalidRequest if none can."""
     for widths in WIDTH_SETS:
         try:
             return choose_widths(rule, {number: trial.only(widths) for number, trial in trials.items()}, total_bytes)
         except InvalidRequest:
             continue
     choose_widths(rule, trials, total_bytes)  # says what the least or the finest is
-    raise InvalidRequest("only widths that loaders would mistake meet the rule", "ask for more bits")
+    raise InvalidRequest("only widths that loaders would misread meet the rule", "ask for more bits")
 
 
 def loader_notes(widths: Widths[Place]) -> list[str]:
@@ -118,9 +119,9 @@ def loader_notes(widths: Widths[Place]) -> list[str]:
     codes = {parse_packed(width) for width in widths.values() if width}
     notes = []
     if others := sorted({code.bits for code in codes} - set(USUAL_BITS)):
-        notes.append(f"experts of {', '.join(map(str, others))} bits need a vLLM that has kernels for these")
+        notes.append(f"experts of {', '.join(map(str, others))} bits need a vLLM build with kernels for them")
     if len(codes) > 1:
-        notes.append("vLLM loads experts of several widths, and transformers up to 5.24 those of one alone")
+        notes.append("vLLM loads experts of mixed widths; transformers up to 5.24 needs a single width")
     if None in widths.values():
-        notes.append("layers whose rows have no whole groups of 32 stay in bf16")
+        notes.append("layers whose rows do not divide into groups of 32 stay in bf16")
     return notes

@@ -1,4 +1,4 @@
-"""A job's model written as a plainly quantised checkpoint, whatever its format: widths chosen, experts verified."""
+"""Writes a job's model as a plain quantised checkpoint in any format: widths chosen, experts verified."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ Checks = Mapping[int, FidelityCheck]
 
 
 def try_all(job: OverlayJob, kind: str, widths: Callable[[Shape], Sequence[Width]]) -> dict[Place, WidthTrial]:
-    """The trials of all projections of the job's layers with widths of a kind, which tells them from others."""
+    """The trials of all projections of the job's layers with widths of one `kind`."""
 
     def try_one(layer: ExpertLayer, progress: Progress) -> dict[str, WidthTrial]:
         return try_widths(layer, widths, job.opened.resources)
@@ -51,11 +51,11 @@ def write_quantised(
     force: bool,
     progress: Progress,
 ) -> tuple[Widths[Place], list[LayerVerification]]:
-    """Write the folder with the widths that `choose` gives, or a stopped run has chosen; returns them, and the errors
-    of some layers, which are measured while these are written.
+    """Write the folder with the widths that `choose` gives, or that an interrupted run has chosen; returns them, and
+    the errors of some layers, which are measured during writing.
 
-    `open_contents` takes the widths, the checks that compare experts while they are written, and what gives the errors
-    in Markdown once all are.
+    `open_contents` takes the widths, the checks that compare experts during writing, and a function that gives the
+    errors in Markdown when all are written.
     """
     checkpoint = job.opened.experts.checkpoint
     planned = planned_layers(checkpoint, folder, rule_text, VERSION)
@@ -78,7 +78,7 @@ def write_quantised(
     def verify() -> str:
         codes = width_codes(widths)
         for number, check in checks.items():
-            if check.is_complete:  # a run that was stopped may have written the layer
+            if check.is_complete:  # an interrupted run may have written the layer
                 verified.append(layer_verification(number, {}, check.result(), codes[number]))
         return card_table(verified)
 
@@ -94,7 +94,7 @@ def verified_note(job: OverlayJob) -> list[str]:
     """A note where only some experts of a layer are verified."""
     most = max(layer.count for layer in job.layers)
     few = most > VERIFIED_EXPERTS
-    return [f"output errors are of {VERIFIED_EXPERTS} of {most} experts of a layer"] if few else []
+    return [f"output errors are measured on {VERIFIED_EXPERTS} of {most} experts per layer"] if few else []
 
 
 def list_widths(widths: Widths[Place]) -> dict[str, list[int]]:

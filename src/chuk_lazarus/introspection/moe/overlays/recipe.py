@@ -1,6 +1,7 @@
-"""A recipe by which llama.cpp's own `llama-quantize` gives the experts of a model the types that err least at a size.
+"""A recipe with which llama.cpp's own `llama-quantize` gives a model's experts the types with the smallest error at a
+size.
 
-The file for its option `--tensor-type-file` has a `regex=TYPE` in each line; the first that is found in a tensor's name
+The file for its option `--tensor-type-file` has a `regex=TYPE` on each line; the first that is found in a tensor's name
 decides (tools/quantize/quantize.cpp and src/llama-quant.cpp of llama.cpp). Converters may join gates and ups, so both
 get one type, under either name.
 """
@@ -36,8 +37,8 @@ Unit = tuple[int, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What was written: the type of each projection, None for bf16; the relative weight error that is expected, and the
-    bytes of all tensors, about; and the commands that follow."""
+    """What was written: the type of each projection, None for bf16; the expected relative weight error and approximate
+    bytes of all tensors; and the commands to run next."""
 
     widths: Widths[Place]
     weight_error: float
@@ -70,13 +71,13 @@ def write_recipe(
 
 
 def check_file(target: Path, force: bool) -> None:
-    """Raise InvalidRequest where the file is there, and not to be replaced, or its folder is not."""
+    """Raise InvalidRequest if the file exists and must not be replaced, or its folder does not exist."""
     if target.is_dir():
         raise InvalidRequest(f"{target} is a folder", "name the file to write")
     if target.exists() and not force:
-        raise InvalidRequest(f"{target} is there already", "choose another name, or force its replacement")
+        raise InvalidRequest(f"{target} already exists", "choose another name, or force its replacement")
     if not target.parent.is_dir():
-        raise InvalidRequest(f"{target.parent}: no such folder", "make it, or choose another")
+        raise InvalidRequest(f"{target.parent}: no such folder", "create it, or choose another")
 
 
 def _join_units(trials: Mapping[Place, WidthTrial], job: OverlayJob) -> dict[Unit, WidthTrial]:

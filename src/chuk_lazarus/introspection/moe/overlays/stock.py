@@ -1,4 +1,4 @@
-"""Models whose experts share nothing: quantised for mlx-lm itself, in as many bits as fit where they count."""
+"""Models whose experts share nothing, quantised for mlx-lm itself, with more bits where they lower the error most."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
@@ -42,8 +42,8 @@ def quantise(
 ) -> MoEOverlayCompression:
     """Write the job's model, quantised for mlx-lm, into `folder`, and verify some of its layers.
 
-    `larger` says whether it may take no fewer bytes than the model. Raises InvalidRequest for a rule that can't be
-    met, LibraryMissing where MLX is not installed, UnknownFormat for a model that mlx-lm has no class for.
+    `larger` says whether it may be as large as the model, or larger. Raises InvalidRequest for a rule that can't be
+    met, LibraryMissing if MLX is not installed, UnknownFormat for a model that mlx-lm has no class for.
     """
     experts, checkpoint = job.opened.experts, job.opened.experts.checkpoint
     check_copyable(experts)
@@ -86,7 +86,7 @@ def quantise(
                 after = sum(shard.nbytes for shard in open_contents(widths, {}, str).shards)
                 check_smaller(rest_stored + sum(plain_bytes(layer) for layer in all_layers.values()), after)
             return widths
-        except InvalidRequest:  # no run goes on with the rest
+        except InvalidRequest:  # no run will continue with the rest
             remove_rest(folder)
             raise
 
@@ -114,10 +114,10 @@ def quantise(
 def estimate_widths(
     job: OverlayJob, rule: BitRule, layers: Sequence[ExpertLayer], rates: Mapping[int, Mapping[str, Rate]]
 ) -> list[LayerEstimate]:
-    """The widths of all these layers by the rule, and what they err.
+    """The widths of all these layers by the rule, and their error.
 
-    A layer that is not among the job's, whose experts are looked at, is taken to be as the nearest that is. What is no
-    expert is taken to have 16 bits as stored, and the usual ones in the folder.
+    A layer that is not one of the job's is assumed to be like the nearest that is. Everything but experts is assumed to
+    have 16 bits as stored, and the default bits in the folder.
     """
     measured = try_all(job, MLX, affine_widths)
     numbers = sorted({number for number, _ in measured})
@@ -163,11 +163,11 @@ def _report(
     levels = sum(part.nbytes for part in parts if part.name.endswith(".weight"))
     notes = [*job.opened.experts.notes, *verified_note(job), *left_out_note(job.opened.experts.checkpoint)]
     if after >= before:
-        notes.append("the folder is no smaller than the model: its bits are too many")
+        notes.append("the folder is not smaller than the model: ask for fewer bits")
     if job.opened.experts.mtp_layers:
         notes.append("layers for multi-token prediction are left out: mlx-lm does not run them")
     if left_out:
-        notes.append(f"mlx-lm's class has no {', '.join(left_out)}: left out")
+        notes.append(f"mlx-lm's model class has no {', '.join(left_out)}: left out")
     return MoEOverlayCompression(
         **job.opened.identity(),
         format="mlx",

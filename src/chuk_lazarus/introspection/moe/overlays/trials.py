@@ -1,4 +1,4 @@
-"""What a few rows of a few experts show of a layer: what codes of so many bits would err, with a base and without."""
+"""Estimates, from a few rows of a few experts, the error of codes of any width, with a base and without."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,29 +24,29 @@ from .codes.trellis import TrellisCode
 from .factor_budget import DeltaSpectrum, as_harm, as_noise, measure_tails, participation
 from .quantisation import round_to_bits
 
-MISSING = 8.0  # times as much as noise of its energy, what is missing of a delta harms: training has put it there
+MISSING = 8.0  # what is missing of a delta harms this many times as much as noise: it came from training
 MEAN_OF = 8  # experts, from whose mean a delta's spectrum is taken
 MOST_SIDE = 4096  # the shorter side of matrices whose spectra are taken
 FEW_LEVELS = 4  # up to which scales for more weights pay
-TRAINED = 0.97  # of the directions of noise, below which deltas are taken for what training has made
-LOOKS_FLAT = 0.85  # of the directions of noise, from which on deltas are taken for noise
+TRAINED = 0.97  # of the directions of noise; deltas with fewer come from training
+LOOKS_FLAT = 0.85  # of the directions of noise; deltas with more are noise
 ROWS = 128  # of each matrix that are coded to measure an error
 TRIED = (2, 3, 4, 8, 16, 64, 256)  # levels whose errors are measured
-PLAIN_BITS = (2, 3, 4, 5, 6, 8)  # of the plain quantisation that codes can be as good as
+PLAIN_BITS = (2, 3, 4, 5, 6, 8)  # of the plain quantisation that codes can match
 TRELLIS_ERRORS = {1: 0.74, 2: 0.60, 3: 0.50, 4: 0.47}  # of trellises, by bits, over those of as many levels
-LEAST_ERROR = 1e-30  # squared; what is less is taken for this
+LEAST_ERROR = 1e-30  # squared; smaller ones count as this
 
 
 @dataclass(frozen=True, slots=True)
 class RoleTrial:
     """What some rows of some experts show of one projection of one layer.
 
-    `delta_share` is d, the share of the experts' energy that their deltas from the coded base have. The errors are of
-    deltas and of whole experts, by levels, and of plain quantisation, by bits: squared, relative to the experts'
-    `energy`. With a `bank`, d is that of the matched neurons' deltas from the exact means, and no errors of deltas are
-    measured. `spectrum` is that of the deltas from the exact mean, where they look as if they were of low rank, and
-    `participation` says how many directions they have, over what noise has. A scale of codes of few levels serves
-    `few_group` weights, or all of a row or of the matrix.
+    `delta_share` is d, the deltas' share of the experts' energy, from the coded base. The errors are of deltas and of
+    whole experts, by levels, and of plain quantisation, by bits: squared, relative to the experts' `energy`. With a
+    `bank`, d is that of the matched neurons' deltas from the exact means, and no errors of deltas are measured.
+    `spectrum` is that of the deltas from the exact mean, if they seem to be of low rank, and `participation` their
+    number of directions relative to noise. In codes of few levels, `few_group` weights share a scale, or all of a row
+    or of the matrix.
     """
 
     shape: Shape
@@ -72,14 +72,14 @@ class RoleTrial:
 
     @property
     def unbiased(self) -> bool:
-        """Whether deltas are made unbiased: those that training has made, of which what is missing harms most.
+        """Whether deltas are coded without bias: those that come from training, where what is missing harms most.
 
-        Deltas that are noise are coded for the least error.
+        Deltas that are noise are coded for the smallest error.
         """
         return self.has_base and (self.bank is not None or self.participation < TRAINED)
 
     def rung(self, levels: int) -> BitsCode:
-        """The code of so many levels."""
+        """The code with that many levels."""
         return _rung(levels, self.shape, self.few_group)
 
     def error(self, codes: RoleCodes) -> float:
@@ -93,8 +93,8 @@ class RoleTrial:
         return self._between(self.plain_errors, 1.0, codes.delta)
 
     def harm(self, codes: RoleCodes) -> float:
-        """The error of codes with a bank, or of deltas whose spectrum is known, where what is missing of the deltas
-        along themselves counts more."""
+        """The error of codes with a bank, or of deltas with a known spectrum, where what is missing along the deltas
+        counts more."""
         if codes.bank:
             return self._bank_error(codes, MISSING)
         (delta, noise), (of_delta, of_noise) = self.delta_energies(codes.base), self._lost_by(codes.delta)
@@ -103,12 +103,12 @@ class RoleTrial:
         return delta * of_delta + noise * of_noise
 
     def _is_unbiased(self, code: MatrixCode) -> bool:
-        """Whether a code of the deltas is made unbiased; factors can't be."""
+        """Whether a code of the deltas is unbiased; factors can't be."""
         rest = code.rest if isinstance(code, SumCode) else code
         return isinstance(rest, TrellisCode) or (self.unbiased and isinstance(rest, BitsCode))
 
     def _lost_by(self, code: MatrixCode) -> tuple[float, float]:
-        """As `left_by`, with the noise of a code that is made unbiased."""
+        """Like `left_by`, with the noise of an unbiased code."""
         if isinstance(code, SumCode) and self.spectrum:
             (first, of_first), (second, of_second) = self.left_by(code.factors), self._lost_by(code.rest)
             return first * second, of_first * of_second
@@ -117,7 +117,7 @@ class RoleTrial:
         return float(delta), float(noise)
 
     def _bank_error(self, codes: RoleCodes, missing: float) -> float:
-        """A code of least squares with the error e keeps 1 - e of a delta along it; the rest of its error is noise."""
+        """A least-squares code with the error e keeps 1 - e of a delta along it; the rest of its error is noise."""
         assert codes.bank is not None
         share, left = codes.bank.matched / self.shape[codes.bank.axis], self.plain_error(codes.delta)
         of_deltas = self.delta_share * as_harm(left, missing) + self.plain_error(codes.base) * left
@@ -126,7 +126,8 @@ class RoleTrial:
         return share * of_deltas + (1 - share) * self.plain_error(codes.rest)
 
     def delta_energies(self, base: MatrixCode | None) -> tuple[float, float]:
-        """Of the deltas from the exact mean, and of what the code of a base loses, which is noise in all deltas."""
+        """The energies of the deltas from the exact mean, and of the error of the base's code, which is noise in all
+        deltas."""
         assert self.spectrum is not None
         noise = max(0.0, self.delta_share - self.spectrum.share) / max(self.plain_error(self.usual_base), LEAST_ERROR)
         return self.spectrum.share, noise * self.plain_error(base)
@@ -147,17 +148,17 @@ class RoleTrial:
         return BitsCode(2 ** base_bits(self.experts), group_for(self.shape[1]))
 
     def plain_error(self, code: MatrixCode | None) -> float:
-        """The squared error of a code of least squares, relative to what it codes.
+        """The squared error of a least-squares code, relative to what it codes.
 
-        One that was made unbiased, as those that are measured, errs by e / (1 - e).
+        Made unbiased, such a code has the error e / (1 - e).
         """
         error = 1.0 if code is None else self._between(self.plain_errors, 1.0, code)
         return error / (1 + error) if isinstance(code, BitsCode) else min(1.0, error)
 
     def _between(self, errors: Mapping[int, float], most: float, code: MatrixCode) -> float:
-        """The error of a code that takes so many bits, where those of some `errors` are measured, by levels.
+        """The error of a code of any number of bits, from `errors` that are measured at some levels.
 
-        Between them errors fall geometrically, as those of all codes do, below the least one linearly from `most`.
+        Between them errors fall geometrically, as those of all codes do; below the lowest one linearly from `most`.
         """
         if isinstance(code, SumCode) and isinstance(code.rest, TrellisCode):
             code = code.rest
@@ -182,7 +183,7 @@ def _tried_bits(shape: Shape, few_group: int) -> NDArray[np.float64]:
 
 @cache
 def code_bits(code: MatrixCode, shape: Shape) -> float:
-    """Bits a weight that a coded matrix of that shape takes."""
+    """Bits per weight of a coded matrix of that shape."""
     return 8 * code_bytes(code, shape) / prod(shape)
 
 
@@ -194,9 +195,8 @@ def group_for(columns: int) -> int:
 def try_layer(layer: ExpertLayer, alignment: Alignment, resources: Resources) -> dict[str, RoleTrial]:
     """The trials of a layer by role, from a few experts.
 
-    The deltas of a few experts from their own mean are less than those from the mean of all, and made up for it. Where
-    there is a bank, the experts are some that share many of its neurons. Raises ModelUnreadable where a weight is not
-    finite.
+    The deltas of a few experts from their own mean are smaller than those from the mean of all; this is corrected for.
+    With a bank, the experts are some that share many of its neurons. Raises ModelUnreadable if a weight is not finite.
     """
     count = min(4, max(2, layer.count // 8))
     bank = alignment.bank
@@ -286,7 +286,7 @@ def _price_of_scales(matrices: Sequence[NDArray[np.float32]], code: BitsCode, wh
 
 
 def _list_deltas(matrices: Sequence[NDArray[np.float32]], experts: int) -> list[NDArray[np.float32]]:
-    """The deltas of a few experts from their mean, as large as those from the mean of all."""
+    """The deltas of a few experts from their mean, scaled to the size of those from the mean of all."""
     count = len(matrices)
     mean = np.stack(matrices).mean(axis=0, dtype=np.float64).astype(np.float32)
     factor = np.float32(sqrt(count / (count - 1) * (experts - 1) / experts))
@@ -296,10 +296,9 @@ def _list_deltas(matrices: Sequence[NDArray[np.float32]], experts: int) -> list[
 def _find_spectrum(
     tensor: ExpertTensor, alignment: Alignment, role: str, rows: Sequence[NDArray[np.float32]]
 ) -> DeltaSpectrum | None:
-    """The spectrum of one whole delta of a role; None where some rows look like noise, or it is too large.
+    """The spectrum of one whole delta of a role; None if some rows look like noise, or it is too large.
 
-    The deltas from the mean of a few experts have few directions, whatever those from the mean of all have: more
-    experts are read than for errors.
+    The deltas from the mean of a few experts always have few directions, so more experts are read than for errors.
     """
     layer = tensor.layer
     deltas, energy = _list_deltas(rows, layer.count), _energy(rows)
@@ -325,7 +324,7 @@ def _energy(matrices: Sequence[NDArray[np.float32]]) -> float:
 def spread_trials(
     trials: Mapping[int, Mapping[str, RoleTrial]], layers: Iterable[ExpertLayer]
 ) -> dict[int, Mapping[str, RoleTrial]]:
-    """Trials of all these layers: one that was not tried is taken to be as the nearest that was."""
+    """Trials of all these layers; one that was not tried is assumed to be like the nearest that was."""
     spread: dict[int, Mapping[str, RoleTrial]] = {}
     for layer in layers:
         nearest = trials[min(trials, key=lambda number: abs(number - layer.number))]

@@ -1,8 +1,9 @@
-"""How many bits each projection of each layer gets in a plainly quantised checkpoint.
+"""How many bits each projection of each layer gets in a plain quantised checkpoint.
 
-Widths and groups are chosen where they buy the most error for a byte, from the fewest bytes on: along the lower convex
-hull of what each projection's widths take and err, steepest steps first, which no other mix of their steps beats
-(a fractional knapsack). The errors are relative to each projection's own energy, so that none is given up for another.
+Starting from the fewest bytes, bytes go to the widths and groups that lower the error most per byte. The steps are
+along the lower convex hull of each projection's widths (bytes and error), steepest first; no other mix of these steps
+is better (a fractional knapsack). Errors are relative to each projection's own energy, so that none is sacrificed for
+another.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -25,23 +26,23 @@ from .codes.affine import AFFINE_BITS
 from .codes.code import Shape
 from .quantisation import round_to_bits
 
-FLOOR = 10**-0.9  # squared error, relative: a signal 9 dB above what is lost, as in MINT (baa.ai)
+FLOOR = 10**-0.9  # squared error, relative: a signal-to-noise ratio of 9 dB, as in MINT (baa.ai)
 SAMPLED = 4  # experts of which some rows are coded to measure an error
 ROWS = 64  # of each of them
-PLAIN_BITS = AFFINE_BITS  # of the plain quantisation that widths can be as good as
-FIT_ROUNDS = 8  # of looking for what fits a folder, whose texts depend on the widths
+PLAIN_BITS = AFFINE_BITS  # of the plain quantisation that widths can match
+FIT_ROUNDS = 8  # of searching for widths that fit a folder, whose texts depend on them
 
 Unit = TypeVar("Unit", bound=Hashable)
 
 
 class Width(Protocol):
-    """A way to keep a matrix in few bits, known by its text."""
+    """A way to store a matrix in few bits, identified by its text."""
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes of a matrix of that shape; raises ValueError where it does not fit the rows."""
 
     def lost(self, rows: NDArray[np.float32]) -> float:
-        """The squared error of rows [rows, columns] that are kept so."""
+        """The squared error of coded rows [rows, columns]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class WidthTrial:
 
     `sizes` are the bytes of all its experts by the text of each width that fits it, `errors` the squared error relative
     to the rows' energy, and `plain_errors` that of plain quantisation, by bits, in groups of 64; errors are summed over
-    the `projections`. Without a width that fits, these stay in bf16.
+    the `projections`. If no width fits, these stay in bf16.
     """
 
     weights: int
@@ -64,7 +65,7 @@ class WidthTrial:
         return 2 * self.weights if width is None else self.sizes[width]
 
     def only(self, widths: Collection[str]) -> "WidthTrial":
-        """The trial without all other widths."""
+        """The trial with a single width."""
         return replace(
             self,
             sizes={width: size for width, size in self.sizes.items() if width in widths},
@@ -79,7 +80,7 @@ class WidthTrial:
         return [widths[place] for place in places]
 
     def error(self, width: str | None) -> float:
-        """The squared error of a width; without one, in bf16, it is nothing beside those of all widths."""
+        """The squared error of a width; in bf16, without one, it is taken as zero."""
         return 0.0 if width is None else self.errors[width]
 
 
@@ -113,8 +114,8 @@ def try_widths(
 
 
 def try_rows(rows: NDArray[np.float32], shape: Shape, experts: int, widths: Sequence[Width]) -> WidthTrial:
-    """The trial of a projection of so many experts of that shape, from rows [rows, columns] of some of them."""
-    energy = total_energy(rows) or 1.0  # of zeros nothing is lost
+    """The trial of a projection of that many experts, from rows [rows, columns] of some of them."""
+    energy = total_energy(rows) or 1.0  # zeros have no error
     return WidthTrial(
         experts * prod(shape),
         {str(width): experts * width.nbytes(shape) for width in widths},
@@ -124,7 +125,7 @@ def try_rows(rows: NDArray[np.float32], shape: Shape, experts: int, widths: Sequ
 
 
 def resize_trial(trial: WidthTrial, shape: Shape, experts: int, widths: Sequence[Width]) -> WidthTrial:
-    """The trial of a like projection of so many experts of another shape, which these widths fit."""
+    """The trial of a similar projection, with another shape and number of experts, that these widths fit."""
     sizes = {str(width): experts * width.nbytes(shape) for width in widths if str(width) in trial.errors}
     return replace(trial.only(sizes), weights=experts * prod(shape), sizes=sizes)
 
@@ -142,9 +143,9 @@ def join_trials(trials: Sequence[WidthTrial]) -> WidthTrial:
 
 
 def choose_widths(rule: BitRule, trials: Trials[Unit], total_bytes: Callable[[Widths[Unit]], int]) -> Widths[Unit]:
-    """The widths that the rule chooses; `total_bytes` are those of all that is written with some widths.
+    """The widths that the rule chooses; `total_bytes` gives the size of everything written with some widths.
 
-    Raises InvalidRequest where none meet the rule.
+    Raises InvalidRequest if none meet the rule.
     """
     if rule.bits is not None:
         return widths_within(trials, int(rule.bits / 8 * sum(trial.weights for trial in trials.values())))
@@ -160,17 +161,17 @@ def choose_widths(rule: BitRule, trials: Trials[Unit], total_bytes: Callable[[Wi
     widths = widths_reaching(trials, lambda widths: mean_error(trials, widths) <= allowed)
     if (error := mean_error(trials, widths)) > allowed:
         factor = sqrt(error / allowed) if allowed else inf
-        raise InvalidRequest(f"no widths are {goal}", f"the finest err {factor:.3g} times as much")
+        raise InvalidRequest(f"no widths are {goal}", f"the smallest error is {factor:.3g} times as large")
     return widths
 
 
 def _fit(size: int, trials: Trials[Unit], total_bytes: Callable[[Widths[Unit]], int]) -> Widths[Unit]:
-    """The widths with which all that is written takes at most `size` bytes."""
+    """The widths with which everything that is written takes at most `size` bytes."""
     least = _least(trials)
     taken = total_bytes(least)
     if taken > size:
         raise InvalidRequest(
-            f"a folder of {size:,} bytes is out of reach", f"the least takes {taken:,}; fewer bits for the rest help"
+            f"a folder of {size:,} bytes is out of reach", f"the least takes {taken:,}; give fewer bits to the rest"
         )
     others = taken - count_bytes(trials, least)
     for _ in range(FIT_ROUNDS):
@@ -189,10 +190,10 @@ def mean_error(trials: Trials[Unit], widths: Widths[Unit]) -> float:
 
 
 def widths_within(trials: Trials[Unit], budget: int) -> Widths[Unit]:
-    """The widths that err least of those that take at most `budget` bytes; raises InvalidRequest where none do.
+    """The widths with the smallest error that take at most `budget` bytes; raises InvalidRequest if there are none.
 
-    No projection errs by more than the FLOOR where the budget allows it. What the steps along the hulls leave is spent
-    on the widths between them, the greatest falls of the error first.
+    No projection has an error above the FLOOR if the budget allows that. What the steps along the hulls leave is spent
+    on the widths between them, the largest gain first.
     """
     widths = _above_floor(trials)
     if count_bytes(trials, widths) > budget:
@@ -201,7 +202,7 @@ def widths_within(trials: Trials[Unit], budget: int) -> Widths[Unit]:
     if free < 0:
         weights = sum(trial.weights for trial in trials.values())
         bits, least = (8 * each / weights for each in (budget, budget - free))
-        raise InvalidRequest(f"{bits:.2f} bits a weight of the experts are out of reach", f"the least is {least:.2f}")
+        raise InvalidRequest(f"{bits:.2f} bits per expert weight are out of reach", f"the least is {least:.2f}")
 
     def price(unit: Unit, width: str) -> int:
         return trials[unit].nbytes(width) - trials[unit].nbytes(widths[unit])
@@ -225,7 +226,7 @@ def widths_within(trials: Trials[Unit], budget: int) -> Widths[Unit]:
 
 
 def widths_reaching(trials: Trials[Unit], reached: Callable[[Widths[Unit]], bool]) -> Widths[Unit]:
-    """The first widths, from the fewest bytes on, of which `reached` is true; else the widest."""
+    """The first widths, from the fewest bytes on, for which `reached` is true; else the widest."""
     widths = _least(trials)
     for unit, width in _steps(trials):
         if reached(widths):
@@ -235,7 +236,8 @@ def widths_reaching(trials: Trials[Unit], reached: Callable[[Widths[Unit]], bool
 
 
 def _above_floor(trials: Trials[Unit]) -> Widths[Unit]:
-    """The fewest bytes of each unit with which it errs no more than the FLOOR; what errs least where none does."""
+    """The fewest bytes of each unit with an error of at most the FLOOR; if there are none, those with the smallest
+    error."""
 
     def cheapest(trial: WidthTrial) -> str | None:
         fine = [width for width in trial.sizes if trial.error(width) <= FLOOR * trial.projections]
@@ -249,7 +251,7 @@ def _least(trials: Trials[Unit]) -> Widths[Unit]:
 
 
 def _steps(trials: Trials[Unit]) -> list[tuple[Unit, str]]:
-    """The rungs of all ladders but the first, those first by which the error falls most for a byte."""
+    """The rungs of all ladders but the first, ordered by how much the error falls per byte."""
     steps = [
         ((trial.error(high) - trial.error(low)) / (trial.nbytes(high) - trial.nbytes(low)), unit, high)
         for unit, trial in trials.items()

@@ -54,13 +54,13 @@ def analyze(
 ) -> MoETypeAnalysis:
     """The verdict on one model, from the evidence of each of the chosen layers."""
     if parent is not None and not parent.strip():
-        raise InvalidRequest("the parent has no name", "give a dense model, as for the model itself")
+        raise InvalidRequest("the parent has no name", "give a dense model: a folder, a file or a Hub id")
     with connect(dask) as cluster, name_model(model):
         return _analyze(model, layer, layers, sample, parent, cluster, progress or no_progress)
 
 
 def choose_sample(experts: int | None, variance: Sequence[float] = SHARES, thorough: bool = False) -> Sample:
-    """What of each layer is looked at: spectra and neurons of so many `experts`, None for all."""
+    """The sample of each layer: spectra and neurons of that many `experts`, None for all."""
     shares = tuple(sorted({*variance, 0.95}))  # the documented rule needs 0.95
     return Sample(None, None, shares) if thorough else Sample(experts and max(2, experts), QUERIES, shares)
 
@@ -169,7 +169,7 @@ def _analyze(
 
 
 def _look_further(opened: OpenedModel, progress: Progress) -> tuple[list[QuickLayer], list[str]]:
-    """What parts of a middle and a late layer say, and notes on those that could not be looked into."""
+    """The evidence of parts of a middle and a late layer, and notes on those that could not be read."""
     (first,) = opened.layers
     numbers = further_layers(opened.experts.layers, first.number)
     measured = bytes_to_measure(first, evenly_spaced(first.count, DEFAULT_EXPERTS), opened.resources)
@@ -181,9 +181,9 @@ def _look_further(opened: OpenedModel, progress: Progress) -> tuple[list[QuickLa
                 budget = further_budget(measured)
                 found.append(analyze_part(layer, budget, len(numbers), opened.resources, progress))
         except (ModelUnreadable, UnknownFormat) as error:
-            gaps.append(f"layer {number} was not looked into: {error.message}")
+            gaps.append(f"layer {number} was not read: {error.message}")
         except InvalidRequest:
-            gaps.append(f"layer {number} was not looked into: half of the bytes of layer {first.number} are too few")
+            gaps.append(f"layer {number} was not read: half as many bytes as for layer {first.number} are too few")
     return found, gaps
 
 
@@ -195,10 +195,10 @@ def analyze_layer_on_worker(
     sample: Sample,
     progress: Progress,
 ) -> tuple[LayerAnalysis, Cost]:
-    """One layer of a model that is opened for it, as on a worker, and what it has cost.
+    """One layer of a model, opened for it on a worker, and the cost.
 
-    `names` are those of the model and, where `origin` says what is read of it and how the hidden side is brought to its
-    order, of the parent.
+    `names` are those of the model and, if `origin` is given, of the parent; `origin` says what to read of the parent,
+    and how to bring the hidden side to its order.
     """
     opened = OpenedModel(names[0], number, None, purpose="compare it with")
     parent = Parent.open(names[1], origin[0], opened.experts, origin[1]) if origin else None
@@ -208,28 +208,32 @@ def analyze_layer_on_worker(
 
 
 def _documented(rank_ratio: float, cosine: float, origin: Origin, alone: Origin) -> DocumentedRule:
-    """The documented rule's outcome, and in a few words why it is another than `origin`, or than `alone`, the origin
-    that the experts tell without their parent."""
+    """The documented rule's outcome, and why it differs from `origin`, or from `alone`, the origin without the parent's
+    evidence."""
     rule, why = classify(rank_ratio, cosine), None
     if origin == "UPCYCLED" != alone and rule.origin != origin:
-        why = "it knows nothing of the parent"
+        why = "it does not look at the parent"
     elif origin == "UPCYCLED" != rule.origin:
         copied = cosine > THRESHOLDS.native_cosine
-        why = "training gives copies high-rank deltas" if copied else "it compares neurons by their position only"
+        why = (
+            "the deltas of trained copies have a high rank"
+            if copied
+            else "it compares neurons only at the same position"
+        )
     elif origin == "NATIVE" != rule.origin:
-        why = "what trained experts have in common lowers the rank of their deltas"
+        why = "trained experts share a common part, which lowers the rank of their deltas"
     return DocumentedRule(type=rule.origin, confidence=rule.confidence, why=why)
 
 
 def _headline(layers: Sequence[LayerAnalysis]) -> tuple[Literal["gate", "up"], float, float]:
-    """The documented metrics over the layers: whose rank it is, the mean rank ratio and the mean cosine."""
+    """The documented metrics over the layers: the role of the rank, the mean rank ratio and the mean cosine."""
     role: Literal["gate", "up"] = "gate" if "gate" in layers[0].projections else "up"
     ratios = [layer.projections[role].rank_ratio for layer in layers]
     return role, sum(ratios) / len(ratios), sum(layer.cosine.mean for layer in layers) / len(layers)
 
 
 def _bits_saved(layers: Sequence[LayerAnalysis]) -> float | None:
-    """What bases save over all projections, None where an earlier version has measured some."""
+    """What bases save over all projections, None if an earlier version has measured some of them."""
     projections = [projection for layer in layers for projection in layer.projections.values()]
     known = [(one.bits_saved, prod(one.shape)) for one in projections if one.bits_saved is not None]
     return mean_saved(known) if len(known) == len(projections) else None
@@ -244,7 +248,7 @@ def _notes(layers: Sequence[LayerAnalysis], counts: Mapping[int, int]) -> list[s
         others = [group for group in sharing.twins if group not in sharing.identical]
         for twins in others[:4] if len(sharing.partners) > 1 else ():
             who = f"layer {layer.layer}: experts {format_ranges(twins)}"
-            notes.append(f"{who} are one expert, copied: nearly identical, or in another order")
+            notes.append(f"{who} are copies of one expert: nearly identical, or with reordered neurons")
     noise = [
         layer.layer
         for layer in layers

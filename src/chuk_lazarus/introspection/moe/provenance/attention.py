@@ -1,4 +1,4 @@
-"""Whether attention and token embeddings are those of a dense parent, whatever became of its feed-forwards."""
+"""Whether attention and token embeddings come from a dense parent, whatever happened to its feed-forwards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..weights.attention import Attention, Embeddings
 from ..weights.experts import Experts
 
 TOKENS, RUN = 4096, 256  # tokens whose embeddings are compared, and neighbours among them
-CONVINCING = 0.75  # the mean CKA from which on no other layer of the parent is looked into
+CONVINCING = 0.75  # the mean CKA above which no other layer of the parent is compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ def is_mixture(model: Experts) -> bool:
 def compare_embeddings(
     model: Experts, parent: Experts, progress: Progress
 ) -> tuple[EmbeddingMatch, Assignment | None] | None:
-    """How alike the embeddings of tokens with equal numbers are, and the assignment of the model's hidden side, if its
+    """How similar the embeddings of tokens with equal ids are, and the assignment of the model's hidden side, if its
     columns are those of the parent in another order or with other signs.
 
-    None where there are none that can be read, or none of one width.
+    None if there are none that can be read, or none of the same width.
     """
     try:
         ours, theirs = Embeddings(model.checkpoint, model.stack), Embeddings(parent.checkpoint, parent.stack)
@@ -97,7 +97,7 @@ def compare_embeddings(
 
 
 def draw_runs(count: int) -> list[tuple[int, int]]:
-    """Evenly spaced runs of tokens, TOKENS together, out of range(count); all where there are no more."""
+    """Evenly spaced runs of tokens, TOKENS together, out of range(count); all if there are no more."""
     if count <= TOKENS:
         return [(0, count)]
     starts = np.linspace(0, count - RUN, TOKENS // RUN).round().astype(int).tolist()
@@ -107,10 +107,10 @@ def draw_runs(count: int) -> list[tuple[int, int]]:
 def match_attention(
     number: int, pair: AttentionPair, assignment: Assignment | None, resources: Resources, progress: Progress
 ) -> AttentionMatch | None:
-    """How alike the attention of layer `number` is to that of the parent's most similar layer; None where there is none
+    """How similar the attention of layer `number` is to that of the parent's most similar layer; None if there is none
     to compare.
 
-    The parent's layer of the same number is looked into first, then its neighbours, up to one that is nearly the same.
+    The parent's layer of the same number is compared first, then its neighbours, until one is nearly identical.
     """
     if number not in pair.model.layers or not pair.parent.layers:
         return None

@@ -1,4 +1,4 @@
-"""From evidence to verdict: by matched neurons, and the documented rule beside it."""
+"""From evidence to verdict: by matched neurons, and by the documented rule beside it."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from ..terms import ROLES, Origin
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Where each half of a confidence starts to count and where it is full.
+    """Where each half of a confidence starts to count, and where it is full.
 
     Documented: upcycled has a gate rank ratio below 5 % and a cosine above 0.25, native above 50 % and below 0.10.
     """
@@ -31,7 +31,7 @@ THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`confidence` is that of the likelier origin, also where it is too low to decide."""
+    """`confidence` is that of the more probable origin, even if it is too low to decide."""
 
     origin: Origin
     confidence: float
@@ -67,27 +67,27 @@ def classify(rank_ratio: float, cosine: float, thresholds: Thresholds = THRESHOL
 
 @dataclass(frozen=True, slots=True)
 class LineageThresholds:
-    """How much of its neurons an expert must share with its best partner, as in `reports.Sharing`.
+    """How many of its neurons an expert must share with its best partner, as in `reports.Sharing`.
 
-    Of few neurons the share must be so large that natives, with theirs at the limit, would have it with `p_value` at
-    most, and strong ones must be `matches` at least.
+    With few neurons the share must be so large that natives, sharing as much as the limit allows, reach it with a
+    probability of at most `p_value`; strong matches must number at least `matches`. Independent experts that are
+    trained on the same data share some neurons, but few, and none as close as `strong` ones. The remains of mostly
+    re-initialised copies are also few, but close: from `strong_native` on, it is enough that there are more of them
+    than natives have. Natives have at most the share `strong_chance` of these, and `strong_p_value` is the limit for
+    the probability of as many by chance.
 
-    Independent experts that are trained on the same data share some neurons, but few, and none that are as near as
-    `strong` ones; parts of copies that were mostly re-initialised are few, too, and near. From `strong_native` on it
-    is enough that there are more than natives have: of those neurons at most the share `strong_chance`, which
-    `strong_p_value` is the probability of as many by. Gate and up alone prove less:
-    `without_down` and `native_without_down` are the limits of what they say. `twins` is the share of experts with a
-    twin from which on they were made by copying.
+    Gate and up alone prove less: `without_down` and `native_without_down` are the limits for these. `twins` is the
+    share of experts with a twin above which experts were made by copying. If nearly all experts have twins, or all are
+    identical, `copies` of each are too many to come from merging pairs.
 
-    Experts that are alike in place by more than `cosine`, without sharing neurons, have something in common: a
-    component that was added to all of them, where it or the deltas have few directions, less than `broad` of what noise
-    has (`full` where not even strong matches speak for copies); else they may be copies that were trained far apart.
-    Where nearly all experts have twins, or all are identical, `copies` of each are too many to come from merging pairs.
+    Experts whose cosine in place is more than `cosine`, but which share no neurons, have a common component. Either one
+    was added to all of them: then it or the deltas have few directions, less than `broad` of what noise has (`full` if
+    not even strong matches suggest copies). Or they may be copies that were trained far apart.
 
     Layers of one real model find up to 4 % of their neurons in each other, none of them strongly, and their attention
-    has a CKA of up to 0.4 (experiments/05_parents): `parent`, `parent_strong` and `attention_cka` lie above that. Rows
-    at equal places have nothing in common unless one is from the other, or all of them a mean: `attention_cosine`, with
-    a CKA of `attention_least`.
+    has a CKA of up to 0.4 (experiments/05_parents): `parent`, `parent_strong` and `attention_cka` are above that. Rows
+    at the same position have nothing in common unless one comes from the other, or all have a common mean:
+    `attention_cosine`, with a CKA of `attention_least`.
     """
 
     upcycled: float = 0.10
@@ -149,7 +149,7 @@ class Sharing(Protocol):
 
 
 class Neurons(Protocol):
-    """What a layer's neurons say, as in `reports.Lineage`."""
+    """The evidence of a layer's neurons, as in `reports.Lineage`."""
 
     @property
     def neurons(self) -> int: ...
@@ -165,10 +165,10 @@ class Neurons(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How probable UPCYCLED is by the weight of the evidence, as `weigh` gives it.
+    """The probability of UPCYCLED by the weight of the evidence, as `weigh` gives it.
 
-    `floor` where there is none, `ceiling` where there is plenty; half-way between at a weight of `middle`, and by
-    `slope` the steeper in the logarithm of the weight. Fitted to models of known history, some of which leave no
+    It goes from `floor` without evidence to `ceiling` with plenty, and is half-way between at a weight of `middle`;
+    `slope` is the steepness in the logarithm of the weight. Fitted to models of known history, some of which leave no
     evidence (experiments/04_unseen_histories/calibrate.py).
     """
 
@@ -183,27 +183,27 @@ class Calibration:
         return self.floor + (self.ceiling - self.floor) * rise
 
     def decide(self, origin: Origin, weight: float) -> Verdict:
-        """The verdict with the confidence that the evidence gives it; UNDETERMINED where that is no more than 0.5."""
+        """The verdict with the confidence that the evidence gives it; UNDETERMINED if that is at most 0.5."""
         upcycled = self.probability(weight)
         confidence = {"UPCYCLED": upcycled, "NATIVE": 1 - upcycled, "UNDETERMINED": 0.5}[origin]
         return Verdict(origin, confidence) if confidence > 0.5 else UNDECIDED
 
 
 CALIBRATION = Calibration(floor=0.081, ceiling=0.975, middle=0.296, slope=2.51)
-PLENTY = 100.0  # a weight of evidence that nothing adds to
+PLENTY = 100.0  # more evidence than this adds nothing
 
 
 def weigh(figures: Iterable[tuple[float, float]], neurons: int) -> float:
-    """The weight of evidence: the greatest figure over its limit, 1 where UPCYCLED begins.
+    """The weight of evidence: the largest ratio of a figure to its limit; UPCYCLED begins at 1.
 
-    Figures are shares of `neurons`, each with its limit; half a neuron is added to each, so that where few neurons were
-    looked for, none that is found is less than no evidence.
+    Figures are shares of `neurons`, each with its limit. Half a neuron is added to each, so that finding none says less
+    if few neurons were searched for.
     """
     return max((share * neurons + 0.5) / (neurons + 1) / limit for share, limit in figures)
 
 
 def weigh_neurons(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> float:
-    """The weight of what layers that were read whole say of their neurons."""
+    """The weight of the evidence of the neurons in layers that were read completely."""
     t, neurons = thresholds, sum(layer.sharing.neurons for layer in evidence)
     limits = {"shared": t.upcycled, "strong": t.strong, "without_down": t.without_down}
     return weigh(
@@ -217,9 +217,9 @@ def classify_by_neurons(
     projections: Sequence[Mapping[str, Breadth]],
     thresholds: LineageThresholds = LINEAGE,
 ) -> Verdict:
-    """The verdict by what one layer or several say of their neurons; `projections` are those of each layer, by role.
+    """The verdict from the neurons of one or several layers; `projections` are those of each layer, by role.
 
-    The confidence is by the weight of that evidence, and what such evidence was right in.
+    The confidence depends on the weight of the evidence, and on how often such evidence was right.
     """
     t = thresholds
     shared, strong = (fmean(getattr(layer.sharing, figure) for layer in evidence) for figure in ("shared", "strong"))
@@ -252,17 +252,17 @@ def classify_by_neurons(
 
 
 def is_between(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether more neurons are shared than natives share, and fewer than copies, and nothing else is alike."""
+    """Whether more neurons are shared than natives share, but fewer than copies share, and nothing else is similar."""
     has_twins = any(layer.sharing.twins for layer in evidence)
     return weigh_neurons(evidence, thresholds) < 1 and not has_twins and not is_alike_in_place(evidence, thresholds)
 
 
 def combine(whole: Verdict, parts: Verdict | None, may_be_native: bool) -> Verdict:
-    """One verdict of layers that were read whole and of further ones that were read in parts.
+    """One verdict from layers that were read completely and further ones that were read in part.
 
-    What layers have in common where they were copied stays in some of them longer than in others: the experts are
-    UPCYCLED where either says so. Otherwise the layers that were read whole decide. Where they can't, the parts do, if
-    it `may_be_native` by what else is known: parts don't see what is alike in place.
+    What copied layers have in common survives in some longer than in others, so the experts are UPCYCLED if either says
+    so. Otherwise the complete layers decide. If they can't, the parts do, if `may_be_native` allows it: parts don't
+    show similarity in place.
     """
     if parts and parts.origin == "UPCYCLED" != whole.origin:
         return parts
@@ -270,7 +270,7 @@ def combine(whole: Verdict, parts: Verdict | None, may_be_native: bool) -> Verdi
 
 
 class ParentNeurons(Protocol):
-    """What is found in a dense parent, as in `reports.ParentMatch`."""
+    """The neurons that were found in a dense parent, as in `reports.ParentMatch`."""
 
     @property
     def kept(self) -> float: ...
@@ -283,7 +283,7 @@ class ParentNeurons(Protocol):
 
 
 class ParentAttention(Protocol):
-    """How alike attention is to a dense parent's, as in `reports.AttentionMatch`."""
+    """How similar the attention is to a dense parent's, as in `reports.AttentionMatch`."""
 
     @property
     def cka(self) -> float: ...
@@ -299,7 +299,7 @@ class ParentEvidence(ParentNeurons, Protocol):
 
 
 def has_its_attention(matches: Sequence[ParentEvidence], thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether the attention, the mean over the layers, is so much like the parent's that it comes from it."""
+    """Whether the attention, averaged over the layers, is so similar to the parent's that it comes from it."""
     attention = [match.attention for match in matches if match.attention]
     if not attention:
         return False
@@ -310,7 +310,7 @@ def has_its_attention(matches: Sequence[ParentEvidence], thresholds: LineageThre
 
 
 def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether so large a share of the neurons is found in the parent, or of nearly the same ones, that they come from
+    """Whether so many of the neurons are found in the parent, or so many nearly identical ones, that they come from
     it."""
     if not matches or min(match.p_value for match in matches) >= thresholds.parent_p_value:
         return False
@@ -319,7 +319,7 @@ def is_from_parent(matches: Sequence[ParentNeurons], thresholds: LineageThreshol
 
 
 def has_strong(strong: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether so large a share `strong` of the `neurons` is shared strongly as natives don't have."""
+    """Whether a larger share `strong` of the `neurons` is shared strongly than natives have."""
     t = thresholds
     if strong >= t.strong:
         return strong * neurons >= t.matches
@@ -327,13 +327,14 @@ def has_strong(strong: float, neurons: int, thresholds: LineageThresholds = LINE
 
 
 def has_shared(shared: float, neurons: int, thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether so large a share of the `neurons` is shared as natives don't have; of a few neurons it must be more."""
+    """Whether a larger share of the `neurons` is shared than natives have; with few neurons it must be even larger."""
     t = thresholds
     return shared >= t.upcycled and _is_more(shared, neurons, t.native, t.p_value)
 
 
 def _is_more(share: float, neurons: int, chance: float, p_value: float) -> bool:
-    """Whether such a share or more has a probability below `p_value`, if each neuron has the probability `chance`."""
+    """Whether a share at least this large has a probability below `p_value`, if each neuron has the probability
+    `chance`."""
     return bool(bdtrc(round(share * neurons) - 1, neurons, chance) < p_value)
 
 
@@ -346,7 +347,7 @@ def share_of_twins(layer: Neurons) -> float:
 def is_rebuilt(
     breadth: float, delta_energy: float, strong: float = 1.0, thresholds: LineageThresholds = LINEAGE
 ) -> bool:
-    """Whether the experts are one base plus deltas of few directions, and not small: as an overlay rebuilds them.
+    """Whether the experts are one base plus low-rank deltas that are not small, as an overlay rebuilds them.
 
     `breadth` and `delta_energy` are of the deltas, as in `reports.Projection`, `strong` as in `reports.Sharing`.
     """
@@ -361,9 +362,9 @@ def describe_components(
 ) -> tuple[float, float, float]:
     """Breadth of bases, breadth of deltas and energy of deltas, means over layers.
 
-    Breadths are those of the role where they are greatest, or else what `over_roles` takes: what was built of few
-    directions has few in every role, and scaled columns or neurons leave one role at least as it was. The energy is the
-    mean over roles.
+    Breadths are those of the role where they are largest, or what `over_roles` takes instead. What was built of few
+    directions has few in every role, while scaled columns or neurons leave at least one role as it was. The energy is
+    the mean over roles.
     """
     layers = [[by_role[role] for role in by_role if role in roles] for by_role in projections]
     return (
@@ -374,7 +375,7 @@ def describe_components(
 
 
 def has_adapter(base_breadth: float, strong: float = 1.0, thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether what all experts have in common has few directions, as an adapter that was added to all of them has.
+    """Whether what all experts have in common has few directions, like an adapter that was added to all of them.
 
     `base_breadth` is of the base, as in `reports.Projection`, `strong` as in `reports.Sharing`.
     """
@@ -382,8 +383,8 @@ def has_adapter(base_breadth: float, strong: float = 1.0, thresholds: LineageThr
 
 
 def is_alike_in_place(evidence: Sequence[Neurons], thresholds: LineageThresholds = LINEAGE) -> bool:
-    """Whether neurons at the same position of two experts are alike; of several layers the clearest counts, against as
-    many times the probability."""
+    """Whether neurons at the same position of two experts are similar; of several layers the clearest counts, with its
+    p-value multiplied by their number."""
     looked = sum(layer.neurons for layer in evidence)
     excess = sum((layer.cosine - layer.permuted_cosine) * layer.neurons for layer in evidence) / looked
     least = min(layer.cosine_p_value for layer in evidence) * len(evidence)
@@ -397,16 +398,16 @@ class Spectrum(Breadth, Protocol):
     def noise_rank_ratio(self) -> float: ...
 
 
-NOISE = 0.985  # the share of the breadth of noise from which on spectra are those of noise
-INDEPENDENT = 0.95  # the share of the energy of independent experts' deltas from which on they may be that
-UNTRAINED = "the experts can't be told from random numbers, as before any training"
+NOISE = 0.985  # the share of the breadth of noise above which spectra are those of noise
+INDEPENDENT = 0.95  # the share of the energy of independent experts' deltas above which experts may be independent
+UNTRAINED = "the experts look like random numbers, as before any training"
 
 
 def looks_untrained(projections: Mapping[str, Spectrum], sharing: Sharing, experts: int) -> bool:
-    """Whether a layer's experts can't be told from as many independent matrices of random numbers.
+    """Whether a layer's experts can't be distinguished from independent matrices of random numbers.
 
-    Their deltas and their mean have the ranks of noise in every role, and the deltas all the energy but that of the
-    mean, 1 - 1 / experts. Says nothing about the verdict: natives begin so.
+    Their deltas and their mean have the ranks of noise in every role, and the deltas have all the energy but that of
+    the mean, 1 - 1 / experts. This does not affect the verdict: natives begin so.
     """
     breadths = [
         min(projection.noise_rank_ratio, projection.breadth["base"], projection.breadth["deltas"])
@@ -424,14 +425,14 @@ def _is_noise(shared: float, breadths: Iterable[float], energy: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class QuickThresholds:
-    """As LineageThresholds, for the part of a layer that was read.
+    """Like LineageThresholds, for the part of a layer that was read.
 
-    Of shuffled copies the part of another expert holds only the share `reach` of the neurons: `native` is relative to
-    it, and `expected` is how many neurons copies would show at the least, as a share `copies` of those in reach, for a
-    NATIVE verdict. Neurons that are shared, but not strongly, count as a sign of copies from `upcycled` and a reach of
-    `long` on, where two roles agree about them: deltas of few directions look broad in a short part. Of strong ones
-    `matches` are enough. Of 100 million unrelated pairs of neurons of `width` inputs one is close, of half as many
-    inputs one of 30,000.
+    Of shuffled copies, the part of another expert holds only the share `reach` of the neurons; `native` is relative to
+    it. For a NATIVE verdict, copies would have to show at least `expected` neurons, counting a share `copies` of those
+    in reach. Neurons that are shared, but not strongly, count as a sign of copies above `upcycled` and a reach of
+    `long`, if two roles agree about them: deltas of few directions look broad in a short part. Of strong ones,
+    `matches` are enough. Of 100 million unrelated pairs of neurons with `width` inputs, one is close; with half as many
+    inputs, one of 30,000.
     """
 
     upcycled: float = 0.15
@@ -452,7 +453,7 @@ QUICK_CALIBRATION = Calibration(floor=0.11, ceiling=0.983, middle=1.097, slope=1
 
 
 class Part(Protocol):
-    """What a part of a layer says, as in `reports.QuickLayer`."""
+    """The evidence of a part of a layer, as in `reports.QuickLayer`."""
 
     @property
     def experts(self) -> Sequence[int]: ...
@@ -513,7 +514,7 @@ def part_looks_untrained(part: Part) -> bool:
 
 
 def weigh_parts(layers: Sequence[Part], thresholds: QuickThresholds = QUICK) -> float:
-    """The weight of what parts of layers say of their neurons."""
+    """The weight of the evidence of the neurons in parts of layers."""
     t, neurons = thresholds, sum(layer.neurons for layer in layers)
     limits = {"shared": t.upcycled, "strong": t.strong}
     return weigh(

@@ -1,5 +1,4 @@
-"""In words, what kind of upcycling leaves such matches: what was copied, in which groups, and how much is left of
-it."""
+"""The kind of upcycling, in words: what was copied, in which groups, and how much of it is left."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,15 +10,15 @@ from ..reports import QuickLayer
 from ..text import format_groups, format_numbers, format_ranges
 from .lineage import FEW, Group, PairEvidence
 
-SHARED = 0.05  # the share of neurons found in the best partner below which experts are no groups
-LEFT = 0.8  # the share of neurons that are found in other experts from which on none were re-initialised
+SHARED = 0.05  # the share of neurons found in the best partner below which experts form no groups
+LEFT = 0.8  # the share of neurons found in other experts above which none were re-initialised
 
 
 def name_kind(sharing: PairEvidence) -> str:
-    """In words, what kind of upcycling leaves such matches.
+    """The kind of upcycling that leaves such matches, in words.
 
-    Copies share neurons with all experts alike. Slices that were cut alike, or copies of several layers, fall into
-    groups that share nothing with each other; slices that were shuffled before they were cut overlap with some more
+    Copies share neurons with all experts equally. Slices that were cut alike, or copies of several layers, fall into
+    groups that share nothing with each other. Slices that were shuffled before they were cut overlap with some more
     than with others.
     """
     if len(sharing.experts) < 2:
@@ -43,8 +42,8 @@ def name_kind(sharing: PairEvidence) -> str:
 
 
 def note_identical(layers: Iterable[tuple[int, int, Sequence[Group]]], of: str = "") -> list[str]:
-    """A sentence on the experts that are identical, for layers of which the same is to be said: given are numbers of
-    layers, how many experts were looked at and the groups of identical ones. `of` says of what, where not of all."""
+    """A sentence on the identical experts, for layers with the same finding; takes the numbers of layers, how many
+    experts were read and the groups of identical ones. `of` names what was read, if not everything."""
     found: dict[str, list[int]] = {}
     for layer, experts, groups in layers:
         identical = sum(map(len, groups))
@@ -87,7 +86,8 @@ def _overlap(sharing: PairEvidence) -> bool:
 
 
 def _count_copies(pairs: NDArray[np.float64]) -> str:
-    """Of which copies slices are that overlap: those of one copy share nothing. Nothing where that is not clear."""
+    """The number of copies that overlapping slices come from: those of one copy share nothing. "" if that is not
+    clear."""
     from scipy.sparse.csgraph import connected_components  # here, because it takes long to load
 
     others = ~np.eye(len(pairs), dtype=bool)
@@ -101,10 +101,10 @@ def _count_copies(pairs: NDArray[np.float64]) -> str:
 
 
 def _share_kept(sharing: PairEvidence, size: float) -> float:
-    """The share of its neurons that an expert still has of what was copied, of groups of about `size` experts.
+    """The share of its neurons that an expert still has of what was copied, for groups of about `size` experts.
 
-    Where each expert lost others, a share k is left, k² is found in any one expert of the group, and k (1 - (1 - k)^n)
-    in one of the n others; where all lost the same, k is found in every one.
+    If each expert lost different ones and a share k is left, k² is found in any one expert of the group, and k (1 - (1
+    - k)^n) in at least one of the n others; if all lost the same ones, k is found in every one.
     """
     pair = max(sharing.shared, sharing.without_down or 0.0)
     shares = np.linspace(0, 1, 1001)
@@ -115,7 +115,8 @@ def _share_kept(sharing: PairEvidence, size: float) -> float:
 
 
 def _name_loss(kept: float, sharing: PairEvidence) -> str:
-    """What is left of re-initialised neurons is near; what was trained far apart is not."""
+    """Says what happened to the others: what is left of re-initialised neurons is close, what was trained far apart is
+    not."""
     if sharing.strong < 0.5 * sharing.shared:
         return "partly re-initialised, or trained far apart"
     return f"about {5 * round(20 * (1 - kept))} % of the neurons re-initialised"

@@ -1,4 +1,4 @@
-"""The evidence of one layer: spectra, cosines, and neurons found again."""
+"""The evidence of one layer: spectra, cosines, and matched neurons."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ from .lineage import Evidence, Group, PairEvidence, find_groups, match_evidence,
 from .parent import Parent, match_parent
 
 MATCH_BINS = 50
-IN_PLACE = 0.98  # the share of matches at their own position from which on no expert is shuffled
+IN_PLACE = 0.98  # the share of matches at their own position above which no expert is shuffled
 MOST_SHOWN = 64  # experts of a layer whose cosines a report keeps
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Of how many experts the spectra are taken, how many neurons are matched (None for all), and at which shares of
-    energy ranks are reported."""
+    """How many experts' spectra are computed, how many neurons are matched (None: all), and the shares of energy whose
+    ranks are reported."""
 
     experts: int | None
     queries: int | None
@@ -47,7 +47,7 @@ def analyze_layer(
     resources: Resources,
     progress: Progress,
 ) -> LayerAnalysis:
-    """The evidence of one layer, and what it would say alone; `unrelated` is another layer of the same model."""
+    """The evidence of one layer, and its own verdict; `unrelated` is another layer of the same model."""
     others = [(unrelated, 0)] if unrelated else []
     chosen = evenly_spaced(layer.count, sample.experts)
     measures = measure_layer(layer, chosen, resources, progress, sample.queries, others)
@@ -104,7 +104,7 @@ def analyze_layer(
 
 
 def _align(layer: ExpertLayer, vectors: Mapping[str, Array], sharing: PairEvidence, run: Run) -> Alignment:
-    """The experts' neurons in one order, by the groups that share them; as they are where none are shuffled."""
+    """The experts' neurons in one order, by the groups that share them; unchanged if none are shuffled."""
     groups = group_experts(sharing)
     if groups and sharing.queries and sharing.in_place < IN_PLACE:
         return align(vectors, groups, run)
@@ -112,7 +112,7 @@ def _align(layer: ExpertLayer, vectors: Mapping[str, Array], sharing: PairEviden
 
 
 def _breadth(measure: RoleMeasure) -> dict[str, float]:
-    """Of how many directions the base and the deltas are, over those of noise."""
+    """The number of directions of the base and of the deltas, relative to noise."""
     assert measure.base_spectrum is not None  # neurons were matched
     return {
         "base": effective_rank(measure.base_spectrum, 0.80) / noise_rank(measure.shape, 0.80),
@@ -161,7 +161,7 @@ def _lineage(
 
 
 def _describe_sharing(evidence: PairEvidence, identical: tuple[Group, ...]) -> Sharing:
-    """Twins have the shares of the first of them, and all neurons of each other."""
+    """The sharing of all experts; twins get the shares of their first one, and share all neurons with each other."""
     first = {expert: group[0] for group in evidence.twins for expert in group}
     shown = evenly_spaced(evidence.count, MOST_SHOWN)
     places = [evidence.experts.index(first.get(expert, expert)) for expert in shown]

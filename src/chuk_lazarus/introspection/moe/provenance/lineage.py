@@ -1,10 +1,10 @@
 """Where a layer's neurons come from: the evidence of neurons matched between experts.
 
-A neuron is a gate row, an up row and a down column. Copies of one neuron stay nearest to each other under long
-training, shuffling and slicing, in all three vectors at once; neurons that were never the same are each other's
-nearest in one of the vectors by chance, and hardly ever in all three. To match the rows of two networks, and ask
-whether gate and up agree about the match, is the test of Zhu et al., Independence Tests for Language Models, ICML
-2025 (phi_MATCH); here it is asked of the experts of one layer, neuron by neuron.
+A neuron is a gate row, an up row and a down column. Copies of one neuron stay each other's nearest in all three
+vectors, even after long training, shuffling and slicing. Unrelated neurons are each other's nearest in one of the
+vectors by chance, but hardly ever in all three. Matching the rows of two networks, and asking whether gate and up agree
+about the match, is the test of Zhu et al., Independence Tests for Language Models, ICML 2025 (phi_MATCH); here it is
+applied to the experts of one layer, neuron by neuron.
 """
 
 import hashlib
@@ -28,35 +28,34 @@ from ..numerics.pairs import (
 
 Group = tuple[int, ...]  # experts, in ascending order
 
-CLOSE = 0.5  # the mean cosine over roles from which on two neurons are taken for close relatives
-FEW = 0.02  # the share of close neurons from which on they tell the kind of upcycling
+CLOSE = 0.5  # the mean cosine over roles above which two neurons count as close
+FEW = 0.02  # the share of close neurons above which they show the kind of upcycling
 STRONG = 0.8  # the mean cosine that independent experts do not reach, however alike training makes them
-SAME = 1e-5  # the share of its energy by which an expert differs from its twin, by rounding in float32
-ALL, EQUAL = 0.95, 0.99  # the share of neurons, and their cosine, by which an expert is another one in disguise
-MOST = 0.8  # the share of neurons that must be strongly alike for two experts to be taken for one, duplicated
+SAME = 1e-5  # twins may differ by this share of their energy, from rounding in float32
+ALL, EQUAL = 0.95, 0.99  # the share of neurons, and their cosine, that show an expert to be another one, reordered
+MOST = 0.8  # two experts with more strong matches than this share of neurons count as one, duplicated
 LEAST_INPUTS = 16  # numbers of a neuron's vector below which neurons are alike by chance
 PAIR_QUERIES = 1024  # neurons of all experts together that are looked for in all
 COMPARISONS = 2**25  # of neurons, beyond which fewer are looked for
-LEAST_QUERIES, FEWEST_QUERIES = 8, 4  # neurons of an expert: where there are no more comparisons, and where there are
+LEAST_QUERIES, FEWEST_QUERIES = 8, 4  # neurons of an expert: within COMPARISONS, and the least beyond
 QUERIES = 512  # neurons of all chosen experts together that are looked for in the others
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the matches of `queries` neurons with the other experts say.
+    """The evidence of the matches of `queries` neurons with the other experts.
 
-    `kept` is the share of neurons that all roles find again, as one and the same neuron, in some other expert (a neuron
-    of zeros is found nowhere), and `close` that for which the mean cosine over the roles is then at least CLOSE;
-    `chance` the share to be expected if the roles' matches had nothing to do with each other, given how often each
-    neuron is found at all (so that neurons near to everything prove nothing), and `p_value` the probability of as many
-    or more by that chance. `spread` is in how large a share of the other experts a kept neuron is found, `in_place` how
-    many of these matches have the neuron's own position. `pairs` [experts, experts] is the share of one expert's
-    neurons that are found in the other.
+    `kept` is the share of neurons for which all roles find the same neuron in some other expert (a neuron of zeros is
+    found nowhere), and `close` the share for which the mean cosine over the roles is then at least CLOSE. `chance` is
+    the share to expect if the roles' matches were independent, given how often each neuron is found at all (so that
+    neurons close to everything prove nothing), and `p_value` the probability of at least as many by chance. `spread` is
+    the share of the other experts in which a kept neuron is found, `in_place` the share of these matches at the
+    neuron's own position. `pairs` [experts, experts] is the share of one expert's neurons that are found in the other.
 
-    `cosine` is the mean over roles and other experts of the cosine with the neuron at the same position,
-    `permuted_cosine` what to expect of it if each expert's neurons were shuffled, and `cosine_p_value` the probability
-    of so much or more if they were. `nearest` [queries] is, in the other expert where it is greatest, the mean over
-    roles of the cosine with the nearest neuron, and `runner_up` the same of the second nearest.
+    `cosine` is the mean, over roles and other experts, of the cosine with the neuron at the same position,
+    `permuted_cosine` its expected value if each expert's neurons were shuffled, and `cosine_p_value` the probability of
+    at least as much if they were. `nearest` [queries] is the largest mean over roles of the cosine with the nearest
+    neuron in another expert, and `runner_up` that of the second nearest there.
     """
 
     queries: int
@@ -106,7 +105,7 @@ def match_evidence(
 
     # If neurons were shuffled, a position's cosine would be a random one of the query's cosines with all neurons. The
     # mean of the roles' deviations is at least the deviation of their mean, and a pair of neurons may be seen from both
-    # sides, which doubles the variance: the p-value errs upwards.
+    # sides, which doubles the variance: the p-value is too large rather than too small.
     in_place, permuted, deviation = over_roles("in_place"), over_roles("mean"), over_roles("deviation")
     excess = float((in_place - permuted).sum(dtype=np.float64))
     scatter = float(np.sqrt(2 * np.square(deviation, dtype=np.float64).sum()))
@@ -137,18 +136,20 @@ def find_groups(evidence: Evidence, experts: Sequence[int]) -> tuple[tuple[int, 
 class PairEvidence:
     """Which experts of a layer share neurons, over all experts that are not identical.
 
-    `shared` is the share of an expert's neurons that are found in its best partner, and there in turn as the same, mean
-    over the experts; `strong` that of neurons that are found so with a mean cosine of at least STRONG. `without_down`
-    is the share that are found so by all roles, or by gate and up alone and near, `shared` where these find hardly any
-    more (None where these are not two roles, or are all). The partner is chosen by one half of the queries, and the
-    shares are taken from the other, so that their meaning does not depend on how many experts there are. `pairs`
-    [experts, experts] is the share of one expert's queries that are found in another, with or without down, `partners`
-    the best partner of each expert, `in_place` the share of all that is found at its own position, and `anywhere` that
-    of queries that are found in any expert at all. `nearest` and `runner_up` [queries] are each query's cosine, mean
-    over roles, with the nearest neuron of its expert's partner, and with the second nearest. `twins` are groups of
-    experts with the same weights, few of them in another order of neurons: only the first of each is among `experts`,
-    the others are left out. Of the neurons, `queries` were looked for: none where their vectors are too short to tell
-    them apart, and none that has a role of zeros. `roles` were compared, of equal ones only the first.
+    `shared` is the share of an expert's neurons that are found in its best partner and found back as the same ones,
+    averaged over the experts; `strong` that of neurons found so with a mean cosine of at least STRONG. `without_down`
+    is the share found so in all roles, or in gate and up alone and close; it equals `shared` if these find hardly any
+    more (None unless these are two roles beside down). The partner is chosen by one half of the queries, and the shares
+    are measured on the other, so that their meaning does not depend on the number of experts.
+
+    `pairs` [experts, experts] is the share of one expert's queries that are found in another, with or without down,
+    `partners` the best partner of each expert, `in_place` the share of all that is found at its own position, and
+    `anywhere` the share of queries found in any expert at all. `nearest` and `runner_up` [queries] are each query's
+    mean cosine over the roles with the nearest neuron of its expert's partner, and with the second nearest.
+
+    `twins` are groups of experts with the same weights, or of few experts that differ only in the order of neurons:
+    only the first of each is among `experts`. `queries` neurons were searched for: none if their vectors are too short
+    to distinguish them, and none that has a role of zeros. `roles` were compared, of equal ones only the first.
     """
 
     experts: tuple[int, ...]
@@ -167,7 +168,7 @@ class PairEvidence:
 
     @property
     def count(self) -> int:
-        """How many experts there are, all twins counted."""
+        """The number of experts, including all twins."""
         return len(self.experts) + sum(len(group) - 1 for group in self.twins)
 
 
@@ -258,7 +259,7 @@ def _compare_pairs(
 
 
 def _few_groups(alike: NDArray[np.bool_]) -> list[Group]:
-    """Groups of experts that are alike, where at most half of all are in one: where they are more they are copies."""
+    """Groups of similar experts, if at most half of all are in one; if there are more, they are copies."""
     groups = [group for group in connected_experts(alike) if len(group) > 1]
     return groups if 2 * sum(map(len, groups)) <= len(alike) else []
 

@@ -1,4 +1,4 @@
-"""The dense model that experts may come from: which of its layers an MoE layer's neurons and attention are from."""
+"""The dense model that experts may come from: which of its layers an MoE layer's neurons and attention match."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ from .attention import AttentionPair, compare_embeddings, is_mixture, match_atte
 from .classifier import LINEAGE, is_from_parent
 from .lineage import STRONG
 
-TWICE = 1.5  # how often a parent's neuron is found from which on experts have neurons in common
-CONVINCING = 0.9  # the share of the neurons found in one layer of the parent from which on no other is looked into
+TWICE = 1.5  # experts share neurons if a parent's neuron is found more often than this
+CONVINCING = 0.9  # the share of neurons found in one layer of the parent above which no other is searched
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A dense model's feed-forwards, or an MoE's shared experts, which may be what the dense layers have become.
+    """A dense model's feed-forwards, or an MoE's shared experts, which the dense layers may have become.
 
-    `attention` is None where the parent is itself an MoE: what two mixtures have in common does not tell how the
-    experts of one began. `assignment` brings the hidden side of the experts to the order of the parent, where it was
-    permuted or its signs were changed.
+    `attention` is None if the parent is an MoE: what two mixtures have in common does not show how the experts of one
+    were initialised. `assignment` brings the hidden side of the experts to the order of the parent, if it was permuted
+    or signs were changed.
     """
 
     dense: Experts
@@ -44,7 +44,7 @@ class Parent:
 
     @classmethod
     def open(cls, name: str, kind: Kind, model: Experts, assignment: Assignment | None) -> "Parent":
-        """As `open_parent` has found it, on a worker."""
+        """Opens on a worker what `open_parent` has found."""
         dense = Experts.open(name, kind)
         return cls(dense, _pair_attention(model, dense), None, assignment)
 
@@ -57,11 +57,11 @@ def open_parent(name: str, model: Experts, layers: Sequence[ExpertLayer], progre
         for layer in layers:
             if first.sizes["H"] != layer.sizes["H"]:
                 raise InvalidRequest(
-                    f"its hidden size is {first.sizes['H']}, and that of the experts {layer.sizes['H']}",
+                    f"its hidden size is {first.sizes['H']}, but that of the experts is {layer.sizes['H']}",
                     "experts keep the hidden size of the model that they come from",
                 )
             if first.roles != layer.roles:
-                raise InvalidRequest("one of the two models has a gate, and the other none")
+                raise InvalidRequest("only one of the two models has a gate projection")
     pair = _pair_attention(model, dense)
     embeddings, assignment = (compare_embeddings(model, dense, progress) if pair else None) or (None, None)
     return Parent(dense, pair, embeddings, assignment)
@@ -99,10 +99,10 @@ def has_experts(name: str) -> bool:
 def match_parent(
     layer: ExpertLayer, measures: Mapping[str, RoleMeasure], parent: Parent, resources: Resources, progress: Progress
 ) -> ParentMatch:
-    """In which of the parent's layers the neurons of an MoE layer are found, and which has the same attention.
+    """The parent's layers in which the neurons of an MoE layer are found, and the one with the same attention.
 
-    Attention is small, and comes first. Neurons are looked for in the layer that has it, or else in that of the same
-    number, and then in its neighbours; where nearly all are found in one, the others are not looked into.
+    Attention is small, and compared first. Neurons are searched for in the layer that has it, or else in that of the
+    same number, and then in its neighbours; if nearly all are found in one, the search ends.
     """
     measure = next(iter(measures.values()))
     experts, positions = measure.chosen, measure.positions.reshape(-1)
@@ -143,7 +143,7 @@ def match_parent(
 def search_layers(
     number: int, start: int, queries: Mapping[str, Array], dense: Experts, resources: Resources, progress: Progress
 ) -> dict[int, Found]:
-    """Where the queries of MoE layer `number` are found, by the parent's layer, searched from layer `start` on."""
+    """Where the queries of MoE layer `number` are found, by the parent's layer, starting at layer `start`."""
     found: dict[int, Found] = {}
     alive = np.asarray(np.stack([matrix.any(axis=1) for matrix in queries.values()]).all(axis=0))
     layers = {other: dense.layer(other) for other in searching_order(start, dense.layers)}
@@ -176,17 +176,17 @@ def _prepare_layer(layer: ExpertLayer, roles: Container[str]) -> dict[str, Array
 
 @dataclass(frozen=True, slots=True)
 class ParentEvidence:
-    """What the matches of neurons with all layers of a parent that were searched say.
+    """The evidence of matches of neurons with all layers of a parent that were searched.
 
-    `kept` is the share of the queries that are found in some layer, `strong` that of queries found with a mean cosine
-    of at least STRONG; `chance` what to expect of `kept` if the roles' matches had nothing to do with each other, in
-    all the layers together, and `p_value` the probability of as many or more by that chance. A neuron that is found in
-    several layers counts where its cosine is greatest: there, `in_place` is the share of neurons with their own
-    position, `cosine` the mean cosine, and `flipped` the share of up and down with the other sign.
+    `kept` is the share of the queries that are found in some layer, `strong` the share found with a mean cosine of at
+    least STRONG. `chance` is the value of `kept` to expect if the roles' matches were independent, over all the layers
+    together, and `p_value` the probability of at least as many by chance. A neuron that is found in several layers
+    counts where its cosine is largest: there, `in_place` is the share of neurons at their own position, `cosine` the
+    mean cosine, and `flipped` the share whose up and down have the opposite sign.
 
-    `layers` is the share found by layer, in ascending order. Of each expert `shares` [experts] is the share that is
-    found, `sources` [experts] the layer where most of it is, -1 without one, and `ranges` [experts, 2] the first and
-    last neuron that was found there, -1 without one.
+    `layers` is the share found by layer, in ascending order. By expert, `shares` [experts] is the share that is found,
+    `sources` [experts] the layer with most of it, -1 without one, and `ranges` [experts, 2] the first and last neuron
+    found there, -1 without one.
     """
 
     kept: float
@@ -238,7 +238,7 @@ def parent_evidence(found: Mapping[int, Found], owner: NDArray[np.intp], positio
 
 
 def name_parentage(matches: Sequence[ParentMatch], has_twins: bool) -> str:
-    """In words, what the experts have of the parent, where nothing but the parent tells."""
+    """The relation of the experts to the parent in words, if only the parent shows it."""
     if not is_from_parent(matches):
         return "from this parent, experts re-initialised"
     if has_twins:
@@ -251,9 +251,11 @@ def name_parentage(matches: Sequence[ParentMatch], has_twins: bool) -> str:
 
 
 def describe_gaps(parent: Parent, layers: Sequence[LayerAnalysis]) -> list[str]:
-    """Sentences on why the attention, or a part of it, was not compared."""
+    """Why the attention, or a part of it, was not compared."""
     if not parent.attention:
-        return ["the parent is itself a Mixture of Experts: its attention does not tell how the experts began"]
+        return [
+            "the parent is itself a Mixture of Experts: its attention does not show how the experts were initialised"
+        ]
     if all(layer.lineage.parent and layer.lineage.parent.attention for layer in layers):
         return [note for note in parent.attention.notes if NOT_FINITE in note]
     return [*parent.attention.notes[:4]] or ["the parent's attention could not be compared"]

@@ -1,8 +1,8 @@
-"""What a part of a layer says: contiguous rows of some experts' gates and ups.
+"""The evidence of a part of a layer: contiguous rows of some experts' gates and ups.
 
-Neurons are matched as in a full analysis, by the same comparison. A part of an expert's neurons tells nearly as much as
-all of them, as long as it has enough pairs: of experts whose neurons lie in the same order the same part is read, and
-of n out of N neurons, shuffled, n / N are met in another expert's part.
+Neurons are matched as in a full analysis. A part of an expert's neurons shows nearly as much as all of them, as long as
+it has enough pairs: of experts with the same order of neurons the same part is read, and of n out of N shuffled
+neurons, n / N are found in another expert's part.
 """
 
 from functools import partial
@@ -27,15 +27,15 @@ from .lineage import Evidence, match_evidence, pair_evidence
 
 QUERIES = 1024  # neurons of a layer that are looked for
 LEAST_EXPERTS = 4  # below which there is too little to compare
-COPIES = 2  # of what is read, in float32, that matching takes
+COPIES = 2  # in float32, of what is read, that matching holds
 MOST_ROWS = 256  # of an expert by which the directions of its deltas are counted
-LEAST = 16  # neurons of an expert below which nothing can be said
+LEAST = 16  # neurons of an expert below which there is no evidence
 
 
 def analyze_part(layer: ExpertLayer, budget: int, layers: int, resources: Resources, progress: Progress) -> QuickLayer:
-    """The evidence of a part of one of `layers` layers, which share the `budget` of bytes, and what it says alone.
+    """The evidence of a part of one of `layers` layers, which share the `budget` of bytes, and its own verdict.
 
-    Raises InvalidRequest where the budget is too small for a part that says anything.
+    Raises InvalidRequest if the budget is too small for any evidence.
     """
     roles, tensors = roles_to_read(layer)
     neuron_bytes = bytes_per_neuron(layer)
@@ -106,22 +106,22 @@ def analyze_part(layer: ExpertLayer, budget: int, layers: int, resources: Resour
 
 
 def _even_columns(matrices: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Some rows of experts [experts, neurons, inputs], all columns of which weigh the same: a few large ones would look
-    like few directions."""
+    """Some rows of experts [experts, neurons, inputs], with columns scaled to equal weight: a few large columns would
+    look like few directions."""
     rows = matrices[:, :MOST_ROWS] / (np.abs(matrices[:, :MOST_ROWS]).max() or np.float32(1))
     columns = np.sqrt(np.einsum("eni,eni->i", rows, rows))
     return np.asarray(rows / np.where(columns > 0, columns, np.float32(1)))
 
 
 def _base_breadth(matrices: NDArray[np.float32]) -> float:
-    """Of how many directions the mean of experts [experts, neurons, inputs] is, as a share of those of noise."""
+    """The number of directions of the mean of experts [experts, neurons, inputs], relative to noise."""
     base = _even_columns(matrices).mean(axis=0)
     return effective_rank(energy_spectrum(base), 0.80) / noise_rank(base.shape, 0.80) if base.any() else 1.0
 
 
 def _describe_deltas(matrices: NDArray[np.float32]) -> tuple[float, float]:
-    """Of how many directions the experts [experts, neurons, inputs] differ, neighbours from each other, as a share of
-    those of noise, and the share of an expert's energy that their deltas from a common base would have."""
+    """The number of directions in which neighbouring experts [experts, neurons, inputs] differ, relative to noise, and
+    the share of an expert's energy that deltas from a common base would have."""
     breadths, energies, rows = [], [], _even_columns(matrices)
     for expert, next_expert in zip(rows[::2], rows[1::2], strict=False):
         difference = next_expert - expert

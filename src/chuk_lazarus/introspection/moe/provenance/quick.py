@@ -21,9 +21,9 @@ def analyze_quickly(
     budget: int | str = BUDGET,
     progress: Progress | None = None,
 ) -> MoEQuickAnalysis:
-    """The verdict from at most about `budget` bytes ("64MB") of the experts' weights; headers come on top.
+    """The verdict from at most about `budget` bytes ("64MB") of the experts' weights; headers are extra.
 
-    Raises InvalidRequest where the budget is too small for a part of the experts that says anything.
+    Raises InvalidRequest if the budget is too small for any evidence.
     """
     size = budget if isinstance(budget, int) else parse_size(budget, "the budget")
     with name_model(model):
@@ -43,9 +43,9 @@ def _analyze(model: str, layers: Sequence[int] | str | None, budget: int, progre
     close, reach, shared, strong = (mean(figure) for figure in ("close", "reach", "shared", "strong"))
     verdict, notes = classify_quickly(results), [*experts.notes, *note_identical_parts(results)]
     if (width := min(result.inputs for result in results)) < QUICK.width:
-        notes.append(f"by {width} inputs unrelated neurons are close, too: a quick verdict needs {QUICK.width}")
+        notes.append(f"with only {width} inputs, unrelated neurons look close too; --quick needs {QUICK.width}")
     elif all(result.chance == 1.0 for result in results):
-        notes.append("no neuron is near to any other: the weights are zeros, or all orthogonal")
+        notes.append("no neuron is close to any other: the weights are zeros, or all orthogonal")
     if neurons and all(map(part_looks_untrained, results)):
         notes.append(UNTRAINED)
     kinds = [result.kind for result in results if result.kind]

@@ -1,6 +1,6 @@
-"""A survey: many models, each analysed in a process of its own, or by a worker on another machine.
+"""A survey: many models, each analysed in its own process, or by a worker on another machine.
 
-One that is too large for the memory, or that crashes, costs its own answer only, and an interrupted survey ends at
+A model that is too large for the memory, or that crashes, loses only its own answer, and an interrupted survey ends at
 once.
 """
 
@@ -36,7 +36,7 @@ from .quick import analyze_quickly
 from .survey_lists import Entry, read_entries, spell_layers
 from .survey_rows import append_row, open_rows, read_rows
 
-# -P: a file in the current folder, which may be a stranger's, must not be imported in a library's place
+# -P: a file in the current folder, which somebody else may have put there, must not be imported instead of a library
 WORKER = (sys.executable, "-P", "-c", f"from {__name__} import work; work()")
 PROGRESS_PAUSE = 0.1  # seconds between two reports of a process on the same work
 
@@ -58,9 +58,9 @@ def survey(
     finished: Finished | None,
     analysed: Analysed | None = None,
 ) -> MoETypeSurvey:
-    """A row for each of the models; those to which `file` already has an answer are not analysed again.
+    """A row for each of the models; those that `file` already has an answer to are not analysed again.
 
-    `analysed` gets each new row whose answer is a full analysis, with that analysis.
+    `analysed` is called with each new row whose answer is a full analysis, and with that analysis.
     """
     if jobs < 1:
         raise InvalidRequest("the number of jobs must be at least 1")
@@ -96,10 +96,10 @@ def _analyze_in_processes(
     finish: Callable[[SurveyRow, MoETypeAnalysis | None], None],
     whole: bool,
 ) -> None:
-    """Analyse the models in processes, `jobs` side by side, and hand over each row as it comes.
+    """Analyse the models in processes, `jobs` at a time, and hand over each row when it is done.
 
-    Rows are handed over by the threads that wait for them, one at a time: an interruption ends the main thread's work,
-    and never theirs.
+    Rows are handed over by the threads that wait for them, one at a time: an interruption stops the main thread, but
+    never these.
     """
     running: set[subprocess.Popen[bytes]] = set()
     stopped, lock = Event(), Lock()
@@ -178,12 +178,12 @@ def _analyze_on_cluster(
 
 
 def analyze_model_on_worker(request: SurveyRequest, whole: bool, progress: Progress) -> Outcome:
-    """The row of a model whose place is that on this machine, a worker, and if all is wanted, its analysis."""
+    """The row of a model at this place on the worker and, if requested, its analysis."""
     return _answer(Entry(request), progress, whole)
 
 
 def explain_failure(error: Exception, request: SurveyRequest) -> SurveyError:
-    """Why there is no answer: what the user can act on, or an error of ours."""
+    """Why there is no answer: an error that the user can act on, or a bug of ours."""
     if isinstance(error, MoEError):
         return SurveyError(code=error.exit_code, message=error.message, hint=error.hint)
     message = printable(f"{request.model}: {type(error).__name__}: {error}")
@@ -195,17 +195,19 @@ def _failed(request: SurveyRequest, error: Exception) -> SurveyRow:
 
 
 def _fallen(request: SurveyRequest, code: int) -> SurveyRow:
-    """The row of a model whose process has ended without one."""
-    how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
+    """The row of a model whose process ended without one."""
+    how = (
+        f"was killed by signal {-code}, perhaps because it ran out of memory" if code < 0 else f"ended with code {code}"
+    )
     message = f"{request.model}: its process {how}"
     error = SurveyError(code=128 - code if code < 0 else code, message=message, hint="")
     return SurveyRow(request=request, stated=None, answer=None, error=error)
 
 
 def work() -> None:
-    """Analyse one model, in a process of its own that ends with the one that started it.
+    """Analyse one model, in a separate process that ends with its parent.
 
-    The request comes as an argument; progress and the row go to stdout, a line of JSON each.
+    The request comes as an argument; progress and the row go to stdout, one line of JSON each.
     """
     request, watched, bytes_allowed, threads, whole = json.loads(sys.argv[1])
     Thread(target=_end_with_parent, daemon=True).start()
@@ -229,7 +231,7 @@ def work() -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait until stdin is closed, as it is as soon as the parent has ended."""
+    """Wait until stdin is closed, which happens when the parent ends."""
     os.read(0, 1)
     os._exit(1)
 

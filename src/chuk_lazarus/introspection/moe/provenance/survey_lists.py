@@ -1,4 +1,4 @@
-"""Lists of models for a survey: files with a model a line, or with a table each, and folders of models."""
+"""Lists of models for a survey: files with one model per line, or one table per model, and folders of models."""
 
 import os
 import re
@@ -26,8 +26,8 @@ MAX_SIZE = 2**40  # of anything in the shape of a model
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The routed experts of a model as a list gives them: `matrices` of [intermediate, hidden] an expert, and the bytes
-    of one layer as stored."""
+    """The routed experts of a model as a list gives them: `matrices` of [intermediate, hidden] per expert, and the
+    stored bytes of one layer."""
 
     layers: int
     experts: int
@@ -88,12 +88,12 @@ def read_entries(
                 entry = replace(entry, request=quick)
             by_request.setdefault(entry.request, entry)
     if not by_request:
-        raise InvalidRequest("no model is given or listed", "give a model, or a list with a model a line")
+        raise InvalidRequest("no model is given or listed", "give a model, or a list with one model per line")
     return tuple(by_request.values())
 
 
 def _expand(name: Any) -> list[Any]:
-    """The models in a folder of models, and anything else as it is."""
+    """The models in a folder of models; anything else unchanged."""
     if not (isinstance(name, str) and name.strip()):
         return [name]
     try:
@@ -103,7 +103,7 @@ def _expand(name: Any) -> list[Any]:
 
 
 def _read_list(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a list says of its models, each with where it says so."""
+    """The models of a list, each with its place in the list for messages."""
     where_from = "the standard input" if path == STDIN else path
     try:
         data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
@@ -112,7 +112,7 @@ def _read_list(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise InvalidRequest(f"{path}: {error.strerror}", "give a list of models, or a model") from None
     except (ValueError, RecursionError) as error:  # no UTF-8, or no TOML
-        raise InvalidRequest(f"{where_from} is no list of models: {error}") from None
+        raise InvalidRequest(f"{where_from} is not a list of models: {error}") from None
     if not path.endswith(".toml"):
         for number, line in enumerate(text.split("\n"), 1):
             if line := re.sub(r"(^|\s)#.*", "", line).strip():
@@ -129,12 +129,12 @@ def _read_list(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _check_option(where: str, name: str) -> str:
     if name not in OPTIONS:
-        raise InvalidRequest(f"{where}: there is no option {name}", f"there are {', '.join(OPTIONS)}")
+        raise InvalidRequest(f"{where}: there is no option {name}", f"the options are {', '.join(OPTIONS)}")
     return name
 
 
 def _entry(where: str, options: Mapping[str, Any]) -> Entry:
-    """A model by what its list says; raises InvalidRequest, naming the place, for what can't be."""
+    """A model from its entry in a list; raises InvalidRequest, naming the place, for an invalid one."""
     model, parent = options.get("id"), options.get("parent")
     for name, value in (("id", model), *([("parent", parent)] if parent is not None else [])):
         if not (isinstance(value, str) and value.strip()):
@@ -150,7 +150,7 @@ def _entry(where: str, options: Mapping[str, Any]) -> Entry:
     except InvalidRequest as error:
         raise InvalidRequest(f"{where}: {error.message}", error.hint) from None
     if not re.fullmatch(r"all|0*[1-9]\d{0,8}", str(experts)):
-        raise InvalidRequest(f"{where}: {experts!r} is neither a number of experts from 1 on nor 'all'")
+        raise InvalidRequest(f"{where}: {experts!r} is neither a number of experts, 1 or more, nor 'all'")
     request = SurveyRequest(
         model=str(model),
         parent=None if options.get("parent_needs") else parent,  # it is known that this parent can't be read
@@ -161,7 +161,7 @@ def _entry(where: str, options: Mapping[str, Any]) -> Entry:
 
 
 def _read_shape(options: Mapping[str, Any]) -> Shape | None:
-    """The shape of a model, where a list gives one that can be."""
+    """The shape of a model, if its list gives a valid one."""
     try:
         sizes = {name: int(options["shape"][name]) for name in ("layers", "experts", "hidden", "intermediate")}
         if not all(0 < size <= MAX_SIZE for size in sizes.values()):

@@ -1,4 +1,4 @@
-"""What a survey would cost: the bytes that it would read and a guess at the time, without reading a weight."""
+"""The cost of a survey: the bytes that it would read and a guess at the time, without reading weights."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def plan(
     budget: int | None,
     progress: Progress | None,
 ) -> MoESurveyPlan:
-    """The bytes that a survey would read, by the shapes that lists give, and by headers of all other models."""
+    """The bytes that a survey would read, from the shapes that lists give, and from the headers of all other models."""
     entries, planned = read_entries(models, layers, experts, budget), []
     for number, entry in enumerate(entries):
         if progress:
@@ -78,7 +78,8 @@ def _plan_model(entry: Entry) -> PlannedModel:
 
 
 def _work_by_headers(request: SurveyRequest) -> Work:
-    """What the headers of a model's files tell; layers that are not analysed are taken to be like those that are."""
+    """The work from the headers of a model's files; layers that are not analysed are assumed to be like those that
+    are."""
     samples = LAYERS if request.budget else None
     opened = OpenedModel(request.model, None, request.layers, purpose="compare it with", samples=samples)
     experts, first = opened.experts, opened.layers[0]
@@ -97,7 +98,7 @@ def _work_by_headers(request: SurveyRequest) -> Work:
 
 
 def _work_by_shape(shape: Shape, request: SurveyRequest) -> Work:
-    """The same by the shape that a list gives, where every layer is like the others."""
+    """The work from the shape that a list gives, assuming that all layers are alike."""
     layer, stored = shape.layer_bytes, shape.stored_bytes
     if request.budget:
         looked_into = min(LAYERS, shape.layers) * layer * min(EXPERTS, shape.experts) // shape.experts

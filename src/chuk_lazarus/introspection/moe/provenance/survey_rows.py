@@ -1,4 +1,4 @@
-"""The file of a survey: every row as a line of JSON, written as soon as it is there."""
+"""The file of a survey: every row as a line of JSON, written as soon as it is done."""
 
 import json
 import os
@@ -14,10 +14,10 @@ LINE_START = b'{"schema": "moe-type-survey-row/1"'
 
 
 def read_rows(path: Path) -> dict[SurveyRequest, SurveyRow]:
-    """The rows that a file already has; of several of the same request, the last.
+    """The rows already in a file; of several for the same request, the last.
 
-    A last line that is not whole, of a survey that was killed while writing it, is cut off. Raises InvalidRequest for a
-    file that has anything else in it.
+    An incomplete last line, of a survey that was killed while writing it, is cut off. Raises InvalidRequest for a file
+    with anything else in it.
     """
     rows, number = {}, 0
     try:
@@ -33,9 +33,9 @@ def read_rows(path: Path) -> dict[SurveyRequest, SurveyRow]:
         if rest:
             os.truncate(path, len(data) - len(rest))
     except OSError as error:
-        raise InvalidRequest(f"can't go on with '{path}': {error.strerror}") from None
+        raise InvalidRequest(f"can't continue '{path}': {error.strerror}") from None
     except ValueError:
-        raise InvalidRequest(f"line {number} of '{path}' is not of a survey", "give another file") from None
+        raise InvalidRequest(f"line {number} of '{path}' is not a row of a survey", "give another file") from None
     return rows
 
 
@@ -45,7 +45,7 @@ def _check_plain(value: Any) -> None:
         for inner in value.values() if isinstance(value, dict) else value:
             _check_plain(inner)
     elif not (value.isprintable() if isinstance(value, str) else abs(value or 0) <= MAX_NUMBER):
-        raise ValueError("not of a survey")
+        raise ValueError("not a row of a survey")
 
 
 def open_rows(path: Path | None) -> FileIO:

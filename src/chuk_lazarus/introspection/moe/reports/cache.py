@@ -8,7 +8,7 @@ from .report import Report
 
 
 class CachePart(Report):
-    """One folder of the cache: `what` is kept there, in so many files and bytes."""
+    """One folder of the cache: `what` it holds, and its numbers of files and bytes."""
 
     folder: str
     what: str
@@ -17,9 +17,9 @@ class CachePart(Report):
 
 
 class MoECache(Report):
-    """The cache: where it is, how much it may and does hold, and whether that has just been deleted.
+    """The cache: its folder, its limit and its size, and whether it has just been deleted.
 
-    `limit` counts the bytes of models only.
+    `limit` applies only to the bytes of models.
     """
 
     schema_: Literal["moe-cache/1"] = Field(default="moe-cache/1", alias="schema")

@@ -23,7 +23,7 @@ FaultKind = Literal[
 
 
 class WeightFault(Report):
-    """What is wrong; `role` and `expert` are null where it is all of them."""
+    """What is wrong; `role` and `expert` are null if it concerns all of them."""
 
     layer: int
     role: str | None
@@ -35,10 +35,10 @@ class WeightFault(Report):
 class ProjectionConversion(Report):
     """One projection of a layer's compared experts, in the conversion and in the original.
 
-    `error` is the relative Frobenius error of each expert, in the order of the layer's `experts`, null where it is not
-    finite or could not be read; `mean` and `max` are of those that are numbers. `expected_error` is the mean of what
-    the same weights err in this format, written the plain way, `ratio` the largest ratio of an expert's error to what
-    is expected of it, where arithmetic in bfloat16 is always expected.
+    `error` is the relative Frobenius error of each expert, in the order of the layer's `experts`, null if it is not
+    finite or could not be read; `mean` and `max` are over those that are numbers. `expected_error` is the mean error of
+    plain rounding of the same weights to this format. `ratio` is the largest ratio of an expert's error to its expected
+    error, which always allows for arithmetic in bfloat16.
     """
 
     format: str
@@ -53,7 +53,7 @@ class ProjectionConversion(Report):
 
 class LayerConversion(Report):
     """A layer's `experts` that were compared, by role; `router_error` is the relative error of the router's weights,
-    null where either has no router that we find."""
+    null if either model has no router that we find."""
 
     layer: int
     experts: tuple[int, ...]
@@ -64,8 +64,8 @@ class LayerConversion(Report):
 class MoEWeightsVerification(Identity):
     """Whether the experts of a converted model are those of the original, and what is wrong with those that are not.
 
-    `family`, `storage` and the like are of the conversion. It has passed where there are no faults: an expert that errs
-    by more than `tolerance` times what its format should cost is one. `notes` tell of what is harmless.
+    `family`, `storage` and the like describe the conversion. It passes if there are no faults; an expert is a fault if
+    its error is more than `tolerance` times what its format should cost. `notes` list harmless differences.
     """
 
     schema_: Literal["moe-weights-verification/1"] = Field(default="moe-weights-verification/1", alias="schema")

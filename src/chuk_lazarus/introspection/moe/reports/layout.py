@@ -8,8 +8,8 @@ from .report import Cost, Identity, Report
 
 
 class LayerLayout(Report):
-    """How one layer's routed experts lie in the files; `formats` are the storage formats by role, shapes [out, in] by
-    role, bytes what the files spend."""
+    """How the routed experts of one layer are stored; `formats` are the storage formats by role, `shapes` are [out, in]
+    by role, and bytes are those in the files."""
 
     layer: int
     storage: str
@@ -23,7 +23,7 @@ class LayerLayout(Report):
 class SharedExperts(Report):
     """The experts that every token passes through, in `layers`; shapes and bytes are those of one layer.
 
-    Several shared experts often lie in one matrix, and are one here.
+    Several shared experts are often stored as one matrix, and count as one here.
     """
 
     family: str
@@ -36,12 +36,12 @@ class SharedExperts(Report):
 class FitPlan(Report):
     """Whether a model fits into a folder of `size` bytes, quantised for mlx-lm, and what that costs.
 
-    `bits_per_weight` are those that are left for each weight of the routed experts, everything counted, null where
-    these are fewer than any width has; `least_bytes` is the least folder. The relative `weight_error` is what to expect
-    of such widths, were the weights Gaussian, or, where `measured` is true, what was measured on the model; `bound` is
-    the least of any code of Gaussian weights. All else, `rest_bytes`, has `rest_bits` (null: as stored). `memory_bytes`
-    are weights and cache of `context` tokens, `machine_bytes` the memory of the smallest Mac that runs it. Null is what
-    headers and config do not tell.
+    `bits_per_weight` is what is left for each weight of the routed experts, everything counted, null if that is less
+    than any width needs; `least_bytes` is the size of the smallest possible folder. `weight_error` (relative) is what
+    to expect of such widths if the weights are Gaussian or, if `measured` is true, what was measured on the model;
+    `bound` is the smallest error of any code of Gaussian weights. Everything else takes `rest_bytes` at `rest_bits`
+    (null: as stored). `memory_bytes` counts the weights and the cache of `context` tokens, and `machine_bytes` is the
+    memory of the smallest Mac that runs it. What headers and config do not tell is null.
     """
 
     size: int
@@ -63,16 +63,17 @@ class FitPlan(Report):
 class MoELayout(Identity):
     """What is in a checkpoint, from its headers alone.
 
-    `family` is the row of the layout table, `stack` what the tensors' names begin with, `stacks` all such
-    beginnings with experts; `tensors` names the stored tensors of the first described layer by what they hold.
-    `layers` are the layers whose headers were read; `order` is how gates and ups lie in a tensor that holds both,
-    and `order_by` what tells it: the model type, the tensors' names, or the norms of the weights. `exact` says
-    whether these are all, else `parameters` and `stored_bytes`, those of all routed experts of `moe_layers`, take
-    the others to be like them. `dense_layers` have a dense feed-forward, in the place of experts or beside them.
-    `analysis_bytes` is what an analysis with default options would read of the experts, of which `further_bytes`
-    are parts of `further_layers`, and `quick_bytes` what a quick one would at most.
-    `other_bytes` are those of all else than routed experts, and `cache_bytes_per_token` what keys and values of a token
-    take at most; null where headers and config do not tell. `fit` is there where a size was asked for.
+    `family` is the row of the layout table, `stack` the prefix of the tensors' names, and `stacks` all such prefixes
+    with experts. `tensors` names the stored tensors of the first described layer by what they hold. `layers` are the
+    layers whose headers were read. `order` is how gate and up rows are arranged in a tensor that holds both, and
+    `order_by` how that is known: from the model type, the tensors' names, or the norms of the weights.
+
+    `exact` says whether `layers` are all layers; if not, `parameters` and `stored_bytes`, those of all routed experts
+    of `moe_layers`, assume that the others are like them. `dense_layers` have a dense feed-forward, instead of experts
+    or beside them. `analysis_bytes` is what an analysis with default options would read of the experts, of which
+    `further_bytes` are parts of `further_layers`, and `quick_bytes` the most that a quick one would read. `other_bytes`
+    counts everything but routed experts, and `cache_bytes_per_token` is the most that keys and values of a token take;
+    null if headers and config do not tell. `fit` is there if a size was asked for.
     """
 
     schema_: Literal["moe-layout/1"] = Field(default="moe-layout/1", alias="schema")

@@ -1,4 +1,4 @@
-"""What can be saved: overlays computed, verified, estimated, written and run."""
+"""What overlays save: computed, verified, estimated, written and run."""
 
 from typing import Literal
 
@@ -14,10 +14,10 @@ CLEARLY = 0.98  # a method is better than a simpler one if its error is below th
 
 
 class ProjectionCodes(Report):
-    """The codes of a coded projection: of its base, null where it has none, and of each expert's delta from it.
+    """The codes of a coded projection: of its base, null if it has none, and of each expert's delta from it.
 
-    Where only some neurons are shared, `base` is the code of a bank of `bank` neurons; `matched` of each expert's are
-    deltas from these, and `rest` is the code of the others.
+    If only some neurons are shared, `base` is the code of a bank of `bank` neurons; `matched` neurons of each expert
+    are deltas from these, and `rest` is the code of the others.
     """
 
     base: str | None
@@ -30,7 +30,7 @@ class ProjectionCodes(Report):
 class OverlayBytes(Report):
     """Bytes by what they hold: bases and deltas without their scales, and the scales of both.
 
-    The index of a bank counts among the bases, neurons that refer to none among the deltas.
+    The index of a bank counts as bases, and neurons outside the bank count as deltas.
     """
 
     bases: int
@@ -41,9 +41,9 @@ class OverlayBytes(Report):
 class LayerOverlay(Report):
     """A layer as an overlay.
 
-    `ranks` by role; `energy_kept` the share of the deltas' energy that they hold; `weight_error` the relative Frobenius
-    error of the experts that follows from it. Bytes as in MoETypeAnalysis. A coded layer has `codes` by role, no ranks
-    and no `energy_kept`, and its error is measured. `bits_per_weight` counts everything.
+    `ranks` are by role, `energy_kept` is the share of the deltas' energy that they keep, and `weight_error` the
+    relative Frobenius error of the experts that follows from it. Bytes are as in MoETypeAnalysis. A coded layer has
+    `codes` by role, no ranks and no `energy_kept`, and its error is measured. `bits_per_weight` counts everything.
     """
 
     layer: int
@@ -60,7 +60,7 @@ class LayerOverlay(Report):
 
 
 class MoEOverlay(Identity):
-    """What ranks or codes an overlay needs, and what it takes; `rule` says how they were chosen."""
+    """The ranks or codes that an overlay needs, and its size; `rule` says how they were chosen."""
 
     schema_: Literal["moe-overlay/1"] = Field(default="moe-overlay/1", alias="schema")
     rule: str
@@ -84,12 +84,12 @@ class ErrorSpread(Report):
 
 
 class LayerVerification(Report):
-    """What an overlay does to one layer's experts.
+    """The errors that an overlay causes in the experts of one layer.
 
-    `output_error` is that of the whole expert function on seeded inputs, `worst_expert` whose it is largest;
-    `mixed_output_error` that of the layer's output through its router, null where no router is known. For comparison,
-    `rounding_error` is the mean output error of the same experts plainly quantised, by bits. A coded layer has `codes`
-    by role, and no ranks.
+    `output_error` is that of the whole expert function on seeded inputs, `worst_expert` the expert with the largest
+    one, and `mixed_output_error` that of the layer's output through its router, null if the router is not known. For
+    comparison, `rounding_error` has the mean output error of the same experts under plain quantisation, by bits. A
+    coded layer has `codes` by role, and no ranks.
     """
 
     layer: int
@@ -118,7 +118,8 @@ class MoEOverlayVerification(Identity):
 
 
 class SharingRate(Report):
-    """What one projection's experts share, `aligned_delta_energy`, `bits_saved` and `bound` as in Projection."""
+    """What the experts share in one projection; `aligned_delta_energy`, `bits_saved` and `bound` are as in
+    Projection."""
 
     aligned_delta_energy: float
     bits_saved: float
@@ -126,11 +127,11 @@ class SharingRate(Report):
 
 
 class LayerEstimate(Report):
-    """One layer of a whole-model estimate; where `measured` is false, the ranks lie between those of its neighbours.
+    """One layer of a whole-model estimate; if `measured` is false, its ranks are interpolated between its neighbours'.
 
-    A coded layer has `codes` by role and no ranks; one that was not measured is taken to be as the nearest that was.
-    `sharing` is by role, and `bits_saved` what bases save over all roles, in bits a weight, 0 for those where they do
-    not pay; both null where nothing was measured.
+    A coded layer has `codes` by role and no ranks; if it was not measured, it takes those of the nearest measured
+    layer. `sharing` is by role. `bits_saved` is what bases save over all roles, in bits per weight, counting 0 for
+    those where they do not pay. Both are null if the layer was not measured.
     """
 
     layer: int
@@ -146,10 +147,10 @@ class LayerEstimate(Report):
 
 
 class SameBytes(Report):
-    """Relative weight errors of three ways to spend the bytes that plain quantisation to `bits` takes, over the
-    measured layers.
+    """Relative weight errors of three ways to use the bytes that plain quantisation to `bits` takes, over the measured
+    layers.
 
-    `overlay` is null where not even its base fits.
+    `overlay` is null if even its base does not fit.
     """
 
     bits: int
@@ -160,13 +161,13 @@ class SameBytes(Report):
 
 
 class LadderRow(Report):
-    """Relative weight errors at `bits` bits for each weight of the experts, everything counted, over the measured
-    layers; `bytes` are of the experts of all MoE layers.
+    """Relative weight errors at `bits` bits per weight of the experts, everything counted, over the measured layers;
+    `bytes` is the size of the experts of all MoE layers.
 
-    `rounding` is that of plain quantisation at `rounding_bits`, the most whose scales fit, too; `plain` that of our
-    codes without bases, `coded` of an overlay in codes, `low_rank` of one in bf16, `svd` of plain SVDs. Null is what
-    does not fit. `bound` is the least error of any code if
-    the weights were Gaussian; for low-rank deltas a code can err less.
+    `rounding` is the error of plain quantisation at `rounding_bits`, the most bits that fit together with their scales;
+    `plain` that of our codes without bases, `coded` of an overlay in codes, `low_rank` of one in bf16, `svd` of plain
+    SVDs. What does not fit is null. `bound` is the smallest error of any code if the weights were Gaussian; for
+    low-rank deltas a code can have a smaller one.
     """
 
     bits: float
@@ -181,7 +182,8 @@ class LadderRow(Report):
 
     @property
     def best(self) -> str:
-        """The name of the field whose method errs least; the simpler one where another errs less by under 2 %."""
+        """The name of the field whose method has the smallest error; a simpler one wins if it is worse by less than 2
+        %."""
         best, least = "svd", self.svd
         for method in ("low_rank", "coded", "plain", "rounding"):  # the simplest comes last
             error: float | None = getattr(self, method)
@@ -191,12 +193,12 @@ class LadderRow(Report):
 
 
 class MoEOverlayEstimate(Identity):
-    """What an overlay would take for the whole model, and what pays at the same bytes.
+    """The size of an overlay of the whole model, and which method has the smallest error at the same bytes.
 
-    `format` is what `moe-overlay-compress` writes by this rule: an overlay, or, where experts share nothing, what
-    is plainly quantised for mlx-lm. `fit` is there for a rule of a folder's size. `ladder` is empty in reports of
-    earlier versions. `bits_saved` is what bases save over all layers, as in LayerEstimate, between the measured
-    ones interpolated; null in reports of earlier versions.
+    `format` is what `moe-overlay-compress` writes by this rule: an overlay or, if the experts share nothing, a plain
+    quantised checkpoint for mlx-lm. `fit` is there if the rule is the size of a folder. `ladder` is empty in reports of
+    earlier versions. `bits_saved` is what bases save over all layers, as in LayerEstimate, interpolated between the
+    measured ones; null in reports of earlier versions.
     """
 
     schema_: Literal["moe-overlay-estimate/1"] = Field(default="moe-overlay-estimate/1", alias="schema")
@@ -221,17 +223,17 @@ class MoEOverlayEstimate(Identity):
 
 
 class SampleMean(Report):
-    """A mean, and its standard error; null for a sample of one."""
+    """A mean and its standard error, which is null for a sample of one."""
 
     mean: float
     stderr: float | None
 
 
 class Evaluation(Report):
-    """How well and how fast a model predicts tokens: `loss` in nats per token, of the `tokens` that were predicted.
+    """How well and how fast a model predicts tokens: `loss` in nats per token, over the `tokens` predicted tokens.
 
-    `parameter_bytes` is what the model's parameters take in memory; `bits_per_weight` what is stored of the routed
-    experts, everything counted, null where that is not known. `seconds` are those of the model alone.
+    `parameter_bytes` is what the model's parameters take in memory. `bits_per_weight` counts everything that is stored
+    of the routed experts, null if that is not known. `seconds` is the time of the model alone.
     """
 
     loss: float
@@ -245,10 +247,10 @@ class Evaluation(Report):
 
 
 class MoEOverlayCompression(Identity):
-    """A checkpoint that was written into `folder`; bytes are of all the model's tensors, before and after.
+    """A checkpoint that was written into `folder`; bytes are those of all the model's tensors, before and after.
 
-    `format` is `overlay`, or `mlx` where it is plainly quantised for mlx-lm; then `codes` have no base. `ranks` or
-    `codes` are by layer and role. `bits_per_weight` and `bytes_by_part` are of the experts that were coded.
+    `format` is `overlay`, or `mlx` for a plain quantised checkpoint; `codes` then have no base. `ranks` or `codes` are
+    by layer and role. `bits_per_weight` and `bytes_by_part` are of the experts that were coded.
     """
 
     schema_: Literal["moe-overlay-compression/1"] = Field(default="moe-overlay-compression/1", alias="schema")
@@ -268,12 +270,12 @@ class MoEOverlayCompression(Identity):
 
 
 class MoEOverlayExport(Report):
-    """An overlay, or another model, in the format that was asked for; `bytes` are of all tensors.
+    """An overlay, or another model, in the requested format; `bytes` is the size of all tensors.
 
-    `widths` are by layer and role, "bf16" for what has no width, {} in the format `standard`; `rule` says how they were
-    chosen. `verification` are the errors of some layers, against the overlay where it is one. For a `gguf-recipe`,
-    `folder` is the file that was written, `bytes` and `weight_error` are those expected of the GGUF file. `commands`
-    are what to run next.
+    `widths` are by layer and role, "bf16" for what is not quantised, and {} in the format `standard`; `rule` says how
+    they were chosen. `verification` has the errors of some layers, relative to the overlay if there is one. For a
+    `gguf-recipe`, `folder` is the file that was written, and `bytes` and `weight_error` are those expected of the GGUF
+    file. `commands` are what to run next.
     """
 
     schema_: Literal["moe-overlay-export/1"] = Field(default="moe-overlay-export/1", alias="schema")
@@ -297,9 +299,8 @@ class MoEOverlayEvaluation(Report):
 
     The folder `overlay` may also hold another checkpoint of the same model; then `is_overlay` is false. `kl` is the
     mean over the predicted tokens of KL(original || overlay), the divergence of the next token's distribution from the
-    original's, in nats. Its standard error, and that of `loss_difference` (of the tokens' own differences), take the
-    windows of `context` tokens for a random sample, as tokens within a window depend on each other; of a single window,
-    its tokens.
+    original's, in nats. Its standard error, and that of `loss_difference`, treat the windows of `context` tokens as a
+    random sample, because tokens within a window depend on each other; with a single window, they treat its tokens so.
     """
 
     schema_: Literal["moe-overlay-evaluation/1"] = Field(default="moe-overlay-evaluation/1", alias="schema")

@@ -24,15 +24,18 @@ class Cosine(Report):
 class Projection(Report):
     """The deltas (expert minus mean of all experts) of one projection.
 
-    `rank` is the effective rank at each share of energy, mean over `experts`, and `expert_ranks` are those of each;
-    `rank_ratio` is that at 0.95 over `max_rank`, and `noise_rank_ratio` the same rank over that of an iid Gaussian
-    matrix of the same shape. `delta_energy` is the delta's share of an expert's energy. `aligned_delta_energy` is that
-    of all experts together after their neurons were brought into one order, where each group of experts that share
-    neurons has a mean of its own; `bits_saved` is what such a base saves at best, in bits a weight, below 0 where it
-    costs more than it saves, and `bound` the most that any code can save: null in reports of earlier versions. `decay`
-    has the singular values at evenly spaced ranks from the first to the last, over their root mean square, mean over
-    `experts`. `breadth` has the rank that holds 80 % of the energy of the `base`, the mean of all experts, and the one
-    that holds 99 % of the `deltas`, mean over `experts`, each over that of noise.
+    `rank` is the effective rank at each share of energy, the mean over `experts`, and `expert_ranks` has that of each
+    expert. `rank_ratio` is the rank at 0.95 divided by `max_rank`, and `noise_rank_ratio` the same rank divided by that
+    of an iid Gaussian matrix of the same shape.
+
+    `delta_energy` is the delta's share of an expert's energy. `aligned_delta_energy` is the same over all experts,
+    after their neurons were brought into one order, and with a separate mean for each group of experts that share
+    neurons. `bits_saved` is what such a base saves at best, in bits per weight, negative if it costs more than it
+    saves, and `bound` the most that any code can save; all three are null in reports of earlier versions.
+
+    `decay` has the singular values at evenly spaced ranks from the first to the last, divided by their root mean
+    square, the mean over `experts`. `breadth` has the rank that holds 80 % of the energy of the `base` (the mean of all
+    experts), and the one that holds 99 % of the `deltas` (the mean over `experts`), each divided by that of noise.
     """
 
     shape: tuple[int, int]
@@ -58,11 +61,11 @@ class Similarity(Report):
 
 
 class MatchHistogram(Report):
-    """How many of the looked-for neurons have such a mean cosine over the roles, in equal bins from -1 to 1.
+    """How many neurons have a match of each cosine (the mean over the roles), in equal bins from -1 to 1.
 
-    `nearest` counts the cosines with the nearest neuron of the expert's best partner, `runner_up` those with the second
-    nearest there: what the nearest of unrelated neurons looks like. Where no pairs of experts could be compared, both
-    are of the neurons sampled in `Lineage.experts`, and of any other of these.
+    `nearest` counts the cosines with the nearest neuron in the expert's best partner, `runner_up` those with the second
+    nearest there, which shows what the nearest of unrelated neurons looks like. If no pairs of experts could be
+    compared, both are of the neurons sampled in `Lineage.experts`, against every other of these experts.
     """
 
     nearest: tuple[int, ...]
@@ -70,19 +73,19 @@ class MatchHistogram(Report):
 
 
 class ProjectionMatch(Report):
-    """How alike two projections of attention are: the mean `cosine` of rows at equal places (null where the shapes
-    differ), and the unbiased `cka` of W^T W over the hidden side, which is blind to any rotation of the rows."""
+    """How similar two projections of attention are: the mean `cosine` of rows at the same position (null if the shapes
+    differ), and the unbiased `cka` of W^T W over the hidden side, which does not change if the rows are rotated."""
 
     cosine: float | None
     cka: float
 
 
 class AttentionMatch(Report):
-    """How alike the attention of a layer is to that of a parent's.
+    """How similar the attention of a layer is to that of its parent.
 
-    `layer` is the most similar of the parent's `layers`, the mean `cka` by layer of all that were compared: no more
-    where one is nearly the same. `projections` are its roles (q, k, v, o, or those of latent attention that have a
-    hidden side), and `cka` and `cosine` the means over them.
+    `layer` is the most similar layer of the parent, and `layers` the mean `cka` of each that was compared; the search
+    stops at one that is nearly identical. `projections` are its roles (q, k, v, o, or those of latent attention that
+    have a hidden side), and `cka` and `cosine` are the means over them.
     """
 
     layer: int
@@ -93,10 +96,10 @@ class AttentionMatch(Report):
 
 
 class EmbeddingMatch(Report):
-    """How alike the embeddings of `tokens` tokens with equal numbers are, `cosine` and `cka` as in ProjectionMatch.
+    """How similar the embeddings of `tokens` tokens with equal ids are; `cosine` and `cka` are as in ProjectionMatch.
 
-    `correlation` is the mean correlation of columns, and `assigned` says whether they are the parent's in another order
-    or with other signs, in which case everything else was compared in the parent's order.
+    `correlation` is the mean correlation of columns. `assigned` says whether the hidden dimensions are the parent's in
+    another order or with other signs; everything else was then compared in the parent's order.
     """
 
     tokens: int
@@ -107,18 +110,20 @@ class EmbeddingMatch(Report):
 
 
 class ParentMatch(Report):
-    """Which of the sampled neurons come from a dense parent's feed-forwards, in whatever layer.
+    """Which of the sampled neurons come from the feed-forwards of a dense parent, in any of its layers.
 
-    `kept` is the share that is found in some layer, `strong` that of neurons found with a mean cosine of at least 0.8,
-    and `layers` the share by the parent's layer, of all that were searched, out of `of_layers`: the layer with the same
-    attention, or the same number, comes first, and no other is searched where it has nearly all. `layer` is the one
-    that has most, null where nothing is found. `chance` and `p_value` as in Lineage, of all searched layers together.
-    Of the found neurons `in_place` is the share at their own position, `cosine` their mean cosine, and `flipped` the
-    share whose up row and down column both have the other sign. `copies` is how often each of the parent's neurons is
-    there, over all experts: 1 where a layer was cut once. By expert: `shares` of its neurons, the parent's layer that
-    has most of them as `sources`, and the `ranges` of neurons (first, last) that they were found among in that layer.
-    `attention` is that of the layer beside the experts; null where there is none to compare, or the parent is itself an
-    MoE.
+    `kept` is the share of neurons that are found in some layer, `strong` the share found with a mean cosine of at least
+    0.8. `layers` has the share found in each searched layer of the parent, which has `of_layers` layers. The layer with
+    the same attention, or with the same number, is searched first; the others only if it lacks many of the neurons.
+    `layer` is the one with the most, null if nothing is found. `chance` and `p_value` are as in Lineage, for all
+    searched layers together.
+
+    Of the found neurons, `in_place` is the share at their own position, `cosine` the mean cosine, and `flipped` the
+    share whose up row and down column both have the opposite sign. `copies` is how often each neuron of the parent
+    occurs, over all experts: 1 if a layer was sliced once. By expert: `shares` has the share of its neurons that are
+    found, `sources` the parent's layer with most of them, and `ranges` the range of neurons (first, last) among which
+    they were found there. `attention` compares the attention of the same layer; null if there is none to compare, or if
+    the parent is an MoE.
     """
 
     kept: float
@@ -139,19 +144,21 @@ class ParentMatch(Report):
 
 
 class Sharing(Report):
-    """Which experts share neurons, over all experts of a layer; the verdict is from this.
+    """Which experts share neurons, over all experts of a layer; this decides the verdict.
 
-    A neuron is found in another expert where its vectors in all roles have one and the same neuron there for their
-    nearest, clearly nearer than the second nearest; columns, signs and equal roles make no difference. `shared` is the
-    share of an expert's neurons that are found in its best partner, and there in turn as the same, mean over the
-    experts; `strong` that of neurons that are found so with a mean cosine of at least 0.8. `without_down` is the share
-    that are found so by all roles, or by gate and up alone with a mean cosine of at least 0.6, as where the down
-    projections were mixed; null where gate and up are not two roles beside down. `neurons` were looked for, by `roles`
-    that differ. `twins` are groups of experts with the same weights, or nearly, of which only the first is counted,
-    `identical` groups of those with the same weights to the last bit, and `groups` those that share neurons only among
-    themselves. `partners` names the best partner of each expert, and
-    `pairs` the share of the neurons of one of `experts` (row, up to 64 of them) that are found in another (column), by
-    all roles or by gate and up alone.
+    A neuron is found in another expert if the nearest neighbour of its vector is the same neuron there in all roles,
+    and clearly nearer than the second nearest. Columns, signs and identical roles make no difference.
+
+    `shared` is the share of an expert's neurons that are found in its best partner and, in the reverse direction, found
+    back as the same neuron, the mean over the experts. `strong` is the share found so with a mean cosine of at least
+    0.8. `without_down` is the share found so in all roles, or in gate and up alone with a mean cosine of at least 0.6,
+    as when down projections were mixed; null unless gate and up are two roles beside down. `neurons` is how many were
+    searched for, and `roles` how many roles differ.
+
+    `twins` are groups of experts with (nearly) the same weights, of which only the first is counted, `identical` groups
+    of those with exactly the same weights, and `groups` those that share neurons only among themselves. `partners`
+    names the best partner of each expert. `pairs` has the share of neurons of one of `experts` (row, up to 64) that are
+    found in another (column), in all roles or in gate and up alone.
     """
 
     neurons: int
@@ -168,18 +175,21 @@ class Sharing(Report):
 
 
 class Lineage(Report):
-    """Whether neurons of one expert are found again in others.
+    """Whether neurons of one expert are found in others.
 
-    A neuron is found again where its gate row, up row and down column all have one and the same neuron of another
-    expert for their nearest. Of `neurons` sampled in `experts`, `kept` is the share for which this holds in some other
-    expert, `close` that for which the mean cosine is then at least 0.5, `chance` the share to be expected of unrelated
-    experts, and `p_value` the probability of so many by that chance. `spread` is the share of other experts in which a
-    kept neuron is found, `in_place` the share of these matches at the neuron's own position, `groups` the experts that
-    share more than half of their neurons, `pairs` the share of the neurons of one of `experts` (row) that are found in
-    another (column). `cosine` is the mean of neurons at the same position, `permuted_cosine` what to expect of it if
-    each expert's neurons were shuffled, and `cosine_p_value` the probability of so much or more if they were. `above`
-    says, by role, for what share of neurons the nearest in another expert is nearer than `unrelated`, the nearest that
-    any has in an expert of another layer; both null where no other layer is analysed. `sharing` says it of all experts.
+    A neuron is found in another expert if its gate row, up row and down column all have the same neuron there as their
+    nearest. `neurons` were sampled in `experts`. `kept` is the share that is found in some other expert, `close` the
+    share found with a mean cosine of at least 0.5, `chance` the share expected of unrelated experts, and `p_value` the
+    probability of at least as many by chance.
+
+    `spread` is the share of the other experts in which a found neuron occurs, `in_place` the share of these matches at
+    the neuron's own position, `groups` the experts that share more than half of their neurons, and `pairs` the share of
+    the neurons of one of `experts` (row) that are found in another (column).
+
+    `cosine` is the mean cosine of neurons at the same position, `permuted_cosine` its expected value if each expert's
+    neurons were shuffled, and `cosine_p_value` the probability of at least as much if they were. `above` has, by role,
+    the share of neurons whose nearest in another expert is nearer than `unrelated`, the nearest that any has in an
+    expert of another layer; both are null if no other layer is analysed. `sharing` covers all experts.
     """
 
     neurons: int
@@ -203,7 +213,7 @@ class Lineage(Report):
 
 
 class DocumentedRule(Report):
-    """What the documented rule (gate rank and cosine) says, and where its outcome differs, why."""
+    """The outcome of the documented rule (gate rank and cosine), and, if it differs from the verdict, `why`."""
 
     type: Origin
     confidence: float
@@ -211,7 +221,7 @@ class DocumentedRule(Report):
 
 
 class LayerAnalysis(Report):
-    """One layer's evidence, and what it would say alone."""
+    """The evidence of one layer, and the verdict that it would give alone."""
 
     layer: int
     type: Origin
@@ -228,14 +238,15 @@ class LayerAnalysis(Report):
 
 
 class QuickLayer(Report):
-    """What a part of one layer says: the share `part` of the gates and ups of `experts`, neurons of `inputs` numbers.
+    """The evidence of a part of one layer: the share `part` of the gates and ups of `experts`, neurons of `inputs`
+    numbers.
 
-    Of `neurons` in these parts, `kept`, `close`, `chance` and `in_place` as in Lineage, and `shared`, `strong`,
-    `twins` and `identical` as in Sharing, by gate and up alone (up and down of ungated experts), of which `roles`
+    Of the `neurons` in these parts, `kept`, `close`, `chance` and `in_place` are as in Lineage, and `shared`, `strong`,
+    `twins` and `identical` as in Sharing, but from gate and up alone (up and down of ungated experts), of which `roles`
     differ. `reach` is the share that would be found in the best partner if the experts were shuffled copies.
-    `delta_energy` and `breadth` are of the differences of neighbouring experts, `breadth` as that of deltas in
-    Projection, and `base_breadth` as that of the base, of the role where it is greatest. `type` and `confidence` are
-    what this part would say alone.
+    `delta_energy` and `breadth` are of the differences of neighbouring experts, `breadth` like that of deltas in
+    Projection, and `base_breadth` like that of the base, for the role where it is largest. `type` and `confidence` are
+    the verdict that this part would give alone.
     """
 
     layer: int
@@ -262,18 +273,20 @@ class QuickLayer(Report):
 
 
 class MoETypeAnalysis(Identity):
-    """How one model's experts were trained, as far as their neurons tell, and whether an overlay would pay.
+    """How the experts of one model were trained, as far as their neurons show, and whether an overlay would pay.
 
-    `type` and `confidence`, the probability by such evidence, come from the layers' `lineage` and, where no layers were
-    asked for, from the neurons of two `further_layers`, of which parts were read. `kind` says what kind of upcycling it
-    looks like, and `documented_rule` what gate rank and cosine say. `parent` is the dense model that was compared with,
-    and `parent_embeddings` how alike the two models' token embeddings are, null where they were not compared.
-    `bits_saved` is what a base for the experts saves over all projections, in bits a weight, 0 for those where it does
-    not pay; null in reports of earlier versions. `compressible` says whether an overlay takes fewer bytes than the
-    experts as stored, and than two bytes a weight. `original_bytes` counts two bytes a weight, `stored_bytes` what the
-    files really spend, `overlay_bytes` a base and rank-r factors at two bytes a number, r being each projection's mean
-    95 %-energy rank; all three are of the analysed layers. `parameters` are the weights of the routed experts of all
-    layers, taken to be like the analysed ones; null in reports of earlier versions.
+    `type` and `confidence` (a probability) come from the layers' `lineage` and, if no layers were asked for, also from
+    the neurons of two `further_layers`, of which parts were read. `kind` is the kind of upcycling that it looks like,
+    and `documented_rule` the outcome of gate rank and cosine. `parent` is the dense model that was compared with, and
+    `parent_embeddings` how similar the token embeddings of the two are, null if they were not compared.
+
+    `bits_saved` is what a base for the experts saves over all projections, in bits per weight, counting 0 for those
+    where it does not pay; null in reports of earlier versions. `compressible` says whether an overlay takes fewer bytes
+    than the experts as stored, and fewer than two bytes per weight. `original_bytes` counts two bytes per weight,
+    `stored_bytes` what the files really use, and `overlay_bytes` a base and rank-r factors at two bytes per number,
+    where r is each projection's mean 95 %-energy rank; all three are of the analysed layers. `parameters` counts the
+    weights of the routed experts of all layers, assuming that they are like the analysed ones; null in reports of
+    earlier versions.
     """
 
     schema_: Literal["moe-type-analysis/1"] = Field(default="moe-type-analysis/1", alias="schema")
@@ -305,18 +318,19 @@ class MoETypeAnalysis(Identity):
         return sum(float(getattr(layer.lineage, figure)) for layer in self.layers) / len(self.layers)
 
     def details(self) -> "RenderableType":
-        """What the documented rule says, all groups of experts, and the ranks of single experts, for `rich.print`."""
+        """The outcome of the documented rule, all groups of experts, and the ranks of single experts, for
+        `rich.print`."""
         return as_details(self)
 
 
 class MoEQuickAnalysis(Identity):
-    """How one model's experts were trained, by a part of some experts in a few layers.
+    """How the experts of one model were trained, from a part of some experts in a few layers.
 
-    `type` and `confidence`, the probability by such evidence, come from `shared`, `strong` and `reach`, means over
-    `layers`; `full_confidence` is what a full analysis would have by the same evidence (by clear evidence, where this
-    one does not decide). `weight_bytes` of the experts were read, at most about `budget`, which is the `share` of
-    `stored_bytes`, those of all experts (taken from the analysed layers); a full analysis of one layer would read
-    `full_bytes`. `parameters` are as in MoETypeAnalysis.
+    `type` and `confidence` (a probability) come from `shared`, `strong` and `reach`, means over `layers`.
+    `full_confidence` is what a full analysis would have by the same evidence, or by clear evidence if this one does not
+    decide. `weight_bytes` of the experts were read, at most about `budget`; this is the `share` of `stored_bytes`, the
+    bytes of all experts, extrapolated from the analysed layers. A full analysis of one layer would read `full_bytes`.
+    `parameters` is as in MoETypeAnalysis.
     """
 
     schema_: Literal["moe-type-quick/1"] = Field(default="moe-type-quick/1", alias="schema")
@@ -345,3 +359,7 @@ class MoETypeComparison(Report):
 
     schema_: Literal["moe-type-comparison/1"] = Field(default="moe-type-comparison/1", alias="schema")
     models: tuple[MoETypeAnalysis, ...]
+
+    def details(self) -> "RenderableType":
+        """The details of each analysis, for `rich.print`."""
+        return as_details(self)

@@ -1,4 +1,4 @@
-"""What every result has in common."""
+"""What all reports have in common."""
 
 from functools import singledispatch
 from io import StringIO
@@ -27,13 +27,13 @@ def as_rich(report: Any) -> "RenderableType":
 
 @singledispatch
 def as_details(report: Any) -> "RenderableType":
-    """More of the report, for those who ask; `views` registers it for the reports that have more."""
+    """More of the report; `views` registers it for the reports that have more."""
     raise TypeError(f"{type(report).__name__} has no details")
 
 
 @singledispatch
 def as_html(report: Any) -> str:
-    """The report for a notebook: as in a terminal, where `views` registers nothing better."""
+    """The report for a notebook: as in a terminal, unless `views` registers something better."""
     from rich.console import Console
 
     console = Console(record=True, width=100, file=StringIO(), force_jupyter=False)
@@ -43,20 +43,20 @@ def as_html(report: Any) -> str:
 
 @singledispatch
 def as_text(report: Any) -> str:
-    """The report in a few lines of plain text; "" where `views` registers none."""
+    """The report in a few lines of plain text; "" if `views` registers none."""
     return ""
 
 
 @singledispatch
 def as_rows(report: Any) -> list[Row]:
-    """The report as rows of plain values; `views` registers how. Raises InvalidRequest where it has none."""
-    raise InvalidRequest(f"{type(report).__name__} is no table", "take its fields, or model_dump()")
+    """The report as rows of plain values; `views` registers how. Raises InvalidRequest if it has none."""
+    raise InvalidRequest(f"{type(report).__name__} is not a table", "use its fields, or model_dump()")
 
 
 @singledispatch
 def as_markdown(report: Any) -> str:
-    """The report as a table in Markdown; `views` registers how. Raises InvalidRequest where it has none."""
-    raise InvalidRequest(f"{type(report).__name__} is no table", "take its fields, or model_dump()")
+    """The report as a table in Markdown; `views` registers how. Raises InvalidRequest if it has none."""
+    raise InvalidRequest(f"{type(report).__name__} is not a table", "use its fields, or model_dump()")
 
 
 @singledispatch
@@ -66,9 +66,9 @@ def as_figure(report: Any, **options: Any) -> "Figure":
 
 
 class Report(BaseModel):
-    """A frozen result that validates its own JSON, and shows itself in a notebook as it does in a terminal.
+    """A frozen result that validates its own JSON, and is shown in a notebook as in a terminal.
 
-    Its numbers are finite. `print` shows a few lines of it, `rich.print` its tables.
+    All numbers are finite. `print` shows a few lines of it, `rich.print` its tables.
     """
 
     model_config = ConfigDict(
@@ -83,22 +83,22 @@ class Report(BaseModel):
         return f"<{type(self).__name__} {first}>" if first else super().__repr__()
 
     def to_frame(self) -> "DataFrame":
-        """The report as a pandas.DataFrame: a row a layer, a model or a size, whichever the report is of.
+        """The report as a pandas.DataFrame, with one row per layer, model or size, depending on the report.
 
-        Raises InvalidRequest where pandas is not installed, and for a report that is no table.
+        Raises InvalidRequest if pandas is not installed, and for a report that is not a table.
         """
         rows = as_rows(self)
         try:
             import pandas
         except ImportError:
-            raise InvalidRequest("a frame needs pandas, which is not installed", "pip install pandas") from None
+            raise InvalidRequest("a DataFrame needs pandas, which is not installed", "pip install pandas") from None
         return pandas.DataFrame(rows)
 
     def plot(self, ax: Any = None, *, caption: bool = False, dark: bool = False) -> "Figure":
-        """The report as a matplotlib figure, or on `ax`: the panel that decides on one, all panels on several.
+        """The report as a matplotlib figure, or on `ax`: the main panel on a single one, all panels on several.
 
-        With a `caption` the figure says below what it shows, and of which model; `dark` is for dark grounds. Raises
-        InvalidRequest where matplotlib is not installed, and for a report that has no figure.
+        With a `caption`, a line below the figure says what it shows and of which model; `dark` is for dark backgrounds.
+        Raises InvalidRequest if matplotlib is not installed, and for a report that has no figure.
         """
         try:
             return as_figure(self, ax=ax, caption=caption, dark=dark)
@@ -115,7 +115,8 @@ class Report(BaseModel):
 
 
 class Cost(Report):
-    """What the analysis took: bytes asked of the model's files, of which `bytes_fetched` came over the network."""
+    """What the analysis took: bytes read from the model's files, of which `bytes_fetched` came over the network, and
+    seconds."""
 
     bytes_read: int
     bytes_fetched: int

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class SurveyRequest(Report):
-    """What a survey asks of one model: the options of an analysis, `layers` as on the command line, null for the usual
-    ones; `experts` null for all; `budget` the bytes of a quick analysis, null for a full one."""
+    """What a survey asks of one model: the options of an analysis. `layers` is written as on the command line, null for
+    the default; `experts` is null for all; `budget` is the bytes of a quick analysis, null for a full one."""
 
     model: str
     parent: str | None = None
@@ -24,12 +24,12 @@ class SurveyRequest(Report):
 
 
 class SurveyAnswer(Identity):
-    """An analysis in short: its verdict, and the evidence over the analysed layers as means.
+    """An analysis in short: its verdict, and the evidence as means over the analysed layers.
 
     `kept`, `close` and `chance` are those of Lineage, `shared` and `strong` those of Sharing (null in rows of older
-    versions, as `bits_saved` and `parameters`), `parent_kept` that of ParentMatch, null without a parent; the rest is
-    as in MoETypeAnalysis. A quick analysis has no ranks, cosine and overlay: they are null, and `reach`, as in
-    MoEQuickAnalysis, is null of all others.
+    versions, as are `bits_saved` and `parameters`), and `parent_kept` is that of ParentMatch, null without a parent;
+    the rest is as in MoETypeAnalysis. In a quick analysis ranks, cosine and overlay are null; `reach`, as in
+    MoEQuickAnalysis, is null in all others.
     """
 
     layers: tuple[int, ...]
@@ -55,7 +55,7 @@ class SurveyAnswer(Identity):
 
 
 class SurveyError(Report):
-    """Why there is no answer: the exit code that an analysis ends with, and its line."""
+    """Why there is no answer: the exit code of the analysis, and its error message and hint."""
 
     code: int
     message: str
@@ -63,7 +63,7 @@ class SurveyError(Report):
 
 
 class SurveyRow(Report):
-    """One model of a survey: either `answer` or `error` is null. `stated` is the origin that the list states."""
+    """One model of a survey: either `answer` or `error` is null. `stated` is the origin that the list gives."""
 
     schema_: Literal["moe-type-survey-row/1"] = Field(default="moe-type-survey-row/1", alias="schema")
     request: SurveyRequest
@@ -80,14 +80,15 @@ class SurveyRow(Report):
 
 
 class Records(Report):
-    """A report with a row for each model."""
+    """A report with one row per model."""
 
     def records(self) -> list[Row]:
-        """Plain values by column, a row a model: for `pandas.DataFrame(report.records())`, and whatever takes rows."""
+        """Plain values by column, one row per model: for `pandas.DataFrame(report.records())`, and whatever else takes
+        rows."""
         return as_rows(self)
 
     def to_csv(self) -> str:
-        """The records as CSV with a line of headings; nothing where a value is null."""
+        """The records as CSV with a header line; null is an empty field."""
         return format_csv(self.records())
 
     def to_markdown(self) -> str:
@@ -107,11 +108,12 @@ class MoETypeSurvey(Records):
 
 
 class PlannedModel(Report):
-    """What a model of a survey would cost, by the shape that its list gives, or else by the headers of its files.
+    """What the analysis of one model of a survey would cost, from the shape in its list or else from the headers of its
+    files.
 
-    `layer_bytes` and `stored_bytes` are those of the routed experts as stored, of one layer and of all; a shape knows
-    of no biases. `analysis_bytes` of them are read, in about `seconds`, a guess; a parent is in neither. `source`
-    says what tells it. All five are null where there is an `error`.
+    `layer_bytes` and `stored_bytes` are those of the routed experts as stored, of one layer and of all; a shape does
+    not include biases. `analysis_bytes` of them would be read, in roughly `seconds`; both leave out a parent. `source`
+    says where the sizes come from. All five are null if there is an `error`.
     """
 
     request: SurveyRequest
@@ -125,7 +127,7 @@ class PlannedModel(Report):
 
 
 class MoESurveyPlan(Records):
-    """What a survey would cost, without reading a weight; the sums are over the models without an error."""
+    """What a survey would cost, without reading weights; the sums are over the models without an error."""
 
     schema_: Literal["moe-survey-plan/1"] = Field(default="moe-survey-plan/1", alias="schema")
     models: tuple[PlannedModel, ...]

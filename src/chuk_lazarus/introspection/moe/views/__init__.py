@@ -67,7 +67,13 @@ from .tables.overlays import (
     render_overlay,
     render_verification,
 )
-from .tables.provenance import render_analysis, render_comparison, render_details, render_quick
+from .tables.provenance import (
+    render_analysis,
+    render_comparison,
+    render_comparison_details,
+    render_details,
+    render_quick,
+)
 from .tables.survey import PlanTable, SurveyTable, plan_to_markdown, render_survey_summary, survey_to_markdown
 
 as_rich.register(MoECache, render_cache)
@@ -86,6 +92,7 @@ as_rich.register(MoETypeSurvey, SurveyTable)
 as_rich.register(MoESurveyPlan, PlanTable)
 
 as_details.register(MoETypeAnalysis, render_details)
+as_details.register(MoETypeComparison, render_comparison_details)
 as_details.register(MoETypeSurvey, render_survey_summary)
 
 as_html.register(MoETypeAnalysis, to_fragment)

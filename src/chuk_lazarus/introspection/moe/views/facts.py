@@ -22,6 +22,7 @@ from .words import (
     format_rank,
     format_ratio,
     format_spread,
+    list_numbers,
     name_sources,
 )
 
@@ -305,7 +306,7 @@ def _mean_of(figure: LayerFigure) -> Callable[[MoETypeAnalysis], str]:
 
 def _name_layers(model: MoETypeAnalysis) -> str:
     """For instance "0, 5", or "0; parts of 8, 15"."""
-    whole, parts = (", ".join(str(each.layer) for each in layers) for layers in (model.layers, model.further_layers))
+    whole, parts = (list_numbers([each.layer for each in layers]) for layers in (model.layers, model.further_layers))
     return f"{whole}; parts of {parts}" if parts else whole
 
 

@@ -17,9 +17,11 @@ from ..reports import (
     MoETypeAnalysis,
     MoETypeComparison,
     MoEWeightsVerification,
+    SurveyAnswer,
+    SurveyRow,
     as_html,
 )
-from ..text import format_bytes, format_ranges, percent
+from ..text import format_bytes, format_count, format_ranges, percent
 from . import facts, verdicts
 from .figures import (
     draw_decays,
@@ -35,16 +37,21 @@ from .figures import (
 from .figures.style import DARK, LIGHT, theme
 from .templates import load_template
 from .words import (
+    LOOK_ALIKES,
     MOST_GROUPS,
     RATED,
     caution,
+    count_outcomes,
     describe_family,
     describe_groups,
     describe_sample,
     explain,
+    explain_answer,
     explain_further,
     explain_parent,
     explain_saving,
+    explain_saving_of,
+    format_low_rank,
     format_ratio,
     name_sources,
 )
@@ -57,62 +64,62 @@ MOST_DESCRIBED = 12  # layers whose parents a caption names
 NEXT_LAYERS = 4  # the number of layers that the page proposes to analyse next
 
 VERDICTS = {
-    "UPCYCLED": "It was upcycled: its experts grew out of the same neurons.",
+    "UPCYCLED": "It was upcycled: its experts began as copies of the same neurons.",
     "NATIVE": "It was trained natively, as a mixture of experts.",
-    "UNDETERMINED": "Its neurons do not tell how it was trained.",
+    "UNDETERMINED": "The evidence does not show how it was trained.",
 }
 
 MEANINGS = (
     (
         "Confidence",
-        "How probable the verdict is by its evidence, as fitted to hundreds of tiny models of known history, of up to "
-        "128 dimensions. On large ones it has not been measured. It is never near 100 % for NATIVE: a model whose "
-        "experts were all re-initialised looks the same.",
+        "The probability that the verdict is right. It was calibrated on hundreds of tiny models of known history, of "
+        "up to 128 dimensions, and has not been measured on large models. For NATIVE it never comes near 100 %, "
+        "because a model whose experts were all re-initialised looks the same.",
     ),
     (
         "Neurons shared",
-        "The share of an expert's neurons (a gate row, an up row and a down column) that are found again in the other "
-        "expert that has most of them: all these vectors have one and the same neuron there for their nearest, clearly "
-        "nearer than the second nearest, and the other way round. The mean over all experts.",
+        "The share of an expert's neurons that have a close match in one other expert, the one with the most matches; "
+        "the mean over all experts. A neuron is a gate row, an up row and a down column. Two neurons match if in all "
+        "three roles each is the other's nearest neuron, clearly nearer than the second nearest.",
     ),
-    ("Strongly", "The share of neurons that are found so with a mean cosine of at least 0.8: nearly the same."),
+    ("Strongly", "The share of neurons whose match has a mean cosine of at least 0.8: they are nearly the same."),
     (
         "Rank",
-        "The least number of singular directions that hold 95 % of the energy of a delta, an expert minus the mean of "
-        "all experts; the mean over the sampled experts.",
+        "How many singular directions hold 95 % of the energy of a delta; the mean over the sampled experts. A delta "
+        "is an expert minus the mean of all experts.",
     ),
-    ("Of noise", "That rank as a share of the rank that random numbers in a matrix of the same shape have."),
+    ("Vs noise", "That rank as a share of the rank of a random matrix of the same shape."),
     (
         "Delta energy",
-        "The share of an expert's energy that is in its delta: near 1 for independent experts, 0 for exact copies.",
+        "The share of an expert's energy (its squared norm) that is in its delta: near 1 for independent experts, 0 "
+        "for exact copies.",
     ),
     (
         "Cosine",
-        "The mean over all pairs of experts of the cosine between their flattened down projections, ± its standard "
-        "deviation; it compares neurons by their position.",
+        "The cosine between the flattened down projections of two experts; mean and standard deviation over all pairs. "
+        "It compares neurons by their position, so shuffled copies have a cosine near 0.",
     ),
     (
         "Bits saved",
-        "What one base for all experts, or for each group that shares neurons, saves in bits a weight, once the "
-        "neurons were brought into one order: 0.5 log2(1/d), d being the deltas' share of the energy, less the bits of "
-        "the base by the number of experts; at most the bound, which is what the best of codes saves.",
+        "How many bits per weight a shared base saves, at equal error, once the neurons are in the same order. It is "
+        "0.5 log2(1/d), where d is the share of the energy in the deltas, minus the bits of the base divided by the "
+        "number of experts. The bound is what the best possible code would save.",
     ),
     (
         "Overlay",
-        "The bytes of the experts at two bytes a weight over those of one base and a delta of that rank for each "
-        "expert; compressible if it takes less than that and less than the file does.",
+        "How many times smaller a low-rank overlay is than the experts in bfloat16. An overlay has one base, and a "
+        "delta of that rank for each expert.",
     ),
     (
         "Parent",
-        "The share of the sampled neurons for which all their vectors have one and the same neuron in a layer of the "
-        "dense model for their nearest, clearly nearer than the second nearest; and how alike the attention is (CKA, "
-        "near 1 for what was copied, near 0 for what was trained apart).",
+        "The share of the sampled neurons that have a match in a layer of the dense model, and how similar the "
+        "attention is (CKA: near 1 if it was copied, near 0 if it was trained independently).",
     ),
     (
-        "Limits",
-        "A model whose experts were all re-initialised looks native, and so does a dense layer that was cut into "
-        "experts without a duplicate, unless the parent is given. Where every expert is there twice, they may have "
-        "been merged or duplicated, and what they were before is not known.",
+        "Limitations",
+        "A model looks native if all experts were re-initialised, or if a dense layer was cut into experts without "
+        "duplicating a neuron. Naming the parent reveals both. If every expert is there twice, they may have been "
+        "merged or duplicated, and what they were before is unknown.",
     ),
 )
 
@@ -135,9 +142,53 @@ class Step(NamedTuple):
 Shown = MoETypeAnalysis | MoETypeComparison | MoEWeightsVerification
 
 
-def to_page(report: Shown, command: str | None = None) -> str:
-    """The report as one self-contained HTML page without scripts, its JSON inside; `command` is what made it."""
-    return _render(report, command and printable(command), whole=True)
+def to_page(report: Shown, command: str | None = None, survey: str | None = None) -> str:
+    """The report as one self-contained HTML page without scripts, its JSON inside.
+
+    `command` is what made it, `survey` the address of the survey that it is part of.
+    """
+    return _render(report, command and printable(command), whole=True, survey=survey)
+
+
+def to_answer_page(row: SurveyRow, answer: SurveyAnswer, survey: str) -> str:
+    """What a survey's row says of a model, as a page: for one whose full analysis is not there."""
+    return load_template("answer.html").render(
+        whole=True,
+        command=None,
+        survey=survey,
+        row=row,
+        answer=answer,
+        name=row.request.model,
+        rated=RATED,
+        verdict=_verdict(answer),
+        why=explain_answer(answer),
+        saved=explain_saving_of(answer),
+        caveat="" if row.request.parent else LOOK_ALIKES.get(answer.type, ""),
+        facts=_list_answer(row, answer),
+        step=f"{COMMAND} moe-type-analyze -m {quote(row.request.model)}",
+        data=row.model_dump(mode="json"),
+        version=__version__,
+        light=theme(LIGHT),
+        dark=theme(DARK),
+    )
+
+
+def _list_answer(row: SurveyRow, answer: SurveyAnswer) -> list[tuple[str, str]]:
+    figures = (
+        ("Revision", answer.revision),
+        ("Family", describe_family(answer)),
+        ("Layers", format_ranges(answer.layers)),
+        ("Stated", row.stated),
+        ("Weights", answer.parameters and f"{format_count(answer.parameters)}, of all routed experts"),
+        ("Parent", row.request.parent),
+        *(
+            (name, None if share is None else percent(share))
+            for name, share in (("Parent's", answer.parent_kept), ("Rank", answer.rank_ratio))
+        ),
+        ("Cosine", None if answer.cosine is None else f"{answer.cosine:.3f}"),
+        ("Overlay", None if answer.overlay_ratio is None else format_ratio(answer.overlay_ratio)),
+    )
+    return [*((name, value) for name, value in figures if value), *(("Note", note) for note in answer.notes)]
 
 
 def to_fragment(report: Shown) -> str:
@@ -154,13 +205,14 @@ def show_estimate(report: MoEOverlayEstimate) -> str:
         return text
 
 
-def _render(report: Shown, command: str | None, whole: bool) -> str:
+def _render(report: Shown, command: str | None, whole: bool, survey: str | None = None) -> str:
     if isinstance(report, MoEWeightsVerification):
         template, shown = "verification.html", _show_conversion(report, whole)
     else:
         template, shown = "page.html", _show_analyses(report, whole)
     return load_template(template).render(
         whole=whole,
+        survey=survey,
         command=command,
         data=report.model_dump(mode="json"),
         version=__version__,
@@ -176,6 +228,7 @@ def _show_conversion(report: MoEWeightsVerification, whole: bool) -> dict[str, A
         ("Original", verdicts.identify_original(report)),
         ("Family", describe_family(report)),
         ("Compared", verdicts.describe_compared(report)),
+        *([("Bits", bits)] if (bits := verdicts.describe_bits(report)) else []),
         *(("Note", note) for note in report.notes),
     ]
     return {
@@ -208,7 +261,19 @@ def _show_analyses(report: MoETypeAnalysis | MoETypeComparison, whole: bool) -> 
     models = report.models if isinstance(report, MoETypeComparison) else (report,)
     return {
         "models": models,
-        "verdicts": [(model, _verdict(model), explain(model), caution(model), _facts(model)) for model in models],
+        "verdicts": [
+            (
+                model,
+                _verdict(model),
+                _describe_shared(model),
+                explain(model),
+                explain_saving(model),
+                caution(model),
+                _facts(model),
+            )
+            for model in models
+        ],
+        "counts": count_outcomes([model.type for model in models]),
         "rated": RATED,
         "headline": _headline(models[0]) if len(models) == 1 else [],
         "evidence": facts.compare(models),
@@ -226,11 +291,17 @@ def _show_analyses(report: MoETypeAnalysis | MoETypeComparison, whole: bool) -> 
     }
 
 
-def _verdict(model: MoETypeAnalysis) -> str:
+def _verdict(model: MoETypeAnalysis | SurveyAnswer) -> str:
     """The verdict in a sentence."""
     if model.type == "UPCYCLED" and (model.kind or "").startswith("from this parent"):
-        return "It was upcycled from the dense model that was named."
+        return "It was upcycled from the given parent."
     return VERDICTS[model.type]
+
+
+def _describe_shared(model: MoETypeAnalysis) -> str:
+    """For instance "100.0 % of the neurons shared: shuffled copies."."""
+    kind = f": {model.kind}" if model.kind else ""
+    return f"{percent(facts.mean_over_layers(model, facts.SHARED))} of the neurons shared{kind}."
 
 
 def _tables(model: MoETypeAnalysis) -> list[facts.Table]:
@@ -248,7 +319,6 @@ def _facts(model: MoETypeAnalysis) -> list[tuple[str, str]]:
         *([("Groups", groups)] if groups else []),
         *([("Further", explain_further(model))] if model.further_layers else []),
         *([("Parent", explain_parent(model))] if model.parent else []),
-        *([("Sharing", saving)] if (saving := explain_saving(model)) else []),
         *(("Note", note) for note in model.notes),
     ]
 
@@ -259,19 +329,18 @@ def _headline(model: MoETypeAnalysis) -> list[tuple[str, str, str]]:
     noise_ratio = facts.of_projection(role, facts.NOISE_RATIO)
     figures = (facts.SHARED, facts.STRONG, noise_ratio, facts.COSINE_SPREAD)
     shared, strong, noise, spread = (facts.mean_over_layers(model, figure) for figure in figures)
-    pays = "compressible" if model.compressible else "not compressible"
     return [
-        ("Neurons shared", percent(shared), f"with the best partner; {percent(strong)} strongly"),
-        ("Cosine (down)", f"{model.cosine:.3f}", f"± {spread:.3f} over the pairs"),
+        ("Neurons shared", percent(shared), f"with another expert; {percent(strong)} strongly"),
+        ("Cosine (down)", f"{model.cosine:.3f}", f"± {spread:.3f} over pairs of experts"),
         (
             f"{role.capitalize()} rank",
             percent(model.rank_ratio),
-            f"of the greatest possible; {percent(noise)} of noise",
+            f"of the largest possible; {percent(noise)} of the rank of noise",
         ),
         (
-            "Overlay",
-            format_ratio(model.overlay_ratio),
-            f"{pays}; {format_bytes(model.overlay_bytes)} for {format_bytes(model.stored_bytes)}",
+            "Low-rank overlay",
+            format_low_rank(model),
+            f"{format_bytes(model.overlay_bytes)} for {format_bytes(model.stored_bytes)}",
         ),
     ]
 
@@ -314,10 +383,10 @@ def _describe_layer(layer: LayerAnalysis) -> str:
     cosines = [cosine for i, row in enumerate(layer.similarity.cosine) for cosine in row[:i]]
     pairs = [share for i, row in enumerate(lineage.sharing.pairs) for j, share in enumerate(row) if i != j]
     return (
-        f"The share of one expert's neurons that another has, {_format_range(pairs, percent)}; the colour turns at "
-        f"10 %, where a verdict of UPCYCLED begins. With its best partner an expert shares "
-        f"{percent(lineage.sharing.shared)}, strongly {percent(lineage.sharing.strong)}. Of {sum(matches.nearest):,} "
-        f"neurons, half have a cosine above {_median(matches.nearest):.2f} with the nearest one there, and half above "
+        f"Left: the share of one expert's neurons that have a match in another, {_format_range(pairs, percent)}. The "
+        f"colour changes at 10 %, where the verdict UPCYCLED begins. An expert shares "
+        f"{percent(lineage.sharing.shared)} of its neurons with the expert that is most like it. The median cosine of "
+        f"{sum(matches.nearest):,} neurons is {_median(matches.nearest):.2f} with the nearest neuron there, and "
         f"{_median(matches.runner_up):.2f} with the second nearest, which is chance. Cosines between the down "
         f"projections of {len(layer.similarity.experts)} experts: {_format_range(cosines, '{:.3f}'.format)}."
     )
@@ -331,10 +400,10 @@ def _median(counts: Sequence[int]) -> float:
 
 def _describe_decay(layer: LayerAnalysis) -> str:
     ranks = (
-        f"{role} {matrix.rank['0.95']:.0f} of {matrix.max_rank}, {percent(matrix.noise_rank_ratio)} of noise"
+        f"{role} {matrix.rank['0.95']:.0f} of {matrix.max_rank} ({percent(matrix.noise_rank_ratio)} vs noise)"
         for role, matrix in layer.projections.items()
     )
-    return f"Singular values of the experts' deltas beside those of noise. 95 % ranks: {'; '.join(ranks)}."
+    return f"Singular values of the experts' deltas, compared with noise. 95 % ranks: {'; '.join(ranks)}."
 
 
 def _describe_depth(model: MoETypeAnalysis) -> str:
@@ -354,8 +423,8 @@ def _describe_parents(model: MoETypeAnalysis) -> str:
     matches = [(layer.layer, layer.lineage.parent) for layer in model.layers if layer.lineage.parent]
     parts = []
     for number, match in matches[:MOST_DESCRIBED]:
-        where = f", by layer {name_sources(match)}" if match.kept >= LINEAGE.native else ""
-        attention = f", attention {match.attention.cka:.2f} alike" if match.attention else ""
+        where = f" in layer {name_sources(match)}" if match.kept >= LINEAGE.native else ""
+        attention = f", similarity of the attention {match.attention.cka:.2f}" if match.attention else ""
         searched = f"{len(match.layers)} of {match.of_layers} layers of the parent searched"
         parts.append(f"layer {number}: {percent(match.kept)} of the neurons found{where} ({searched}){attention}")
     listing = "; ".join(parts)
@@ -363,8 +432,8 @@ def _describe_parents(model: MoETypeAnalysis) -> str:
 
 
 DECAYS = (
-    "Singular values of the deltas (expert minus mean of all experts) over their root mean square, by rank; broad and "
-    "pale: of noise of the same shape. Colours and marks are those of the models above."
+    "Singular values of the deltas (expert minus mean of all experts), divided by their root mean square. Broad and "
+    "pale: noise of the same shape. Colours and marks: the models above."
 )
 
 
@@ -382,29 +451,27 @@ def _next_steps(model: MoETypeAnalysis) -> Iterator[Step]:
     analyze = f"{COMMAND} moe-type-analyze -m {name}"
     if model.type == "UNDETERMINED":
         yield Step(
-            "Match all neurons of all experts, not a sample; it takes time and memory.",
+            "Match all neurons of all experts, not a sample. This needs more time and memory.",
             f"{analyze} --experts all --thorough",
         )
     if set(layers) - {layer.layer for layer in model.layers}:
         count = min(NEXT_LAYERS, len(layers))
         spread = ",".join(str(layers[place * (len(layers) - 1) // (count - 1)]) for place in range(count))
-        yield Step("See whether other layers say the same.", f"{analyze} --layers {spread}")
+        yield Step("See whether other layers agree.", f"{analyze} --layers {spread}")
     if not model.parent:
         yield Step(
-            "A dense layer that was cut into experts, no neuron twice, looks native, and so do experts that were all "
-            "re-initialised. Name the dense model to find out."
+            "Slices of a dense layer look native, and so do experts that were all re-initialised. If you know a dense "
+            "model that it may come from, name it."
             if model.type == "NATIVE"
-            else "Name the dense model that it may come from, to see which of its neurons are in which expert.",
+            else "If you know the dense model that it may come from, name it to see which neurons are from there.",
             f"{analyze} --parent {'demo:parent' if model.model.startswith('demo:') else 'DENSE-MODEL'}",
         )
     yield Step(
-        "See what an overlay of the whole model would take, and what else pays."
-        if model.compressible
-        else "At 95 % of the deltas' energy an overlay does not pay. See what the same bytes buy otherwise.",
+        "See how much smaller the whole model can be made, and at what error.",
         f"{COMMAND} moe-overlay-estimate -m {name}",
     )
     if model.compressible:
         yield Step(
-            "Rebuild the experts from an overlay, and compare their outputs with the originals'.",
+            "Rebuild the experts from a low-rank overlay, and compare their outputs with the originals.",
             f"{COMMAND} moe-overlay-verify -m {name}",
         )

@@ -1,4 +1,4 @@
-"""A survey as a folder of pages: index.html, and in `models` a page and an analysis of each model.
+"""A survey as a folder of pages: index.html, and in `models` a page of each model, with its analysis if that was full.
 
 The folder is whole or not there. While models are analysed, their analyses are kept in FOLDER.partial, where a run that
 was interrupted finds them again.
@@ -20,6 +20,7 @@ from . import page
 from .survey_page import MARK, to_survey_page
 
 INDEX, MODELS = "index.html", "models"
+BACK = f"../{INDEX}"  # from a model's page
 LONGEST_NAME = 80  # characters of a file's name
 
 
@@ -70,10 +71,15 @@ class SurveyFolder:
                 pages: dict[int, str] = {}
                 for number, row in enumerate(survey.rows):
                     report("pages", number, len(survey.rows))
+                    if not row.answer:
+                        continue
+                    pages[number] = f"{MODELS}/{_name(row)}.html"
                     if analysis := self._find(row):
-                        pages[number] = f"{MODELS}/{_name(row)}.html"
                         (new / MODELS / f"{_name(row)}.json").write_text(analysis.model_dump_json(), "utf-8")
-                        (new / pages[number]).write_text(page.to_page(analysis), "utf-8")
+                        text = page.to_page(analysis, survey=BACK)
+                    else:
+                        text = page.to_answer_page(row, row.answer, BACK)
+                    (new / pages[number]).write_text(text, "utf-8")
                 (new / INDEX).write_text(to_survey_page(survey, pages, command), "utf-8")
                 self._replace(new, Path(work, "old"))
                 shutil.rmtree(self._kept, ignore_errors=True)

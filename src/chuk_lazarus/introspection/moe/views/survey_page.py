@@ -21,24 +21,24 @@ HEADINGS = (
     "Experts",
     "Storage",
     "Weights",
-    "In the best partner",
-    "Nearly the same",
+    "Shared",
+    "Strongly",
     "Bits saved",
 )
 MEANINGS = (
     (
         "Verdict and confidence",
-        "How the experts were trained, and how probable that is by the evidence, as fitted to models of known history. "
-        "NATIVE is never near 100 %: a model whose experts were all re-initialised looks the same.",
+        "How the experts were trained, and the probability that this is right, calibrated on tiny models of known "
+        "history. For NATIVE it never comes near 100 %: a model whose experts were all re-initialised looks the same.",
     ),
     (
-        "In the best partner",
-        "The share of an expert's neurons that are found again in the other expert that has most of them; the mean "
-        "over all experts of the analysed layers.",
+        "Shared",
+        "The share of an expert's neurons that have a close match in another expert; the mean over all experts of the "
+        "analysed layers.",
     ),
-    ("Nearly the same", "The share of neurons that are found so with a mean cosine of at least 0.8."),
-    ("Weights", "Of all routed experts, if all layers are like those that were analysed."),
-    ("Bits saved", "What one base for experts that share neurons saves, in bits a weight. Empty: not measured."),
+    ("Strongly", "The share of neurons whose match has a mean cosine of at least 0.8."),
+    ("Weights", "Those of all routed experts, if all layers are like the analysed ones."),
+    ("Bits saved", "How many bits per weight a shared base saves. Empty: not measured."),
 )
 
 
@@ -84,7 +84,6 @@ def to_survey_page(survey: MoETypeSurvey, pages: Mapping[int, str], command: str
         words={"Kind", "Stated", "Storage"},
         outcomes=sorted({model.outcome for model in models}),
         counts=count_types(survey),
-        lacks_pages=any(row.answer and place not in pages for place, row in enumerate(survey.rows)),
         meanings=MEANINGS,
         command=command and printable(command),
         data=survey.model_dump(mode="json"),
@@ -105,8 +104,8 @@ def _describe(row: SurveyRow, page: str | None, headings: Sequence[str]) -> Mode
         "Experts": Cell(str(answer.experts), answer.experts),
         "Storage": _text(answer.storage),
         "Weights": Cell("") if answer.parameters is None else Cell(format_count(answer.parameters), answer.parameters),
-        "In the best partner": _share(answer.shared),
-        "Nearly the same": _share(answer.strong),
+        "Shared": _share(answer.shared),
+        "Strongly": _share(answer.strong),
         "Bits saved": Cell("")
         if answer.bits_saved is None
         else Cell(format_bits(answer.bits_saved), answer.bits_saved),
@@ -115,7 +114,7 @@ def _describe(row: SurveyRow, page: str | None, headings: Sequence[str]) -> Mode
 
 
 def _bars(answer: SurveyAnswer) -> tuple[Bar, ...]:
-    shares = (("in the best partner", answer.shared), ("nearly the same", answer.strong))
+    shares = (("shared", answer.shared), ("strongly", answer.strong))
     return tuple(Bar(name, whole_percent(share), share) for name, share in shares if share is not None)
 
 

@@ -1,5 +1,6 @@
 """The templates of pages, which lie beside this module: HTML in which all text is escaped."""
 
+import re
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -22,5 +23,16 @@ def load_template(name: str) -> "Template":
     environment.policies["json.dumps_kwargs"] = {
         "ensure_ascii": False
     }  # which also keeps the keys in the report's order
-    environment.filters["glue"] = lambda text: str(text).replace(" %", "\u00a0%")  # a number and its sign stay together
+    environment.filters["glue"] = _glue
+    environment.filters["pieces"] = _pieces
     return environment.get_template(name)
+
+
+def _glue(text: str) -> str:
+    """Text in which a number and what it counts stay together."""
+    return re.sub(r"(?<=\d) (?=%|[kMGT]?B\b|UPCYCLED|NATIVE|UNDETERMINED|failed)", "\u00a0", str(text))
+
+
+def _pieces(text: str) -> list[str]:
+    """The parts of a text between which a line may end: after a slash, a dash and the like, as in long names."""
+    return re.split(r"(?<=[-/_.:])(?=[^-/_.:\s\d])", str(text))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 
 from ..reports import LayerConversion, MoEWeightsVerification, ProjectionConversion, WeightFault
 from ..terms import ROLES
@@ -13,23 +14,23 @@ FAULT_HEADINGS = ("Layer", "Role", "Experts", "What is wrong")
 MEANINGS = (
     (
         "Error",
-        "The Frobenius norm of the difference of a converted matrix from the original one, over that of the original: "
-        "the mean over the compared experts, and the worst.",
+        "The relative error of a converted matrix: the Frobenius norm of its difference from the original, divided by "
+        "the norm of the original. The mean over the compared experts, and the largest.",
     ),
     (
         "Expected",
-        "What the same weights err in this storage format when each group is scaled to its largest and rounded, by a "
-        "sample of the groups: the plain way to write it.",
+        "The error that this storage format should cost: each group of weights is scaled to its largest and rounded. "
+        "It is measured on a sample of the groups.",
     ),
     (
         "Ratio",
-        "The largest ratio of an expert's error to what is expected of it. Errors of up to 0.2 % are always expected, "
-        "for arithmetic in bfloat16.",
+        "The largest ratio of an expert's error to the expected error. Errors of up to 0.2 % are always expected, "
+        "because of arithmetic in bfloat16.",
     ),
     (
         "Harmless",
-        "Experts in another order are no fault where the router's rows are in the same one, nor are neurons whose "
-        "gate row, up row and down column moved together: a note tells of them.",
+        "Experts in another order are no fault if the rows of the router are in the same order. Neurons in another "
+        "order are no fault if gate rows, up rows and down columns moved together. A note mentions both.",
     ),
 )
 HEADINGS = ("Role", "Format", "Bits", "Error", "Worst", "Expected", "Ratio")
@@ -57,6 +58,12 @@ def describe_compared(report: MoEWeightsVerification) -> str:
     counts = sorted({len(layer.experts) for layer in report.layers})
     most = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return f"{name_layers(numbers)} of {len(report.moe_layers)}, {most} of {report.experts} experts in each"
+
+
+def describe_bits(report: MoEWeightsVerification) -> str:
+    """For instance "4.42 a weight of the experts"; nothing where none were compared."""
+    bits = [projection.bits_per_weight for layer in report.layers for projection in layer.projections.values()]
+    return f"{fmean(bits):.3g} a weight of the experts" if bits else ""
 
 
 def describe_projection(role: str, projection: ProjectionConversion) -> list[str]:

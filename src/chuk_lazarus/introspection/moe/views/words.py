@@ -29,8 +29,10 @@ from ..reports import (
     QuickLayer,
     SurveyAnswer,
 )
+from ..terms import Origin
 from ..text import format_bytes, format_groups, format_ranges, percent, whole_percent
 
+MOST_LISTED = 8  # numbers that are listed one by one
 MOST_MOVED = 8  # layers that a sentence names
 MOST_GROUPS = 8  # groups of experts that it names
 ALIKE = 0.5  # the cosine from which on a picture shows experts as alike
@@ -52,11 +54,26 @@ def name_layers(numbers: Sequence[int]) -> str:
     return f"layer{'' if len(numbers) == 1 else 's'} {format_ranges(numbers)}"
 
 
+def list_numbers(numbers: Sequence[int]) -> str:
+    """For instance "0, 5", or, of many, "0-47"."""
+    return ", ".join(map(str, numbers)) if len(numbers) <= MOST_LISTED else format_ranges(numbers)
+
+
 def count_noun(number: int, noun: str) -> str:
     """For instance "1 layer" or "3 layers"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+OUTCOMES = ("UPCYCLED", "NATIVE", "UNDETERMINED", "failed")
+
+
+def count_outcomes(outcomes: Sequence[str]) -> str:
+    """For instance "5 models: 3 UPCYCLED, 1 NATIVE, 1 failed"."""
+    counts = (f"{outcomes.count(outcome)} {outcome}" for outcome in OUTCOMES if outcome in outcomes)
+    return f"{count_noun(len(outcomes), 'model')}: {', '.join(counts)}"
+
+
+NOTHING_PAYS = "Not by a shared base: the experts have too little in common. Use plain quantisation."
 RATED = "as measured on tiny models"
 """What stands beside every confidence: on which models it was right so often."""
 
@@ -115,17 +132,29 @@ def explain_saving(report: MoETypeAnalysis | MoEOverlayEstimate) -> str:
     if report.bits_saved is None:
         return ""
     if report.bits_saved < PAYS:
-        return "not by a shared base: the experts have too little in common; quantise them plainly"
+        return NOTHING_PAYS
     weights = report.original_bytes / 2
     if isinstance(report, MoETypeAnalysis):
         weights *= len(report.moe_layers) / len(report.layers)
     layers = f"all {len(report.moe_layers)} layers" if len(report.moe_layers) > 1 else "1 layer"
-    bits = QUALITY - report.bits_saved
+    return f"{_say_saving(report.bits_saved, weights)} in {layers}."
+
+
+def _say_saving(saved: float, weights: float) -> str:
+    """The bytes of so many weights with a shared base and without, at equal error."""
+    bits = QUALITY - saved
     needed, plain = (format_bytes(weights * each / 8) for each in (bits, QUALITY))
     return (
-        f"yes: on a shared base, about {bits:.1f} bits per weight are as good as {QUALITY} bits without one: "
-        f"{needed} instead of {plain} in {layers}"
+        f"Yes: on a shared base, about {bits:.1f} bits per weight are as good as {QUALITY} bits without one: "
+        f"{needed} instead of {plain}"
     )
+
+
+def explain_saving_of(answer: SurveyAnswer) -> str:
+    """The same of a survey's answer, which a quick analysis leaves open."""
+    if answer.bits_saved is None or answer.parameters is None:
+        return "Not measured; an analysis without --quick tells."
+    return NOTHING_PAYS if answer.bits_saved < PAYS else f"{_say_saving(answer.bits_saved, answer.parameters)}."
 
 
 def explain(analysis: MoETypeAnalysis) -> str:
@@ -162,6 +191,24 @@ def explain(analysis: MoETypeAnalysis) -> str:
     return f"{evidence}{_explain_doubt(analysis)}"
 
 
+LOOK_ALIKES: dict[Origin, str] = {
+    "NATIVE": "Experts that were all re-initialised look the same, and so do slices of a dense layer. With --parent, "
+    "these can be told apart.",
+    "UPCYCLED": "A native model that was grown by duplicating its experts looks the same.",
+}
+"""What else looks like each verdict, unless a parent is named."""
+
+
+def explain_answer(answer: SurveyAnswer) -> str:
+    """One sentence on why a survey's verdict is what it is, by what its row has."""
+    if answer.shared is None or answer.strong is None:
+        return f"{answer.kind}." if answer.kind else ""
+    text = _describe_shares(answer.shared, answer.strong)
+    if answer.reach is not None:
+        text += f", in the parts that were read; for shuffled copies, up to {percent(answer.reach)} would"
+    return f"{text}. The experts are {answer.kind}." if answer.kind else f"{text}."
+
+
 def caution(analysis: MoETypeAnalysis) -> str:
     """What else looks like this, and what in the evidence seems to contradict the verdict; "" where nothing does."""
     layers = analysis.layers
@@ -169,13 +216,8 @@ def caution(analysis: MoETypeAnalysis) -> str:
     noise = [looks_untrained(layer.projections, layer.lineage.sharing, analysis.experts) for layer in layers]
     if analysis.type != "UPCYCLED" and all(noise):
         said.append("The experts can't be told from random numbers: the model may be untrained.")
-    if analysis.type == "NATIVE" and not analysis.parent:
-        said.append(
-            "Experts that were all re-initialised look the same, and so do slices of a dense layer. With --parent, "
-            "these can be told apart."
-        )
-    if analysis.type == "UPCYCLED" and not analysis.parent:
-        said.append("A native model that was grown by duplicating its experts looks the same.")
+    if not analysis.parent and analysis.type in LOOK_ALIKES:
+        said.append(LOOK_ALIKES[analysis.type])
     if others := [layer for layer in layers if layer.type != analysis.type]:
         named = "; ".join(
             f"{name_layers([layer.layer for layer in others if layer.type == origin])} {origin}"
@@ -263,9 +305,13 @@ def _explain_doubt(analysis: MoETypeAnalysis) -> str:
 
 def _describe_sharing(shared: float, strong: float, neurons: int) -> str:
     """The figures that a verdict rests on, as the beginning of a sentence."""
+    return _describe_shares(shared, strong, f"; {neurons:,} neurons searched")
+
+
+def _describe_shares(shared: float, strong: float, searched: str = "") -> str:
     return (
         f"{percent(shared)} of an expert's neurons have a close match in another expert ({percent(strong)} with a "
-        f"cosine of 0.8 or more; {neurons:,} neurons searched)"
+        f"cosine of 0.8 or more{searched})"
     )
 
 

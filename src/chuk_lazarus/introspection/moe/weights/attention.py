@@ -99,7 +99,7 @@ class _Arrangement:
 
 
 class _DoesNotFit(Exception):
-    """Why a layer's tensors can't be what a row of the table says."""
+    """Why a layer's tensors do not fit a row of the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Attention:
         for number in sorted(self._matches.keys() - set(self.layers)):
             other = self._matches[number].other
             what = f", but {_below_layer(other)}" if other else ""
-            self._note(number, f"no attention projections under names that we know{what}")
+            self._note(number, f"no attention projections with names that we know{what}")
         if not self._matches:
             self._notes[f"there is no stack of layers named {stack or '(no name)'}"] = []
 
@@ -190,7 +190,9 @@ class Attention:
     def _plan(self, layer: int) -> _Plan:
         if layer not in self.layers:
             listing = format_ranges(self.layers) or "none"
-            raise InvalidRequest(f"layer {layer} has no attention that we know", f"the layers that have: {listing}")
+            raise InvalidRequest(
+                f"layer {layer} has no attention that we can read", f"layers with attention: {listing}"
+            )
         if layer not in self._plans:
             self._plans[layer] = self._make_plan(layer)
         return self._plans[layer]
@@ -209,7 +211,8 @@ class Attention:
             place = next(place for place in rows[others[0]] if table[others[0]].tensors[place].role != "o")
             name = _below_layer(weight_of(rows[others[0]][place]))
             self._note(
-                layer, f"how q, k and v lie in {name} is not known for model_type {model_type or '(none)'}: left out"
+                layer,
+                f"the order of q, k and v in {name} is not known for model_type {model_type or '(none)'}: left out",
             )
         # a row that names the model type says how the tensors lie: where none of these fits, no other row may read them
         reasons = []
@@ -223,7 +226,7 @@ class Attention:
         return self._open_outputs(layer)
 
     def _open_outputs(self, layer: int) -> _Plan:
-        """Of a layer whose other tensors can't be read, o, where its name leaves nothing open."""
+        """The output projection of a layer whose other tensors can't be read, if its name is unambiguous."""
         for row, places in self._matches[layer].rows.items():
             layout = load_attention_table()[row]
             outputs = {place: parts for place, parts in places.items() if layout.tensors[place].role == "o"}
@@ -241,7 +244,7 @@ class Attention:
             spec = row.tensors[place]
             if spec.role not in opened:
                 for name in places[place].values():
-                    self.checkpoint.slices(name)  # a header that can't be read is no fault of this layer
+                    self.checkpoint.slices(name)  # a header that can't be read is not this layer's fault
                 try:
                     opened[spec.role] = self._open(spec, places[place])
                 except MoEError as error:
@@ -284,7 +287,9 @@ class Attention:
         if not size or rest or size % 2 or any(projection.shape[0] % size for projection in present):
             for role in ("q", "k"):
                 opened.pop(role, None)
-            self._note(layer, f"the order of q's and k's rows takes the number of heads, which is {heads}: left out")
+            self._note(
+                layer, f"the order of the rows of q and k depends on the number of heads, which is {heads}: left out"
+            )
             return None
         return size
 
@@ -296,7 +301,7 @@ class Attention:
         name = weight_of(parts)
         shape = stored.plain_shape
         if len(shape) != 2 or not 0 < min(shape) <= max(shape) * len(slices) <= MAX_SIDE:
-            raise UnknownFormat(f"{name} is {list(shape)}, which is no projection")
+            raise UnknownFormat(f"{name} has shape {list(shape)}, which is not a projection")
         if len(slices) > 1 and (spec.is_transposed or max(map(len, spec.groups)) > 1 or "H" not in spec.axes):
             raise UnknownFormat(f"{name} is cut into {len(slices)} slices in a way that we don't know")
         return _Projection(spec, slices, stored)
@@ -337,7 +342,7 @@ def _arrange(
     _DoesNotFit.
     """
     if queries is None:
-        raise _DoesNotFit(f"without o, {name} can't be cut")
+        raise _DoesNotFit(f"without o, {name} can't be split")
     repeated, letters = (outputs[0], outputs[1:]) if outputs[0] in ("A", "G") else ("", outputs)
     roles = tuple(None if letter == "Z" else letter.lower() for letter in letters)
     if not repeated:
@@ -346,7 +351,7 @@ def _arrange(
             raise _DoesNotFit(f"{name} of {rows} rows does not fit o of {queries} columns")
         return _Arrangement(roles, 1, lengths)
     if heads is None:
-        raise _DoesNotFit(f"cutting {name} takes the number of heads, which the config does not give")
+        raise _DoesNotFit(f"splitting {name} needs the number of heads, which the config does not give")
     head, rest = divmod(queries, heads)
     if rest or not head or (size is not None and size != head):
         raise _DoesNotFit(f"{name}: o of {queries} columns does not fit {heads} heads of {size or 'equal size'}")
@@ -361,7 +366,7 @@ def _arrange(
 
 
 def _splits_a_head(queries: int, keys: int, heads: int) -> bool:
-    """Whether so many rows of keys are no whole number of heads that share the queries' heads."""
+    """Whether that many rows of keys would not be a whole number of heads of the queries' head size."""
     head, rest = divmod(queries, heads)
     return bool(rest or not head or keys % head or heads % (keys // head))
 
@@ -383,7 +388,7 @@ class Embeddings:
         self.checkpoint = checkpoint
         parts = match_embeddings(checkpoint.names, stack)
         if not parts:
-            raise UnknownFormat(f"no token embeddings of {stack or 'the model'} have a name that is in our table")
+            raise UnknownFormat(f"we know no name of the token embeddings of {stack or 'the model'}")
         self.name = weight_of(parts)
         quantization = checkpoint.model_config.stack(stack).quantization(module_of(parts))
         self._infos, self._stored = open_stored(checkpoint, parts, quantization)
@@ -391,7 +396,9 @@ class Embeddings:
         if len(find_slices(checkpoint, parts)) > 1:
             raise UnknownFormat(f"{self.name} is cut into slices in a way that we don't know")
         if len(shape) != 2 or self._stored.transposed or min(shape) < 1 or shape[1] > MAX_SIDE:
-            raise UnknownFormat(f"{self.name} is {list(shape)} as {self._stored.codec}, which are no token embeddings")
+            raise UnknownFormat(
+                f"{self.name} has shape {list(shape)} as {self._stored.codec}, which is not token embeddings"
+            )
         self.shape: tuple[int, int] = (shape[0], shape[1])
 
     @property

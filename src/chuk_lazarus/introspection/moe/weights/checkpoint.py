@@ -64,7 +64,7 @@ class Checkpoint:
             raise ModelUnreadable("the model's files hold no tensors", "download it again")
         if self._is_adapter():
             raise UnknownFormat(
-                "this is a LoRA adapter: it holds changes to a model's weights, and not the weights",
+                "this is a LoRA adapter: it holds changes to a model's weights, not the weights",
                 "give the merged model, or the one that the adapter is for",
             )
 
@@ -100,7 +100,7 @@ class Checkpoint:
             return self.header(file)[name]
         except KeyError:
             raise ModelUnreadable(
-                f"{INDEX} says that {name} is in {file}, and it is not", "download it again"
+                f"{INDEX} says that {name} is in {file}, but it is not", "download it again"
             ) from None
 
     @property
@@ -122,7 +122,7 @@ class Checkpoint:
         """The tensors of one file; raises ModelUnreadable where it is missing."""
         if file not in self._headers:
             if file not in self.repository.files:
-                raise ModelUnreadable(f"{file} is missing, and {INDEX} names it", "download the rest of the model")
+                raise ModelUnreadable(f"{file} is missing, although {INDEX} lists it", "download the rest of the model")
             self._headers[file] = read_header(file, self._source(file))
         return self._headers[file]
 
@@ -135,7 +135,7 @@ class Checkpoint:
         dtype = _element(info)
         low, high = self.row_range(info, start, stop, leading)
         if high > info.stop:
-            raise ModelUnreadable(f"{info.name} has fewer rows than the other tensors of its expert call for")
+            raise ModelUnreadable(f"{info.name} has too few rows for the other tensors of its expert")
         data = np.frombuffer(self._source(info.file).read(low, high), dtype)
         return data.reshape(stop - start, -1) if info.packed else data.reshape(stop - start, *info.shape[leading:])
 
@@ -199,7 +199,7 @@ class Checkpoint:
             for name in self.header(file):
                 if name in files_of and not (_RANK.search(file) and _RANK.search(files_of[name][0])):
                     raise ModelUnreadable(
-                        f"{name} is in {files_of[name][0]} and in {file}",
+                        f"{name} is in both {files_of[name][0]} and {file}",
                         "give one of the files, or one copy of the model",
                     )
                 files_of[name] = (*files_of.get(name, ()), file)
@@ -217,9 +217,9 @@ class Checkpoint:
             check_name(name, INDEX)
         for file in set(files.values()):
             if not is_inside(file):
-                raise ModelUnreadable(f"{INDEX} names a file outside of the model: {file}", "do not trust this model")
+                raise ModelUnreadable(f"{INDEX} lists a file outside the model: {file}", "do not trust this model")
             if not file.endswith(".safetensors"):
-                raise ModelUnreadable(f"{INDEX} names {file}, which is not a safetensors file")
+                raise ModelUnreadable(f"{INDEX} lists {file}, which is not a safetensors file")
         self._note_files(set(files.values()))
         return {name: (file,) for name, file in files.items()}
 
@@ -233,14 +233,16 @@ class Checkpoint:
         if missing and not present & set(named):
             if others:
                 raise ModelUnreadable(
-                    f"{INDEX} is stale: it names {missing[0]}, which is not there, and not {others[0]}, which is",
+                    f"{INDEX} is stale: it lists {missing[0]}, which is missing, but not {others[0]}, which is there",
                     "download the index again, or remove it",
                 )
-            raise ModelUnreadable(f"{missing[0]} is missing, and {INDEX} names it", "download the rest of the model")
+            raise ModelUnreadable(
+                f"{missing[0]} is missing, although {INDEX} lists it", "download the rest of the model"
+            )
         if missing:
             count = len(set(named))
             self.notes.append(
-                f"{len(missing)} of {count} files are missing, {missing[0]} first: their layers can't be read"
+                f"{len(missing)} of {count} files are missing, such as {missing[0]}: their layers can't be read"
             )
         if others:
             self.notes.append(f"{_list_few(others)} beside the files of {INDEX} was not read")
@@ -293,7 +295,7 @@ def find_weight_files(files: frozenset[str]) -> list[str]:
             return _find_gguf(ggufs)
         if pickles := sorted(file for file in files if file.endswith(PICKLES)):
             raise ModelUnreadable(
-                f"the model has only {pickles[0]}: a pickle, which can run code when it is opened, so we do not",
+                f"the model has only {pickles[0]}: a pickle, which can run code when opened, so we don't read it",
                 "use a safetensors version of the model, or convert it",
             )
         raise ModelUnreadable(
@@ -320,7 +322,7 @@ def _find_gguf(files: list[str]) -> list[str]:
         listing = ", ".join(firsts[:20]) + (f" and {len(firsts) - 20} more" if len(firsts) > 20 else "")
         raise InvalidRequest(
             f"there are {len(firsts)} GGUF models: {listing}",
-            f"name one of them behind the folder or the Hub id: .../{firsts[0]}",
+            f"add the name of one to the folder or the Hub id: .../{firsts[0]}",
         )
     if missing := next((part for part in sets[0] if part not in files), None):
         raise ModelUnreadable(f"{missing} is missing", "download the rest of the model")

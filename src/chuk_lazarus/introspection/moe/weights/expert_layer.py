@@ -35,7 +35,7 @@ MAX_SIDE = 2**17  # twice the longest side of a published matrix; hundreds of ro
 class Piece:
     """The same block of one role's matrix in several experts.
 
-    `values` is float32 [experts, rows, columns]; `index` is the place of the block in the canonical matrix.
+    `values` is float32 [experts, rows, columns]; `index` is the position of the block in the canonical matrix.
     """
 
     role: str
@@ -45,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A router's weight [experts, hidden], and its bias and score correction, [experts] each, where it has them."""
+    """A router's weight [experts, hidden], and its bias and score correction, [experts] each, if it has them."""
 
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None
@@ -53,11 +53,11 @@ class Router:
 
 
 class DoesNotFit(UnknownFormat):
-    """Raised where what is stored in a layer is not as its layout has it."""
+    """Raised if what is stored in a layer does not fit its layout."""
 
 
 class ShapesDoNotFit(DoesNotFit):
-    """Raised where the stored shapes in a layer are not those of its layout; `shapes` are by the layout's roles."""
+    """Raised if the stored shapes in a layer do not fit its layout; `shapes` are by the layout's roles."""
 
     layer: int
     layout: Layout
@@ -73,7 +73,7 @@ class ShapesDoNotFit(DoesNotFit):
 
 
 class LacksRole(ModelUnreadable):
-    """Raised where all layers lack the same of an expert's roles."""
+    """Raised if all layers lack the same roles of an expert."""
 
     roles: tuple[str, ...]
 
@@ -89,9 +89,9 @@ class ExpertLayer:
     """The experts of one layer.
 
     `expected` has the number of experts by the source that states it, such as a config's file name; `tensors` are the
-    stored tensors, each of which holds one role or two. Where the config says another number of experts than there are
-    and the router has a row for each of these, the router is right, and `remark` is given a sentence on it. Where the
-    model may be `damaged`, their number is not checked.
+    stored tensors, each of which holds one role or two. If the config states another number of experts than there are,
+    and the router has a row for each of these, the router is right, and `remark` is called with a sentence about it. If
+    the model may be `damaged`, their number is not checked.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ExpertLayer:
         return map(self.matrices, range(self.count))
 
     def __bool__(self) -> bool:
-        """True, without a look at the file."""
+        """Always True, without opening the file."""
         return True
 
     @property
@@ -142,8 +142,8 @@ class ExpertLayer:
     def sizes(self) -> dict[str, int]:
         """The number of experts E, the intermediate size I and the hidden size H.
 
-        Raises DoesNotFit where the shapes are not those of the layout, UnknownFormat where the layer is larger than we
-        read, ModelUnreadable where another number of experts is expected.
+        Raises DoesNotFit if the shapes are not those of the layout, UnknownFormat if the layer is larger than we read,
+        ModelUnreadable if another number of experts is expected.
         """
         shapes = {tensor.spec.role: tensor.plain_shape for tensor in self.tensors}
         experts = None if self.layout.is_stacked else len(self.tensors[0].parts)  # 1 in a dense layer
@@ -162,23 +162,23 @@ class ExpertLayer:
         for source, count in {} if self._damaged else self.expected.items():
             if sizes["E"] != count and self._router_rows == sizes["E"]:
                 self._remark(
-                    f"layer {self.number} has {sizes['E']} experts, as many as its router, and {source} says {count}"
+                    f"layer {self.number} has {sizes['E']} experts, as its router says, although {source} says {count}"
                 )
             elif sizes["E"] != count:
                 raise ModelUnreadable(
-                    f"layer {self.number} has {sizes['E']} experts, and {source} says {count}",
-                    "the checkpoint is incomplete, or this is said of another model",
+                    f"layer {self.number} has {sizes['E']} experts, but {source} says {count}",
+                    "the checkpoint is incomplete, or this belongs to another model",
                 )
         return sizes
 
     def _counts_shared(self, stacked: int) -> bool:
-        """Whether the number of stacked experts is the expected one and one more, the shared expert."""
+        """Whether the number of stacked experts is one more than expected, because of the shared expert."""
         is_fused = self.layout.is_stacked and len(self.layout.tensors[0].roles) == 2
         return self._shared_last and is_fused and set(self.expected.values()) == {stacked - 1}
 
     @property
     def has_shared_last(self) -> bool:
-        """Whether each stack has the shared expert behind the routed ones."""
+        """Whether the last expert of each stack is the shared expert."""
         return self._shared_last and self.layout.is_stacked and self.tensors[0].stored.shape[0] == self.count + 1
 
     @property
@@ -186,8 +186,8 @@ class ExpertLayer:
         return self.sizes["E"]
 
     def alone(self, expert: int) -> "ExpertLayer":
-        """The layer with this expert as its only one, number 0, whatever the others lack; where one tensor holds all
-        experts, the layer as it is."""
+        """The layer with only this expert, as number 0, whatever the others lack; if one tensor holds all experts, the
+        layer itself."""
         if self.layout.is_single:
             return self
         by_role = self._match.layers[self.number]
@@ -211,7 +211,8 @@ class ExpertLayer:
 
     @cached_property
     def tensors(self) -> tuple["ExpertTensor", ...]:
-        """The stored tensors; raises ModelUnreadable, which names the gap, where an expert or a role is missing."""
+        """The stored tensors; raises ModelUnreadable, which names what is missing, if an expert or a role is
+        missing."""
         by_role = self._match.layers[self.number]
         for tensor in self.layout.tensors:
             if tensor.role not in by_role:
@@ -239,16 +240,16 @@ class ExpertLayer:
 
     @cached_property
     def _router_rows(self) -> int | None:
-        """The rows of the layer's router, None where we find none."""
+        """The number of rows of the layer's router, None if we find none."""
         name = self._beside("router").get("weight")
         return next(iter(self._checkpoint.info(name).shape), None) if name else None
 
     @cached_property
     def left_out(self) -> tuple[int, ...]:
-        """The experts of another kind, whose numbers are beyond those that the config counts.
+        """The experts of another kind, numbered above those that the config counts.
 
         These are identity experts, which have no down projection, or experts of another modality, which have another
-        size. Where an expert beyond the count is like the first one, none is left out: then the count is wrong.
+        size. If an expert above the count is like the first one, the count is wrong, and none is left out.
         """
         by_role = self._match.layers[self.number]
         count, down = self.expected.get(self._checkpoint.config_file, 0), by_role.get("down", {})
@@ -287,20 +288,21 @@ class ExpertLayer:
         self._checkpoint.prefetch(ranges, progress)
 
     def matrices(self, expert: int) -> dict[str, NDArray[np.float32]]:
-        """The matrices of one expert by role, float32 in canonical form; raises InvalidRequest for no such expert."""
+        """The matrices of one expert by role, float32 in canonical form; raises InvalidRequest if there is no such
+        expert."""
         expert = self._choose(expert)
         return {role: matrix for tensor in self.tensors for role, matrix in tensor.matrices(expert).items()}
 
     def biases(self, expert: int) -> dict[str, NDArray[np.float32]]:
-        """The bias vectors of one expert by role, float32 [out]; {} where the experts have none.
+        """The bias vectors of one expert by role, float32 [out]; {} if the experts have none.
 
-        Raises InvalidRequest for no such expert.
+        Raises InvalidRequest if there is no such expert.
         """
         expert = self._choose(expert)
         return {role: bias for tensor in self.tensors for role, bias in tensor.biases(expert).items()}
 
     def _choose(self, expert: int) -> int:
-        """The number of an expert that is there."""
+        """The number of an existing expert."""
         hint = f"the experts are {format_ranges(range(self.count))}"
         number = whole_number(expert, "the expert", hint)
         if not 0 <= number < self.count:
@@ -308,7 +310,7 @@ class ExpertLayer:
         return number
 
     def router(self) -> Router | None:
-        """The layer's router; None where we find none whose shapes fit the experts."""
+        """The layer's router; None if we find none whose shapes fit the experts."""
         parts = self._beside("router")
         weight = self.small_tensor(parts.get("weight"))
         if weight is None or weight.shape != (self.count, self.sizes["H"]):
@@ -321,8 +323,8 @@ class ExpertLayer:
         return Router(weight, bias, correction)
 
     def router_weight(self) -> tuple[NDArray[np.float32], Grid | None] | None:
-        """The router's weight [rows, inputs] of whatever shape, and the numbers that its format can hold; None where we
-        find none."""
+        """The router's weight [rows, inputs] of any shape, and the numbers that its format can hold; None if we find
+        none."""
         parts = {part: name for part, name in self._beside("router").items() if part in (*PARTS, "weight")}
         if not parts:
             return None
@@ -333,7 +335,7 @@ class ExpertLayer:
         return values.T if stored.transposed else values, stored.grid
 
     def router_vectors(self) -> dict[str, NDArray[np.float32]]:
-        """The router's bias and the correction of its scores, flattened, by these names, where it has them."""
+        """The router's bias and score correction, flattened, by these names, if it has them."""
         found = {
             "bias": self.small_tensor(self._beside("router").get("bias")),
             "correction": self.small_tensor(next(iter(self._beside("correction").values()), None)),
@@ -341,7 +343,7 @@ class ExpertLayer:
         return {name: vector.reshape(-1) for name, vector in found.items() if vector is not None}
 
     def norm(self) -> NDArray[np.float32] | None:
-        """The factors of the norm before the experts, float32 [hidden]; None where we find no such norm."""
+        """The weights of the norm before the experts, float32 [hidden]; None if we find no such norm."""
         weight = self.small_tensor(self._beside("norm").get("weight"))
         if weight is None or weight.shape != (self.sizes["H"],):
             return None
@@ -349,22 +351,22 @@ class ExpertLayer:
 
     @cached_property
     def factors(self) -> dict[str, NDArray[np.float32]]:
-        """The factor of each expert that its stored matrix lacks, float32 [experts] by role; {} where all are 1.
+        """The factor of each expert that its stored matrix lacks, float32 [experts] by role; {} if all are 1.
 
-        mlx-vlm's Inkling has the second scales of NVFP4 as one factor of what gate puts out, and one of what down puts
-        out, which makes up for up as well. Raises ModelUnreadable where one is missing or has another shape.
+        mlx-vlm's Inkling has the second scales of NVFP4 as one factor of the output of gate, and one of the output of
+        down, which includes that of up. Raises ModelUnreadable if one is missing or has another shape.
         """
         scales = {}
         for kind in ("gate_scale", "out_scale"):
             name = self._beside(kind).get("weight")
             scale = self.small_tensor(name)
             if name and (scale is None or scale.shape != (self.count,) or not np.isfinite(scale).all() or 0 in scale):
-                raise ModelUnreadable(f"{name} is not one factor for each of {self.count} experts")
+                raise ModelUnreadable(f"{name} should hold one factor for each of {self.count} experts")
             if scale is not None:
                 scales[kind] = scale
         if len(scales) == 1:
             raise ModelUnreadable(
-                f"layer {self.number} has a {next(iter(scales))} and no other factor of its experts",
+                f"layer {self.number} has {next(iter(scales))}, but lacks the other factors of its experts",
                 "the checkpoint is incomplete: download it again",
             )
         if all((scale == 1).all() for scale in scales.values()):
@@ -377,7 +379,7 @@ class ExpertLayer:
         return self._match.beside.get(self.number, {}).get(what, {})
 
     def small_tensor(self, name: str | None) -> NDArray[np.float32] | None:
-        """A whole small tensor as float32; None where there is none, or its numbers are not plain floats."""
+        """A whole small tensor as float32; None if there is none, or it is not stored as plain floats."""
         if name is None:
             return None
         info = self._checkpoint.info(name)
@@ -386,7 +388,7 @@ class ExpertLayer:
         return plain.decode({"weight": self._checkpoint.rows(info, 0, info.shape[0])}, 0, info.shape[0])
 
     def info(self, name: str) -> TensorInfo:
-        """Where a tensor of the layer's checkpoint is, and of what dtype and shape."""
+        """The position, dtype and shape of a tensor of the layer's checkpoint."""
         return self._checkpoint.info(name)
 
     def chunks(self, info: TensorInfo, size: int) -> Iterator[bytes]:
@@ -397,13 +399,13 @@ class ExpertLayer:
         """For each entry of `parts`, the slices of its stored tensor and how they are decoded.
 
         A quantiser may leave some experts as they were, or give them other bits. `inputs_first` is as in `open_stored`.
-        Raises ModelUnreadable where an entry's matrix is not of the first one's shape or is in another dtype, or lacks
-        a part that others have.
+        Raises ModelUnreadable if an entry's matrix has another shape or dtype than the first one's, or lacks a part
+        that others have.
         """
         try:
             return self._open_parts(parts, inputs_first)
         except UnknownFormat:
-            # a part that others have and one lacks is no unknown format, but a gap
+            # a part that only one expert lacks is a gap in the checkpoint, not an unknown format
             for expert, entry in enumerate(parts):
                 if wider := next((other for other in parts if other.keys() > entry.keys()), None):
                     part, name = min(wider.keys() - entry.keys()), weight_of(entry)
@@ -428,11 +430,13 @@ class ExpertLayer:
             elif stored.codec != first.codec and UNSCALED in (stored.codec, first.codec):
                 raise UnknownFormat("FP8 with and without scales")  # `open_tensor` names the gap
             elif stored.codec == first.codec and PRE_QUANT_SCALE in {*stored.rows_per_row} ^ {*first.rows_per_row}:
-                raise UnknownFormat("inputs that are scaled for some experts only")  # the same
+                raise UnknownFormat("inputs that are scaled only for some experts")  # the same
             if not are_alike:
                 name = weight_of(entry)
                 this, that = (f"{kind.codec} {list(kind.plain_shape)}" for kind in (stored, first))
-                raise ModelUnreadable(f"{name} is {this}, and the first expert's is {that}: they must be stored alike")
+                raise ModelUnreadable(
+                    f"{name} is {this}, but the first expert's is {that}: all must be stored the same way"
+                )
             opened.append((slices, stored))
         return opened
 
@@ -452,7 +456,7 @@ class ExpertLayer:
 class ExpertTensor:
     """One stored tensor of a layer's layout, for all experts.
 
-    `parts` has one entry per expert, or a single entry where one tensor holds all experts.
+    `parts` has one entry per expert, or a single entry if one tensor holds all experts.
     """
 
     def __init__(self, layer: ExpertLayer, spec: StoredTensor, parts: Sequence[Parts]) -> None:
@@ -467,17 +471,17 @@ class ExpertTensor:
         if len({len(slices) for slices, _ in opened}) > 1 or (len(opened[0][0]) > 1 and len(self.spec.roles) > 1):
             raise UnknownFormat(f"{name} is cut into {len(opened[0][0])} slices in a way that we don't know")
         if self.spec.axes.flattened and opened[0][1].transposed:
-            raise UnknownFormat(f"{name}: {opened[0][1].codec} of several experts in one")
+            raise UnknownFormat(f"{name}: {opened[0][1].codec} of several experts in one tensor")
         if self.spec.axes.flattened and inputs_first and PRE_QUANT_SCALE in opened[0][1].rows_per_row:
-            raise UnknownFormat(f"{name}: the {PRE_QUANT_SCALE} of several experts in one")
+            raise UnknownFormat(f"{name}: the {PRE_QUANT_SCALE} of several experts in one tensor")
         return opened
 
     @cached_property
     def _readable(self) -> list[tuple[list[Infos], Stored]]:
-        """The opened tensors; raises UnknownFormat where a block of scales may lie in both gate and up.
+        """The opened tensors; raises UnknownFormat if a block of scales may span both gate and up.
 
-        If the two were fused before they were quantised, a block may reach over both. If they were fused afterwards,
-        the blocks of gate end with it. Where the number of blocks is the same, no shape tells which.
+        If the two were fused before they were quantised, a block may span both. If they were fused afterwards, the
+        blocks of gate end with it. If the number of blocks is the same in both cases, the shapes do not show which.
         """
         half, rest = divmod(self.stored.shape[-2], 2)
         is_halved = self.spec.axes.groups[0] == ("2", "I") and not self.stored.transposed and not rest
@@ -489,7 +493,7 @@ class ExpertTensor:
                 if span and half % span and 2 * -(-half // span) == -(-2 * half // span):
                     name = slices[0][part].name
                     raise UnknownFormat(
-                        f"{name}: a block of {int(span)} rows may reach over gate and up, or end between them"
+                        f"{name}: a block of {int(span)} rows may span both gate and up, or end between them"
                     )
         return self._opened
 
@@ -516,15 +520,15 @@ class ExpertTensor:
 
     @property
     def place(self) -> tuple[str, str]:
-        """The name of its layer, such as "model.layers.3", and that of its plain weight below the layer.
+        """The name of its layer, such as "model.layers.3", and the name of its plain weight below the layer.
 
         The latter has {expert} in place of an expert's number.
         """
         if self.layer.has_shared_last:
-            raise UnknownFormat(f"{weight_of(self.parts[0])} holds the shared expert, too, and can't be replaced")
+            raise UnknownFormat(f"{weight_of(self.parts[0])} also holds the shared expert, and can't be replaced")
         if self.layer.factors:
             raise UnknownFormat(
-                f"{weight_of(self.parts[0])} has factors of each expert beside it, and can't be replaced"
+                f"{weight_of(self.parts[0])} has separate factors for each expert, and can't be replaced"
             )
         layer, name = split_name(weight_of(self.parts[0]))
         template = max((template for template in self.spec.names if name.startswith(template)), key=len)
@@ -547,7 +551,7 @@ class ExpertTensor:
         return (second, first) if self.stored.transposed else (first, second)
 
     def is_turned(self, role: str) -> bool:
-        """Whether a stored row of this role runs along its outputs, and not its inputs."""
+        """Whether a stored row of this role runs along its outputs, instead of its inputs."""
         return _output_axis(role) not in self._groups[0]
 
     def _length(self, group: tuple[str, ...]) -> int:
@@ -573,9 +577,9 @@ class ExpertTensor:
         return result
 
     def biases(self, expert: int) -> dict[str, NDArray[np.float32]]:
-        """The bias vectors of one expert in this tensor by role, float32 [out]; {} where it has none.
+        """The bias vectors of one expert in this tensor by role, float32 [out]; {} if it has none.
 
-        The biases of gates and ups are stored in the same order as the matrices' outputs. Raises ModelUnreadable for
+        The biases of gate and up are stored in the same order as the matrices' outputs. Raises ModelUnreadable for
         another shape.
         """
         stacked = self.spec.axes.stacked
@@ -626,7 +630,7 @@ class ExpertTensor:
         return np.concatenate([read(infos, stored, rows, low, high) for infos, (low, high) in parts if low < high])
 
     def byte_ranges(self, expert: int, start: int, stop: int) -> Iterator[tuple[str, Range]]:
-        """The byte ranges, each with its file's name, that reading rows [start, stop) of an expert takes."""
+        """The byte ranges, each with its file's name, that must be read for rows [start, stop) of an expert."""
         stacked = self.spec.axes.stacked
         slices, stored = self._readable[0 if stacked else expert]
         for infos in slices:
@@ -638,13 +642,13 @@ class ExpertTensor:
 
     @property
     def has_neurons_as_rows(self) -> bool:
-        """Whether a neuron's weights are a stored row, and not a column."""
+        """Whether a neuron's weights are a stored row, instead of a column."""
         return "I" in self._groups[0]
 
     def neurons(self, count: int) -> list[Range]:
         """The ranges of stored rows that hold the first `count` neurons of an expert.
 
-        Where neurons are columns, the rows hold the same fraction of the weights, or slightly less, of every neuron.
+        If neurons are columns, the rows hold the same fraction of the weights of every neuron, or slightly less.
         """
         rows, first, size = self.rows, self._groups[0], self.layer.sizes["I"]
         if first == ("2", "I"):

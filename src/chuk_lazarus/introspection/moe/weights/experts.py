@@ -26,16 +26,15 @@ PROBED = 8  # experts of a damaged model of which one must fit
 class Experts:
     """The routed experts of a model, or its shared experts, or its dense feed-forwards, one per layer.
 
-    `stack` chooses among a model's stacks of layers by name, such as "encoder"; None is the largest stack.
-
-    Of a model that may be `damaged`, what there is is read: the experts of a layer need not be complete, nor stored
-    alike, and each is read by `ExpertLayer.alone`.
+    `stack` selects one of a model's stacks of layers by name, such as "encoder"; None is the largest stack. If the
+    model may be `damaged`, the experts of a layer need not be complete or stored alike, and each is read with
+    `ExpertLayer.alone`.
 
     `layers` are the numbers of the layers that have these experts, `mtp_layers` those for multi-token prediction.
     `stacks` are the names of all stacks, `family` is the name of the layout, `model_type` the one in the config, and
     `model_config` the config of the chosen stack. `notes` are sentences for the user on how the experts were found.
-    `order_by` is what tells whether gates and ups in one tensor lie in halves or in turns: the model type, the tensors'
-    names, or the norms of the weights; None where each has its own tensor.
+    `order_by` is how it is known whether gate and up rows in one tensor are in halves or in turns: from the model type,
+    the tensors' names, or the norms of the weights; None if each has its own tensor.
 
     Raises InvalidRequest, NotMoE, UnknownFormat or ModelUnreadable.
 
@@ -82,17 +81,17 @@ class Experts:
             self.notes.append(f"expert {first.count} of each stack is the shared expert, and is left out")
         elif left_out := first.left_out:
             self.notes.append(
-                f"experts {format_ranges(left_out)} of a layer have no weights, or other shapes, and are left out"
+                f"experts {format_ranges(left_out)} of a layer are left out: no weights, or weights of other shapes"
             )
         if any(".switch_mlp_1." in name for name in checkpoint.names):
             self.notes.append("the experts of another modality, switch_mlp_1, are left out")
         if not self.layers:
             raise ModelUnreadable(
-                f"{checkpoint.config_file} says num_hidden_layers is {depth}, and no MoE layer lies below that"
+                f"{checkpoint.config_file} says num_hidden_layers is {depth}, but no MoE layer is below that"
             )
 
     def _leave_out_heads(self, unmatched: list[str]) -> list[str]:
-        """The unmatched names without those in heads for multi-token prediction, of which a note tells."""
+        """The unmatched names without those in heads for multi-token prediction, which get a note."""
         depth = self.model_config.num_hidden_layers
         heads = [name for name in unmatched if is_in_head(name, depth)]
         if heads:
@@ -102,20 +101,21 @@ class Experts:
 
     @classmethod
     def open(cls, model: ModelName, kind: Kind = "routed", damaged: bool = False) -> "Experts":
-        """The experts of `model`: a folder, a file, a Hub id or `demo:NAME`, each perhaps followed by `#STACK`."""
+        """Open the experts of `model`: a folder, a file, a Hub id or `demo:NAME`, each optionally followed by
+        `#STACK`."""
         name, stack = split_model(model_name(model))
         return cls(Checkpoint(find_repository(name)), kind, stack, damaged)
 
     def __repr__(self) -> str:
-        """For instance "Experts('org/name', mixtral, layers 0-31)"; nothing is read for it."""
+        """For instance "Experts('org/name', mixtral, layers 0-31)"; does not read anything."""
         return f"Experts({self.checkpoint.repository.name!r}, {self.family}, layers {format_ranges(self.layers)})"
 
     def __len__(self) -> int:
-        """The number of layers that have these experts; those for multi-token prediction are not counted."""
+        """The number of layers with these experts, not counting those for multi-token prediction."""
         return len(self.layers)
 
     def __iter__(self) -> Iterator[ExpertLayer]:
-        """The layers in their order."""
+        """The layers in order."""
         return map(self.layer, self.layers)
 
     @property
@@ -129,7 +129,7 @@ class Experts:
 
     @property
     def order(self) -> Order | None:
-        """How gates and ups lie in the tensor that holds both, None where each has its own."""
+        """How gate and up rows are arranged in the tensor that holds both, None if each has its own."""
         return self._match.layout.order
 
     @property
@@ -138,7 +138,7 @@ class Experts:
 
     @property
     def stack(self) -> str:
-        """The name of the chosen stack: the beginning of its tensors' names."""
+        """The name of the chosen stack: the prefix of its tensors' names."""
         return self._match.root
 
     def layer(self, number: int) -> ExpertLayer:
@@ -154,7 +154,7 @@ class Experts:
         """The numbers of the layers that the user asks for: `layer`, or `layers`, or the first MoE layer.
 
         `layers` are numbers, or a string such as "0,5,10", "0-23/6" or "all". Raises InvalidRequest, which lists the
-        MoE layers, for any other layer; also where `layer` and `layers` are both given, or `layers` is empty.
+        MoE layers, for any other layer; also if both `layer` and `layers` are given, or `layers` is empty.
         """
         layer, layers = layer_number(layer), layer_numbers(layers)
         if layer is not None and layers is not None:
@@ -168,7 +168,7 @@ class Experts:
         for number in chosen:
             self.layer(number)
         if not chosen:
-            raise InvalidRequest(f"{layers!r} chooses no layer", f"the MoE layers are {format_ranges(self.layers)}")
+            raise InvalidRequest(f"{layers!r} selects no layer", f"the MoE layers are {format_ranges(self.layers)}")
         return tuple(dict.fromkeys(chosen))
 
     def _open(self, match: LayoutMatch, number: int) -> ExpertLayer:
@@ -192,9 +192,9 @@ class Experts:
         )
 
     def _probe(self, match: LayoutMatch) -> ExpertLayer:
-        """The first layer, by which layout and sizes are known; of a damaged model one of its experts that fits.
+        """The first layer, which determines layout and sizes; of a damaged model, one of its experts that fits.
 
-        Raises what the first expert's tensors raise where none of the first PROBED fits.
+        If none of the first PROBED fits, raises what the first expert's tensors raise.
         """
         first = self._open(match, min(match.layers))
         if not self._damaged or first.layout.is_single:
@@ -238,30 +238,30 @@ class Experts:
 
     @property
     def top_k(self) -> int:
-        """The number of experts that a token is routed to, by the config; 1 where it does not give it."""
+        """The number of experts per token, from the config; 1 if it does not say."""
         return self.model_config.top_k
 
     @property
     def scoring(self) -> str:
         """The router's function, "softmax" or "sigmoid".
 
-        Where the config does not name it, a router whose scores are corrected by a bias, as DeepSeek-V3's, takes the
-        sigmoid.
+        If the config does not name it, a router whose scores are corrected by a bias, like that of DeepSeek-V3, uses
+        the sigmoid.
         """
         is_corrected = any("correction" in parts for parts in self._match.beside.values())
         default = "sigmoid" if is_corrected or has_feature(self.model_type, "sigmoid") else "softmax"
         return self.model_config.scoring or default
 
     def _refuse(self, partial: list[LayoutMatch], unmatched: list[str]) -> NoReturn:
-        """Raise ModelUnreadable or UnknownFormat for tensors that look like routed experts and fit no layout."""
+        """Raise ModelUnreadable or UnknownFormat for tensors that look like routed experts but fit no layout."""
         for match in partial:
             if match.names.issuperset(unmatched):
                 roles = {role for experts in match.layers.values() for role in experts}
                 absent = [tensor for tensor in match.layout.tensors if tensor.role not in roles]
                 lacking = [f"{tensor.role} projections ({tensor.leaf})" for tensor in absent]
                 raise LacksRole.of(
-                    f"no layer has {f'its {lacking[0]}' if lacking else 'all that it needs'}, as layout "
-                    f"{match.layout.name} has",
+                    f"no layer has {f'the {lacking[0]}' if lacking else 'all tensors'} that layout "
+                    f"{match.layout.name} needs",
                     [role for tensor in absent for role in tensor.roles],
                 )
         if method := refused.name_method(self.checkpoint.model_config.quantization()):
@@ -279,7 +279,7 @@ class Experts:
         """The error to raise for a checkpoint without experts of the wanted kind."""
         if self.kind != "routed":
             return UnknownFormat(
-                f"no layout in our table holds {'shared experts' if self.kind == 'shared' else 'dense feed-forwards'}",
+                f"no layout in our table has {'shared experts' if self.kind == 'shared' else 'dense feed-forwards'}",
                 f"model_type is {self.model_type or 'not given'}",
             )
         if OVERLAY_CONFIG in self.checkpoint.config:
@@ -289,7 +289,7 @@ class Experts:
             )
         if (count := self.model_config.expert_count or 0) > 1:
             return UnknownFormat(
-                f"{self.checkpoint.config_file} says that there are {count} experts, and no tensor's name is known",
+                f"{self.checkpoint.config_file} says that there are {count} experts, but no tensor's name is known",
                 f"model_type is {self.model_type or 'not given'}; please report it",
             )
         return NotMoE(
@@ -304,11 +304,11 @@ class Experts:
             if len(main_stacks) > 1:
                 self.notes.append(
                     f"the model has {len(main_stacks)} stacks of layers ({', '.join(main_stacks)}): {main_stacks[0]} "
-                    f"was read; #{main_stacks[1]} behind the model's name reads another"
+                    f"was read; to read another, add #{main_stacks[1]} to the model's name"
                 )
             for root in self.stacks[len(main_stacks) :] if self.kind == "routed" else ():
                 self.notes.append(
-                    f"layers for multi-token prediction lie apart: #{root} behind the model's name reads them"
+                    f"layers for multi-token prediction are separate: to read them, add #{root} to the model's name"
                 )
             return self.stacks[0]
         if wanted in self.stacks:
@@ -316,13 +316,13 @@ class Experts:
         roots = [root for root in self.stacks if wanted in root.split(".")]
         if len(roots) != 1:
             listing = ", ".join(root or "(no name)" for root in self.stacks)
-            raise InvalidRequest(f"the model has no stack of layers named {wanted}", f"there are {listing}")
+            raise InvalidRequest(f"the model has no stack of layers named {wanted}", f"the stacks are {listing}")
         return roots[0]
 
     def _choose_match(self, candidates: list[LayoutMatch]) -> LayoutMatch:
-        """The match whose layout fits the shapes and accounts for all tensors; of several, model_type chooses one.
+        """The match whose layout fits the shapes and accounts for all tensors; if several do, model_type decides.
 
-        Raises UnknownFormat where no layout does, or where model_type leaves a choice.
+        Raises UnknownFormat if no layout does, or if model_type does not decide.
         """
         fitting: list[LayoutMatch] = []
         reason: DoesNotFit | None = None
@@ -339,7 +339,7 @@ class Experts:
         whole = [match for match in fitting if match.names == all_names]
         if not whole:
             leftover = min(all_names - fitting[0].names)
-            raise UnknownFormat(f"layout {fitting[0].layout.name} fits, and does not account for {leftover}")
+            raise UnknownFormat(f"layout {fitting[0].layout.name} fits, but leaves over {leftover}")
         if is_listed(self.model_type):
             # the gates and ups of a listed model lie in turns only where a row of its type says so
             whole = [m for m in whole if self.model_type in m.layout.model_types or not m.layout.may_be_halves] or whole
@@ -359,14 +359,14 @@ class Experts:
         if is_unlisted:
             self.notes.append(
                 f"model_type {self.model_type or '(none)'} is not in our table: "
-                f"layout {chosen.layout.name} was found by names"
+                f"layout {chosen.layout.name} was chosen by its tensors' names"
             )
         return chosen
 
     def _choose_order(self, match: LayoutMatch, others: list[LayoutMatch]) -> LayoutMatch:
-        """The match with gates and ups in the order that the weights of its first layer show.
+        """The match with gate and up rows in the order that the weights of its first layer show.
 
-        Raises UnknownFormat where they show none, and the names leave both orders open.
+        Raises UnknownFormat if they show none, and the names allow both orders.
         """
         assert match.layout.order
         layer = self._probe(match)
@@ -376,12 +376,12 @@ class Experts:
             if not match.layout.may_be_halves and len(others) == 1:
                 return match
             raise UnknownFormat(
-                f"gates and ups may lie in halves or in turns: model_type is {self.model_type or 'not given'}, and "
-                f"the weights show neither ({evidence.describe()})",
+                f"gate and up rows may be in halves or in turns: model_type is {self.model_type or 'not given'}, and "
+                f"the weights do not show which ({evidence.describe()})",
                 "put the model's config.json beside its weights, or report the model type",
             )
         self.order_by = "norms"
-        self.notes.append(f"gates and ups lie in {evidence.order}: {evidence.describe()}")
+        self.notes.append(f"gate and up rows are in {evidence.order}: {evidence.describe()}")
         for other in others:
             if other.layout.order == evidence.order:
                 return other
@@ -389,7 +389,7 @@ class Experts:
 
 
 def _differ_in_order(matches: Sequence[LayoutMatch]) -> bool:
-    """Whether the matches are the same but for the order of gates and ups."""
+    """Whether the matches differ only in the order of gate and up rows."""
     axes = [[tensor.axes for tensor in match.layout.with_order("halves").tensors] for match in matches]
     return all(match.layout.order for match in matches) and all(one == axes[0] for one in axes)
 
@@ -397,7 +397,7 @@ def _differ_in_order(matches: Sequence[LayoutMatch]) -> bool:
 def refuse_rotated(key: str) -> UnknownFormat:
     """The error for a model whose config says, under this key, that its weights are stored rotated."""
     return UnknownFormat(
-        f"its config says under {key} that weights are stored rotated, which we do not undo",
+        f"its config says under {key} that weights are stored rotated, which we can't undo",
         "give the model that it was made from, or a version that is not rotated",
     )
 
@@ -411,14 +411,14 @@ def parse_layers(text: str) -> list[int]:
     for item in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6})(?:/(\d{1,6}))?)?\s*", item)
         if not match or match[3] == "0" * len(match[3] or "x"):
-            raise InvalidRequest(f"{text!r} is no list of layers", "write it like 0,5,10 or 0-23/6, or all")
+            raise InvalidRequest(f"{text!r} is not a list of layers", "write it like 0,5,10 or 0-23/6, or all")
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         chosen += range(first, last + 1, step)
     return chosen
 
 
 def split_model(model: str) -> tuple[str, str | None]:
-    """A model's name, and the stack that may follow it behind a #: "org/name#encoder"."""
+    """A model's name, and the stack that may follow it after a #: "org/name#encoder"."""
     name, mark, stack = model.rpartition("#")
     return (name, stack) if mark and name and not os.path.exists(model) else (model, None)
 

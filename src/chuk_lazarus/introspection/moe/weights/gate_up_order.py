@@ -1,8 +1,7 @@
-"""How gates and ups lie in one stored tensor, told by the weights themselves.
+"""The order of gate and up rows in one stored tensor, inferred from the weights.
 
-Training leaves the norms of a neuron's up row and down column alike: a product of the two is all that the loss sees, so
-that both get the same gradients in proportion. Rows that are paired with the wrong neuron's column show no such
-relation.
+Training keeps the norms of a neuron's up row and down column similar: the loss depends only on a product of the two, so
+both get the same gradients in proportion. Rows that are paired with the wrong neuron's column show no such relation.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,11 +19,11 @@ MARGIN = 2.0  # how many times the other order's deviations these must be
 
 @dataclass(frozen=True, slots=True)
 class OrderEvidence:
-    """How far the norms of up rows and down columns go together in each order, in standard deviations.
+    """How strongly the norms of up rows and down columns correlate in each order, in standard deviations.
 
     The mean over experts of Fisher's z of Spearman's rank correlation, each times the square root of the number of
     neurons less 3 (Fieller, Hartley and Pearson, Biometrika 44, 1957). `first` is the same for the rows that are read
-    as gates, in the order that shows more.
+    as gates, in the order with more evidence.
     """
 
     halves: float
@@ -33,9 +32,9 @@ class OrderEvidence:
 
     @property
     def order(self) -> Order | None:
-        """The order that the norms show, None where they show neither, or the ups before the gates."""
+        """The order that the norms show; None if they show neither, or up before gate."""
         low, high = sorted((self.halves, self.turns))
-        if not high >= max(CLEAR, MARGIN * abs(low), self.first - CLEAR):  # also where one is no number
+        if not high >= max(CLEAR, MARGIN * abs(low), self.first - CLEAR):  # also if one is NaN
             return None
         return "halves" if self.halves > self.turns else "turns"
 

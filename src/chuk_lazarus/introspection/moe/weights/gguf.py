@@ -77,22 +77,22 @@ def read_model(sources: Mapping[str, ByteSource]) -> tuple[dict[str, Any], dict[
         count = metadata.get("split.count", 0)
         if count not in (0, len(sources)):
             raise ModelUnreadable(
-                f"{file} says that it is one of {str(count)[:20]} parts, and {len(sources)} are here",
+                f"{file} says that it is one of {str(count)[:20]} parts, but {len(sources)} are here",
                 "put all parts into one folder, under the names they were published with",
             )
         for name in tensors:
             if name in owner:
-                raise ModelUnreadable(f"{name} is in {owner[name]} and again in {file}", "download the model again")
+                raise ModelUnreadable(f"{name} is in both {owner[name]} and {file}", "download the model again")
             owner[name] = file
         headers[file] = tensors
     total = first.get("split.tensors.count", len(owner))
     if total != len(owner):
         raise ModelUnreadable(
-            f"the model has {len(owner)} tensors, and says that it has {str(total)[:20]}", "download it again"
+            f"the model has {len(owner)} tensors, but says that it has {str(total)[:20]}", "download it again"
         )
     kind = str(first.get("general.type", "model"))
     if kind != "model":
-        raise ModelUnreadable(f"{next(iter(sources))} holds no model but, by its own word, this: {kind[:100]}")
+        raise ModelUnreadable(f"{next(iter(sources))} holds no model: it says that it is of type {kind[:100]}")
     return make_config(first), headers
 
 
@@ -133,11 +133,11 @@ def read_header(file: str, source: ByteSource) -> tuple[dict[str, Any], dict[str
     magic, version, tensor_count, metadata_count = reader.unpack("<4sIQQ") if source.size >= 24 else (b"", 0, 0, 0)
     if magic != b"GGUF":
         refuse_pointer(file, source.read(0, min(source.size, len(LFS))))
-        raise ModelUnreadable(f"{file} is not a GGUF file", "it is cut short or something else: download it again")
+        raise ModelUnreadable(f"{file} is not a GGUF file", "it is truncated or of another format: download it again")
     if version & 0xFFFF == 0:
         raise UnknownFormat(f"{file} is a GGUF file in big-endian byte order, which we can't read")
     if version not in (2, 3):
-        raise UnknownFormat(f"{file} is of GGUF version {version}, and we can read 2 and 3", "convert the model anew")
+        raise UnknownFormat(f"{file} has GGUF version {version}, but we read only 2 and 3", "convert the model again")
     for count, limit, what in ((tensor_count, MAX_TENSORS, "tensors"), (metadata_count, MAX_METADATA, "metadata")):
         if count > limit:
             raise reader.broken(f"announces {count:,} {what}")
@@ -153,7 +153,7 @@ def read_header(file: str, source: ByteSource) -> tuple[dict[str, Any], dict[str
     entries = [reader.tensor() for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-        raise reader.broken("has a general.alignment that can't be")
+        raise reader.broken("has a general.alignment that is not valid")
     return metadata, _place(reader, entries, -(-reader.position // alignment) * alignment, alignment)
 
 
@@ -172,7 +172,7 @@ def _place(reader: "_Reader", entries: list[_Entry], data_start: int, alignment:
         if name in tensors:
             raise reader.broken(f"has {name} twice")
         if offset % alignment:
-            raise reader.broken(f"has {name} at {offset:,}, which is no multiple of {alignment}")
+            raise reader.broken(f"has {name} at {offset:,}, which is not a multiple of {alignment}")
         unknown = f"{IK_LLAMA}{_IK_TYPES[number]}" if number in _IK_TYPES else f"GGML type {number}"
         dtype, block, block_bytes = _types().get(number, (unknown, 0, 0))
         columns = shape[-1] if shape else 1
@@ -183,8 +183,8 @@ def _place(reader: "_Reader", entries: list[_Entry], data_start: int, alignment:
         start, stop = data_start + offset, data_start + offset + length
         if stop > size:
             raise ModelUnreadable(
-                f"{reader.file}: {name} ends at byte {stop:,} and the file at {size:,}",
-                "the file is cut short or broken: download it again",
+                f"{reader.file}: {name} ends at byte {stop:,}, but the file ends at {size:,}",
+                "the file is truncated or broken: download it again",
             )
         tensors[name] = TensorInfo(name, dtype, shape, reader.file, start, stop, packed=block > 1)
     check_apart(tensors.values(), reader.file)
@@ -214,7 +214,7 @@ class _Reader:
         return self._start + self._at
 
     def broken(self, why: str) -> ModelUnreadable:
-        return ModelUnreadable(f"{self.file}: the header {why}", "the file is cut short or broken: download it again")
+        return ModelUnreadable(f"{self.file}: the header {why}", "the file is truncated or broken: download it again")
 
     def unpack(self, form: str) -> tuple[Any, ...]:
         size = struct.calcsize(form)
@@ -238,14 +238,14 @@ class _Reader:
         if kind in SCALARS:
             return self.unpack(f"<{SCALARS[kind]}")[0]
         if kind != ARRAY:
-            raise self.broken(f"has {key} as a value of type {kind}, which is none")
+            raise self.broken(f"has {key} as a value of type {kind}, which does not exist")
         kind, count = self.unpack("<IQ")
         if kind == STRING:
             if count <= MAX_ITEMS:
                 return [self._string() for _ in range(count)]
             return self._skip_strings(count)
         if kind not in SCALARS:
-            raise self.broken(f"has {key} as an array of values of type {kind}, which is none")
+            raise self.broken(f"has {key} as an array of values of type {kind}, which does not exist")
         if count <= MAX_ITEMS:
             return list(self.unpack(f"<{count}{SCALARS[kind]}"))
         return self._skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
@@ -258,7 +258,7 @@ class _Reader:
             raise self.broken(f"has {name} with {dimensions:,} dimensions")
         *shape, kind, offset = self.unpack(f"<{dimensions}QIQ")
         if max(*shape, prod(shape), offset) >= 2**62:
-            raise self.broken(f"has {name} with a shape or an offset that can't be")
+            raise self.broken(f"has {name} with a shape or an offset that is not valid")
         return name, tuple(reversed(shape)), kind, offset
 
     def _string(self) -> str | None:
@@ -297,7 +297,7 @@ class _Reader:
             return
         position = self.position
         if position + length > self.source.size:
-            raise self.broken(f"goes on to byte {position + length:,} and the file ends at {self.source.size:,}")
+            raise self.broken(f"ends at byte {position + length:,}, but the file ends at {self.source.size:,}")
         if position + length > MAX_HEADER:
             raise self.broken(f"is longer than {MAX_HEADER:,} bytes")
         if length:

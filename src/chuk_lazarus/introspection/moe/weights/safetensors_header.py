@@ -26,8 +26,8 @@ def read_header(file: str, source: ByteSource) -> dict[str, TensorInfo]:
     length = int.from_bytes(source.read(0, 8), "little")
     if length > source.size - 8:
         refuse_pointer(file, source.read(0, min(source.size, len(LFS))))
-        hint = "it is cut short or not a safetensors file: download it again"
-        raise ModelUnreadable(f"{file} announces a header of {length:,} bytes and has {source.size:,}", hint)
+        hint = "it is truncated or not a safetensors file: download it again"
+        raise ModelUnreadable(f"{file} announces a header of {length:,} bytes, but has only {source.size:,}", hint)
     if length > MAX_HEADER:
         raise ModelUnreadable(f"{file} announces a header of {length:,} bytes; {MAX_HEADER:,} is the limit")
     entries = parse_json_object(source.read(8, 8 + length), f"the header of {file}")
@@ -46,7 +46,7 @@ def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"{name!r} is there twice")
+            raise ValueError(f"{name!r} appears twice")
         return result
 
     refuse_pointer(what, data)
@@ -86,16 +86,18 @@ def parse_entries(entries: dict[str, Any], file: str, data_start: int, size: int
         except (TypeError, KeyError, ValueError):
             raise ModelUnreadable(f"{file}: the header's entry for {name} lacks its dtype, shape or offsets") from None
         if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
-            raise ModelUnreadable(f"{file}: the header's entry for {name} has a dtype, shape or offset that is none")
+            raise ModelUnreadable(f"{file}: the header's entry for {name} has an invalid dtype, shape or offset")
         if len(shape) > MAX_AXES:
             raise ModelUnreadable(f"{file}: {name} has {len(shape):,} axes; {MAX_AXES} is the limit")
         if not start <= stop <= size - data_start:
             raise ModelUnreadable(
-                f"{file}: {name} ends at byte {data_start + stop:,} and the file at {size:,}",
-                "the file is cut short or broken: download it again",
+                f"{file}: {name} ends at byte {data_start + stop:,}, but the file ends at {size:,}",
+                "the file is truncated or broken: download it again",
             )
         if dtype in DTYPES and prod(shape) * DTYPES[dtype].itemsize != stop - start:
-            raise ModelUnreadable(f"{file}: {name} is {dtype} {list(shape)}, and that is not {stop - start:,} bytes")
+            raise ModelUnreadable(
+                f"{file}: {name} is {dtype} {list(shape)}, which does not take {stop - start:,} bytes"
+            )
         tensors[name] = TensorInfo(
             name, dtype, shape, file, data_start + start, data_start + stop, packed=dtype in PACKED
         )

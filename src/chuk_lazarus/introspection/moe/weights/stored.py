@@ -39,12 +39,12 @@ def find_slices(checkpoint: Checkpoint, parts: Parts) -> list[Infos]:
         if part not in NOT_DECODED and not is_runtime_scale(part)
     }
     if not slices:
-        raise ModelUnreadable(f"{weight_of(parts)} is there without its weight", "download it again")
+        raise ModelUnreadable(f"{weight_of(parts)} is missing, although its other parts are there", "download it again")
     if len({len(infos) for infos in slices.values()}) > 1:
-        raise ModelUnreadable(f"{weight_of(parts)} has parts that are not cut into as many slices")
+        raise ModelUnreadable(f"the parts of {weight_of(parts)} have different numbers of slices")
     groups: list[Infos] = [dict(zip(slices, infos, strict=True)) for infos in zip(*slices.values(), strict=True)]
     if any(outline(infos) != outline(groups[0]) for infos in groups):
-        raise ModelUnreadable(f"the slices of {weight_of(parts)} are not alike", "download it again")
+        raise ModelUnreadable(f"the slices of {weight_of(parts)} differ in dtype or shape", "download it again")
     return groups
 
 
@@ -124,7 +124,7 @@ def find_rows(
             yield (info, index, index + 1, 1) if has_entry_per_matrix else (info, 0, None, 1)
             continue
         if not leading and rows < stored.shape[0] and rows % span:
-            raise UnknownFormat(f"{info.name}: blocks of {span} rows reach over two experts")
+            raise UnknownFormat(f"{info.name}: blocks of {span} rows span two experts")
         first = index * -(-rows // span)
         is_flat = leading and info.shape[:-1] == (prod(stored.shape[:-1]),) and info.shape != stored.shape[:-1]
         axes = 1 if is_flat else leading + 1  # the rows of all matrices may lie below each other

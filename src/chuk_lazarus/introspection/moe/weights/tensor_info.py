@@ -75,4 +75,4 @@ def check_apart(tensors: Iterable[TensorInfo], file: str) -> None:
     in_order = sorted((info for info in tensors if info.nbytes), key=lambda info: info.start)
     for before, after in pairwise(in_order):
         if after.start < before.stop:
-            raise ModelUnreadable(f"{file}: {before.name} and {after.name} share bytes: the header is broken")
+            raise ModelUnreadable(f"{file}: {before.name} and {after.name} overlap: the header is broken")

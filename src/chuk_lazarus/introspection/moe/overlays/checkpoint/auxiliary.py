@@ -44,9 +44,9 @@ def _open_wanted(repository: Repository) -> Iterator[tuple[str, ByteSource]]:
 
 
 def left_out_note(checkpoint: Checkpoint) -> list[str]:
-    """A note that names the files of a model which are not copied with it; [] where there are none.
+    """A note that names the files of a model which are not copied with it; [] if there are none.
 
-    Files about the weights as they were, cards, which are written anew, and hidden files are not named.
+    Files about the old weights, model cards (a new one is written) and hidden files are not named.
     """
     repository = checkpoint.repository
     copied = {name for name, _ in _open_wanted(repository)}
@@ -63,6 +63,6 @@ def _check_copy(repository: Repository, name: str) -> None:
     """Raise ModelUnreadable where a file, which is to be copied into another folder, is a link that leads elsewhere."""
     if not repository.may_copy(name):
         raise ModelUnreadable(
-            f"{name} is a link out of the model's folder, to a file of another kind, and would be copied",
+            f"{name} links to a file outside the model's folder, whose contents would be copied",
             "put the file itself there if you trust the model",
         )

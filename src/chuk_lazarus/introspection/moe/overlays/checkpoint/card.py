@@ -18,7 +18,7 @@ def write_card(
 ) -> str:
     """The card in Markdown: the experts' source and ranks, the model's bytes before and after, and further `text`.
 
-    `options` are those of the command that measures what the overlay leaves of the experts.
+    `options` are those of the command that verifies the overlay.
     """
     source = printable(overlay.source)
     shown_source = _code_span(source)
@@ -35,28 +35,28 @@ def write_card(
         )
         layers_by_codes.setdefault(listing, []).append(layer)
     if any(coded.index for coded in overlay.coded.values()):
-        what, kept = "codes", "neurons that they share, deltas from these, and all other neurons, in few bits a weight."
+        what, kept = "codes", "shared neurons, deltas from these, and all other neurons, in few bits per weight."
     elif overlay.coded:
-        what, kept = "codes", "one base and a delta for each expert, each in few bits a weight: expert = base + delta."
+        what, kept = "codes", "one base and a delta per expert, all in few bits per weight: expert = base + delta."
     else:
         what, kept = "ranks", "one base and low-rank factors: expert = base + left @ right."
     lines = [
         f"# Overlay of {shown_source}",
         "",
         f"The routed experts of this model are stored as {kept}",
-        "Everything else is a copy, byte for byte. Loaders that do not know `overlay_config` find no experts here:",
-        "export the folder to a standard checkpoint for them. mlx-lm runs it as it is, with `--trust-remote-code`,",
-        "where chuk-lazarus is installed.",
+        "Everything else is a copy, byte for byte. Loaders that do not know `overlay_config` find no experts:",
+        "for them, export the folder to a standard checkpoint. mlx-lm runs it as it is, with `--trust-remote-code`,",
+        "if chuk-lazarus is installed.",
         "",
         f"- source: {shown_source}" + (f", revision {overlay.revision}" if overlay.revision else ""),
         *(
             f"- {what} of layer{'s' if len(numbers) > 1 else ''} {format_ranges(numbers)}: {listing}"
             for listing, numbers in layers_by_codes.items()
         ),
-        f"- experts of these layers as they were: {sum(layer.stored_bytes for layer in layers):,} bytes",
+        f"- experts of these layers in the source: {sum(layer.stored_bytes for layer in layers):,} bytes",
         f"- the whole model: {before:,} bytes before, {after:,} after",
         "",
-        f"What an overlay of these {what} leaves of the source's experts is measured, layer by layer, by",
+        f"To measure, layer by layer, how close an overlay of these {what} is to the source's experts, run",
         "",
         f"    lazarus introspect moe-expert moe-overlay-verify -m {quote(source)} {options}",
     ]
@@ -83,8 +83,8 @@ def _write_width_card(
     lines = [
         f"# {title}",
         "",
-        f"A plain quantised checkpoint: {how}. The widths of routed experts",
-        f"are those that err least at this size, measured {measured} (bits:weights that share a scale).",
+        f"A plain quantised checkpoint: {how}. The routed experts have",
+        f"the widths with the smallest error at this size, measured {measured} (bits:weights that share a scale).",
         "",
         f"- rule: {_code_span(printable(rule))}",
         *(

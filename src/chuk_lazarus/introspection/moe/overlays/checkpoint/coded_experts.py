@@ -1,6 +1,6 @@
-"""Experts as a plainly quantised checkpoint keeps them: each is read, coded, written and compared by itself.
+"""Experts in a plain quantised checkpoint: each is read, coded, written and compared separately.
 
-What their tensors are called, and where in these an expert lies, each format knows itself.
+Each format knows the names of their tensors, and where in these an expert lies.
 """
 
 from collections.abc import Callable, Mapping

@@ -54,7 +54,7 @@ def dequantise(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorWrite
         if is_runtime_scale(name) and (module or quantization):
             continue
         if module and not name.endswith(BIAS):
-            raise UnknownFormat(f"{name}: we don't know what it does to the quantised weight of {module}")
+            raise UnknownFormat(f"{name}: we don't know how it changes the quantised weight of {module}")
         left.append(name)
     rounded = _rounded_dtypes([infos[name] for name in left])
     for name in left:
@@ -112,7 +112,7 @@ def _decode_tensor(
 ) -> TensorWriter:
     """The writer of a tensor that is decoded to bf16; it has its own shape where `shape` is None."""
     if len(stored.shape) < 2:
-        raise UnknownFormat(f"{name} is quantised, and no matrix: {list(stored.shape)}")
+        raise UnknownFormat(f"{name} is quantised, but it is not a matrix: {list(stored.shape)}")
     *leading, rows, columns = stored.shape
     plain_shape = (*leading, columns, rows) if _is_transposed(infos, stored) else stored.shape
     ranges = tuple((info.file, (info.start, info.stop)) for info in infos.values())

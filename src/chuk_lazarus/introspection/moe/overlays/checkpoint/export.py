@@ -73,7 +73,7 @@ def stored_name(overlay: OverlayCheckpoint, layer: int, spec: StoredTensor, expe
     """What a plain checkpoint calls the stored tensor that has an expert; raises ModelUnreadable for unknown names."""
     name = f"{overlay.prefix(layer)}.{overlay.template(spec.role)}"
     if not spec.axes.stacked and "{expert}" not in name:
-        raise ModelUnreadable(f"overlay_config: {name} has no place for the expert's number")
+        raise ModelUnreadable(f"overlay_config: {name} has no placeholder for the expert's number")
     return name.replace("{expert}", str(expert))
 
 

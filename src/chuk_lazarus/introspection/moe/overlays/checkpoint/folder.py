@@ -1,13 +1,13 @@
-"""A model's folder, written so that it is whole or not there.
+"""Writes a model's folder so that it is either complete or absent.
 
-It is made in `<folder>.partial`, shard by shard, and gets its name when it is whole. The plan of the shards comes from
-headers alone, so a run that was stopped goes on where it was, and ends with the very same bytes.
+It is made in `<folder>.partial`, shard by shard, and renamed when it is complete. The plan of the shards comes from
+headers alone, so an interrupted run continues where it stopped, and ends with the same bytes.
 
-Two other functions write files whole: `files.write_file` writes a single result where the user wants it, so it follows
-links and keeps the permissions of the file that it replaces; `files.write_whole` writes the cache, whose loss does no
-harm. This module has a writer of its own because a later run goes on with what it finds in `<folder>.partial`, a name
-that anybody can guess. A link there could make us write or delete files elsewhere, so links are refused; and a file
-that has its name is taken for whole even after a power failure, so it is synced to disk first.
+Two other functions write complete files. `files.write_file` writes a single result where the user wants it, so it
+follows links and keeps the permissions of the file that it replaces. `files.write_whole` writes cache files, whose loss
+does no harm. This module has its own writer because a later run continues with what it finds in `<folder>.partial`, a
+name that anybody can guess. A link there could make us write or delete files elsewhere, so links are refused; and a
+file with its final name is assumed to be complete even after a power failure, so it is synced to disk first.
 """
 
 import fcntl
@@ -207,18 +207,18 @@ def check_folder(target: Path, source: Path | None, force: bool, least: int) -> 
 
 
 def check_smaller(before: int, after: int) -> None:
-    """Raise InvalidRequest where what is to be written takes no fewer bytes than what is there."""
+    """Raise InvalidRequest if the new model would not be smaller than the old one."""
     if after >= before:
         raise InvalidRequest(
-            f"it would be no smaller: {format_bytes(before)} before, {format_bytes(after)} after",
+            f"it would not be smaller: {format_bytes(before)} before, {format_bytes(after)} after",
             "ask for fewer bits or lower ranks, or force it",
         )
 
 
 def _find_paths(target: Path, source: Path | None) -> tuple[Path, Path, Path]:
-    """The folder, that of unfinished work, and that which the old folder is moved to when it is replaced.
+    """The folder, that of unfinished work, and the one that the old folder is moved to when it is replaced.
 
-    Raises InvalidRequest where one of them would be in, or around, the model's own folder.
+    Raises InvalidRequest if one of them would be inside the model's own folder, or contain it.
     """
     try:
         folder = Path(os.path.realpath(target))
@@ -227,17 +227,20 @@ def _find_paths(target: Path, source: Path | None) -> tuple[Path, Path, Path]:
         raise InvalidRequest(f"{target} can't be a model's folder", "choose another name") from None
     for path in (folder, unfinished, replaced):
         if source and (path == source or path in source.parents or source in path.parents):
-            raise InvalidRequest(f"{path} would lie in or over the model's own folder", "choose a folder elsewhere")
+            raise InvalidRequest(
+                f"{path} would be inside the model's own folder, or contain it", "choose a folder elsewhere"
+            )
     return folder, unfinished, replaced
 
 
 def name_unfinished(folder: Path) -> Path:
-    """Where a model is made that gets the name of `folder`; raises ValueError for the root."""
+    """The path of the unfinished work for `folder`; raises ValueError for the root."""
     return name_beside(folder, "partial")
 
 
 def name_beside(folder: Path, ending: str) -> Path:
-    """The folder's name with an ending; of a name that is too long for it, the beginning and a digest of the whole."""
+    """The folder's name with an ending; a name that is too long for it is shortened, with a digest of the whole
+    name."""
     name = folder.name
     if len(whole := os.fsencode(name)) + len(ending) + 1 > LONGEST_NAME:
         digest = hashlib.sha256(whole).hexdigest()[:16]
@@ -248,20 +251,20 @@ def name_beside(folder: Path, ending: str) -> Path:
 def _check_name_is_free(folder: Path, force: bool) -> None:
     if folder.exists() and not (force and folder.is_dir()):
         hint = "choose another name" + (", or force its replacement" if folder.is_dir() else "")
-        raise InvalidRequest(f"{folder} is there already", hint)
+        raise InvalidRequest(f"{folder} already exists", hint)
 
 
 def _check_unfinished(unfinished: Path) -> None:
-    """Refuse a folder of unfinished work that is a link, or holds a link or a pipe: we never put these there.
+    """Refuse unfinished work that is a link, or contains a link or a pipe: we never write these.
 
-    Somebody may have prepared it to make us write or delete files elsewhere, or take them into the model.
+    Somebody may have placed it to make us write or delete files elsewhere, or take them into the model.
     """
     hint = "remove it, or choose another name"
     if unfinished.is_symlink():
-        raise InvalidRequest(f"{unfinished} is a link, and should be a folder of unfinished work", hint)
+        raise InvalidRequest(f"{unfinished} is a link, but should be a folder of unfinished work", hint)
     for path in unfinished.rglob("*"):  # which does not follow links
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise InvalidRequest(f"{path} is no regular file, and so not of unfinished work", hint)
+            raise InvalidRequest(f"{path} is not a regular file, so it is not unfinished work", hint)
 
 
 def write_model(
@@ -272,10 +275,10 @@ def write_model(
     force: bool,
     progress: Progress,
 ) -> None:
-    """Write shards, their index, the other files and at last the config into `target`, by way of `<target>.partial`.
+    """Write shards, their index, the other files and finally the config into `target`, by way of `<target>.partial`.
 
-    The names of files may have folders in them, with /. `plan` (JSON) tells this work from any other; `source` is the
-    model's own folder, which is never touched. Raises InvalidRequest where the folder can't be written.
+    The names of files may include folders, with /. `plan` (JSON) distinguishes this work from others; `source` is the
+    model's own folder, which is never changed. Raises InvalidRequest if the folder can't be written.
     """
     folder, unfinished, replaced = _find_paths(target, source)
     names, shards, config = contents.shard_names, contents.shards, contents.config
@@ -306,7 +309,7 @@ def write_model(
             (unfinished / PLAN).unlink()
             os.fsync(descriptor)
             if force and folder.exists():
-                remove(replaced)  # a run that was stopped in one of the next steps has left it
+                remove(replaced)  # left by a run that was interrupted in one of the next steps
                 folder.rename(replaced)
             unfinished.rename(folder)
             if force:
@@ -407,18 +410,18 @@ def _check_disk(unfinished: Path, needed: int) -> None:
     free = shutil.disk_usage(disk).free
     if needed > free:
         raise InvalidRequest(
-            f"{unfinished.parent} needs {needed:,} bytes of room, and {free:,} are free",
+            f"{unfinished.parent} needs {needed:,} bytes, but only {free:,} are free",
             "make room, or choose a folder on another disk",
         )
 
 
 @contextmanager
 def _explain_errors(unfinished: Path) -> Iterator[None]:
-    """Turn an OSError, which comes of writing, into InvalidRequest; reading the model raises errors of our own."""
+    """Turn an OSError of writing into InvalidRequest; reading the model raises errors of our own."""
     try:
         yield
     except OSError as error:
-        hint = f"what is done stays in {unfinished}: the same command goes on there"
+        hint = f"the finished part stays in {unfinished}: run the same command again to continue"
         raise InvalidRequest(
             f"can't write {error.filename or unfinished}: {error.strerror or error}",
             hint if os.path.isdir(unfinished) else "choose a folder elsewhere",

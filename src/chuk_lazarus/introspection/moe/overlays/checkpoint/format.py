@@ -103,7 +103,7 @@ class CodedExperts:
 
 
 def codes_to_json(codes: LayerCodes) -> dict[str, Any]:
-    """`codes`: role -> the texts of the codes of its base, its deltas and its strangers; and the sizes of a bank."""
+    """`codes`: by role the codes of base, deltas and unshared neurons, as strings; and the sizes of a bank."""
     texts = {
         role: {"base": str(each.base) if each.base else None, "delta": str(each.delta)}
         | ({"rest": str(each.rest)} if each.rest else {})
@@ -115,22 +115,22 @@ def codes_to_json(codes: LayerCodes) -> dict[str, Any]:
 
 
 def parse_codes(facts: Mapping[str, Any]) -> dict[str, RoleCodes]:
-    """The inverse of `codes_to_json`; raises ValueError, KeyError or TypeError for what is none."""
+    """The inverse of `codes_to_json`; raises ValueError, KeyError or TypeError for invalid values."""
     sizes = {name: facts[name] for name in ("bank", "matched") if name in facts}
     if sizes and not (len(sizes) == 2 and all(type(size) is int for size in sizes.values())):
-        raise TypeError("a bank has two sizes")
+        raise TypeError("bank and matched must both be integers")
     if sizes and not 0 < sizes["matched"] <= sizes["bank"] < 2**31:
-        raise ValueError(f"{sizes['matched']} neurons refer to a bank of {sizes['bank']}")
+        raise ValueError(f"{sizes['matched']} neurons do not fit a bank of {sizes['bank']}")
     codes = {}
     for role, texts in facts["codes"].items():
         sides = (texts["base"], texts["delta"], texts.get("rest"))
         if sides[1] is None or not all(text is None or isinstance(text, str) for text in sides):
-            raise TypeError("a code is a text")
+            raise TypeError("a code must be a string")
         base, delta, rest = (None if text is None else parse_code(text) for text in sides)
         assert delta is not None
         bank = BankShape(sizes["bank"], sizes["matched"], int(role == "down")) if sizes and base else None
         if rest and not bank:
-            raise ValueError("strangers without a bank")
+            raise ValueError("a code of the rest needs a bank")
         codes[role] = RoleCodes(base, delta, rest, bank, texts.get("unbiased") is True)
     return codes
 
@@ -146,11 +146,11 @@ def check_index(index: NDArray[np.integer], size: int) -> str | None:
 
 
 class OverlayConfigError(Exception):
-    """An `overlay_config` that can't be read. It has no message, as the reader and the runtime each word their own.
+    """An `overlay_config` that can't be read. It has no message: the reader and the runtime each have their own.
 
-    `value` is the version that is not known, or the layer as the config calls it; `roles` are those that each layer
-    needs a rank, or codes, for. The problem is "layer" where a layer is not a number or its ranks are not an object,
-    and "code" where the sizes or codes of version 2 are none.
+    `value` is the unknown version, or the layer as the config names it; `roles` are those for which each layer needs a
+    rank or codes. The problem is "layer" if a layer is not a number or its ranks are not an object, and "code" if the
+    sizes or codes of version 2 are not valid.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ def _read_coded(listed: Any, roles: Sequence[str]) -> dict[int, CodedExperts]:
             for each in codes.values():
                 list_matrices(each, (1, 1), 1)
                 if each.base is None and isinstance(each.delta, FactorsCode):
-                    raise ValueError("a few bytes would stand for a matrix of any size")
+                    raise ValueError("factors need a base: alone, a few bytes would stand for a matrix of any size")
         except (AttributeError, KeyError, TypeError, ValueError):
             raise OverlayConfigError("code", key, roles) from None
         if not all(type(size) is int and 0 < size < 2**31 for size in sizes):

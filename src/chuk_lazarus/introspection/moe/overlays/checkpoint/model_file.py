@@ -1,6 +1,6 @@
 """The file in an overlay's folder by which mlx-lm's own programs run it.
 
-config.json names it as `model_file`, and mlx-lm executes it where it is told `--trust-remote-code`. We never do.
+config.json names it as `model_file`, and mlx-lm executes it with `--trust-remote-code`. We never do.
 """
 
 from collections.abc import Mapping

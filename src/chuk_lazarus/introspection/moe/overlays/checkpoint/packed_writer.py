@@ -116,7 +116,7 @@ def check_modules(layer: ExpertLayer) -> None:
         axes = (("H",), ("I",)) if tensor.spec.role == "down" else (("I",), ("H",))
         if tensor.spec.axes.groups != axes or "{expert}" not in name or not name.endswith(WEIGHT):
             raise UnknownFormat(
-                f"layout {layer.layout.name} keeps no module for each matrix of an expert, as {METHOD} needs: {name}",
+                f"{METHOD} needs one module per matrix of an expert, and layout {layer.layout.name} has none: {name}",
                 "give --format mlx, gguf-recipe or standard",
             )
 

@@ -1,4 +1,4 @@
-"""The plan of unfinished work: what a run that was stopped had chosen, for the run that goes on."""
+"""The plan of unfinished work: what an interrupted run had chosen, for the run that continues it."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from .folder import PLAN, name_unfinished
 
 
 def make_plan(checkpoint: Checkpoint, *, writes: str, rule: str, version: int, layers: Any) -> dict[str, Any]:
-    """The plan of a folder: what it is to be, by which rule, and what was chosen for its `layers` (JSON)."""
+    """The plan of a folder: what it will hold, by which rule, and what was chosen for its `layers` (JSON)."""
     return {
         "writes": writes,
         "rule": rule,
@@ -24,7 +24,7 @@ def make_plan(checkpoint: Checkpoint, *, writes: str, rule: str, version: int, l
 
 
 def planned_layers(checkpoint: Checkpoint, folder: Path, rule: str, version: int) -> dict[str, Any] | None:
-    """What the plan of a stopped run for `folder` says of each layer, None where there is no plan of this work."""
+    """The layers in the plan of an interrupted run for `folder`; None if there is no plan of the same work."""
     try:
         plan = json.loads((name_unfinished(Path(os.path.realpath(folder))) / PLAN).read_bytes())
         is_ours = plan["checksum"] == _checksum(plan["ranks"]) and plan["rule"] == rule
@@ -32,10 +32,10 @@ def planned_layers(checkpoint: Checkpoint, folder: Path, rule: str, version: int
             layers: dict[str, Any] = plan["ranks"]
             return {str(int(layer)): of_layer for layer, of_layer in layers.items()}
     except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        pass  # there is no plan, or somebody else wrote it
+        pass  # there is no plan, or it was changed
     return None
 
 
 def _checksum(layers: Any) -> str:
-    """A checksum that shows whether somebody has changed the layers in a plan."""
+    """A checksum that shows whether the layers in a plan were changed."""
     return hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()[:16]

@@ -58,11 +58,11 @@ class OverlayCheckpoint:
         self._indices: dict[int, NDArray[np.intp]] = {}
         self._prefixes = {tensor.layer: tensor.prefix for tensor in tensors.values()}
         if len({tensor.prefix for tensor in tensors.values()}) > len(self._prefixes):
-            raise ModelUnreadable("two tensors have the same layer and different names before it")
+            raise ModelUnreadable("tensors of the same layer have different prefixes")
         if self._prefixes.keys() != set(self.layers):
             layer = min(self._prefixes.keys() ^ set(self.layers))
             where = "its tensors are missing" if layer in self.layers else "overlay_config does not list it"
-            raise ModelUnreadable(f"layer {layer} is half in the overlay: {where}", "make the overlay again")
+            raise ModelUnreadable(f"layer {layer} is only partly in the overlay: {where}", "make the overlay again")
         for layer, ranks in self.ranks.items():
             self._check(layer, ranks)
         for layer, coded in self.coded.items():
@@ -99,7 +99,7 @@ class OverlayCheckpoint:
         """The low-rank delta of one expert, as stored; raises InvalidRequest for an expert that is not there, and for a
         layer that is coded."""
         if layer in self.coded:
-            raise InvalidRequest(f"layer {layer} is coded", "ask for an expert's delta")
+            raise InvalidRequest(f"layer {layer} is coded and has no factors", "use delta() instead")
         (out, inner), rank = self.shape(layer, role), self.ranks[layer][role]
         self._check_expert(layer, expert)
         return Factors(
@@ -173,7 +173,7 @@ class OverlayCheckpoint:
         """
         name = self.overlay_config.names.get(role)
         if not name:
-            raise ModelUnreadable(f"overlay_config does not say what the {role} projections were called")
+            raise ModelUnreadable(f"overlay_config does not name the {role} projections")
         return name
 
     def _check_expert(self, layer: int, expert: int) -> None:
@@ -281,18 +281,18 @@ def _explain(error: OverlayConfigError) -> MoEError:
     """What is wrong with overlay_config, in words for somebody who wants to rebuild the experts."""
     match error.problem:
         case "missing":
-            return ModelUnreadable("config.json has no overlay_config: this is no overlay checkpoint")
+            return ModelUnreadable("config.json has no overlay_config: this is not an overlay checkpoint")
         case "version":
-            return UnknownFormat(f"this overlay is of version {error.value}, and we read versions {READ}")
+            return UnknownFormat(f"this overlay has version {error.value}, but we read only versions {READ}")
         case "no layers":
             return ModelUnreadable("overlay_config lists no layers with their ranks")
         case "code":
-            return ModelUnreadable(f"overlay_config: layer {error.value} has sizes or codes that are none")
+            return ModelUnreadable(f"overlay_config: the sizes or codes of layer {error.value} are not valid")
         case "rank":
-            return ModelUnreadable(f"overlay_config: layer {error.value} has a rank that is none")
+            return ModelUnreadable(f"overlay_config: a rank of layer {error.value} is not valid")
         case _:
             roles = ", ".join(error.roles)
-            return ModelUnreadable(f"overlay_config: layer {error.value} does not have a rank for each of {roles}")
+            return ModelUnreadable(f"overlay_config: layer {error.value} lacks a rank for each of {roles}")
 
 
 def read_overlay(folder: Path) -> OverlayCheckpoint:

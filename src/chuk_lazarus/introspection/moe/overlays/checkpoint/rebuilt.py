@@ -1,8 +1,7 @@
-"""An overlay checkpoint as the standard one that it stands for, without writing that: experts are rebuilt when they are
-read.
+"""An overlay checkpoint read as the standard checkpoint that it stands for: experts are rebuilt when they are read.
 
-What exports, tries or analyses a standard checkpoint can so be given an overlay. Nothing is kept but the bases of one
-layer and, for each thread, the last expert.
+So an overlay can be exported, tried or analysed like a standard checkpoint. Only the bases of one layer are kept in
+memory and, for each thread, its last expert.
 """
 
 import hashlib

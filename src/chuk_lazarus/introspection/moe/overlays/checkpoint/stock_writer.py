@@ -46,7 +46,7 @@ WINDOW = 1 << 22  # weights of a tensor that are coded at a time
 
 
 class RestTensor(Protocol):
-    """A tensor that is no expert's, under the name that it is written with; `load` reads it, once."""
+    """A tensor that is not part of an expert, under the name that it is written with; `load` reads it, once."""
 
     @property
     def name(self) -> str: ...
@@ -107,7 +107,7 @@ def write_rest(checkpoint: Checkpoint, names: Sequence[str], folder: Path, progr
     target = name_beside(folder, REST)
     origin = encode_json({"names": sorted(names), **fingerprint(checkpoint)})
     try:
-        if (target / ORIGIN).read_bytes() == origin:  # of a run that was stopped
+        if (target / ORIGIN).read_bytes() == origin:  # of an interrupted run
             return target
     except OSError:
         pass
@@ -157,7 +157,7 @@ def stock_config(config: ModelConfig, codes: Mapping[str, AffineCode]) -> dict[s
 
 
 def _rest_shards(model: StockModel) -> Iterator[Shard]:
-    """Shards with all tensors that are no experts'."""
+    """Shards with all tensors that are not part of experts."""
 
     def fill(group: Sequence[RestTensor], shard: ShardFile) -> None:
         for tensor in group:

@@ -78,11 +78,11 @@ def write_overlay(
     """Write the model into `folder` with the routed experts of every layer in `ranks` (layer -> role -> rank) as an
     overlay, everything else as it is.
 
-    The same call goes on with what a stopped one left in `<folder>.partial`. `force` replaces an existing folder once
-    the new one is whole, and deletes the unfinished work of another call. `source` is what the model is called in the
-    new folder's config and card, `rule` how the ranks were chosen. `checks`, by layer, compare the experts while they
-    are written, but not those of layers that a stopped call has written; `card` is called at the end for further text
-    of the card. `progress` is told bytes written.
+    The same call continues with what an interrupted one left in `<folder>.partial`. `force` replaces an existing folder
+    once the new one is whole, and deletes the unfinished work of another call. `source` is what the model is called in
+    the new folder's config and card, `rule` how the ranks were chosen. `checks`, by layer, compare the experts while
+    they are written, but not those of layers that an interrupted call has written; `card` is called at the end for
+    further text of the card. `progress` reports bytes written.
 
     Raises InvalidRequest for ranks that do not fit the model, a folder that must not be written or a disk without room,
     ModelUnreadable where the model is broken.
@@ -226,11 +226,11 @@ def _compose(
     if OVERLAY_CONFIG in checkpoint.config:
         raise InvalidRequest("the model is an overlay already", "give the model that it was made from")
     if not layers:
-        raise InvalidRequest("no layer is given a rank", f"the MoE layers are {format_ranges(experts.layers)}")
+        raise InvalidRequest("no ranks are given for any layer", f"the MoE layers are {format_ranges(experts.layers)}")
     files = read_auxiliary_files(checkpoint)
     prefixes, names = zip(*(_split_names(layer) for layer in layers), strict=True)
     if len({str(by_role) for by_role in names}) > 1:
-        raise UnknownFormat("the layers' experts are not all named alike")
+        raise UnknownFormat("the layers name their experts' tensors differently")
     copied = [checkpoint.info(name) for name in sorted(set(checkpoint.names) - _replaced_names(layers))]
     model_config = checkpoint.model_config
     if all(info.dtype in PLAIN_DTYPES for info in copied):
@@ -279,7 +279,7 @@ def check_target(experts: Experts, folder: Path, layers: Iterable[int], force: b
     """Check, before any work, that an overlay of these layers can be written into the folder.
 
     Raises InvalidRequest for a folder that must not be written, or a disk without room for an overlay of rank 0, or of
-    about `bits` bits a weight, and UnknownFormat for a model whose other tensors can't be copied.
+    about `bits` bits per weight, and UnknownFormat for a model whose other tensors can't be copied.
     """
     check_copyable(experts)
     checkpoint = experts.checkpoint
@@ -329,7 +329,7 @@ def _check_roles(experts: Experts, number: int, roles: Iterable[str], what: str)
     layer = experts.layer(number)
     if set(roles) != set(layer.roles):
         wanted, given = (", ".join(sorted(names)) or "nothing" for names in (layer.roles, roles))
-        raise InvalidRequest(f"layer {number} needs {what} for {wanted}, and has them for {given}")
+        raise InvalidRequest(f"layer {number} needs {what} for {wanted}, but they are given for {given}")
     return layer
 
 
@@ -338,7 +338,7 @@ def _check_codes(experts: Experts, number: int, codes: LayerCodes) -> ExpertLaye
     layer = _check_roles(experts, number, codes, "codes")
     for role, of_role in codes.items():
         if of_role.base is None and isinstance(of_role.delta, FactorsCode):
-            raise InvalidRequest(f"layer {number}: {role} would be factors without a base")
+            raise InvalidRequest(f"layer {number}: {role} has factors but no base")
         for code, shape in of_role.sides(layer.shape(role)).values():
             factors = code.factors if isinstance(code, SumCode) else code
             if isinstance(factors, FactorsCode) and factors.rank > min(shape):

@@ -37,35 +37,35 @@ class BankShape:
     axis: int
 
     def cut(self, shape: Shape) -> tuple[Shape, Shape, Shape]:
-        """The shapes of the bank, of an expert's deltas and of its other neurons, which are strangers."""
-        of_bank, of_deltas, of_strangers = (
+        """The shapes of the bank, of an expert's deltas and of its unshared neurons."""
+        of_bank, of_deltas, of_others = (
             (count, shape[1]) if self.axis == 0 else (shape[0], count)
             for count in (self.size, self.matched, shape[self.axis] - self.matched)
         )
-        return of_bank, of_deltas, of_strangers
+        return of_bank, of_deltas, of_others
 
     def index(self, experts: int) -> PartLayout:
-        """Which neurons of the bank those of the experts refer to, [experts, matched], in the least integers."""
+        """Which neurons of the bank those of the experts refer to, [experts, matched], in the smallest integer type."""
         dtype = "U8" if self.size <= 2**8 else "U16" if self.size <= 2**16 else "U32"
         return PartLayout(dtype, (experts, self.matched))
 
     def split(self, matrix: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """An expert's neurons that are deltas, and its strangers."""
-        deltas, strangers = np.split(matrix, [self.matched], axis=self.axis)
-        return np.ascontiguousarray(deltas), np.ascontiguousarray(strangers)
+        """An expert's neurons that are deltas, and its unshared ones."""
+        deltas, others = np.split(matrix, [self.matched], axis=self.axis)
+        return np.ascontiguousarray(deltas), np.ascontiguousarray(others)
 
     def split_moments(self, moments: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The second moments [in, in] of neurons that are deltas, and of strangers, where neurons are inputs."""
+        """The second moments [in, in] of neurons that are deltas, and of unshared ones, if neurons are inputs."""
         return moments[: self.matched, : self.matched], moments[self.matched :, self.matched :]
 
 
 @dataclass(frozen=True, slots=True)
 class RoleCodes:
-    """How a projection of a layer is kept: the code of its base, and that of each expert's delta from the stored base.
+    """The codes of one projection of a layer: that of its base, and that of each expert's delta from the stored base.
 
-    Without a base, `delta` is the code of the experts themselves. With a `bank` the base holds its neurons, `delta` the
-    neurons of an expert that refer to it, and `rest` the strangers, None where there are none. `unbiased` says that the
-    deltas are made so, which decoding does not ask.
+    Without a base, `delta` is the code of the experts themselves. With a `bank`, the base holds its neurons, `delta`
+    the neurons of an expert that refer to it, and `rest` the unshared ones, None if there are none. `unbiased` says
+    that the deltas are coded without bias; decoding does not depend on it.
     """
 
     base: MatrixCode | None
@@ -139,7 +139,7 @@ def list_matrices(codes: RoleCodes, shape: Shape, experts: int) -> dict[str, Sto
         if side in sides:
             code, of_side = sides[side]
             if not isinstance(code, Bf16Code | BitsCode | TrellisCode):
-                raise ValueError(f"a {side} in the code {code}")
+                raise ValueError(f"a {side} can't be in the code {code}")
             matrices[side] = StoredMatrix(side, code, of_side, None if side == "base" else experts)
     (delta, of_delta), factors = sides["delta"], "delta"
     if isinstance(delta, SumCode):
@@ -176,7 +176,7 @@ def _parse_rest(text: str) -> BitsCode | TrellisCode:
 def _parse_bits(text: str) -> BitsCode:
     match = _BITS.fullmatch(text)
     if not match:
-        raise ValueError(f"{text!r} is no code")
+        raise ValueError(f"{text!r} is not a code")
     return BitsCode(
         3 if match[1] == "1.6" else 2 ** int(match[1]), next(group for group in GROUPS if GROUPS[group] == match[2])
     )

@@ -39,7 +39,7 @@ class AffineCode:
 
     def __post_init__(self) -> None:
         if self.bits not in AFFINE_BITS or self.group not in AFFINE_GROUPS:
-            raise ValueError(f"{self.bits} bits in groups of {self.group}")
+            raise ValueError(f"there is no code of {self.bits} bits in groups of {self.group}")
 
     def __str__(self) -> str:
         return f"{self.bits}bit:{self.group}"
@@ -48,7 +48,7 @@ class AffineCode:
         """The parts of a matrix of that shape; raises ValueError where a row does not have whole groups."""
         rows, columns = shape
         if columns % self.group:
-            raise ValueError(f"rows of {columns} numbers do not have whole groups of {self.group}")
+            raise ValueError(f"rows of {columns} numbers do not divide into groups of {self.group}")
         groups = PartLayout("BF16", (rows, columns // self.group))
         return {"weight": PartLayout("U32", (rows, columns * self.bits // 32)), "scales": groups, "biases": groups}
 

@@ -1,9 +1,9 @@
-"""A matrix in few bits a weight: evenly spaced levels around zero, and a scale for each group of a row.
+"""A matrix in few bits per weight: evenly spaced levels around zero, and a scale for each group of a row.
 
-A weight is scale * (level - (levels - 1) / 2), its level one of 0 to levels - 1. Two levels keep the sign alone, three
-are ternary. Level and scale of a group are chosen together, for the least squared error: some scales are tried, the
-best one's levels are kept, and for these levels the best scale has a closed form (Lloyd, 1982). Scales are then rounded
-to bytes, and the levels are taken again.
+A weight is scale * (level - (levels - 1) / 2), with a level from 0 to levels - 1. Two levels keep only the sign, three
+are ternary. Level and scale of a group are chosen together, for the smallest squared error: several scales are tried,
+the levels of the best one are kept, and for these levels the best scale has a closed form (Lloyd, 1982). Scales are
+then rounded to bytes, and the levels are computed again.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ class BitsCode:
 
     def __post_init__(self) -> None:
         if self.levels not in LEVELS or self.group not in GROUPS:
-            raise ValueError(f"{self.levels} levels in groups of {self.group}")
+            raise ValueError(f"there is no code of {self.levels} levels in groups of {self.group}")
 
     def __str__(self) -> str:
         return f"{'1.6' if self.levels == 3 else bits_of(self.levels)}bit:{GROUPS[self.group]}"
@@ -150,7 +150,7 @@ class BitsCode:
         return values
 
     def affine_settings(self, columns: int) -> tuple[int, int]:
-        """The group size and the bits of MLX's affine form of matrices of so many columns."""
+        """The group size and the bits of MLX's affine form of matrices with that many columns."""
         bits = bits_of(self.levels)
         groups = MLX_GROUPS if self.group in (ROW, MATRIX) else (self.group, MLX_GROUP)
         return next((group for group in groups if columns % group == 0), MLX_GROUP), MLX_BITS.get(bits, bits)
@@ -182,10 +182,11 @@ class BitsCode:
         rounding: float,
         unit: float,
     ) -> NDArray[np.float32]:
-        """As `_round`, column by column: those that follow make up for the error of each, as far as inputs go together.
+        """Like `_round`, column by column: later columns compensate for the error of each, as far as inputs are
+        correlated.
 
-        The bytes of the scales, `codes`, are set group by group, from what is left of the matrix by then. This is GPTQ
-        (Frantar and others, 2023), which is Babai's nearest plane: with U the upper Cholesky factor of the inverse
+        The bytes of the scales, `codes`, are set group by group, from what is left of the matrix at that point. This is
+        GPTQ (Frantar and others, 2023), which is Babai's nearest plane: with U the upper Cholesky factor of the inverse
         moments, the error of column j moves column k by U[j, k] / U[j, j].
         """
         upper = _inverse_factor(moments)

@@ -1,4 +1,4 @@
-"""What a code of one matrix is: parts to be stored, made from a matrix and turned back into one."""
+"""The interface of a code of one matrix: parts to store, made from a matrix and decoded into one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class HasLayout(Protocol):
 
 
 class Code(HasLayout, Protocol):
-    """A way to keep a matrix. Its text is what `parse_code` reads: "3bit:128"."""
+    """A way to store a matrix. Its text is what `parse_code` reads: "3bit:128"."""
 
     def encode(
         self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None

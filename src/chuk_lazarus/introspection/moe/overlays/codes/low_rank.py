@@ -12,7 +12,7 @@ from .code import PartLayout, Parts, Shape, as_shape, check_finite, inner
 from .trellis import TrellisCode
 
 MORE, ITERATIONS = 8, 2  # of the random start: vectors beside those of the rank, and iterations
-SMALL_SHARE = 6  # times so many vectors must fit into the shorter side, for it to be the faster way
+SMALL_SHARE = 6  # the shorter side must be this many times the number of vectors for the random start to be faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class FactorsCode:
     def encode(
         self, matrix: NDArray[np.float32], *, unbiased: bool = False, moments: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """See `Code`; factors are never made unbiased, since what they leave out is no shrinkage.
+        """See `Code`; factors are never made unbiased, since leaving out directions does not shrink the others.
 
         With moments the left factor is that of the matrix times their Cholesky factor. Raises ValueError for a rank
         above min(out, in), too.

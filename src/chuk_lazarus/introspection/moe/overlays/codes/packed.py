@@ -38,7 +38,7 @@ class PackedCode:
 
     def __post_init__(self) -> None:
         if self.bits not in PACKED_BITS or self.group not in PACKED_GROUPS:
-            raise ValueError(f"{self.bits} bits in groups of {self.group}")
+            raise ValueError(f"there is no code of {self.bits} bits in groups of {self.group}")
 
     def __str__(self) -> str:
         return f"int{self.bits}:{self.group}"
@@ -47,7 +47,7 @@ class PackedCode:
         """The parts of a matrix of that shape; raises ValueError where a row does not have whole groups."""
         rows, columns = shape
         if columns % self.group:
-            raise ValueError(f"rows of {columns} numbers do not have whole groups of {self.group}")
+            raise ValueError(f"rows of {columns} numbers do not divide into groups of {self.group}")
         return {
             "weight_packed": PartLayout("I32", (rows, columns * self.bits // 32)),
             "weight_scale": PartLayout("BF16", (rows, columns // self.group)),

@@ -23,7 +23,7 @@ def packed_bytes(levels: int, count: int) -> int:
 
 
 def bits_of(levels: int) -> int:
-    """The whole bits that tell so many levels apart."""
+    """The whole bits that are needed for that many levels."""
     return (levels - 1).bit_length()
 
 

@@ -1,13 +1,13 @@
-"""A matrix in one to four bits a weight, by a trellis: each weight is told by its own bits and those before it.
+"""A matrix in one to four bits per weight, by a trellis: each weight is decoded from its own bits and those before it.
 
-A state is a window of twelve bits over one stream for the whole matrix, which moves on by the bits of a weight. A
+A state is a window of twelve bits over one stream for the whole matrix, which advances by the bits of one weight. A
 weight is scale * value(state). As windows overlap, neighbours can't have any two values, but there are 4096 values
 where a number of two bits has four, and the best path through them is searched for (Viterbi, 1967). So errors come near
-to the least that so many bits allow (Marcellin and Fischer 1990; Tseng et al. 2024, QTIP). Every state can be read by
-itself, so decoding is a table look-up.
+the smallest that this many bits allow (Marcellin and Fischer 1990; Tseng et al. 2024, QTIP). Every state can be read
+separately, so decoding is a table look-up.
 
-The values are the quantiles of a Gaussian in a scattered order: value(s) is the one at (r + 1/2) / 4096, where r is
-m (s xor (s >> 6)) mod 4096 with an odd multiplier m for each width.
+The values are the quantiles of a Gaussian in a scattered order: value(s) is the one at (r + 1/2) / 4096, where r is m
+(s xor (s >> 6)) mod 4096 with an odd multiplier m for each width.
 """
 
 import functools
@@ -50,7 +50,7 @@ def windows(bits: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def check_encoder() -> None:
-    """Raise LibraryMissing where there is no compiler to encode trellises with; decoding needs none."""
+    """Raise LibraryMissing if numba, which encodes trellises, is not installed; decoding does not need it."""
     try:
         from . import viterbi  # noqa: F401
     except ImportError:
@@ -59,13 +59,14 @@ def check_encoder() -> None:
 
 @dataclass(frozen=True, slots=True)
 class TrellisCode:
-    """A trellis of so many bits a weight: parts `stream` uint8 [bytes], `scales` uint8 [out] and `unit` float32."""
+    """A trellis with that many bits per weight: parts `stream` uint8 [bytes], `scales` uint8 [out] and `unit`
+    float32."""
 
     bits: int
 
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:
-            raise ValueError(f"a trellis of {self.bits} bits")
+            raise ValueError(f"there is no trellis of {self.bits} bits")
 
     def __str__(self) -> str:
         return f"{self.bits}trellis"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIECE = 2048  # numbers whose path is settled at a time
-AHEAD = 64  # numbers after these that have a say in it; further ones hardly do
+AHEAD = 64  # later numbers that also affect it; further ones hardly do
 RENEW = 32  # steps after which the least cost is taken off, so that float32 keeps the differences
 UNREACHED = 1e30  # the cost of states where a piece can't begin
 
@@ -30,7 +30,7 @@ def _compile(function: Callable[..., None]) -> Callable[..., None]:
     compiled: Callable[..., None]
     try:
         compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # there is no folder that may hold it
+    except RuntimeError:  # there is no writable cache folder
         compiled = numba.njit(**options)(function)
     return compiled
 

@@ -1,4 +1,4 @@
-"""Overlays at work, in MLX; to import this without MLX raises LibraryMissing, which says how to get it."""
+"""Running overlays in MLX; importing this without MLX raises LibraryMissing, which says how to install it."""
 
 from ...errors import LibraryMissing
 

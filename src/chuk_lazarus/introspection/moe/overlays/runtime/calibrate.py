@@ -1,8 +1,7 @@
-"""What enters the experts of a model while it reads a text.
+"""The inputs of a model's experts while it reads a text.
 
-The model runs once, on all windows of the text side by side. Each decoder layer takes them a few at a time, and its
-weights are read when it is reached and let go when it is done: memory holds one layer, and one hidden vector for each
-token.
+The model runs once, on all windows of the text. Each decoder layer takes a few windows at a time; its weights are read
+when it is reached and released when it is done. So memory holds one layer, and one hidden vector per token.
 """
 
 import re
@@ -47,7 +46,7 @@ def read_windows(folder: Path, text: Path) -> NDArray[np.int32]:
         raise InvalidRequest(f"can't read {text}: {reason}", "give a text file in UTF-8") from None
     _, tokens = tokenize(folder, content)
     if not tokens:
-        raise InvalidRequest(f"{text} is empty", "give a text like those that the model will read")
+        raise InvalidRequest(f"{text} is empty", "give text like what the model will read in use")
     length = min(CONTEXT, len(tokens))
     windows = np.array(tokens[: len(tokens) // length * length], np.int32).reshape(-1, length)
     return windows[list(evenly_spaced(len(windows), WINDOWS))]
@@ -56,10 +55,11 @@ def read_windows(folder: Path, text: Path) -> NDArray[np.int32]:
 def gather_inputs(
     folder: Path, windows: NDArray[np.int32], layers: Mapping[int, Sizes], keep: Callable[[int, LayerInputs], None]
 ) -> None:
-    """Let mlx-lm's model in `folder` read `windows` [count, length]; `keep` is given what enters each layer's experts.
+    """Run mlx-lm's model in `folder` on `windows` [count, length]; `keep` is called with the inputs of each layer's
+    experts.
 
-    `layers` have their sizes, by number. Raises ModelUnreadable where mlx-lm can't load or run the model, UnknownFormat
-    where a layer has no such gated experts there.
+    `layers` have their sizes, by number. Raises ModelUnreadable if mlx-lm can't load or run the model, UnknownFormat if
+    a layer has no such gated experts there.
     """
     check_files(folder)
     try:
@@ -77,7 +77,7 @@ def gather_inputs(
 
 
 class _Watch:
-    """What enters the experts of a block, as it is called."""
+    """Records the inputs of the experts of a block when it is called."""
 
     def __init__(self, block: SwitchGLU) -> None:
         self.calls: list[tuple[mx.array, mx.array]] = []
@@ -88,7 +88,7 @@ class _Watch:
         return call(x, indices)
 
     def inputs(self, number: int) -> LayerInputs:
-        """All that was noted; raises ModelUnreadable where it is not finite."""
+        """All recorded inputs; raises ModelUnreadable if they are not finite."""
         x = [np.array(x.astype(mx.float32)).astype(ml_dtypes.bfloat16) for x, _ in self.calls]
         experts = [np.array(indices.astype(mx.int32)) for _, indices in self.calls]
         if not all(np.isfinite(each.astype(np.float32)).all() for each in x):
@@ -97,7 +97,7 @@ class _Watch:
 
 
 def _extend(module: Module, call: Callable[..., Any]) -> None:
-    """Let a module call `call` with its own call and the arguments; all else of it stays."""
+    """Wrap a module's call in `call`, which gets the original call and the arguments; nothing else changes."""
     kind = type(module)
 
     class Extended(kind):  # type: ignore[misc, valid-type]
@@ -110,9 +110,9 @@ def _extend(module: Module, call: Callable[..., Any]) -> None:
 def _watch_layers(
     model: Module, layers: Mapping[int, Sizes], model_type: str, keep: Callable[[int, LayerInputs], None]
 ) -> None:
-    """Let decoder layers run batch by batch, and note what enters the experts of those in `layers`.
+    """Run decoder layers batch by batch, and record the inputs of the experts of those in `layers`.
 
-    Those after the last of these are left as they are: as MLX is lazy, they never run.
+    Layers after the last of these are unchanged: as MLX is lazy, they never run.
     """
     missing = set(layers)
     for path, module in list(model.named_modules()):  # type: ignore[no-untyped-call]
@@ -125,7 +125,7 @@ def _watch_layers(
         missing -= {number} if is_wanted else set()
         _stream(module, number, _Watch(blocks[0]) if is_wanted else None, keep)
     if missing:
-        raise UnknownFormat(f"mlx-lm's {model_type} has no block of such gated experts in layer {min(missing)}")
+        raise UnknownFormat(f"mlx-lm's {model_type} has no block of gated experts in layer {min(missing)}")
 
 
 def _sizes(block: SwitchGLU) -> Sizes:
@@ -134,7 +134,7 @@ def _sizes(block: SwitchGLU) -> Sizes:
 
 
 def _stream(layer: Module, number: int, watch: _Watch | None, keep: Callable[[int, LayerInputs], None]) -> None:
-    """Let a decoder layer take BATCH windows at a time, and let its weights go when all are done."""
+    """Run a decoder layer on BATCH windows at a time, and release its weights when all are done."""
 
     def run(call: Callable[..., Any], x: mx.array, *args: Any, **options: Any) -> Any:
         count, parts = len(x), []

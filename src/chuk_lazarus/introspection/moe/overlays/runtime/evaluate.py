@@ -1,4 +1,4 @@
-"""How well and how fast models predict a text, and how far an overlay departs from its original."""
+"""How well and how fast models predict a text, and how far an overlay's predictions are from its original's."""
 
 import math
 import time
@@ -74,8 +74,8 @@ def compare(
 ) -> Comparison:
     """Predict the same tokens with two models, in turns; shapes and errors as in `evaluate`.
 
-    The divergence is KL(original || other) of each token's distribution, from logits in float32. `progress` is told how
-    much of `size` is done. Raises InvalidRequest where the vocabularies differ in size.
+    The divergence is KL(original || other) of each token's distribution, from logits in float32. `progress` is called
+    with how much of `size` is done. Raises InvalidRequest where the vocabularies differ in size.
     """
     pair, scores, seconds = (original, other), list[NDArray[np.float64]](), [0.0, 0.0]
     counter = Counter(progress, "predicting the text", size, size / max(1, len(tokens) - 1))
@@ -88,7 +88,7 @@ def compare(
             seconds[place] += taken
         if logits[0].shape != logits[1].shape:
             sizes = " and ".join(str(each.shape[-1]) for each in logits)
-            raise InvalidRequest(f"{original.name} and {other.name} have vocabularies of {sizes} tokens")
+            raise InvalidRequest(f"{original.name} and {other.name} have different vocabularies: {sizes} tokens")
         scores.append(_score(logits, targets))
         counter.add(targets.size)
     *losses, divergence = np.concatenate(scores, axis=1)
@@ -97,7 +97,9 @@ def compare(
         with name_model(name):
             results.append(_summarise(loss, context, taken, stored))
     if not np.isfinite(divergence).all():
-        raise ModelUnreadable(f"{other.name} has a probability of zero where {original.name} has not: no finite KL")
+        raise ModelUnreadable(
+            f"the KL is infinite: {other.name} gives a token probability 0 where {original.name} does not"
+        )
     difference = _standard_error(losses[1] - losses[0], context)
     kl = SampleMean(mean=float(divergence.mean()), stderr=_standard_error(divergence, context))
     return Comparison(results[0], results[1], difference, kl)
@@ -108,11 +110,10 @@ def evaluate_overlay(
 ) -> MoEOverlayEvaluation:
     """Evaluate a model, and its overlay or another checkpoint of the same model, on the text in the file `text`.
 
-    Both must be on this machine. `context` is the length of the windows, `limit` the number of tokens at most. Memory
-    must hold both models: on a CPU they run in float32, which MLX's expert products need there; `parameter_bytes` is
-    nevertheless that of the stored numbers. Raises InvalidRequest where the file can't be read, the overlay is another
-    model's, or the two have not the same model type, vocabulary and tokens; ModelUnreadable where mlx-lm can't load or
-    run one of them.
+    Both must be on this machine. `context` is the length of the windows, `limit` the most tokens. Memory must hold both
+    models: on a CPU they run in float32, which MLX's expert products need there; `parameter_bytes` is nevertheless that
+    of the stored numbers. Raises InvalidRequest if the file can't be read, the overlay is another model's, or the two
+    have different model types, vocabularies or tokens; ModelUnreadable if mlx-lm can't load or run one of them.
     """
     try:
         content = text.read_text(encoding="utf-8")
@@ -127,7 +128,7 @@ def evaluate_overlay(
     tokens_from, tokens = tokenize(folders[0], content)
     if _has_tokenizer(folders[1]) and tokenize(folders[1], content)[1] != tokens:
         raise InvalidRequest(
-            f"{folders[1]} and {folders[0]} make different tokens of {text}", "compare models with the same tokenizer"
+            f"{folders[1]} and {folders[0]} tokenise {text} differently", "compare models with the same tokenizer"
         )
     taken = tokens[:limit]
     original, other = (_load(folder) for folder in folders)
@@ -156,7 +157,7 @@ def evaluate_overlay(
 
 @contextmanager
 def _running(name: str) -> Iterator[None]:
-    """Turn whatever mlx-lm raises within into ModelUnreadable, of the model with this name."""
+    """Turn anything that mlx-lm raises inside into a ModelUnreadable of the model with this name."""
     with name_model(name):
         try:
             yield
@@ -188,7 +189,7 @@ def _fit_batch(loaded: Loaded, tokens: Sequence[int], context: int) -> int:
     with _running(loaded.name):
         vocabulary: int = loaded.model(mx.array([[0]])).shape[-1]
         if tokens and max(tokens) >= vocabulary:
-            raise ModelUnreadable(f"its tokenizer gives token {max(tokens)}, and it has {vocabulary}")
+            raise ModelUnreadable(f"its tokenizer gives token {max(tokens)}, but its vocabulary has {vocabulary}")
     return max(1, min(BATCH, LOGITS // (context * vocabulary)))
 
 
@@ -247,9 +248,9 @@ def _divergence(p: mx.array, q: mx.array) -> mx.array:
 def _standard_error(values: NDArray[np.float64], context: int) -> float | None:
     """The standard error of the mean of `values` [tokens], with the windows of `context` tokens as a random sample.
 
-    Tokens of one window depend on each other, so the windows are what is counted: m/(m-1) Σ (s - μ n)² / N², of m
-    windows with the sum s of n values (Cochran, Sampling Techniques, 1977, chapter 9A). Of a single window, its tokens
-    are; None for one token.
+    Tokens of one window depend on each other, so windows are the sampling units: m/(m-1) Σ (s - μ n)² / N², for m
+    windows with the sum s of n values (Cochran, Sampling Techniques, 1977, chapter 9A). With a single window, its
+    tokens are the units; None for one token.
     """
     length = context if values.size > context else 1
     starts = np.arange(0, values.size, length)
@@ -263,7 +264,7 @@ def _standard_error(values: NDArray[np.float64], context: int) -> float | None:
 def _summarise(losses: NDArray[np.float64], context: int, seconds: float, parameter_bytes: int) -> Evaluation:
     loss = float(losses.mean())
     if not math.isfinite(loss):
-        raise ModelUnreadable(f"its loss on this text is {loss}", "its weights are broken, or too large to be run")
+        raise ModelUnreadable(f"its loss on this text is {loss}", "its weights are broken, or too large to run")
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(700.0, loss)),
@@ -289,10 +290,10 @@ def _open(folder: Path) -> Checkpoint:
 
 
 def _check_pair(original: Path, other: Path) -> None:
-    """Raise InvalidRequest where two folders can't be of the same model.
+    """Raise InvalidRequest if two folders can't be of the same model.
 
-    An overlay's smallest tensors must be equal to the original's, where both have them. Of others, what can be told is
-    that model type and vocabulary agree.
+    An overlay's smallest tensors must be equal to the original's, if both have them. Of other checkpoints, only model
+    type and vocabulary can be checked.
     """
     first, second = _open(original), _open(other)
     if _is_overlay(second):
@@ -314,9 +315,9 @@ def _check_tensors(original: Path, plain: Checkpoint, overlay: Path, overlaid: C
         source = plain.info(copy.name)
         is_alike = (source.dtype, source.shape) == (copy.dtype, copy.shape)
         if not is_alike or [*plain.chunks(copy.name, 2**20)] != [*overlaid.chunks(copy.name, 2**20)]:
-            raise InvalidRequest(f"{overlay} is no overlay of {original}: {copy.name} differs")
+            raise InvalidRequest(f"{overlay} is not an overlay of {original}: {copy.name} differs")
     if not smallest:
-        raise InvalidRequest(f"{overlay} is no overlay of {original}: they have no tensor in common")
+        raise InvalidRequest(f"{overlay} is not an overlay of {original}: they have no tensor in common")
 
 
 def _bits_per_weight(checkpoint: Checkpoint) -> float | None:

@@ -50,14 +50,13 @@ _ROUTED = re.compile(r"\.experts\.\d+\.|\.experts\.(?:gate_up_proj|down_proj)")
 
 
 def load_overlay(folder: str | Path) -> tuple[Module, dict[str, Any]]:
-    """The mlx-lm model of an overlay checkpoint, its experts left as base and deltas, and its config.
+    """The mlx-lm model of an overlay checkpoint, with its experts as base and deltas, and its config.
 
     Codes stay in few bits, in MLX's affine form, whose scales are float32 on a CPU and bfloat16 elsewhere, or as the
-    streams of trellises. The model's
-    class is derived from mlx-lm's own, so that all code for mlx-lm's models takes it. Every parameter must be in the
-    folder, and every tensor there must belong to a parameter, except those that mlx-lm itself drops. Raises
-    ModelUnreadable for a folder that is no overlay or is broken, UnknownFormat for a family that mlx-lm has no class
-    for, or whose experts in mlx-lm are no SwitchGLU.
+    streams of trellises. The model's class is derived from mlx-lm's own, so all code for mlx-lm's models accepts it.
+    Every parameter must be in the folder, and every tensor there must belong to a parameter, except those that mlx-lm
+    itself drops. Raises ModelUnreadable for a folder that is broken or not an overlay, UnknownFormat for a family that
+    mlx-lm has no class for, or whose experts in mlx-lm are not a SwitchGLU.
     """
     folder = Path(folder)
     with name_model(str(folder)):
@@ -98,9 +97,10 @@ def plain_name(folder: Path) -> Iterator[Path]:
 
 
 def overlay_classes(folder: str | Path) -> tuple[type[Module], type]:
-    """The classes of an overlay checkpoint's model and of its arguments, which mlx-lm's programs ask the folder for.
+    """The classes of an overlay checkpoint's model and of its arguments, which mlx-lm's programs import from the
+    folder.
 
-    Raises as `load_overlay` does, but for what only the weights tell.
+    Raises as `load_overlay` does, except for errors that only the weights show.
     """
     folder = Path(folder)
     with name_model(str(folder)):
@@ -118,8 +118,8 @@ def check_folder(folder: Path) -> Layers:
 
 
 def check_files(folder: Path) -> None:
-    """Raise ModelUnreadable for pipes, devices and broken links that mlx-lm or transformers may read, and for weights
-    that mlx-lm would load beside those of the model: it takes each file of this name, whatever the index says."""
+    """Raise ModelUnreadable for pipes, devices and broken links that mlx-lm or transformers may read, and for stray
+    weights: mlx-lm would load each file of this name, whatever the index says."""
     repository, templates = Folder(folder), folder / "additional_chat_templates"
     paths = [*([templates] if templates.is_symlink() else []), *templates.glob("*.jinja")]
     for name in sorted(repository.files | {str(path.relative_to(folder)) for path in paths}):
@@ -128,8 +128,8 @@ def check_files(folder: Path) -> None:
     files = {checkpoint.info(name).file for name in checkpoint.names}
     if stray := sorted({path.name for path in folder.glob("model*.safetensors")} - files):
         raise ModelUnreadable(
-            f"{stray[0]} is not among the model's files, and mlx-lm would load it, too",
-            "it may be of an older version or overlay: remove it",
+            f"{stray[0]} is not one of the model's files, but mlx-lm would load it too",
+            "it may be left from an older version or overlay: remove it",
         )
 
 
@@ -147,16 +147,17 @@ def _explain(error: OverlayConfigError) -> MoEError:
     match error.problem:
         case "missing":
             return ModelUnreadable(
-                "config.json has no overlay_config", "this is no overlay: load it with mlx-lm itself"
+                "config.json has no overlay_config", "this is not an overlay: load it with mlx-lm itself"
             )
         case "version":
-            return UnknownFormat(f"overlay version {error.value} is not known", f"we read versions {READ}")
+            return UnknownFormat(f"this overlay has version {error.value}, but we read only versions {READ}")
         case "roles":
             return UnknownFormat(
-                f"layer {int(error.value)} has not just gate, up and down", "only gated experts run in MLX so far"
+                f"layer {int(error.value)} has projections other than gate, up and down",
+                "only gated experts run in MLX so far",
             )
         case "code":
-            return ModelUnreadable(f"overlay_config: layer {int(error.value)} has sizes or codes that are none")
+            return ModelUnreadable(f"overlay_config: the sizes or codes of layer {int(error.value)} are not valid")
         case _:
             return ModelUnreadable("overlay_config lists no layers with their ranks")
 
@@ -271,7 +272,7 @@ def _name_overlays(
         if bank := layer.codes[role].bank:
             index = np.array(indices.get(number, mx.zeros(0)))
             if layer.index is None or index.shape != layer.index.shape or index.dtype != DTYPES[layer.index.dtype]:
-                raise ModelUnreadable(f"layer {number} has no index of its bank, or not of the shape that it should be")
+                raise ModelUnreadable(f"layer {number} has no index of its bank, or one of the wrong shape")
             if problem := check_index(index, bank.size):
                 raise ModelUnreadable(f"the index of the bank of layer {number}: {problem}")
             arrays["places"] = mx.array(_places(index, bank, layer.intermediate))
@@ -295,7 +296,7 @@ def _as_modules(layer: CodedExperts, role: str, parts: Mapping[str, mx.array]) -
     """
     expected = {name: part.shape for name, part in layer.layout(role).items()}
     if {name: array.shape for name, array in parts.items()} != expected:
-        raise ModelUnreadable(f"the parts of a {role} projection do not have the shapes that overlay_config tells")
+        raise ModelUnreadable(f"the parts of a {role} projection do not have the shapes that overlay_config gives")
     arrays: dict[str, mx.array] = {}
     for name, matrix in list_matrices(layer.codes[role], layer.shape(role), layer.experts).items():
         own = inner(parts, matrix.part)

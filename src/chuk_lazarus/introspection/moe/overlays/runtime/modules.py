@@ -1,8 +1,8 @@
-"""The overlay at work, in MLX: experts that stay base and factors, in mlx-lm's models or in a block to train.
+"""Overlays in MLX: experts that stay base and factors, in mlx-lm's models or in a block to train.
 
-An overlaid projection computes `W x = base x + left (right x)`, or, where it is in codes, `base x + delta x` with
-quantised matrices. No expert's matrix is rebuilt, except that a delta in a trellis is decoded for its product. The base
-product is computed once for a token, and serves all experts that the token is routed to.
+An overlaid projection computes `W x = base x + left (right x)` or, in codes, `base x + delta x` with quantised
+matrices. No expert's matrix is rebuilt, except that a delta in a trellis is decoded for its product. The base product
+is computed once per token, for all experts that the token is routed to.
 """
 
 import math
@@ -73,9 +73,9 @@ class OverlayLinear(Module):
         """
         bits, base = parse_code(code), self.base
         if not isinstance(bits, BitsCode):
-            raise ValueError(f"a base to train on is kept in bits, not as {code}")
+            raise ValueError(f"a base to train on must be kept in bits, such as 4bit:128, not as {code}")
         if isinstance(base, AffineMatrix):
-            raise ValueError("the base is in a code already")
+            raise ValueError("the base is already coded")
         shape = self.output_dims, self.input_dims
         matrix = AffineMatrix(StoredMatrix("base", bits, shape, None))
         parts = bits.encode(np.array(base.astype(mx.float32)))
@@ -213,13 +213,13 @@ def _make_matrix(name: str, matrix: StoredMatrix) -> Module:
 class CodedLinear(Module):
     """A linear layer per expert in codes; it replaces mlx-lm's SwitchLinear.
 
-    `base` is a single matrix, `delta`, `left` and `right` are one for each expert; any of them may be missing. What
-    they compute is added up, and in a call it is as with OverlayLinear.
+    `base` is a single matrix, `delta`, `left` and `right` are one for each expert; any of them may be missing. Their
+    outputs are summed; calls are like those of OverlayLinear.
 
-    Where the base is a bank, these matrices are of the neurons that refer to it, `rest` is that of an expert's other
-    neurons, and `places` tells where neurons come from. For gate and up, [experts, out]: for each output which of the
-    bank's it adds, or the bank's size for a stranger. For down, [experts, bank]: for each input of the bank which of
-    the expert's it takes, or their number for none.
+    If the base is a bank, these matrices are of the neurons that refer to it, `rest` is that of an expert's other
+    neurons, and `places` maps neurons. For gate and up, [experts, out]: for each output the neuron of the bank that it
+    adds, or the bank's size for an unshared neuron. For down, [experts, bank]: for each input of the bank the neuron of
+    the expert that it takes, or their number for none.
     """
 
     def __init__(
@@ -256,9 +256,9 @@ class CodedLinear(Module):
 
     def delta_product(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """What each expert adds to the base product, its bias included; shapes as in OverlayLinear."""
-        referring, strangers = x, x
+        referring, others = x, x
         if self._bank and self._bank.axis:
-            referring, strangers = mx.split(x, [self._bank.matched], axis=-1)
+            referring, others = mx.split(x, [self._bank.matched], axis=-1)
         products: list[mx.array] = []
         if "delta" in self:
             products.append(self["delta"].gather(referring, indices, sorted_indices))
@@ -266,8 +266,8 @@ class CodedLinear(Module):
             inner = self["right"].gather(referring, indices, sorted_indices).astype(x.dtype)
             products.append(self["left"].gather(inner, indices, sorted_indices))
         if "rest" in self:
-            rest = self["rest"].gather(strangers, indices, sorted_indices)
-            if self._bank and not self._bank.axis:  # strangers are further outputs
+            rest = self["rest"].gather(others, indices, sorted_indices)
+            if self._bank and not self._bank.axis:  # unshared neurons are further outputs
                 zeros = mx.zeros((*rest.shape[:-1], self._bank.matched), rest.dtype)
                 products = [mx.concatenate([_sum(products) if products else zeros, rest], axis=-1)]
             else:
@@ -326,7 +326,7 @@ class ExpertOutputs:
     def sum(self, axis: int) -> mx.array:
         """Over the experts, the only axis that they can be summed over: [..., out]."""
         if axis != -2:
-            raise ValueError(f"the outputs of experts are added up over axis -2, not {axis}")
+            raise ValueError(f"the outputs of experts are summed over axis -2, not {axis}")
         return self.base_product(self.hidden.sum(axis)) + self.delta.sum(axis)
 
 
@@ -432,7 +432,7 @@ class OverlayMoE(Module):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if not 1 <= top_k <= experts:
-            raise ValueError(f"top {top_k} of {experts} experts")
+            raise ValueError(f"can't choose the top {top_k} of {experts} experts")
         self.top_k = top_k
         self.router = Linear(hidden, experts, bias=False)
         self.experts = OverlayGLU(hidden, intermediate, experts, rank)
@@ -462,12 +462,14 @@ class OverlayMoE(Module):
         for role, matrix in zip(ROLES, (gate, up, down), strict=True):
             linear = block.experts[f"{role}_proj"]
             if matrix.shape != linear.base.shape:
-                raise ValueError(f"{role} is {list(matrix.shape)}, and gate and up call for {list(linear.base.shape)}")
+                raise ValueError(
+                    f"{role} has shape {list(matrix.shape)}, but gate and up need {list(linear.base.shape)}"
+                )
             linear.base = mx.array(matrix)
         return block
 
     def code_base(self, code: str = "4bit:128") -> None:
-        """Keep the bases of gate, up and down in so many bits, frozen; raises ValueError for what is no such code."""
+        """Quantise and freeze the bases of gate, up and down; raises ValueError for an invalid code."""
         for role in ROLES:
             self.experts[f"{role}_proj"].code_base(code)
 

@@ -31,7 +31,7 @@ _LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\..*")
 
 @dataclass(frozen=True, slots=True)
 class StockTensor:
-    """A tensor that is no expert's, under mlx-lm's name: `load` reads it, once, as float32 or as it is stored."""
+    """A tensor that is not part of an expert, under mlx-lm's name; `load` reads it, once, as float32 or as stored."""
 
     name: str
     dtype: str
@@ -55,7 +55,7 @@ class StockNames:
         except Exception as error:  # mlx-lm may raise anything for a config that it does not expect
             reason = " ".join(str(error).split())[:200]
             raise UnknownFormat(
-                f"mlx-lm has no model for such a {self.model_type}: {reason or type(error).__name__}",
+                f"mlx-lm has no model for this {self.model_type}: {reason or type(error).__name__}",
                 "update mlx-lm, or choose another --format",
             ) from None
         self.left_out: tuple[str, ...] = ()
@@ -70,12 +70,12 @@ class StockNames:
                 if set(names) == set(roles):
                     return [(role, f"{path}.{name}") for role, name in names.items()]
         raise UnknownFormat(
-            f"mlx-lm's {self.model_type} has no block of such experts in layer {layer}",
+            f"mlx-lm's {self.model_type} has no block for these experts in layer {layer}",
             "choose another --format",
         )
 
     def rest(self, folder: Path) -> list[StockTensor]:
-        """The tensors in the safetensors files of a folder, which are no experts', under mlx-lm's names.
+        """The tensors in the safetensors files of a folder, which has no experts, under mlx-lm's names.
 
         Nothing is read until a tensor's `load` is called. `left_out` then says which parts the model's class drops.
         """
@@ -109,7 +109,7 @@ class StockNames:
         ]
 
     def rest_codes(self, tensors: Iterable[StockTensor], bits: int | None) -> dict[str, AffineCode]:
-        """How modules that are no routed experts are quantised, by path: as mlx-lm does it, to `bits`; None for not.
+        """How modules other than routed experts are quantised, by path: as mlx-lm does it, to `bits`; None for not.
 
         Modules for which the model's class wants other settings get these, and routers stay as they are.
         """
@@ -151,7 +151,7 @@ class StockNames:
             if wanted.get(name) != shapes.get(name):
                 had, has = (str(list(each[name])) if name in each else "absent" for each in (shapes, wanted))
                 raise UnknownFormat(
-                    f"mlx-lm's {self.model_type} wants {name} to be {has}, and it would be {had}",
+                    f"mlx-lm's {self.model_type} expects {name} to be {has}, but it would be {had}",
                     "choose another --format",
                 )
 

@@ -1,7 +1,7 @@
-"""Matrices in trellises at work, in MLX: their bits stay in memory, and what a product needs of them is decoded for it.
+"""Matrices in trellises in MLX: their bits stay in memory, and the part that a product needs is decoded for it.
 
-These are plain operations of MLX, which run on CPUs, CUDA and Metal alike. A decoded matrix is an intermediate result,
-and never larger than AT_ONCE weights.
+These are plain MLX operations, which run on CPUs, CUDA and Metal alike. A decoded matrix is an intermediate result, and
+never larger than AT_ONCE weights.
 """
 
 from collections.abc import Callable
@@ -95,7 +95,7 @@ class TrellisMatrix(Module):
         return self._by_rows(1, lambda first, stop: x @ self.decode(expert, first, stop).T.astype(x.dtype))
 
     def _by_rows(self, matrices: int, multiply: Callable[[int, int], mx.array]) -> mx.array:
-        """The product with so many matrices, by as many of their rows as may be decoded at a time."""
+        """The product with that many matrices, decoding a limited number of their rows at a time."""
         rows, columns = self._shape
         step = max(1, AT_ONCE // (RUN * columns * max(1, matrices))) * RUN
         products = [multiply(first, min(rows, first + step)) for first in range(0, rows, step)]

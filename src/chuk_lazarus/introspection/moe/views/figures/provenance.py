@@ -42,30 +42,30 @@ LEAST_SCALE = 0.1  # the least top of a scale of cosines, so that noise does not
 APART = 3.7  # inches: the width of a panel that stands alone on a page, which a phone shows whole
 ON_DARK, ON_BRIGHT = "#fefefe", "#010101"  # figures in squares, which keep their colour on any ground
 DECAY = (
-    "Singular values of the deltas (expert minus mean of all experts) over their root mean square, mean over the "
-    "sampled experts; grey: Gaussian noise of the same shape. Marks: effective ranks at shares of the energy."
+    "Singular values of the deltas (expert minus mean of all experts), divided by their root mean square; the mean "
+    "over the sampled experts. Grey: Gaussian noise of the same shape. Marks: the ranks that hold shares of the energy."
 )
 SHARING = (
-    "The share of an expert's neurons (row) that are found again in another (column); alike experts stand together. "
-    "The colour turns at 10 %, where a verdict of UPCYCLED begins."
+    "The share of an expert's neurons (row) that have a match in another expert (column). Similar experts are next to "
+    "each other. The colour changes at 10 %, where the verdict UPCYCLED begins."
 )
 SIMILARITY = f"{SHARING} Beside it, the cosine of the experts' flattened down projections."
 MATCHES = (
-    "Cosine of neurons with the nearest neuron of the best partner of their expert, and with the second nearest there, "
-    "which is what unrelated neurons look like."
+    "The cosine of each neuron with the nearest neuron in the expert most like its own, and with the second nearest "
+    "there, which shows what unrelated neurons look like."
 )
 DEPTH = (
-    "The share of an expert's neurons that its best partner has, too, the mean cosine of two experts, and the "
-    "effective rank at 95 % of the delta's energy."
+    "The share of an expert's neurons that have a match in another expert, the mean cosine of two experts, and the "
+    "rank that holds 95 % of the delta energy."
 )
 PARENTS = (
-    "For each layer (row) and each layer of the parent (column): the share of the sampled neurons that are found "
-    "there, and how alike the attention is (CKA). Blank: not looked into, because another layer has nearly all."
+    "For each layer (row) and each layer of the parent (column): the share of the sampled neurons that have a match "
+    "there, and how similar the attention is (CKA). Blank: not searched, because another layer has nearly all."
 )
 COMPARISON = (
-    "Top, means over the layers: bars are the standard deviation over pairs of experts, upright ticks the rank of "
-    "noise. Bottom, the first analysed layer of each: singular values of the deltas (expert minus mean of all experts) "
-    "over their root mean square; broad and pale, Gaussian noise of the same shape."
+    "Top: means over the layers. Bars show the standard deviation over pairs of experts, upright ticks the rank of "
+    "noise. Bottom: the first analysed layer of each model. Singular values of the deltas (expert minus mean of all "
+    "experts), divided by their root mean square; broad and pale, Gaussian noise of the same shape."
 )
 
 

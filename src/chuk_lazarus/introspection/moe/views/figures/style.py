@@ -263,7 +263,7 @@ def finish(figure: "Figure", caption: Sequence[str] = ()) -> "Figure":
         ax.tick_params(labelsize=SMALL)  # the number of ticks must not depend on the program that draws it
     if engine := figure.get_layout_engine():
         engine.execute(figure)
-    figure.set_layout_engine(None)  # a second layout would move everything by a hair
+    figure.set_layout_engine(None)  # another layout would move everything by a hair, and take another drawing
     return figure
 
 

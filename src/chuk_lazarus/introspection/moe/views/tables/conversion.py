@@ -6,7 +6,7 @@ from ...reports import MoEWeightsVerification
 from ...terms import ROLES
 from .. import facts, verdicts
 from ..words import identify
-from .grid import LEFT, Fact, draw_facts, draw_table, paint, stack
+from .grid import LEFT, WORDS, Fact, draw_facts, draw_table, paint, stack
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,7 +34,7 @@ def render_weights(report: MoEWeightsVerification) -> "RenderableType":
             for place, role in enumerate(role for role in ROLES if role in layer.projections)
         ]
         columns = dict.fromkeys(("Role", "Format"), LEFT)
-        blocks.append(draw_table(["Layer", *verdicts.HEADINGS], rows, columns))
+        blocks.append(draw_table(["Layer", *verdicts.HEADINGS], rows, columns, leave=("Worst", "Bits")))
     if report.notes:
         blocks.append(draw_facts([], report.notes))
     return stack("MOE WEIGHTS VERIFICATION", *blocks)
@@ -43,6 +43,5 @@ def render_weights(report: MoEWeightsVerification) -> "RenderableType":
 def _draw_faults(faults: facts.Table) -> "RenderableType":
     rows, left = list(faults.rows[:MOST_FAULTS]), faults.rows[MOST_FAULTS:]
     rows += [["...", "", "", "", f"and {len(left)} lines more; the JSON has all"]] if left else []
-    whole = {"no_wrap": True, **LEFT}
-    columns = {"Fault": whole, "Role": whole, "Experts": LEFT, "What is wrong": LEFT}
+    columns = {"Fault": LEFT, "Role": LEFT, "Experts": WORDS, "What is wrong": WORDS}
     return draw_table(faults.headings, rows, columns)

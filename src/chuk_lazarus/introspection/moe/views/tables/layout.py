@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 from ...reports import FitPlan, LayerLayout, MoELayout
 from ...text import format_bytes, format_count, format_ranges, percent
 from ..words import count_noun, identify, name_layers
-from .grid import LEFT, Fact, draw_facts, draw_table, stack
+from .grid import WORDS, Fact, Grid, draw_facts, draw_table, stack
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
 Kind = tuple[str, int, int]  # storage, experts and bytes of a layer
 
@@ -149,10 +148,10 @@ def _group_layers(layout: MoELayout) -> dict[Kind, list[int]]:
     return kinds
 
 
-def _draw_kinds(kinds: dict[Kind, list[int]]) -> "Table":
+def _draw_kinds(kinds: dict[Kind, list[int]]) -> Grid:
     headings = ["Layers", "Experts", "Storage", "Bytes a layer"]
     rows = [
         [format_ranges(layers), str(experts), storage, format_bytes(layer_bytes)]
         for (storage, experts, layer_bytes), layers in kinds.items()
     ]
-    return draw_table(headings, rows, dict.fromkeys(headings, LEFT))
+    return draw_table(headings, rows, dict.fromkeys(headings, WORDS))

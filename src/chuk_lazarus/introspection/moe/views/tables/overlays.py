@@ -19,7 +19,7 @@ from ...reports import (
 from ...terms import ROLES
 from ...text import format_bytes, format_ranges, percent
 from ..words import compare_size, explain_saving, format_bits, format_ratio, name_layers
-from .grid import LEFT, Fact, draw_commands, draw_facts, draw_table, identity_facts, paint, stack
+from .grid import LEFT, WORDS, Fact, Grid, draw_commands, draw_facts, draw_table, identity_facts, paint, stack
 from .layout import list_fit
 
 if TYPE_CHECKING:
@@ -42,6 +42,13 @@ def _how(codes: Mapping[str, ProjectionCodes], role: str) -> str:
     text += f", {each.rest}" if each.rest else ""
     text = re.sub(r":(64|128|row|matrix)\b", "", text)
     return text.replace("+", " + ").replace(":", " ")  # long ones wrap between words
+
+
+def _draw_layers(headings: Sequence[str], rows: Sequence[Sequence[str]], leave: Sequence[str] = ()) -> Grid:
+    """A row for each layer; codes are in words."""
+    columns = {heading: WORDS for heading in headings if heading.split()[-1] in ("code", "base", "How")}
+    columns |= {heading: WORDS for place, heading in enumerate(headings) if any(" on " in row[place] for row in rows)}
+    return draw_table(headings, rows, columns, leave=leave)
 
 
 def _parts(report: MoEOverlay | MoEOverlayCompression) -> Fact:
@@ -67,7 +74,7 @@ def _render_coded_overlay(overlay: MoEOverlay) -> "RenderableType":
     return stack(
         "MOE OVERLAY",
         draw_facts([*identity_facts(overlay), ("Codes", overlay.rule)]),
-        draw_table(["Layer", *(f"{role} delta on base" for role in roles), "Error", "Bits"], rows),
+        _draw_layers(["Layer", *(f"{role} delta on base" for role in roles), "Error", "Bits"], rows),
         draw_facts([*_byte_facts(overlay), _parts(overlay)], overlay.notes),
     )
 
@@ -138,7 +145,7 @@ def render_verification(report: MoEOverlayVerification) -> "RenderableType":
     return stack(
         "MOE OVERLAY VERIFICATION",
         draw_facts([*identity_facts(report), (_chosen(report.layers), report.rule), ("Result", verdict)]),
-        draw_table(headings, rows),
+        _draw_layers(headings, rows, leave=("Mixed", "Expert", "Worst")),
         draw_facts(method, report.notes),
     )
 
@@ -191,9 +198,10 @@ def render_estimate(report: MoEOverlayEstimate) -> "RenderableType":
                 *(list_fit(report.fit) if report.fit else []),
             ]
         ),
-        draw_table(
+        _draw_layers(
             ["Layer", *(f"{role} {chosen}" for role in roles), "Error", size, "Bits saved", "How"],
             rows,
+            leave=("Bits saved",),
         ),
         *_draw_sharing(report),
         draw_facts([*sharing, *_byte_facts(report), *errors]),
@@ -228,7 +236,7 @@ def _draw_ladder(report: MoEOverlayEstimate) -> "list[RenderableType]":
         "Bytes: the experts of all layers; in brackets: the bits of quantised weights without scales; Bound: the best "
         "possible for Gaussian weights, which low-rank deltas can beat; *: the smallest error at this size"
     )
-    return [draw_facts([("Ladder", about)]), draw_table(headings, rows)] if rows else []
+    return [draw_facts([("Ladder", about)]), draw_table(headings, rows, leave=("SVD", "Bytes"))] if rows else []
 
 
 def _draw_sharing(report: MoEOverlayEstimate) -> "list[RenderableType]":
@@ -269,7 +277,7 @@ def render_compression(report: MoEOverlayCompression) -> "RenderableType":
         draw_facts(
             [*identity_facts(report), ("Codes" if report.codes else "Ranks", report.rule), ("Folder", report.folder)]
         ),
-        draw_table(headings, rows),
+        _draw_layers(headings, rows),
         draw_facts([("Model", size), *([_parts(report)] if report.codes else [])], report.notes),
     )
 
@@ -301,7 +309,7 @@ def render_export(report: MoEOverlayExport) -> "RenderableType":
     return stack(
         "MOE OVERLAY EXPORTED",
         draw_facts(facts),
-        *([draw_table(["Layers", *roles], rows, dict.fromkeys(["Layers", *roles], LEFT))] if rows else []),
+        *([draw_table(["Layers", *roles], rows, dict.fromkeys(["Layers", *roles], WORDS))] if rows else []),
         *([draw_table(["Layer", "Output error", "Worst expert"], errors)] if errors else []),
         draw_facts([("Bytes", size), *expected], report.notes),
         *([draw_commands(report.commands)] if report.commands else []),

@@ -20,13 +20,15 @@ from ..words import (
     explain_saving,
     format_cosine,
     format_low_rank,
+    list_numbers,
 )
 from .grid import (
     LEFT,
     ORIGIN_STYLES,
-    WHOLE,
+    WORDS,
     Fact,
     draw_facts,
+    draw_note,
     draw_table,
     identity_facts,
     paint,
@@ -43,7 +45,7 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
     many = len(analysis.layers) > 1
     verdict: list[Fact] = [
         *identity_facts(analysis),
-        ("Layers" if many else "Layer", ", ".join(str(layer.layer) for layer in analysis.layers)),
+        ("Layers" if many else "Layer", list_numbers([layer.layer for layer in analysis.layers])),
         ("Sample", describe_sample(analysis)),
         ("Type", paint_verdict(analysis)),
         ("Why", explain(analysis)),
@@ -65,16 +67,12 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
             layers.rows,
             {"Type": LEFT},
             layers.footers,
-            padding=(0, 1),
-            collapse_padding=True,
+            leave=("Ratio", "Delta", "Noise", "up", "Cosine", "down"),
             caption=layers.caption,
-            caption_justify="left",
         )
     else:
         ranks = facts.list_ranks_briefly(analysis.layers[0])
-        table = draw_table(
-            ranks.headings, ranks.rows, {"Role": {**LEFT, "no_wrap": True}}, padding=(0, 1), collapse_padding=True
-        )
+        table = draw_table(ranks.headings, ranks.rows, {"Role": LEFT}, leave=("Bound", "aligned", "vs noise"))
         cosine = analysis.layers[0].cosine
         by_role = (("gate", cosine.gate), ("up", cosine.up))
         others = ", ".join(f"{role} {value:.3f}" for role, value in by_role if value is not None)
@@ -89,10 +87,9 @@ def _draw_parents(analysis: MoETypeAnalysis) -> "RenderableType":
     return draw_table(
         parents.headings,
         parents.rows,
-        padding=(0, 1),
-        collapse_padding=True,
+        {"From": {"wraps": True}},
+        leave=("Searched", "Place", "Like"),
         caption=parents.caption,
-        caption_justify="left",
     )
 
 
@@ -112,29 +109,37 @@ def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
         ]
         for layer in report.layers
     ]
-    table = draw_table(["Layer", "Experts", "Neurons", "Part", "Reach", "Shared", "Strongly", "In place"], rows)
+    headings = ["Layer", "Experts", "Neurons", "Part", "Reach", "Shared", "Strongly", "In place"]
+    table = draw_table(headings, rows, leave=("In place", "Part", "Neurons"))
     read = f"{format_bytes(report.weight_bytes)} of the experts' {format_bytes(report.stored_bytes)}"
     cost = [("Read", f"{read}, {100 * report.share:.2g} %"), ("Full", explain_full_analysis(report))]
     return stack("MOE TYPE, QUICKLY", draw_facts(verdict), table, draw_facts(cost, report.notes))
 
 
-def render_details(analysis: MoETypeAnalysis) -> "RenderableType":
+def render_details(analysis: MoETypeAnalysis, title: str = "MORE") -> "RenderableType":
     """What an older rule says, all groups, and the 95 % ranks of the sampled experts, a row a projection of a layer."""
     ranks = facts.list_expert_ranks_briefly(analysis)
-    columns = {"Projection": LEFT, "Experts": LEFT}
+    columns = {"Projection": LEFT, "Experts": WORDS}
     groups = describe_groups(analysis)
     more: list[Fact] = [("By rank", explain_rule(analysis)), *([("Groups", groups)] if groups else [])]
-    table = draw_table(ranks.headings, ranks.rows, columns, title=ranks.caption, title_justify="left")
-    return stack("\nMORE", draw_facts(more), table)
+    table = draw_table(ranks.headings, ranks.rows, columns, leave=("Deviation", "Least", "Most"), title=ranks.caption)
+    return stack(f"\n{title}", draw_facts(more), table)
+
+
+def render_comparison_details(comparison: MoETypeComparison) -> "RenderableType":
+    """The details of each model, one below the other."""
+    from rich.console import Group
+
+    return Group(*(render_details(model, f"MORE: {model.model}") for model in comparison.models))
 
 
 def render_comparison(comparison: MoETypeComparison) -> "RenderableType":
     """A row for each figure, a column for each model."""
     evidence = facts.compare_briefly(comparison.models)
     _, *rows = evidence.rows
-    columns = {**dict.fromkeys(evidence.headings, LEFT), evidence.headings[0]: {**LEFT, **WHOLE}}
+    columns = {**dict.fromkeys(evidence.headings, WORDS), evidence.headings[0]: LEFT}
     types = [paint(model.type, ORIGIN_STYLES[model.type]) for model in comparison.models]
     table = draw_table(evidence.headings, [["Type", *types], *rows], columns)
     notes = [f"{model.model}: {note}" for model in comparison.models for note in model.notes]
     below = [draw_facts([], notes)] if notes else []
-    return stack("MOE TYPE COMPARISON", table, paint(f"*: {RATED}.", "dim"), *below)
+    return stack("MOE TYPE COMPARISON", table, draw_note(f"*: {RATED}."), *below)

@@ -15,18 +15,18 @@ from ...reports import (
     SurveyRow,
 )
 from ...text import format_bytes, format_count, format_markdown, format_seconds, whole_percent
-from ..words import RATED, count_noun, format_bits, format_ratio
-from .grid import LEFT, ORIGIN_STYLES, Fact, draw_facts, draw_table, paint, stack
+from ..words import RATED, count_noun, count_outcomes, format_bits, format_ratio
+from .grid import LEFT, ORIGIN_STYLES, Fact, draw_facts, draw_note, draw_table, paint, stack
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.text import Text
 
-# columns of the terminal to which a name or a kind is cut, if others need them; a kind at last further
-LEAST_MODEL, LEAST_KIND, LAST_KIND = 32, 24, 12
+# columns of the terminal that a name has before others make room for it, and those that it leaves to others beyond that
+LEAST_MODEL, BESIDE_MODEL = 32, 40
 GAP = 2  # columns between two columns of a table
 TEXT_COLUMNS = ("Model", "Revision", "Family", "Storage", "Stated", "Type", "Kind")
-# in this order columns make room: the kind is cut at first
+# in this order columns make room
 LEAVE = (
     "Revision",
     "Time",
@@ -42,7 +42,6 @@ LEAVE = (
     "Weights",
     "Kind",
     "Saved",
-    "Kind",
     "Parent",
     "Conf.",
     "Shared",
@@ -88,13 +87,13 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
     """A line for each model with as many figures as there is room for; then the models that failed."""
     cells = [_survey_cells(row, row.answer) for row in survey.rows if row.answer]
     used = [heading for heading in (cells[0] if cells else ()) if any(row[heading] for row in cells)]
-    room = _fit(used, cells, width, LEAVE)
+    room = _fit(used, cells, width, LEAVE) if cells else {}
     blocks: list[RenderableType] = [paint(count_types(survey))]
     if cells:
         blocks.append(_draw(cells, room))
-        blocks.append(paint(" ".join(text for heading, text in LEGEND.items() if heading in room), "dim"))
+        blocks.append(draw_note(" ".join(text for heading, text in LEGEND.items() if heading in room)))
         if left_out := [heading for heading in used if heading not in room and heading != "Revision"]:
-            blocks.append(paint(f"No room for {', '.join(left_out)}: widen the terminal, or --format csv.", "dim"))
+            blocks.append(draw_note(f"No room for {', '.join(left_out)}: widen the terminal, or --format csv."))
     if errors := [row.error for row in survey.rows if row.error]:
         blocks += [paint("\nFailed, with their exit codes", "bold"), draw_facts(map(_describe_error, errors))]
     return stack("MOE TYPE SURVEY", *blocks)
@@ -103,30 +102,20 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
 def _fit(
     headings: Sequence[str], rows: Sequence[Mapping[str, str]], width: int, leave: Sequence[str]
 ) -> dict[str, int]:
-    """The columns that fit into a width, each with its own; names of models and kinds take what is left.
+    """The columns that fit into a width, each with its own; names of models take what is left.
 
     Those in `leave` make room, in that order.
     """
     from rich.cells import cell_len
 
     wanted = {heading: max(map(cell_len, (heading, *(row[heading] for row in rows)))) for heading in headings}
-    least = {**wanted}
-    for heading, size in (("Model", LEAST_MODEL), ("Kind", LEAST_KIND)):
-        if heading in least:
-            least[heading] = min(least[heading], size)
+    room = {**wanted, "Model": min(wanted["Model"], max(LEAST_MODEL, width - BESIDE_MODEL))}
     for heading in leave:
-        if sum(least.values()) + GAP * len(least) > width and heading in least:
-            if heading == "Kind" and least["Kind"] > LAST_KIND:
-                least["Kind"] = LAST_KIND
-            else:
-                del least[heading]
-    left = width - sum(least.values()) - GAP * len(least)
-    for heading in ("Model", "Kind"):
-        if heading in least:
-            more = max(min(left, wanted[heading] - least[heading]), 8 - least[heading])  # a part of the name, at least
-            least[heading] += more
-            left -= more
-    return least
+        if sum(room.values()) + GAP * len(room) > width and heading in room:
+            del room[heading]
+    left = width - sum(room.values()) - GAP * len(room)
+    room["Model"] += max(min(left, wanted["Model"] - room["Model"]), 8 - room["Model"])  # a part of the name, at least
+    return room
 
 
 def _draw(
@@ -136,10 +125,8 @@ def _draw(
     return draw_table(
         list(room),
         [[_paint_cell(heading, row[heading], room[heading]) for heading in room] for row in rows],
-        {heading: {"no_wrap": True, **(LEFT if heading in TEXT_COLUMNS else {})} for heading in room},
+        {heading: LEFT for heading in room if heading in TEXT_COLUMNS},
         [total[heading] for heading in room] if total else [],
-        padding=(0, 1),
-        collapse_padding=True,
     )
 
 
@@ -201,9 +188,7 @@ def survey_to_markdown(survey: MoETypeSurvey) -> str:
 
 def count_types(survey: MoETypeSurvey) -> str:
     """For instance "5 models: 3 UPCYCLED, 1 NATIVE, 1 failed"."""
-    outcomes = [row.answer.type if row.answer else "failed" for row in survey.rows]
-    counts = (f"{outcomes.count(outcome)} {outcome}" for outcome in [*ORIGIN_STYLES, "failed"] if outcome in outcomes)
-    return f"{count_noun(len(outcomes), 'model')}: {', '.join(counts)}"
+    return count_outcomes([row.answer.type if row.answer else "failed" for row in survey.rows])
 
 
 def render_survey_summary(survey: MoETypeSurvey) -> "RenderableType":
@@ -224,7 +209,12 @@ def render_survey_summary(survey: MoETypeSurvey) -> "RenderableType":
             )
     headings = ["Type", "Models", "Rank", "Cosine", "Shared", "Bits saved", "Overlay"]
     used = [place for place in range(len(headings)) if any(row[place] for row in rows)]
-    table = draw_table([headings[place] for place in used], [[row[place] for place in used] for row in rows])
+    table = draw_table(
+        [headings[place] for place in used],
+        [[row[place] for place in used] for row in rows],
+        {"Type": LEFT},
+        leave=("Overlay", "Rank", "Bits saved", "Cosine"),
+    )
     return stack("\nBy type", table)
 
 
@@ -246,7 +236,7 @@ def _render_plan(plan: MoESurveyPlan, width: int) -> "RenderableType":
     blocks: list[RenderableType] = [
         paint("Bytes of the experts as stored, from headers or from the list; no weight was read"),
         _draw(cells, room, total),
-        paint(f"To read: what the analysis reads of them. Time: {assumed}.", "dim"),
+        draw_note(f"To read: what the analysis reads of them. Time: {assumed}."),
     ]
     if errors := [model.error for model in plan.models if model.error]:
         blocks += [paint("\nFailed, with their exit codes", "bold"), draw_facts(map(_describe_error, errors))]

@@ -29,15 +29,15 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     method, packing = quantization.get("quant_method"), str(quantization.get("packing_format"))
     if method in ("auto-round", "auto_round"):
         if packing not in ("auto_round:auto_awq", "auto_round:awq"):
-            raise UnknownFormat(f"AutoRound in packing_format {packing}")
+            raise UnknownFormat(f"AutoRound's packing_format {packing}, which we can't decode")
     elif method not in ("awq", None):
         return None
     version = next((quantization[key] for key in ("version", "checkpoint_format", "format") if key in quantization), "")
     if str(version).lower() not in ("", "gemm"):
-        raise UnknownFormat(f"AWQ in version {version}")
+        raise UnknownFormat(f"AWQ's version {version}, which we can't decode")
     bits = next((quantization[key] for key in ("bits", "w_bit") if key in quantization), 4)
     if bits != 4:
-        raise UnknownFormat(f"AWQ in {bits} bits")
+        raise UnknownFormat(f"AWQ in {bits} bits, which we can't decode")
     if len(qweight.shape) < 2 or len(scales.shape) != len(qweight.shape) or not scales.shape[-2]:
         raise ModelUnreadable(f"not the shapes of AWQ: {_list_shapes(parts)}")
     *leading, inputs, words = qweight.shape
@@ -50,7 +50,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if (stated is None or is_other) and inputs % groups == 0:
         size = inputs // groups
     if type(size) is not int or size < 1 or -(-inputs // size) != groups:
-        raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {stated}")
+        raise UnknownFormat(f"{groups} groups of {inputs} inputs, but config.json says group_size {stated}")
     spans = {"qweight": 1, "qzeros": size, "scales": size}
     grid = Grid("int", (size, 1), 4, has_zero=True)
     return Stored("awq", (*leading, inputs, words * 8), spans, partial(decode, size=size), True, grid)

@@ -70,7 +70,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     names |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
     if parts.keys() != names:
         odd = ", ".join(sorted(parts.keys() ^ names))
-        raise ModelUnreadable(f"bitsandbytes {kind} has or lacks a part: {odd}")
+        raise ModelUnreadable(f"bitsandbytes {kind} with missing or unknown parts: {odd}")
     described = parts[kinds[0]]
     if described.dtype != "U8" or not 0 < prod(described.shape) <= MAX_STATE:
         raise ModelUnreadable(f"its quant_state is {described.dtype} {list(described.shape)}")
@@ -78,7 +78,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     *leading, _, columns = state.shape
     count, item = prod(state.shape), STORAGE.get(parts["weight"].dtype)
     if item is None:
-        raise UnknownFormat(f"bitsandbytes {kind} in elements of type {parts['weight'].dtype}")
+        raise UnknownFormat(f"bitsandbytes {kind} in elements of type {parts['weight'].dtype}, which we can't decode")
     blocks = -(-count // state.block)
     expected: dict[str, tuple[tuple[str, ...], int]] = {
         "weight": ((parts["weight"].dtype,), -(-count // (2 * item))),
@@ -101,7 +101,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         if part.dtype not in dtypes or prod(part.shape) != size or part.shape[:1] != (size,):
             raise ModelUnreadable(f"its {name} is {part.dtype} {list(part.shape)}, expected {dtypes[0]} [{size}]")
     if leading:
-        raise UnknownFormat(f"bitsandbytes {kind} of {len(state.shape)} axes")
+        raise UnknownFormat(f"bitsandbytes {kind} of {len(state.shape)} axes, which we can't decode")
     grid = Grid("nf4" if kind == "nf4" else "fp4", (1, state.block))
     return Stored(f"bnb-{kind}", state.shape, spans, partial(decode, state=kinds[0], expected=state), grid=grid)
 
@@ -117,7 +117,7 @@ def decode(
     this = _read_state(parts[state], "weight.nested_absmax" in parts, state.removeprefix(STATE))
     shape, block = this.shape, this.block
     if (shape, block, this.nested_block) != (expected.shape, expected.block, expected.nested_block):
-        raise ModelUnreadable(f"its quant_state says {list(shape)} in blocks of {block}, unlike other experts'")
+        raise ModelUnreadable(f"its quant_state says {list(shape)} in blocks of {block}, unlike that of other experts")
     columns = shape[-1]
     first, last = start * columns, stop * columns
     packed = parts["weight"].reshape(-1)
@@ -167,10 +167,10 @@ def _read_state(data: NDArray[Any], nested: bool, kind: str) -> _State:
         shape, block = tuple(values["shape"]), values["blocksize"]
         nested_block, offset = (values["nested_blocksize"], values["nested_offset"]) if nested else (0, 0.0)
     except (ValueError, RecursionError, TypeError, KeyError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else "no JSON object with a shape"
+        reason = f"{error} is missing" if isinstance(error, KeyError) else "not a JSON object with a shape"
         raise ModelUnreadable(f"its quant_state can't be read: {reason}", "download it again") from None
     if values.get("quant_type", kind) != kind:
-        raise ModelUnreadable(f"its quant_state is called {kind}, and says {str(values['quant_type'])[:100]}")
+        raise ModelUnreadable(f"its quant_state is called {kind}, but says {str(values['quant_type'])[:100]}")
     if len(shape) < 2 or not all(type(size) is int and 0 < size < 2**40 for size in shape):
         raise ModelUnreadable(f"its quant_state says that the shape is {str(list(shape))[:100]}")
     for name, size in (("blocksize", block), *((("nested_blocksize", nested_block),) if nested else ())):
@@ -188,7 +188,7 @@ def _recognise_int8(parts: Mapping[str, Part]) -> Stored:
             f"its weight is {weight.dtype} {list(weight.shape)} and its SCB {largest.dtype} {list(largest.shape)}"
         )
     if (order := parts.get("weight_format")) and (prod(order.shape) != 1 or order.load().reshape(-1)[0] != 0):
-        raise UnknownFormat("LLM.int8() whose weight_format is not rows")
+        raise UnknownFormat("LLM.int8() whose weight_format is not row, which we can't decode")
     return Stored("bnb-int8", weight.shape, {"weight": 1, "SCB": 1}, decode_int8, grid=Grid("int", (1, None), 8))
 
 

@@ -35,7 +35,7 @@ NOT_DECODED = frozenset(
 )  # fmt: skip
 """Parts that do not belong to the matrix: the bias, and what scales or shifts the inputs and the outputs."""
 
-CONFIG_HINT = "put the config.json that belongs to the model beside its weights"
+CONFIG_HINT = "put the model's config.json beside its weights"
 
 
 class Decode(Protocol):
@@ -48,7 +48,7 @@ class Decode(Protocol):
 
 
 def _unread() -> NDArray[Any]:
-    raise UnknownFormat("stored in a format that needs its values to be recognised")
+    raise UnknownFormat("stored in a format that only its values could tell")
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     is_exponent = parts[scale].dtype == "U8"
     if is_exponent and quantization.get("scale_fmt") != "ue8m0":
         raise UnknownFormat(
-            f"FP8 whose {scale} is bytes, and config.json does not say that scale_fmt is ue8m0", CONFIG_HINT
+            f"FP8 whose {scale} is bytes, but config.json does not say that scale_fmt is ue8m0", CONFIG_HINT
         )
     block, span = _find_groups(weight.shape, parts[scale].shape, quantization) or _find_block(
         weight.shape, scale, parts[scale].shape, quantization
@@ -71,7 +71,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     spans = {"weight": 1, scale: span}
     if offset:
         if span != 1 or block[1] != weight.shape[-1] or offset.shape != parts[scale].shape or is_exponent:
-            raise ModelUnreadable(f"its {OFFSET} is {offset.dtype} {list(offset.shape)}: not one for each row")
+            raise ModelUnreadable(f"its {OFFSET} is {offset.dtype} {list(offset.shape)}: not one per row")
         spans[OFFSET] = 1
     grid = Grid("int", block, 8) if weight.dtype == "I8" else Grid(ELEMENTS[weight.dtype], block)
     codec = "int8" if weight.dtype == "I8" else "fp8"
@@ -157,7 +157,7 @@ def grid(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 def _recognise_unscaled(weight: Part, quantization: Mapping[str, Any]) -> Stored:
     if method := quantization.get("quant_method") or quantization.get("quant_algo"):
-        raise UnknownFormat(f"FP8 without its scale, and config.json says that it is quantised ({method})")
+        raise UnknownFormat(f"FP8 without its scale, although config.json says that it is quantised ({method})")
     grid = Grid(ELEMENTS[weight.dtype], scale="none")
     return Stored(UNSCALED, weight.shape, {"weight": 1}, _decode_unscaled, grid=grid)
 
@@ -217,7 +217,7 @@ def _find_block(
     if fitting:
         meanings = " or ".join(f"{height} x {width}" for height, width in sorted(fitting))
         raise UnknownFormat(
-            f"FP8 whose {name} {list(scale)} may belong to blocks of {meanings} of {list(shape)}, and config.json "
+            f"FP8 whose {name} {list(scale)} could mean blocks of {meanings} of {list(shape)}, and config.json "
             "does not say which"
         )
     if declared:
@@ -225,10 +225,10 @@ def _find_block(
         raise ModelUnreadable(f"its {name} is {list(scale)}, expected {expected_shapes}")
     if any(is_fitting for *_, is_fitting in readings):
         raise UnknownFormat(
-            f"FP8 whose {name} is {list(scale)}, and config.json says one scale per {' or '.join(sorted(kinds))}"
+            f"FP8 whose {name} is {list(scale)}, but config.json says one scale per {' or '.join(sorted(kinds))}"
         )
     if len(scale) == len(shape):
         raise UnknownFormat(
-            "FP8 with block scales, and config.json has no quantization_config.weight_block_size", CONFIG_HINT
+            "FP8 with block scales, but config.json has no quantization_config.weight_block_size", CONFIG_HINT
         )
     raise ModelUnreadable(f"its weight is {list(shape)} and its {name} {list(scale)}: they do not fit together")

@@ -19,7 +19,7 @@ from .codec import Grid, Part, Stored
 SCALE = "weight_scale"
 PARTS = (SCALE,)
 
-# of vectors from a table, which err less, the integers of the next fewer bits
+# for vectors from a table, which have smaller errors, the integers with one bit less
 GRIDS = {
     **{f"Q{bits}_0": Grid("int", (1, 32), bits) for bits in (4, 5, 8)},
     **{f"Q{bits}_1": Grid("int", (1, 32), bits, has_zero=True) for bits in (4, 5)},

@@ -103,11 +103,11 @@ def decode(
     if "g_idx" in parts:
         index = parts["g_idx"].astype(np.int64)
         if index.size and not 0 <= index.min() <= index.max() < groups:
-            raise ModelUnreadable(f"its g_idx names groups from {index.min()} to {index.max()}, and there are {groups}")
+            raise ModelUnreadable(f"its g_idx names groups from {index.min()} to {index.max()}, but there are {groups}")
         index -= first
         if index.size and not 0 <= index.min() <= index.max() < len(scales):
             raise UnknownFormat(
-                "its g_idx is in another order than the first expert's, and config.json does not say desc_act"
+                "its g_idx has a different order from the first expert's, but config.json does not say desc_act"
             )
     else:
         index = np.arange(start, stop) // (size or 1) - first
@@ -154,20 +154,20 @@ def _zero_offset(quantization: Mapping[str, Any], is_awq_shape: bool) -> int | N
         if "awq" in packing:
             return None
         if packing not in AUTO_ROUND_FORMATS:
-            raise UnknownFormat(f"AutoRound in packing_format {packing}")
+            raise UnknownFormat(f"AutoRound's packing_format {packing}, which we can't decode")
         return AUTO_ROUND_FORMATS[packing]
     named = quantization.get("checkpoint_format", quantization.get("format"))
     if method is None and named is None:
         if is_awq_shape:
             return None
-        raise UnknownFormat("GPTQ, and config.json has no quantization_config that says which kind", CONFIG_HINT)
+        raise UnknownFormat("GPTQ, but config.json has no quantization_config that says which kind", CONFIG_HINT)
     if method not in ("gptq", None):
         return None
     named = "gptq" if named is None else str(named)
     if quantization.get("is_marlin_format") is True:
         named = "marlin"
     if named not in FORMATS:
-        raise UnknownFormat(f"GPTQ in checkpoint_format {named}")
+        raise UnknownFormat(f"GPTQ's checkpoint_format {named}, which we can't decode")
     return FORMATS[named]
 
 
@@ -194,14 +194,14 @@ def _find_bits(
     else:
         if stated is None:
             raise UnknownFormat(
-                "stored as gptq, and neither its shapes nor config.json say in how many bits", CONFIG_HINT
+                "stored as gptq, but neither its shapes nor config.json say in how many bits", CONFIG_HINT
             )
         widths = " or ".join(str(bits) for bits in sorted(fitting))
         raise UnknownFormat(
-            f"stored as gptq in {widths} bits by its shapes, and config.json says {stated}", CONFIG_HINT
+            f"stored as gptq in {widths} bits by its shapes, but config.json says {stated}", CONFIG_HINT
         )
     if bits not in WIDTHS:
-        raise UnknownFormat(f"GPTQ in {bits} bits")
+        raise UnknownFormat(f"GPTQ in {bits} bits, which we can't decode")
     return bits
 
 
@@ -215,7 +215,7 @@ def _group_size(inputs: int, groups: int, has_order: bool, quantization: Mapping
         return inputs // groups
     if has_order:
         return None
-    raise UnknownFormat(f"{groups} groups of {inputs} inputs, and config.json says group_size {stated}", CONFIG_HINT)
+    raise UnknownFormat(f"{groups} groups of {inputs} inputs, but config.json says group_size {stated}", CONFIG_HINT)
 
 
 def may_differ(stated: object, quantization: Mapping[str, Any]) -> bool:

@@ -45,7 +45,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     mode, bits, group = _settings(quantization, sorted(parts))
     is_affine = mode == "affine"
     if is_affine != (others == {"biases"}) or (second and mode != "nvfp4"):
-        raise UnknownFormat(f"MLX's {', '.join(sorted(parts))}, and config.json says that the mode is {mode}")
+        raise UnknownFormat(f"MLX's {', '.join(sorted(parts))}, but config.json says that the mode is {mode}")
     shape = (*weight.shape[:-1], scales.shape[-1] * group if scales.shape else 0)
     if scales.shape[:-1] != shape[:-1] or weight.shape[-1] * 32 != shape[-1] * bits:
         raise ModelUnreadable(
@@ -84,13 +84,13 @@ def _settings(quantization: Mapping[str, Any], parts: list[str]) -> tuple[str, i
         bits, group = mode_bits if bits is None else bits, mode_group if group is None else group
         if (bits, group) != FLOAT_MODES[mode]:
             raise UnknownFormat(
-                f"MLX's mode {mode} with {bits} bits in groups of {group}: it has {mode_bits} in {mode_group}"
+                f"MLX's mode {mode} with {bits} bits in groups of {group}, but it has {mode_bits} in {mode_group}"
             )
     elif mode != "affine":
         raise UnknownFormat(f"MLX's quantisation mode {mode!r}, which we can't decode")
     if bits is None or group is None:
         raise UnknownFormat(
-            f"MLX's {', '.join(parts)}, and config.json has no quantization with bits and group_size", CONFIG_HINT
+            f"MLX's {', '.join(parts)}, but config.json has no quantization with bits and group_size", CONFIG_HINT
         )
     if bits not in AFFINE_BITS or type(bits) is not int or type(group) is not int or group < 1:
         raise UnknownFormat(f"MLX's quantisation to {bits!r} bits in groups of {group!r}, which we can't decode")

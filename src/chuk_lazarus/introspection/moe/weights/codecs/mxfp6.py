@@ -45,7 +45,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         stated = weight_scheme(quantization).get("dtype")
         if not isinstance(stated, str) or stated not in KINDS:
             raise UnknownFormat(
-                "MXFP6, and config.json does not say whether its elements are E2M3 or E3M2", CONFIG_HINT
+                "MXFP6, but config.json does not say whether its elements are E2M3 or E3M2", CONFIG_HINT
             )
         kind = stated
     decoder = partial(decode, packed=packed, kind=kind)

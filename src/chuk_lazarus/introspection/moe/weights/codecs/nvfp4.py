@@ -113,7 +113,7 @@ def _check_shape(part: Part, shape: tuple[int, ...]) -> None:
     if part.dtype not in ("I64", "I32") or part.shape != (len(shape),):
         raise ModelUnreadable(f"its original_shape is {part.dtype} {list(part.shape)}")
     if (original := tuple(int(size) for size in part.load())) != shape:
-        raise ModelUnreadable(f"its original_shape says {list(original)}, and it holds {list(shape)}")
+        raise ModelUnreadable(f"its original_shape says {list(original)}, but it holds {list(shape)}")
 
 
 def _apply_second(

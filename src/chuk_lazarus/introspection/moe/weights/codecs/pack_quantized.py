@@ -44,7 +44,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if integers == {"weight_packed", "weight_shape"} and parts["weight_packed"].dtype == "I32":
         packed = parts["weight_packed"]
         if len(packed.shape) < 2 or not prod(packed.shape):
-            raise ModelUnreadable(f"its weight_packed is {list(packed.shape)}, which is no matrix")
+            raise ModelUnreadable(f"its weight_packed is {list(packed.shape)}, which is not a matrix")
         *leading, rows, words = packed.shape
         columns = _count_columns(parts["weight_shape"], packed)
         bits = _find_bits(words, columns, quantization)
@@ -71,13 +71,13 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
         elif zero.dtype == "I8":
             spans["weight_zero_point"], count = _find_span("weight_zero_point", zero, shape, quantization)
             if count != groups:
-                raise ModelUnreadable(f"its weight_zero_point has {count} groups and its weight_scale {groups}")
+                raise ModelUnreadable(f"its weight_zero_point has {count} groups, but its weight_scale has {groups}")
         else:
             raise ModelUnreadable(
                 f"its weight_zero_point is {zero.dtype} {list(zero.shape)}, expected I32 {list(packed_shape)} or I8"
             )
     elif (schemes := _int_weights(quantization)) and all(scheme.get("symmetric") is False for scheme in schemes):
-        raise ModelUnreadable("config.json says that it is not symmetric, and there is no weight_zero_point")
+        raise ModelUnreadable("config.json says that it is not symmetric, but there is no weight_zero_point")
     if offset := parts.get("weight_offset"):
         if offset.dtype not in FLOATS or offset.shape != parts["weight_scale"].shape:
             raise ModelUnreadable(f"its weight_offset is {offset.dtype} {list(offset.shape)}, unlike its weight_scale")
@@ -161,7 +161,7 @@ def _count_columns(described: Part, packed: Part) -> int:
     elif sizes == sizes[:2] * prod(expected[:-1]) and sizes[0] == expected[-1]:
         columns = sizes[1]  # the part has [out, in] for each expert
     else:
-        raise ModelUnreadable(f"its weight_shape says {sizes}, and its weight_packed is {list(packed.shape)}")
+        raise ModelUnreadable(f"its weight_shape says {sizes}, but its weight_packed is {list(packed.shape)}")
     if columns < 1:
         raise ModelUnreadable(f"its weight_shape says {sizes}")
     return columns
@@ -185,17 +185,21 @@ def _find_bits(words: int, columns: int, quantization: Mapping[str, Any]) -> int
     stated = {scheme["num_bits"] for scheme in _int_weights(quantization) if type(scheme.get("num_bits")) is int}
     candidates = fitting & stated if stated else fitting
     if not fitting:
-        raise ModelUnreadable(f"its weight_packed has {words} words a row for {columns} integers of at most 8 bits")
+        raise ModelUnreadable(f"its weight_packed has {words} words per row for {columns} integers of at most 8 bits")
     listing = " or ".join(str(bits) for bits in sorted(stated or fitting))
     if not candidates:
-        raise UnknownFormat(f"{words} words a row hold {columns} integers, and config.json says {listing} bits")
+        raise UnknownFormat(f"{words} words per row hold {columns} integers, but config.json says {listing} bits")
     if len(candidates) > 1:
-        raise UnknownFormat(f"packed integers of {listing} bits: the shapes do not tell which", CONFIG_HINT)
+        raise UnknownFormat(f"packed integers of {listing} bits: the shapes do not show which", CONFIG_HINT)
     bits = candidates.pop()
     if words != -(-columns * bits // 32):
-        raise UnknownFormat(f"packed integers of {bits} bits, as many as fit into a word, as old versions packed them")
+        raise UnknownFormat(
+            f"packed integers of {bits} bits in the padded words of old versions, which we can't decode"
+        )
     if 32 % bits and words == -(-columns // (32 // bits)):
-        raise UnknownFormat(f"packed integers of {bits} bits in {words} words a row, which may be packed in two ways")
+        raise UnknownFormat(
+            f"packed integers of {bits} bits in {words} words per row, which could be packed in two ways"
+        )
     return bits
 
 
@@ -216,7 +220,7 @@ def _find_span(
         if len(tail) == 2 and tail[0] == rows and 0 < tail[1] <= columns:
             return 1, tail[1]
     if any(scheme.get("strategy") == "block" for scheme in _int_weights(quantization)):
-        raise UnknownFormat("integers with one scale for each block of rows and columns")
+        raise UnknownFormat("integers with one scale per block of rows and columns, which we can't decode")
     raise ModelUnreadable(f"its {name} is {list(part.shape)} for a matrix {list(shape)}")
 
 
@@ -235,6 +239,6 @@ def _group_size(columns: int, groups: int, quantization: Mapping[str, Any]) -> i
         return fitting[0]
     listing = " or ".join(sorted({*map(str, stated)}))
     raise UnknownFormat(
-        f"{groups} scales for {columns} columns, and config.json says group_size {listing}",
+        f"{groups} scales for {columns} columns, but config.json says group_size {listing}",
         CONFIG_HINT,
     )

@@ -57,9 +57,9 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
     if zero and zero.dtype not in stored_as:
         raise ModelUnreadable(f"its weight_zero_point is {zero.dtype}, and its weight {weight.dtype}")
     if zero is None and scheme.get("symmetric") is False:
-        raise ModelUnreadable("config.json says that it is not symmetric, and there is no weight_zero_point")
+        raise ModelUnreadable("config.json says that it is not symmetric, but there is no weight_zero_point")
     if len(weight.shape) != 2 or not prod(weight.shape):
-        raise UnknownFormat(f"Quark's {dtype} of shape {list(weight.shape)}: we read matrices")
+        raise UnknownFormat(f"Quark's {dtype} of shape {list(weight.shape)}: we read only matrices")
     per_word = 8 if bits == 4 else 1
     rows, columns = weight.shape[0], weight.shape[1] * per_word
     decoder = partial(_unpack, dtype=dtype, reorder=_reorders(quantization))
@@ -74,7 +74,7 @@ def recognise(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> Sto
             or -(-outputs // per_word) * per_word != columns
         ):
             shapes = f"its weight is {list(weight.shape)}, its scale {list(scale.shape)}"
-            raise ModelUnreadable(f"{shapes}, and config.json says group_size {size}")
+            raise ModelUnreadable(f"{shapes}, but config.json says group_size {size}")
         if zero and zero.shape not in ((groups, outputs), (groups, columns // per_word)):
             raise ModelUnreadable(f"its weight_zero_point is {list(zero.shape)} for {groups} groups of {outputs}")
         by_group = {name: size for name in ("weight_scale", "weight_zero_point") if name in parts}

@@ -26,7 +26,7 @@ def find_repository(model: str) -> Repository:
         name = model.removeprefix("demo:")
         if name not in DEMO_MODELS:
             known = ", ".join(f"demo:{demo}" for demo in DEMO_MODELS)
-            raise ModelUnreadable(f"there is no embedded model {model}", f"there are {known}")
+            raise ModelUnreadable(f"there is no embedded model {model}", f"the embedded models are {known}")
         return Folder(DEMO_FOLDER / name, model)
     path = as_path(model)
     try:

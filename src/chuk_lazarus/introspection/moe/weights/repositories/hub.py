@@ -22,11 +22,11 @@ import httpx2
 from ...errors import ModelUnreadable, MoEError
 
 try:
-    import huggingface_hub.constants  # noqa: F401  raises ValueError for a variable that is no number
+    import huggingface_hub.constants  # noqa: F401  raises ValueError for a variable that is not a number
 except ValueError as error:
     wrong = [name for name, value in os.environ.items() if name.startswith("HF_") and repr(value) in str(error)]
     raise ModelUnreadable(
-        "the Hub's client can't start: one of its variables is no number", f"correct or unset {', '.join(wrong)}"
+        "the Hub's client can't start: one of its variables is not a number", f"correct or unset {', '.join(wrong)}"
     ) from None
 from huggingface_hub import (
     HfApi,
@@ -154,17 +154,17 @@ class HubRepository:
             self.cache.trim()
 
     def received(self, count: int) -> None:
-        """Count bytes that came in; raises ModelUnreadable where their job is given up."""
+        """Count bytes that arrived; raises ModelUnreadable if their job was cancelled."""
         with self._lock:
             self.bytes_fetched += count
         if self._stopped.is_set():
-            raise ModelUnreadable(f"reading {self.name} was given up")
+            raise ModelUnreadable(f"reading {self.name} was cancelled")
 
     def retry(self, function: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
-        """Call `function`, repeatedly and with longer and longer delays where its error may pass.
+        """Call `function`, with growing delays after errors that may pass.
 
-        `done` is the number of bytes that have come; after ENOUGH of them, the delays start from the first one again.
-        Raises ModelUnreadable for an error that stays.
+        `done` is the number of bytes that have arrived; after ENOUGH of them, the delays start again from the first
+        one. Raises ModelUnreadable for an error that does not pass.
         """
         failures, before = 0, done()
         while True:
@@ -181,13 +181,15 @@ class HubRepository:
             except HFValidationError:
                 raise ModelUnreadable(f"{self.name} is neither a file nor a folder nor a valid Hub id") from None
             except (httpx2.InvalidURL, UnicodeEncodeError):
-                raise ModelUnreadable("HF_ENDPOINT is no URL, or HF_TOKEN no token", "correct or unset them") from None
+                raise ModelUnreadable(
+                    "HF_ENDPOINT is not a URL, or HF_TOKEN is not a token", "correct or unset them"
+                ) from None
             if done() >= before + ENOUGH:
                 failures, before = 0, done()
             if failures >= len(RETRY_DELAYS) or not _may_pass(cause):
                 raise explain(cause, self.name, self._wanted_revision)
             if self._stopped.wait(max(RETRY_DELAYS[failures], _seconds_to_wait(cause))):
-                raise ModelUnreadable(f"reading {self.name} was given up")
+                raise ModelUnreadable(f"reading {self.name} was cancelled")
             failures += 1
 
     def note(self, kind: str, subject: str, facts: dict[str, Any]) -> None:
@@ -227,12 +229,12 @@ class HubRepository:
             raise
         except OSError as error:
             if error.errno is None:  # the client raises this where the length is not that which the Hub gave
-                raise _BadAnswer(f"{filename} of {self.name} came incomplete") from None
+                raise _BadAnswer(f"{filename} of {self.name} arrived incomplete") from None
             raise ModelUnreadable(
                 f"can't write to the cache of the Hub's client: {error.strerror}", "set HF_HOME to a folder with room"
             ) from None
         if not os.path.getsize(path):  # the client believes a server that gives 0 as the length
-            raise _BadAnswer(f"{filename} of {self.name} came incomplete")
+            raise _BadAnswer(f"{filename} of {self.name} arrived incomplete")
         return path
 
     def _resolve(self) -> tuple[str, frozenset[str]]:
@@ -257,7 +259,7 @@ class HubRepository:
         except (HfHubHTTPError, HFValidationError, UnicodeEncodeError):
             raise
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise _BadAnswer(f"what answers in the Hub's place for {self.name} is not the Hub") from None
+            raise _BadAnswer(f"the server that answered for {self.name} is not the Hub") from None
 
     def _resolve_offline(self) -> tuple[str, frozenset[str]] | None:
         """The commit of the wanted revision and its files, by our notes or the files that the client has downloaded."""
@@ -329,7 +331,10 @@ class HubFile:
                             self.fetch(*chunk)
                         data = cache.read(self._key, start, stop)
         if data is None:
-            raise ModelUnreadable(f"the cache {cache.folder} loses what is put into it", "set LAZARUS_CACHE elsewhere")
+            raise ModelUnreadable(
+                f"the cache {cache.folder} loses files right after they are written",
+                "set LAZARUS_CACHE to another folder",
+            )
         return data
 
     def missing_chunks(self, ranges: Sequence[Range]) -> list[Range]:
@@ -338,7 +343,8 @@ class HubFile:
         return [(low, min(low + CHUNK, stop)) for start, stop in gaps for low in range(start, stop, CHUNK)]
 
     def fetch(self, start: int, stop: int, count: Callable[[int], None] = lambda received: None) -> None:
-        """Fetch a range into the cache, resuming after a broken connection; `count` is told the bytes that came."""
+        """Fetch a range into the cache, resuming after a broken connection; `count` is called with the bytes that
+        arrived."""
         if not self.repository.cache.missing(self._key, [(start, stop)]):
             return  # another thread has fetched it
         received = bytearray()
@@ -363,7 +369,7 @@ class HubFile:
                         received.clear()
                         break
             if len(received) != stop - start:
-                raise _BadAnswer(f"a server sent more or less of {self.name} than was asked for")
+                raise _BadAnswer(f"a server sent a wrong number of bytes of {self.name}")
 
         self.repository.retry(go_on, lambda: len(received))
         self.repository.cache.write(self._key, start, bytes(received))
@@ -373,14 +379,14 @@ class HubFile:
         if response.status_code == 206:
             if response.headers.get("Content-Range", "") in (f"bytes {start}-{stop - 1}/{n}" for n in (self.size, "*")):
                 return False
-            raise _BadAnswer(f"a server sent another range of {self.name} than was asked for")
+            raise _BadAnswer(f"a server sent a wrong range of {self.name}")
         if response.is_error:
             response.read()
             hf_raise_for_status(response)
         if response.status_code != 200 or self.size <= SMALL:
             if response.status_code == 200 and response.headers.get("Content-Length") == str(self.size):
                 return True
-            raise _BadAnswer(f"a server sent something else in place of {self.name}")
+            raise _BadAnswer(f"a server sent something other than {self.name}")
         raise ModelUnreadable(
             "a server between here and the Hub ignores Range requests",
             f"run: hf download {self.repository.name}, then try again",
@@ -429,17 +435,17 @@ def _start_client() -> None:
     except OSError as error:
         what, names = str(error.strerror), CERTIFICATES
     except (ValueError, httpx2.InvalidURL):  # the text of the error may contain a password
-        what, names = "a proxy's address is no URL", PROXIES
+        what, names = "a proxy's address is not a URL", PROXIES
     given = ", ".join(name for name in os.environ if name.upper() in names)
     raise _Unreachable(f"the Hub's client can't start: {what}", given and f"correct or unset {given}")
 
 
 class _BadAnswer(Exception):
-    """An answer that makes no sense, unlike, perhaps, the next one."""
+    """An answer that makes no sense; the next one may."""
 
 
 class _Unreachable(ModelUnreadable):
-    """Raised where there is no network, or it must not be used."""
+    """Raised if there is no network, or it must not be used."""
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -469,20 +475,20 @@ def _seconds_to_wait(error: BaseException) -> float:
 
 
 def explain(error: BaseException, name: str, revision: str) -> MoEError:
-    """An error of the Hub's client in words for the user, without the URL, which may be signed, and the token."""
+    """An error of the Hub's client as an error for the user, without the token and the URL, which may be signed."""
     match error:
         case GatedRepoError():
             return ModelUnreadable(f"{name} is gated", "accept its terms on its Hub page, then set HF_TOKEN")
         case RepositoryNotFoundError():
             return ModelUnreadable(
-                f"{name} is no folder here and no model on the Hub, or a private one",
+                f"{name} is neither a folder here nor a model on the Hub, or it is private",
                 "check the spelling; for a private model set HF_TOKEN",
             )
         case RevisionNotFoundError():
             return ModelUnreadable(f"{name} has no revision {revision}")
         case OfflineModeIsEnabled():
             return _Unreachable(
-                f"{name} is not, or not all, on this machine, and HF_HUB_OFFLINE forbids to fetch it",
+                f"{name} is not completely on this machine, and HF_HUB_OFFLINE forbids fetching it",
                 "unset HF_HUB_OFFLINE",
             )
         case LocalEntryNotFoundError() | httpx2.RequestError():
@@ -493,14 +499,14 @@ def explain(error: BaseException, name: str, revision: str) -> MoEError:
             status = error.response.status_code
             if status == 429:
                 return ModelUnreadable(
-                    f"the Hub's limit of requests is used up, and stays so (429 for {name})",
+                    f"the Hub's rate limit is reached, and retries did not help (429 for {name})",
                     "wait some minutes; HF_TOKEN gives a higher limit",
                 )
             if status in (401, 403):
                 return ModelUnreadable(
-                    f"the Hub refuses access to {name} ({status})", "set HF_TOKEN to a token that may"
+                    f"the Hub refuses access to {name} ({status})", "set HF_TOKEN to a token that has access"
                 )
             return ModelUnreadable(f"the Hub answered {status} for {name}", "try again later")
         case _BadAnswer():
             return ModelUnreadable(str(error), "try again, or download the model first")
-    return ModelUnreadable(f"what answers in the Hub's place for {name} is not the Hub", "check HF_ENDPOINT")
+    return ModelUnreadable(f"the server that answered for {name} is not the Hub", "check HF_ENDPOINT")

@@ -18,9 +18,9 @@ LEVELS = 2  # of folders with folders of models, such as publisher/model
 
 
 def find_models(folder: Path) -> tuple[Path, ...]:
-    """The models below a folder that is none itself, in the order of their names; () for a model and an empty folder.
+    """The models below a folder that is not a model itself, ordered by name; () for a model and an empty folder.
 
-    A model is a folder with a config or weights of its own, or one of the Hub's cache. Hidden folders are passed over.
+    A model is a folder with a config or weights of its own, or one of the Hub's cache. Hidden folders are skipped.
     """
     return () if _is_model(folder) else tuple(_walk(folder, LEVELS))
 
@@ -127,7 +127,7 @@ class Folder:
         """Does nothing, since the bytes are on this machine."""
 
     def list_files(self) -> frozenset[str]:
-        """The files, and those in subfolders, such as "1_Pooling/config.json", that are no weights.
+        """The files, and those in subfolders, such as "1_Pooling/config.json", that are not weights.
 
         Neither links to folders nor hidden folders are entered. For a single file, just `files`.
         """

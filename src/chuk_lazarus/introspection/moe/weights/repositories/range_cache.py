@@ -29,7 +29,7 @@ _TEMPORARY = re.compile(r"\.part-[a-z0-9_]{8}")
 
 
 def cache_limit() -> int:
-    """The bytes in $LAZARUS_CACHE_LIMIT, such as 500MB or 20GB; raises InvalidRequest for no size."""
+    """The bytes in $LAZARUS_CACHE_LIMIT, such as 500MB or 20GB; raises InvalidRequest for anything else."""
     return parse_size(os.environ.get("LAZARUS_CACHE_LIMIT") or DEFAULT_LIMIT, "LAZARUS_CACHE_LIMIT")
 
 

@@ -29,7 +29,7 @@ def refuse_pointer(file: str, data: bytes) -> None:
     """Raise ModelUnreadable where `data`, the first bytes of a file, are those of a Git LFS pointer."""
     if data.startswith(LFS):
         raise ModelUnreadable(
-            f"{file} is a Git LFS pointer, a few lines in the place of the real file",
+            f"{file} is a Git LFS pointer, not the real file",
             "run git lfs pull in the model's folder, or get the model with: hf download",
         )
 
