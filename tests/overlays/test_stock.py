@@ -308,7 +308,7 @@ def test_the_screen(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, command, env={"COLUMNS": "100"})
     assert done.exit_code == 0, done.output
     assert "MOE QUANTISED FOR MLX" in done.output
-    assert "a weight of the experts" in done.output
+    assert "per expert weight" in done.output
 
 
 def test_without_mlx_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,9 +61,9 @@ def describe_compared(report: MoEWeightsVerification) -> str:
 
 
 def describe_bits(report: MoEWeightsVerification) -> str:
-    """For instance "4.42 a weight of the experts"; nothing where none were compared."""
+    """For instance "4.42 per expert weight"; nothing where none were compared."""
     bits = [projection.bits_per_weight for layer in report.layers for projection in layer.projections.values()]
-    return f"{fmean(bits):.3g} a weight of the experts" if bits else ""
+    return f"{fmean(bits):.3g} per expert weight" if bits else ""
 
 
 def describe_projection(role: str, projection: ProjectionConversion) -> list[str]:
