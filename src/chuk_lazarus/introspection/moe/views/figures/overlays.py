@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ESTIMATE = (
-    "Relative error of the weights of the measured layers (root mean square), by bits per expert weight with scales, and "
-    "by the bytes of the experts of all layers."
+    "Relative error of the weights of the measured layers (root mean square), by bits per expert weight with scales, "
+    "and by the bytes of the experts of all layers."
 )
 WAYS = {  # key of a row -> how its line is labelled
     "coded": "codes on a base",
