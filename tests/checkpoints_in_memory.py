@@ -110,10 +110,14 @@ def store(axes: str, role: str, matrices: Matrices) -> Array:
 
 
 @cache
-def row_axes(row: Layout) -> dict[str, str]:
-    """The axis strings of a row, by role, from the table's text: not as our own parser understands them."""
+def axes_of_rows() -> dict[str, dict[str, str]]:
+    """The axis strings of each row, by role, from the table's text: not as our own parser understands them."""
     table = tomllib.loads(Path(getfile(Layout)).with_name("layouts.toml").read_text())["layout"]
-    return next({t["role"]: t["axes"] for t in entry["tensors"]} for entry in table if entry["name"] == row.name)
+    return {entry["name"]: {t["role"]: t["axes"] for t in entry["tensors"]} for entry in table}
+
+
+def row_axes(row: Layout) -> dict[str, str]:
+    return axes_of_rows()[row.name]
 
 
 def roles_of(row: Layout) -> set[str]:

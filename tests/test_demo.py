@@ -42,7 +42,7 @@ def test_the_verdict_on_known_histories() -> None:
     rules = {name: report.documented_rule for name, report in found.items()}
     assert {name: (rule.type, round(rule.confidence, 2)) for name, rule in rules.items()} == RULE
     assert rules["native"].why is None
-    assert "high-rank" in (rules["upcycled"].why or "")
+    assert "high rank" in (rules["upcycled"].why or "")
     assert "position" in (rules["permuted"].why or "")
 
 

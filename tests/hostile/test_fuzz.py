@@ -301,7 +301,7 @@ def test_a_hub_that_lists_files_outside_of_the_repository(
 def test_many_keys_of_which_the_last_is_there_twice(judge: Judge, file: str) -> None:
     text = b"{" + b",".join(b'"%d":1' % n for n in [*range(100_000), 99_999]) + b"}"
     outcome = judge(tiny() | {file: join_safetensors(text, b"") if "safe" in file else text}, read_everything)
-    assert (outcome.kind, "'99999' is there twice" in outcome.detail) == ("ModelUnreadable", True), outcome
+    assert (outcome.kind, "'99999' appears twice" in outcome.detail) == ("ModelUnreadable", True), outcome
 
 
 @pytest.mark.parametrize("depth", [90, 150, 300, 900])

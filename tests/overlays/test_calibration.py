@@ -282,10 +282,10 @@ def test_held_out_text_is_predicted_better(demo: str, most: float, text: Path, t
     assert str(text) not in rule
 
 
-def test_stopped_and_resumed_it_ends_with_the_same_bytes(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_and_resumed_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAZARUS_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_bytes(text_of("training", 2048))
 
     def compress(name: str) -> None:
         MoECompressionService.compress("demo:native", tmp_path / name, bits=2.25, calibrate=text)

@@ -92,7 +92,7 @@ def test_headers_alone_are_read_from_the_hub(hub: HubServer) -> None:
 def test_the_screen() -> None:
     done = CliRunner().invoke(app, [*LAYOUT, "--fit", "300kB"], env={"COLUMNS": "100"})
     assert done.exit_code == 0, done.output
-    assert re.search(r"yes: 300.0 kB leave 4.6\d bits", " ".join(done.output.split()))
+    assert re.search(r"yes, with 4.6\d bits per expert weight in 300.0 kB", " ".join(done.output.split()))
     done = CliRunner().invoke(app, [*LAYOUT, "--fit", "100kB"], env={"COLUMNS": "100"})
     assert "no: quantised for MLX, it takes" in done.output
     done = CliRunner().invoke(app, [*LAYOUT, "--fit", "1GB", "--json"])

@@ -797,7 +797,7 @@ def test_a_block_refuses_what_does_not_fit() -> None:
     gate, up, down = dense()
     with pytest.raises(ValueError, match="top 5 of 4"):
         OverlayMoE(16, 24, 4, 5, 1)
-    with pytest.raises(ValueError, match="down is"):
+    with pytest.raises(ValueError, match="down has shape"):
         OverlayMoE.from_dense(gate, up, down.T, experts=4, top_k=2, rank=1)
 
 

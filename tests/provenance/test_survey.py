@@ -185,8 +185,8 @@ def test_a_model_is_a_line_at_any_width(surveyed: tuple[MoETypeSurvey, Path], wi
         assert heading in table  # as a column, or as one that there was no room for
 
 
-def test_a_long_name_keeps_its_end() -> None:
-    row = ask("demo:native").rows[0]
+def test_a_long_name_keeps_its_end(surveyed: tuple[MoETypeSurvey, Path]) -> None:
+    row = surveyed[0].rows[0]
     long = f"/data/{'models/' * 20}the-model-itself"
     rows = [row.model_copy(update={"request": SurveyRequest(model=model)}) for model in ("demo:native", long)]
     lines = show(MoETypeSurvey(rows=tuple(rows)), 100).splitlines()
@@ -196,8 +196,8 @@ def test_a_long_name_keeps_its_end() -> None:
     assert " 91% " in line
 
 
-def test_a_model_of_the_cache_is_shown_by_its_id() -> None:
-    row = ask("demo:native").rows[0]
+def test_a_model_of_the_cache_is_shown_by_its_id(surveyed: tuple[MoETypeSurvey, Path]) -> None:
+    row = surveyed[0].rows[0]
     cached = row.model_copy(update={"request": SurveyRequest(model="/x/hub/models--org--name--with--dashes")})
     assert " org/name--with--dashes " in show(MoETypeSurvey(rows=(cached,)), 80)
 
@@ -218,8 +218,8 @@ def test_the_summary_counts_types(surveyed: tuple[MoETypeSurvey, Path]) -> None:
     assert counts == {origin: found.count(origin) for origin in found}
 
 
-def test_a_survey_of_failures_alone_has_a_table(folder: Path) -> None:
-    report = ask(str(folder / "missing"))
+def test_a_survey_of_failures_alone_has_a_table(surveyed: tuple[MoETypeSurvey, Path]) -> None:
+    report = MoETypeSurvey(rows=tuple(row for row in surveyed[0].rows if row.request.model.endswith("missing")))
     assert "1 model: 1 failed" in show(report, 80)
     assert show(report.summary(), 80)
 
@@ -603,8 +603,11 @@ def test_a_failure_is_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_lines(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+def two_lines(surveyed: tuple[MoETypeSurvey, Path], tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Those of an answer, which the survey above has, and of a failure."""
     file = tmp_path_factory.mktemp("two") / "rows.jsonl"
+    answers = (line for line in surveyed[1].read_bytes().splitlines(keepends=True) if json.loads(line)["answer"])
+    file.write_bytes(next(line for line in answers if json.loads(line)["request"]["model"] == "demo:native"))
     ask("demo:native", "/no/such/modèl", file=file)
     return file.read_bytes().splitlines(keepends=True)
 
@@ -641,7 +644,7 @@ def test_a_model_whose_line_was_cut_off_is_analysed_again(tmp_path: Path, two_li
 def test_the_file_of_something_else_is_refused_and_kept(capsys: Capture, tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "file"
     file.write_bytes(content)
-    refused(capsys, ["demo:native", "-o", str(file)], "not of a survey")
+    refused(capsys, ["demo:native", "-o", str(file)], "not a row of a survey")
     assert file.read_bytes() == content
 
 

@@ -13,7 +13,7 @@ from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeService
 from made_layers import Matrices, copies, native, shuffle, write
 
 Capture = pytest.CaptureFixture[str]
-NOISE = "can't be told from random numbers"
+NOISE = "look like random numbers"
 ANALYZE = ["introspect", "moe-expert", "moe-type-analyze"]
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from chuk_lazarus.cli.app import run
 from chuk_lazarus.introspection.moe import MoETypeAnalysis, MoETypeComparison, MoETypeService
 from chuk_lazarus.introspection.moe.views import page
+from chuk_lazarus.introspection.moe.views.figures import provenance
 from chuk_lazarus.introspection.moe.views.page import to_page
 from chuk_lazarus.introspection.moe.views.terminal import LayerDrawing
 from places import DEMO, FIXTURES
@@ -56,13 +57,15 @@ REPORTS: dict[str, Callable[[], Report]] = {
 }
 report_of = cache(lambda name: REPORTS[name]())
 page_of = cache(lambda name: to_page(report_of(name)))
+tree_of = cache(lambda name: parse(page_of(name)))
 OTHERS = [name for name in REPORTS if name not in ("a long name", "the same twice")]
 each_report = pytest.mark.parametrize("name", keep(REPORTS, *OTHERS))
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages with empty pictures, which cost no time."""
+    """Pages with empty pictures, which cost little time."""
+    monkeypatch.setattr(provenance, "finish", lambda figure: figure)
     monkeypatch.setattr(page, "to_svg", lambda figure, themed: '<svg xmlns="http://www.w3.org/2000/svg"></svg>')
 
 
@@ -126,7 +129,7 @@ def analyses(report: Report) -> tuple[MoETypeAnalysis, ...]:
 
 @each_report
 def test_the_page_is_sound_html(name: str) -> None:
-    page = parse(page_of(name))
+    page = tree_of(name)
     assert page.get("lang") == "en"
     assert all(model.model in words(page.find(".//title")) for model in analyses(report_of(name)))
     levels = [int(one.tag[1]) for one in page.iter() if re.fullmatch("h[1-6]", str(one.tag))]
@@ -140,7 +143,7 @@ def test_the_page_is_sound_html(name: str) -> None:
 @each_report
 def test_nothing_is_from_elsewhere(name: str) -> None:
     text = page_of(name)
-    page = parse(text)
+    page = tree_of(name)
     for element in page.iter():
         for attribute, value in element.attrib.items():
             plain = str(attribute).rpartition("}")[2].lower()
@@ -158,7 +161,7 @@ def test_nothing_is_from_elsewhere(name: str) -> None:
 
 @each_report
 def test_tables_and_figures_are_for_everybody(name: str) -> None:
-    page = parse(page_of(name))
+    page = tree_of(name)
     parents = {child: parent for parent in page.iter() for child in parent}
     tables = list(page.iter("table"))
     assert tables
@@ -193,7 +196,7 @@ def positions(found: ElementTree.Element, *wanted: Callable[[ElementTree.Element
 
 @each_report
 def test_verdict_and_deciding_figure_come_first(name: str) -> None:
-    found = parse(page_of(name))
+    found = tree_of(name)
     places = positions(
         found,
         lambda one: "verdict" in one.get("class", "").split(),
@@ -220,7 +223,7 @@ def test_what_can_be_saved_stands_beside_each_verdict() -> None:
     [("one layer", "re-initialised"), ("all layers", "duplicating its experts"), ("parent", "")],
 )
 def test_the_caveat_stands_beside_the_verdict(name: str, caveat: str) -> None:
-    (verdict,) = (one for one in parse(page_of(name)).iter() if "verdict" in one.get("class", "").split())
+    (verdict,) = (one for one in tree_of(name).iter() if "verdict" in one.get("class", "").split())
     beside = [words(one) for one in verdict.iter("p") if one.get("class") == "caveat"]
     assert len(beside) == bool(caveat)
     assert caveat in " ".join(beside)
@@ -273,7 +276,7 @@ def test_a_page_does_not_contradict_itself(what: str, said: str, undrawn: None) 
 
 @each_report
 def test_it_says_what_the_report_says(name: str) -> None:
-    page = parse(page_of(name))
+    page = tree_of(name)
     text = all_words(page)
     for model in analyses(report_of(name)):
         assert model.model in text
@@ -292,7 +295,7 @@ def test_it_says_what_the_report_says(name: str) -> None:
 
 @each_report
 def test_every_layer_and_every_expert_has_its_row(name: str) -> None:
-    page = parse(page_of(name))
+    page = tree_of(name)
     details = list(page.iter("details"))
     for place, model in enumerate(analyses(report_of(name))):
         heading, *by_layer = table_of(page, "The layers of", place)
@@ -336,14 +339,14 @@ def test_every_layer_and_every_expert_has_its_row(name: str) -> None:
 @each_report
 def test_the_json_inside_is_the_report(name: str) -> None:
     report = report_of(name)
-    data = data_of(parse(page_of(name)))
+    data = data_of(tree_of(name))
     assert data == report.model_dump(mode="json")
     assert list(data) == list(report.model_dump(mode="json"))
     assert type(report).model_validate(data) == report
 
 
 def test_several_layers_have_a_figure_of_their_own() -> None:
-    one, many = (len(list(parse(page_of(name)).iter("figure"))) for name in ("one layer", "all layers"))
+    one, many = (len(list(tree_of(name).iter("figure"))) for name in ("one layer", "all layers"))
     assert many == one + 1
 
 
@@ -370,7 +373,7 @@ def next_commands(page: ElementTree.Element) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", ["one layer", "all layers", "parent", "comparison"])
 def test_what_to_do_next_can_be_done(name: str, capsys: Capture) -> None:
-    commands = next_commands(parse(page_of(name)))
+    commands = next_commands(tree_of(name))
     assert commands
     for program, *arguments in commands:
         assert program == "lazarus"

@@ -178,6 +178,22 @@ def compare(*names: str) -> MoETypeComparison:
     return MoETypeComparison(models=tuple(analyse(name) for name in names))
 
 
+@cache
+def plotted(name: str) -> Figure:
+    """A figure of ON_AXES, for tests that only look at it."""
+    return ON_AXES[name][0]()
+
+
+@cache
+def decay_of(model: str) -> Figure:
+    return plot_decay(analyse(model).layers[0])
+
+
+@cache
+def depth_of(model: str) -> Figure:
+    return plot_depth(analyse(model))
+
+
 def without_errors() -> MoEOverlayEstimate:
     """Of equal experts, where the base does not fit into the fewest bytes."""
     found = estimate("demo:upcycled")
@@ -219,7 +235,7 @@ def texts(figure: Figure) -> list[Text]:
 @pytest.mark.parametrize("model", ["demo:native", "demo:upcycled"])
 @pytest.mark.parametrize("role", ROLES)
 def test_decay_is_that_of_the_deltas_by_numpy(model: str, role: str) -> None:
-    ax = panel(plot_decay(analyse(model).layers[0]), role)
+    ax = panel(decay_of(model), role)
     experts = Experts.open(model).layer(0)
     matrices = np.stack([experts.matrices(expert)[role] for expert in range(experts.count)]).astype(np.float64)
     values = np.linalg.svd(matrices - matrices.mean(axis=0), compute_uv=False)
@@ -232,7 +248,7 @@ def test_decay_is_that_of_the_deltas_by_numpy(model: str, role: str) -> None:
 
 def test_decay_has_the_noise_of_the_shape_and_the_ranks() -> None:
     layer = native()
-    figure = plot_decay(layer)
+    figure = plotted("decay")
     for role, projection in layer.projections.items():
         ax = panel(figure, role)
         out, inner = projection.shape
@@ -309,7 +325,7 @@ def test_experts_without_groups_keep_their_order() -> None:
 
 def test_matches_are_shares_of_neurons() -> None:
     lineage = native().lineage
-    ax = plot_matches(native()).axes[0]
+    ax = plotted("matches").axes[0]
     second, _, nearest = (patch.get_data() for patch in ax.patches)  # type: ignore[attr-defined]
     for drawn, counts in ((nearest, lineage.matches.nearest), (second, lineage.matches.runner_up)):
         np.testing.assert_allclose(drawn.values, np.array(counts) / lineage.sharing.neurons)
@@ -324,7 +340,7 @@ def test_matches_are_shares_of_neurons() -> None:
 
 def test_depth_has_every_layer() -> None:
     analysis = analyse("demo:upcycled")
-    figure = plot_depth(analysis)
+    figure = depth_of("demo:upcycled")
     for role in ROLES:
         np.testing.assert_allclose(
             points(line(panel(figure, "Rank"), role)),
@@ -494,10 +510,10 @@ def titles(figure: Figure) -> list[str]:
 
 
 def test_what_decides_comes_first() -> None:
-    assert titles(plot_analysis(analyse("demo:native")))[0] == "Neurons shared"
-    assert titles(plot_similarity(native())) == ["Neurons shared", "Cosine (down)"]
-    assert titles(plot_depth(analyse("demo:native")))[0] == "Neurons shared"
-    shown = titles(plot_comparison(compare("demo:native", "demo:upcycled")))
+    assert titles(plotted("analysis"))[0] == "Neurons shared"
+    assert titles(plotted("similarity")) == ["Neurons shared", "Cosine (down)"]
+    assert titles(plotted("depth"))[0] == "Neurons shared"
+    shown = titles(plotted("comparison"))
     assert shown[0] == "Neurons shared"
     assert shown[-3:] == ["gate, deltas", "up, deltas", "down, deltas"]
 
@@ -543,7 +559,7 @@ def light(color: Any) -> float:
 
 @pytest.mark.parametrize("name", keep(ON_AXES, "sharing"))
 def test_figures_have_a_white_ground_unless_asked(name: str) -> None:
-    assert light(ON_AXES[name][0]().get_facecolor()[:3]) == pytest.approx(1)
+    assert light(plotted(name).get_facecolor()[:3]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", ON_AXES)
@@ -571,11 +587,11 @@ def test_a_part_of_the_experts_is_called_one() -> None:
     sharing = changed(layer.lineage.sharing, partners=dict.fromkeys(range(256), 0))
     shown = plot_sharing(changed(layer, lineage=changed(layer.lineage, sharing=sharing)))
     assert panel(shown, "Neurons shared").get_xlabel() == "in expert (8 of 256)"
-    assert panel(plot_sharing(native()), "Neurons shared").get_xlabel() == "in expert"
+    assert panel(plotted("sharing"), "Neurons shared").get_xlabel() == "in expert"
 
 
 def test_themed_figures_take_the_colours_of_the_page() -> None:
-    figure = plot_analysis(analyse("demo:native"))
+    figure = plotted("analysis")
     themed = to_svg(figure, themed=True)
     for name, color in LIGHT.named.items():
         if f"var(--{name})" in themed:
@@ -637,7 +653,7 @@ def test_the_panels_leave_the_edge_white() -> None:
 
 @pytest.mark.parametrize("title", ["Rank", "Cosine", "Neurons"])
 def test_lines_differ_by_more_than_colour(title: str) -> None:
-    ax = panel(plot_depth(analyse("demo:upcycled")), title)
+    ax = panel(depth_of("demo:upcycled"), title)
     styles = [(one.get_linestyle(), one.get_marker(), one.get_linewidth()) for one in ax.lines]
     assert len(set(styles)) == len(styles)
 
@@ -646,7 +662,7 @@ def test_lines_differ_by_more_than_colour(title: str) -> None:
 
 
 def test_files_are_what_their_ending_says(tmp_path: Path) -> None:
-    figure = plot_decay(native())
+    figure = plotted("decay")
     for name in ("a.png", "a.PDF", "a.svg"):
         save(figure, tmp_path / name)
     with Image.open(tmp_path / "a.png") as image:
@@ -684,7 +700,7 @@ def test_the_same_report_gives_the_same_bytes_in_any_process(tmp_path: Path) -> 
 
 
 def test_settings_of_others_neither_matter_nor_change(tmp_path: Path) -> None:
-    plain = to_svg(plot_decay(native()))
+    plain = to_svg(plotted("decay"))
     others = {"font.size": 30, "text.usetex": True, "figure.facecolor": "black", "svg.fonttype": "path"}
     with matplotlib.rc_context(others):
         before = dict(matplotlib.rcParams)
@@ -710,13 +726,13 @@ def test_figures_in_threads() -> None:
 @pytest.mark.parametrize("name", ["figure.jpg", "figure", "figure.png.txt", ".png"])
 def test_another_ending_is_refused_with_the_three(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(repr(name))) as caught:
-        save(plot_matches(native()), tmp_path / name)
+        save(plotted("matches"), tmp_path / name)
     assert all(ending in caught.value.hint for ending in (".png", ".svg", ".pdf"))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    figure = plot_matches(native())
+    figure = plotted("matches")
     (tmp_path / "folder.svg").mkdir()
     for place in (tmp_path / "folder.svg", tmp_path / "missing/a.svg", tmp_path / ("x" * 300 + ".svg")):
         with pytest.raises(InvalidRequest, match="can't write") as caught:
@@ -729,9 +745,9 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -
 def test_a_file_is_replaced_and_a_link_followed(tmp_path: Path) -> None:
     (tmp_path / "old.svg").write_text("old")
     (tmp_path / "link.svg").symlink_to(tmp_path / "old.svg")
-    save(plot_matches(native()), tmp_path / "link.svg")
+    save(plotted("matches"), tmp_path / "link.svg")
     assert (tmp_path / "link.svg").is_symlink()
-    assert (tmp_path / "old.svg").read_text() == to_svg(plot_matches(native()))
+    assert (tmp_path / "old.svg").read_text() == to_svg(plotted("matches"))
 
 
 def test_a_pipe_or_a_device_gets_the_figure_and_stays(tmp_path: Path) -> None:
@@ -741,9 +757,9 @@ def test_a_pipe_or_a_device_gets_the_figure_and_stays(tmp_path: Path) -> None:
     reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
     try:
         for place in (pipe, tmp_path / "link.svg"):
-            save(plot_matches(native()), place)
+            save(plotted("matches"), place)
             assert pipe.is_fifo()
-            assert os.read(reader, 2**20).decode() == to_svg(plot_matches(native()))
+            assert os.read(reader, 2**20).decode() == to_svg(plotted("matches"))
     finally:
         os.close(reader)
 
@@ -775,7 +791,7 @@ def test_svgs_on_one_page_do_not_meet() -> None:
 
 
 def test_svg_needs_nothing_from_elsewhere() -> None:
-    drawn = to_svg(plot_analysis(analyse("demo:native")))
+    drawn = to_svg(plotted("analysis"))
     root = ElementTree.fromstring(drawn)
     assert drawn.startswith("<svg ")
     assert not [one.tag for one in root.iter() if one.tag.removeprefix(SVG) in ("style", "script", "metadata")]
@@ -787,5 +803,5 @@ def test_svg_needs_nothing_from_elsewhere() -> None:
 
 
 def test_a_notebook_shows_the_figure() -> None:
-    figure = plot_matches(native())
+    figure = plotted("matches")
     assert figure._repr_svg_() == to_svg(figure)  # type: ignore[attr-defined]

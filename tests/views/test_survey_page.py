@@ -38,9 +38,16 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MoETypeSurvey]:
-    """The folder of a survey of two models and one that failed."""
+    """The folder of a survey of two models and one that failed; beside it, the file of its rows."""
     folder = tmp_path_factory.mktemp("pages") / "survey"
-    return folder, MoESurveyService.survey(NAMES, jobs=2, html=folder, command="lazarus survey <names>")
+    file = folder.with_name("rows.jsonl")
+    return folder, MoESurveyService.survey(NAMES, jobs=2, file=file, html=folder, command="lazarus survey <names>")
+
+
+@pytest.fixture
+def rows(written: tuple[Path, MoETypeSurvey], tmp_path: Path) -> Path:
+    """A file with the rows of that survey."""
+    return Path(shutil.copy(written[0].with_name("rows.jsonl"), tmp_path))
 
 
 def parse(text: str) -> Any:
@@ -126,8 +133,8 @@ def test_values_sort_as_numbers(written: tuple[Path, MoETypeSurvey]) -> None:
     assert values[2] == [NAMES[2].lower(), "failed", ""]
 
 
-def test_names_are_text(tmp_path: Path) -> None:
-    row = MoESurveyService.survey(["demo:native"]).rows[0]
+def test_names_are_text(written: tuple[Path, MoETypeSurvey]) -> None:
+    row = written[1].rows[0]
     odd = row.model_copy(update={"request": SurveyRequest(model=HOSTILE), "stated": HOSTILE})
     survey = MoETypeSurvey(rows=(odd,))
     page = parse(to_survey_page(survey, {}, HOSTILE))
@@ -196,10 +203,8 @@ def test_a_model_without_a_full_analysis_has_a_page_of_what_is_known(tmp_path: P
     assert SurveyRow.model_validate_json(page.find(".//script[@id='report']").text) == survey.rows[0]
 
 
-def test_an_answer_of_an_earlier_survey_has_a_page_of_what_is_known(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    MoESurveyService.survey(["demo:native"], file=file)
-    MoESurveyService.survey(["demo:native"], file=file, html=tmp_path / "pages")
+def test_an_answer_of_an_earlier_survey_has_a_page_of_what_is_known(rows: Path, tmp_path: Path) -> None:
+    MoESurveyService.survey(["demo:native"], file=rows, html=tmp_path / "pages")
     (link,) = parse((tmp_path / "pages/index.html").read_text("utf-8")).findall(".//tbody//a")
     text = text_of(parse((tmp_path / "pages" / link.get("href")).read_text("utf-8")))
     assert "Not by a shared base" in text
@@ -247,12 +252,11 @@ def test_a_partial_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
 # Rows for pipes
 
 
-def test_csv_has_the_figures_as_they_are(written: tuple[Path, MoETypeSurvey], capsys: Capture) -> None:
-    assert run([*SURVEY, *NAMES, "--jobs", "2", "--format", "csv", "-v"]) == 1
+def test_csv_has_the_figures_as_they_are(written: tuple[Path, MoETypeSurvey], rows: Path, capsys: Capture) -> None:
+    assert run([*SURVEY, *NAMES, "-o", str(rows), "--format", "csv", "-v"]) == 1
     out, _ = capsys.readouterr()
-    rows = list(csv.DictReader(io.StringIO(out)))
     report = written[1]
-    for read, row, record in zip(rows, report.rows, report.records(), strict=True):
+    for read, row, record in zip(csv.DictReader(io.StringIO(out)), report.rows, report.records(), strict=True):
         assert read["model"] == row.request.model
         assert read.keys() == record.keys()
         if row.answer:
@@ -263,15 +267,15 @@ def test_csv_has_the_figures_as_they_are(written: tuple[Path, MoETypeSurvey], ca
             assert "no routed experts" in read["error"]
 
 
-def test_markdown_is_a_table(capsys: Capture) -> None:
-    assert run([*SURVEY, *NAMES, "--jobs", "2", "--format", "markdown"]) == 1
+def test_markdown_is_a_table(rows: Path, capsys: Capture) -> None:
+    assert run([*SURVEY, *NAMES, "-o", str(rows), "--format", "markdown"]) == 1
     out, _ = capsys.readouterr()
     page = parse(f"<!DOCTYPE html><title>x</title>{MarkdownIt('commonmark').enable('table').render(out)}")
     headings = [text_of(cell) for cell in page.findall(".//th")]
-    rows = [dict(zip(headings, map(text_of, row), strict=True)) for row in page.findall(".//tbody/tr")]
-    assert [row["Model"] for row in rows] == NAMES
-    assert [row["Type"] for row in rows] == ["NATIVE", "UPCYCLED", "failed"]
-    assert rows[1]["Shared"] == "100 %"
+    shown = [dict(zip(headings, map(text_of, row), strict=True)) for row in page.findall(".//tbody/tr")]
+    assert [row["Model"] for row in shown] == NAMES
+    assert [row["Type"] for row in shown] == ["NATIVE", "UPCYCLED", "failed"]
+    assert shown[1]["Shared"] == "100 %"
 
 
 def test_json_is_that_of_the_option(capsys: Capture) -> None:
@@ -295,10 +299,9 @@ def test_a_plan_has_rows_too(capsys: Capture) -> None:
     assert [record["analysis_bytes"] for record in plan.records()] == [one.analysis_bytes for one in plan.models]
 
 
-def test_rows_go_into_a_frame() -> None:
+def test_rows_go_into_a_frame(written: tuple[Path, MoETypeSurvey]) -> None:
     pandas = pytest.importorskip("pandas")
-    report = MoESurveyService.survey(["demo:native", "demo:upcycled"], jobs=2)
-    frame = pandas.DataFrame(report.records())
+    frame = pandas.DataFrame(MoETypeSurvey(rows=written[1].rows[:2]).records())
     assert list(frame["type"]) == ["NATIVE", "UPCYCLED"]
     assert frame["confidence"].dtype.kind == "f"
 

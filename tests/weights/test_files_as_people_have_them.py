@@ -52,7 +52,7 @@ def test_half_a_download_is_analysed_where_the_layer_is_there(sharded: Path) -> 
     (sharded / "model-00003-of-00003.safetensors").unlink()
     half = MoETypeService.analyze(str(sharded))
     assert half.layers[0].projections == whole.layers[0].projections
-    assert any("1 of 3 files are missing, model-00003-of-00003.safetensors first" in note for note in half.notes)
+    assert any("1 of 3 files are missing, such as model-00003-of-00003.safetensors" in note for note in half.notes)
     with pytest.raises(ModelUnreadable, match=r"model-00003-of-00003\.safetensors is missing"):
         MoETypeService.analyze(str(sharded), layer=1)
 
@@ -60,7 +60,7 @@ def test_half_a_download_is_analysed_where_the_layer_is_there(sharded: Path) -> 
 def test_an_index_of_another_split_is_called_stale(sharded: Path) -> None:
     for file in sorted(sharded.glob("*.safetensors")):
         file.rename(sharded / file.name.replace("00003", "00007"))
-    with pytest.raises(ModelUnreadable, match=r"index\.json is stale: it names model-00001-of-00003\.safetensors"):
+    with pytest.raises(ModelUnreadable, match=r"index\.json is stale: it lists model-00001-of-00003\.safetensors"):
         Experts.open(str(sharded))
 
 

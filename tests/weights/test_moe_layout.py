@@ -805,14 +805,14 @@ def test_sums_where_not_all_headers_were_read(capsys: Capture, tmp_path: Path) -
     assert (layout.exact, layout.stored_bytes) == (False, (sizes[0] + sizes[3]) * 2)
     assert [layer.layer for layer in layout.layers] == [0, 3]
     text = table(capsys, shards)
-    assert row(text, "All layers") == "about 270.3 kB, 393 k weights (by the headers of layers 0, 3)"
+    assert row(text, "All layers") == "about 270.3 kB, 393 k weights (from the headers of layers 0, 3)"
     assert row(text, "Storage") == "mlx-6bit, mlx-4bit, by layer below"
     layout = describe(shards, "all")
     assert (layout.exact, layout.stored_bytes) == (True, sum(sizes))
     layout = describe(shards, [2])
     assert (layout.exact, layout.stored_bytes, layout.storage) == (False, 4 * sizes[2], "mlx-4bit")
     assert layout.analysis_bytes - layout.further_bytes == sizes[0]  # of the layer that an analysis takes by default
-    assert "(by the headers of layer 2)" in row(table(capsys, shards, "--layers", "2"), "All layers")
+    assert "(from the headers of layer 2)" in row(table(capsys, shards, "--layers", "2"), "All layers")
 
 
 def test_shared_experts_that_can_not_be_read_are_a_note(tmp_path: Path) -> None:
@@ -1103,7 +1103,7 @@ def test_the_table_fits_its_width(capsys: Capture, monkeypatch: pytest.MonkeyPat
 def test_what_a_person_reads(capsys: Capture) -> None:
     text = table(capsys, FIXTURES / "deepseek_v3_fp8")
     assert row(text, "Dense layers") == "1 (0)"
-    assert row(text, "MTP layers") == "1 (2), not in the sums"
+    assert row(text, "MTP layers") == "1 (2), not counted below"
     assert row(text, "A layer") == "107.8 kB, 108 k weights of 8.01 bits"
     text = table(capsys, FIXTURES / "deepseek_v3")
     assert row(text, "Shared").endswith("bf16, in 1 layer of 4.6 kB")

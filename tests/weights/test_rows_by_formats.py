@@ -34,7 +34,7 @@ from chuk_lazarus.introspection.moe.weights.expert_layer import ExpertLayer
 from chuk_lazarus.introspection.moe.weights.experts import Experts
 from chuk_lazarus.introspection.moe.weights.layouts import Layout
 from encoded import Encoded
-from sampling import in_turn, one_of_each_kind, sampled
+from sampling import THOROUGH, in_turn, one_of_each_kind, sampled
 
 Array = NDArray[Any]
 Matrix = NDArray[np.float32]
@@ -551,11 +551,13 @@ def fuzz(examples: int, cases: st.SearchStrategy[Case], run: Callable[[Case], No
     how(given(case=cases)(lambda case: run(case)))()
 
 
+@pytest.mark.hypothesis  # whose cases it tries, more of them in the thorough run
 @pytest.mark.parametrize(("row", "name"), sampled(COVERED, SAMPLE, named))
 def test_what_is_encoded_is_what_is_read(row: str, name: str) -> None:
     if name.startswith("mlx"):
         pytest.importorskip("mlx.core")
-    fuzz(2 if is_slow(name) else 3, make_cases(TABLE[row], name), lambda case: check(TABLE[row], name, case))
+    count = 3 if THOROUGH and not is_slow(name) else 2
+    fuzz(count, make_cases(TABLE[row], name), lambda case: check(TABLE[row], name, case))
 
 
 @pytest.mark.parametrize(("row", "name"), sampled(REFUSED, SAMPLE_REFUSED, named))

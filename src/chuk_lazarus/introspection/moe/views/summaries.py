@@ -153,5 +153,5 @@ def summarise_evaluation(report: MoEOverlayEvaluation) -> str:
     original, overlay = report.original_result, report.overlay_result
     return _join(
         f"{report.overlay} beside {report.model}, on {original.tokens:,} tokens",
-        f"loss {overlay.loss:.4f} and {original.loss:.4f} nats a token, KL divergence {report.kl.mean:.4f}",
+        f"loss {overlay.loss:.4f} and {original.loss:.4f} nats per token, KL divergence {report.kl.mean:.4f}",
     )

@@ -219,7 +219,7 @@ def caution(analysis: MoETypeAnalysis) -> str:
     said = []
     noise = [looks_untrained(layer.projections, layer.lineage.sharing, analysis.experts) for layer in layers]
     if analysis.type != "UPCYCLED" and all(noise):
-        said.append("The experts can't be told from random numbers: the model may be untrained.")
+        said.append("The experts look like random numbers: the model may be untrained.")
     if not analysis.parent and analysis.type in LOOK_ALIKES:
         said.append(LOOK_ALIKES[analysis.type])
     if others := [layer for layer in layers if layer.type != analysis.type]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ESTIMATE = (
-    "Relative error of the weights of the measured layers, root mean square, against bits per expert weight, "
-    "everything counted, and the bytes of all their layers."
+    "Relative error of the weights of the measured layers (root mean square), by bits per expert weight with scales, "
+    "and by the bytes of the experts of all layers."
 )
 WAYS = {  # key of a row -> how its line is labelled
     "coded": "codes on a base",
@@ -100,12 +100,12 @@ def _paint_ladder(ax: "Axes", estimate: MoEOverlayEstimate) -> None:
     ax.yaxis.set_major_locator(FixedLocator([0, *(a * 10.0**b for b in (-3, -2, -1) for a in (1, 2, 5)), 1]))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(format_share)
-    ax.set(xlabel="bits a weight; bytes of all experts", ylabel="relative error of the weights")
+    ax.set(xlabel="bits per weight; bytes of all experts", ylabel="relative error of the weights")
     _label_ends(ax, bits[-1], ends)
 
 
 def _bits(estimate: MoEOverlayEstimate, size: int) -> float:
-    """The bits a weight of experts that take so many bytes in all."""
+    """The bits per weight of experts that take so many bytes in all."""
     return 16 * size / estimate.original_bytes
 
 

@@ -257,18 +257,17 @@ def new_figure(height: float, title: str = "", width: float = WIDTH) -> "Figure"
 
 def finish(figure: "Figure", caption: Sequence[str] = ()) -> "Figure":
     """The figure, laid out, with its caption below."""
-    from matplotlib.axes import Axes
-
     width = figure.get_figwidth()
     if caption:
         text = wrap("\n".join(caption), width - 2 * PAD)
         lines = text.count("\n") + 1
         figure.supxlabel(text, x=PAD / width, ha="left", fontsize=SMALL, color=palette().dark, linespacing=1.3)
         figure.set_figheight(figure.get_figheight() + lines * 1.3 * SMALL / 72)
-    for ax in figure.findobj(Axes):
+    for ax in (one for panel in figure.axes for one in (panel, *panel.child_axes)):
         ax.tick_params(labelsize=SMALL)  # the number of ticks must not depend on the program that draws it
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # a second layout would move everything by a hair
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+    figure.set_layout_engine(None)  # another layout would move everything by a hair, and take another drawing
     return figure
 
 
