@@ -114,8 +114,8 @@ def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
     headings = ["Layer", "Experts", "Neurons", "Part", "Reach", "Shared", "Strongly", "In place"]
     caption = (
         "Part: the share of an expert's gate and up that was read; Reach: the share of neurons that shuffled copies "
-        "could match in it; Shared: those with a close match in another expert; Strongly: with a cosine of 0.8 or more; "
-        "In place: matched at the same position"
+        "could match in it; Shared: those with a close match in another expert; Strongly: with a cosine of 0.8 or "
+        "more; In place: matched at the same position"
     )
     table = draw_table(headings, rows, leave=("In place", "Part", "Neurons"), caption=caption)
     read = f"{format_bytes(report.weight_bytes)} of the experts' {format_bytes(report.stored_bytes)}"
