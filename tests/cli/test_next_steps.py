@@ -4,9 +4,13 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from chuk_lazarus.cli.app import run
+from chuk_lazarus.cli.next_steps import next_steps
+from chuk_lazarus.introspection.moe import Experts, MoECompressionService
+from conversions import Layer, write_gguf
 from places import DEMO
 
 Capture = pytest.CaptureFixture[str]
@@ -56,6 +60,20 @@ def test_what_has_a_tokenizer_can_be_run(capsys: Capture, tmp_path: Path) -> Non
         (model / "tokenizer.json").write_text("{}")
         found = steps(capsys, "shrink", str(model), "--bits", "4", "-O", target)
         assert found["run it"] == ["mlx_lm.generate", "--model", target, *trust, "--prompt", "The history of "]
+
+
+def test_nothing_is_proposed_that_can_not_be_written(capsys: Capture, tmp_path: Path) -> None:
+    """Neither an overlay of a GGUF file, nor a smaller copy where the advice knows none."""
+    layer = Experts.open("demo:upcycled").layer(0)
+    found = [layer.matrices(expert) for expert in range(layer.count)]
+    matrices = {role: np.stack([expert[role] for expert in found]) for role in found[0]}
+    made = Layer(matrices, np.ones((layer.count, matrices["gate"].shape[2]), np.float32))
+    assert steps(capsys, "estimate", str(write_gguf(tmp_path / "a.gguf", [made]))) == {}
+    assert steps(capsys, "compute", str(tmp_path / "a.gguf"), "--bits", "2.5") == {}
+    report = MoECompressionService.estimate("demo:upcycled", samples=1)
+    assert next_steps(report, "estimate", {})
+    for advice in ("nothing: everything is worse", "smallest error: codes on a base at 2 bits per weight"):
+        assert next_steps(report.model_copy(update={"advice": advice}), "estimate", {}) == []
 
 
 @pytest.mark.parametrize("option", ["-q", "--json"])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "lazarus"
 PROMPT = "The history of "
+AS_GOOD = "--as-good-as 4"
 RULES = ("bits", "fit", "as_good_as", "max_error", "target_ratio", "coded", "trellis", "energy", "rest_bits")
 
 
@@ -27,7 +28,7 @@ def next_steps(report: Any, command: str, parameters: dict[str, Any]) -> list[st
         case "estimate":
             return _after_estimate(report, parameters)
         case "compute" | "verify":
-            rule = _options(parameters)
+            rule = [] if report.family.startswith("gguf") else _options(parameters)
             return [_step("write it", "shrink", report.model, *rule, "-O", "./smaller")] if rule else []
         case "compress":
             return _after_compression(report)
@@ -36,12 +37,14 @@ def next_steps(report: Any, command: str, parameters: dict[str, Any]) -> list[st
 
 
 def _after_estimate(report: "MoEOverlayEstimate", parameters: dict[str, Any]) -> list[str]:
-    """The command that writes what was estimated; without a rule of the user's, as good as 4 bits, where that pays."""
+    """The command that writes what was estimated; without a rule of the user's, that of the advice, if any."""
+    if report.family.startswith("gguf"):  # an overlay of it can't be written
+        return []
     rule = _options(parameters)
     if not rule:
-        if report.advice.startswith("nothing"):
+        if AS_GOOD not in report.advice:
             return []
-        rule = ["--as-good-as", "4"]
+        rule = AS_GOOD.split()
     return [_step("write it", "shrink", report.model, *rule, "-O", "./smaller")]
 
 
