@@ -27,6 +27,7 @@ from chuk_lazarus.introspection.moe import (
     MoETypeService,
     MoEWeightsService,
     memory_limit,
+    plots,
 )
 from chuk_lazarus.introspection.moe.reports import as_rows
 from places import DEMO
@@ -269,6 +270,11 @@ analyze, survey = MoETypeService.analyze, MoESurveyService.survey
 compute, verify = MoECompressionService.compute, MoECompressionService.verify
 WRONG: dict[str, Callable[[], object]] = {
     "expert 99": lambda: FIRST.matrices(99),
+    "kind 'router'": lambda: Experts.open("demo:native", "router"),  # type: ignore[arg-type]
+    "experts of a name": lambda: Experts("demo:native"),  # type: ignore[arg-type]
+    "no figure": lambda: plots.save(3, "figure.png"),  # type: ignore[arg-type]
+    "format 'gguf' of a smaller copy": lambda: chuk_lazarus.shrink("demo:native", "f", bits=4, format="gguf"),  # type: ignore[arg-type]
+    "format 'gguf' of an export": lambda: MoECompressionService.export("demo:native", "f", format="gguf"),  # type: ignore[arg-type]
     "expert -1": lambda: FIRST.matrices(-1),
     "expert 'a'": lambda: FIRST.matrices("a"),  # type: ignore[arg-type]
     "biases of expert 8": lambda: FIRST.biases(8),

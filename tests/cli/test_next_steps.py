@@ -1,11 +1,13 @@
 """What a screen says may come next: commands to paste, which are right."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from chuk_lazarus.cli.app import run
+from places import DEMO
 
 Capture = pytest.CaptureFixture[str]
 
@@ -22,15 +24,13 @@ def steps(capsys: Capture, *words: str) -> dict[str, list[str]]:
 def test_from_a_model_to_one_that_is_smaller(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step is run as it is printed."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("import os\n\n\ndef read(path):\n    return open(path).read()\n" * 20)
     found = steps(capsys, "layout", "demo:upcycled")
     for expected in ("see how it was trained", "see what can be saved", "write it"):
         assert list(found) == [expected]
         assert found[expected][0] == "lazarus"
         found = steps(capsys, *found[expected][1:])
-    assert found["run it"][:2] == ["mlx_lm.generate", "--model"]
-    assert "--trust-remote-code" in found["run it"]
-    assert steps(capsys, *found["see what it costs"][1:]) == {}
+    assert list(found) == ["see what it costs, on any text"]  # the demo has no tokenizer: nothing runs it on a prompt
+    assert steps(capsys, *found["see what it costs, on any text"][1:]) == {}
 
 
 def test_a_rule_is_handed_on(capsys: Capture) -> None:
@@ -48,10 +48,14 @@ def test_a_rule_is_handed_on(capsys: Capture) -> None:
         ]
 
 
-def test_what_is_for_mlx_lm_needs_no_code_of_ours(capsys: Capture, tmp_path: Path) -> None:
-    target = str(tmp_path / "a name")
-    found = steps(capsys, "shrink", "demo:native", "--bits", "4", "-O", target)
-    assert found["run it"] == ["mlx_lm.generate", "--model", target, "--prompt", "The history of "]
+def test_what_has_a_tokenizer_can_be_run(capsys: Capture, tmp_path: Path) -> None:
+    """What is for mlx-lm needs no code of ours."""
+    for name, trust in (("native", []), ("upcycled", ["--trust-remote-code"])):
+        model, target = tmp_path / name, str(tmp_path / f"small {name}")
+        shutil.copytree(DEMO / name, model)
+        (model / "tokenizer.json").write_text("{}")
+        found = steps(capsys, "shrink", str(model), "--bits", "4", "-O", target)
+        assert found["run it"] == ["mlx_lm.generate", "--model", target, *trust, "--prompt", "The history of "]
 
 
 @pytest.mark.parametrize("option", ["-q", "--json"])

@@ -163,6 +163,8 @@ def test_a_flag_may_stand_twice(capsys: Capture) -> None:
         ("overlay-compres", "lazarus introspect moe-expert moe-overlay-compress"),
         ("compress", "lazarus introspect moe-expert moe-overlay-compress"),
         ("introspekt", "lazarus introspect"),
+        ("version", "lazarus --version"),
+        ("help", "lazarus --help"),
         ("demo:native", "lazarus analyze demo:native"),
         ("./model", "lazarus analyze ./model"),
         ("org/name@main", "lazarus analyze org/name@main"),
@@ -180,6 +182,20 @@ def test_a_word_that_is_like_no_command(capsys: Capture) -> None:
 def test_an_option_that_is_nearly_right(capsys: Capture) -> None:
     line = printed(capsys, ["analyze", "demo:native", "--layrs", "0"], 2)
     assert line == "lazarus: No such option: --layrs (did you mean --layers? see lazarus analyze --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("--error", "--max-error"), ("--ratio", "--target-ratio"), ("--verbos", "--verbose"), ("--layr", "--layers")],
+)
+def test_an_option_is_found_by_its_end_or_its_likeness(capsys: Capture, word: str, meant: str) -> None:
+    assert f"(did you mean {meant}? see" in printed(capsys, ["shrink", "demo:native", word, "1"], 2)
+
+
+@pytest.mark.parametrize("word", ["--base", "--budget", "--quantise", "-x"])
+def test_what_is_like_no_option_gets_no_guess(capsys: Capture, word: str) -> None:
+    line = printed(capsys, ["shrink", "demo:native", word, "1"], 2)
+    assert line == f"lazarus: No such option: {word} (see lazarus shrink --help)\n"
 
 
 @pytest.mark.parametrize("level", [[], ["analyze"], ["introspect"], LONG, [*LONG, "moe-type-analyze"]], ids=" ".join)

@@ -130,8 +130,8 @@ def test_advice_names_the_best_at_each_size() -> None:
     rows = [row(2, coded=0.1), row(3, coded=0.05, plain=0.08), row(4, plain=0.02, coded=0.02), row(8, low_rank=0.0)]
     assert advise(rows, 0.09, 16, 2.25) == (
         "smallest error: codes on a base at 2 to 3 bits per weight, plain codes at 4 bits per weight, "
-        "a low-rank overlay at 8 bits per weight; "
-        "codes of 2.25 bits are as good as 4-bit quantisation: moe-overlay-compress --as-good-as 4"
+        "a low-rank overlay at 8 bits per weight. "
+        "Codes of 2.25 bits are as good as 4-bit quantisation, which takes 4.5 bits with its scales (--as-good-as 4)"
     )
     assert advise(rows, 0.09, 16, None).endswith("at 8 bits per weight")
 
@@ -155,6 +155,6 @@ def test_a_tie_goes_to_the_simpler_way() -> None:
 def test_advice_of_the_demos() -> None:
     assert estimate("upcycled").advice == estimate("permuted").advice
     assert estimate("upcycled").advice.startswith(
-        "smallest error: codes on a base at 1.5 to 8 bits per weight; codes of 2."
+        "smallest error: codes on a base at 1.5 to 8 bits per weight. Codes of 2."
     )
-    assert estimate("native").advice.startswith("smallest error: plain codes at 1.5 to 8 bits per weight; codes of 4.")
+    assert estimate("native").advice.startswith("smallest error: plain codes at 1.5 to 8 bits per weight. Codes of 4.")

@@ -110,7 +110,7 @@ def test_identical_experts_leave_the_base_alone(tmp_path: Path) -> None:
     found = {role: np.repeat(m, 8, axis=0) for role, m in native(np.random.default_rng(0), 1).items()}
     report = MoETypeService.analyze(write(tmp_path / "m", found))
     assert report.bits_saved == pytest.approx(3.5, abs=0.01)
-    assert "about 0.5 bits per weight" in explain_saving(report)
+    assert "At 0.5 bits instead of 4" in explain_saving(report)
 
 
 def test_experts_of_zeros_save_what_can_be_told(tmp_path: Path) -> None:
@@ -135,13 +135,13 @@ def test_the_sentence() -> None:
     bits = 4 - (model.bits_saved or 0)
     needed = 2 * 196_608 * bits / 8 / 1000
     assert explain_saving(model) == (
-        f"Yes: on a shared base, about {bits:.1f} bits per weight are as good as 4 bits without one: "
-        f"{needed:.1f} kB instead of 196.6 kB in all 2 layers."
+        f"Yes: a shared base saves about {model.bits_saved:.1f} bits per weight at the same error. "
+        f"At {bits:.1f} bits instead of 4, all 2 layers take {needed:.1f} kB instead of 196.6 kB."
     )
     assert explain_saving(analysis("demo:native")) == explain_saving(estimate("demo:native")) == PLAIN
     assert explain_saving(estimate("demo:upcycled")) == explain_saving(model)
     one = model.model_copy(update={"moe_layers": (0,), "layers": model.layers[:1], "original_bytes": 393_216})
-    assert explain_saving(one).endswith("instead of 98.3 kB in 1 layer.")
+    assert explain_saving(one).endswith("instead of 98.3 kB.")
 
 
 @pytest.mark.parametrize("model", keep(["demo:upcycled", "demo:native"], "demo:upcycled"))

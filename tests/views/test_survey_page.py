@@ -198,7 +198,7 @@ def test_a_model_without_a_full_analysis_has_a_page_of_what_is_known(tmp_path: P
     assert text_of(page.find(".//h1")) == "demo:permuted"
     assert f"UPCYCLED {100 * answer.confidence:.0f} % confidence, as measured on tiny models" in text
     assert f"{100 * (answer.shared or 0):.1f} % of an expert's neurons have a close match in another expert" in text
-    assert "in the parts that were read" in text
+    assert "In the parts that were read" in text
     assert "lazarus introspect moe-expert moe-type-analyze -m demo:permuted" in text
     assert SurveyRow.model_validate_json(page.find(".//script[@id='report']").text) == survey.rows[0]
 

@@ -18,7 +18,7 @@ from .cache_command import cache as show_cache
 from .command import Command
 from .interrupt import INTERRUPTED
 from .output import print_error
-from .suggest import command_meant
+from .suggest import command_meant, option_meant
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -141,8 +141,10 @@ def _end_usage(error: typer.TyperException, as_json: bool) -> int:
     if context and (unknown := re.fullmatch(r"No such command '(.*?)'\.?", message)):
         message = f"there is no command {unknown[1]!r}"
         hint = f"did you mean: {meant}" if (meant := command_meant(unknown[1], context.find_root().command)) else hint
-    elif near := getattr(error, "possibilities", None):
-        hint = f"did you mean {near[0]}? {hint}"
+    elif context and (unknown := re.fullmatch(r"No such option:? '?(-\S+?)'?", message)):
+        options = [name for param in context.command.params for name in param.opts if name.startswith("--")]
+        if meant := option_meant(unknown[1], options):
+            hint = f"did you mean {meant}? {hint}"
     print_error(2, message.removesuffix("."), hint, as_json)
     return 2
 

@@ -1,7 +1,10 @@
 """What somebody may want next, as a command to paste: printed on stderr below a result."""
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from chuk_lazarus.introspection.moe.files import has_tokenizer
 
 if TYPE_CHECKING:
     from chuk_lazarus.introspection.moe import MoEOverlayCompression, MoEOverlayEstimate
@@ -43,13 +46,13 @@ def _after_estimate(report: "MoEOverlayEstimate", parameters: dict[str, Any]) ->
 
 
 def _after_compression(report: "MoEOverlayCompression") -> list[str]:
-    """How to run what was written, and how to see what it costs."""
+    """How to run what was written, if it has a tokenizer, and how to see what it costs, on a text that is there."""
     words = ["mlx_lm.generate", "--model", report.folder]
     if report.format == "overlay":
         words.append("--trust-remote-code")
-    run = f"Next, run it: {shlex.join([*words, '--prompt', PROMPT])}"
-    check = _step("see what it costs", "eval", report.model, report.folder, "--text", "text.txt")
-    return [run, check]
+    run = [f"Next, run it: {shlex.join([*words, '--prompt', PROMPT])}"] if has_tokenizer(Path(report.folder)) else []
+    text = str(Path(report.folder, "README.md"))
+    return [*run, _step("see what it costs, on any text", "eval", report.model, report.folder, "--text", text)]
 
 
 def _options(parameters: dict[str, Any]) -> list[str]:

@@ -66,7 +66,7 @@ MODEL = (
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="MODEL", help="The same as an option.", show_default=False),
+    typer.Option("--model", "-m", metavar="MODEL", help="Another way to give MODEL.", show_default=False),
     Positional("MODEL", f"The model: {MODEL}."),
 ]
 Layer = Annotated[

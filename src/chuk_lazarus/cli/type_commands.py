@@ -182,7 +182,7 @@ def compare(
             "--compare",
             "-c",
             metavar="OTHER",
-            help="The same as an option; repeat it for each model.",
+            help="Another way to give OTHER; repeat it for each model.",
             show_default=False,
         ),
         Positional("OTHER", "One or more models to compare it with."),

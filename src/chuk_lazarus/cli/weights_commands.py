@@ -17,12 +17,12 @@ def verify(
     run: Run,
     model: Annotated[
         str,
-        typer.Option("--model", "-m", metavar="MODEL", help="The same as an option.", show_default=False),
+        typer.Option("--model", "-m", metavar="MODEL", help="Another way to give MODEL.", show_default=False),
         Positional("MODEL", f"The converted model: {MODEL}."),
     ],
     against: Annotated[
         str,
-        typer.Option("--against", "-a", metavar="ORIGINAL", help="The same as an option.", show_default=False),
+        typer.Option("--against", "-a", metavar="ORIGINAL", help="Another way to give ORIGINAL.", show_default=False),
         Positional("ORIGINAL", "The model that it was converted from."),
     ],
     layers: Annotated[

@@ -61,16 +61,14 @@ def whole_number(value: Any, what: str, hint: str = "give a whole number", least
     return number
 
 
-def real_number(value: Any, what: str) -> float:
+def real_number(value: Any, what: str, hint: str = "give a number") -> float:
     """A number, of Python or NumPy; its range is checked elsewhere."""
     try:
         if isinstance(value, bool | str | bytes):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise InvalidRequest(
-            f"{what} is {_quote(value)}, which is not a number", "give a number such as 0.95"
-        ) from None
+        raise InvalidRequest(f"{what} is {_quote(value)}, which is not a number", hint) from None
 
 
 def address(dask: Any) -> str:
@@ -104,7 +102,9 @@ def expert_count(experts: Any) -> int | None:
 def shares(variance: Any) -> tuple[float, ...]:
     """Shares of energy between 0 and 1; a single one may be given without a list."""
     several = isinstance(variance, Iterable) and not isinstance(variance, str | bytes)
-    found = tuple(real_number(share, "a share of the variance") for share in (variance if several else [variance]))
+    hint = "give a number such as 0.95"
+    listed = variance if several else [variance]
+    found = tuple(real_number(share, "a share of the variance", hint) for share in listed)
     for share in found:
         if not 0 < share < 1:
             raise InvalidRequest(f"a share of the variance is {share:g}", "give numbers between 0 and 1, such as 0.95")

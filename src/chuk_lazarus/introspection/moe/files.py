@@ -21,6 +21,11 @@ def as_path(given: str | Path) -> Path:
     return Path(os.path.expanduser(given)) if isinstance(given, str) else given
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has files of a tokenizer, without which no program runs it on a text."""
+    return any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.tiktoken"))
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a result completely or not at all, with the permissions of the file that it replaces; raises OSError.
 

@@ -90,7 +90,7 @@ def format_markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left
         return f"| {' | '.join(cells)} |\n"
 
     def escape(cell: str) -> str:
-        return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", cell)
+        return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", cell)
 
     dashes = ["---" if heading in left else "---:" for heading in headings]
     return line(headings) + line(dashes) + "".join(line(map(escape, row)) for row in rows)

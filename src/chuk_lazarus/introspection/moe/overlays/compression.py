@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import InvalidRequest, name_model, printable
 from ..progress import Progress
@@ -21,7 +21,7 @@ from .checkpoint.writer import check_target, planned_codes, planned_ranks, write
 from .codes import LayerCodes
 from .curves import LayerCurves
 from .fidelity import check_coded_layer, check_layer
-from .layer import bank_notes, coded_bytes, layer_verification, plain_bytes, projection_codes, ranked_bytes, sum_parts
+from .layer import bank_notes, coded_bytes, layer_verification, projection_codes, ranked_bytes, sum_parts
 from .stock import quantise
 
 Format = Literal["auto", "overlay", "mlx"]
@@ -44,10 +44,12 @@ def compress(
 ) -> MoEOverlayCompression:
     """Write the model with its experts as an overlay into `folder`, or quantised, and verify some of its layers.
 
-    A result that is not smaller than the model is written only if that is forced, or if ranks or an accuracy were asked
-    for. With the format "auto", experts for which no base pays are quantised for mlx-lm, if the rule is one of bits.
-    Raises InvalidRequest if a rule and a format do not go together.
+    A result that is not smaller than the model is written only if that is forced, or if its ranks or their error were
+    asked for. With the format "auto", experts for which no base pays are quantised for mlx-lm, if the rule is one of
+    bits. Raises InvalidRequest for an unknown format, or if a rule and a format do not go together.
     """
+    if kind not in get_args(Format):
+        raise InvalidRequest(f"there is no format {kind!r}", "give auto, overlay or mlx")
     if kind == "mlx":
         check_stock(rule, layers, calibrate)
     with name_model(model):
@@ -112,7 +114,7 @@ def compress(
             parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
             write = partial(write_overlay, opened.experts, ranks)
         if not force and (isinstance(rule, BitRule) or rule.is_usual):
-            check_smaller(sum(plain_bytes(layer) for layer in job.layers), sum_parts(parts))
+            check_smaller(sum(layer.stored_bytes for layer in job.layers), sum_parts(parts))
         write(
             folder,
             force=force,

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 from ..errors import InvalidRequest, name_model, printable
 from ..files import as_path
@@ -42,8 +42,10 @@ def export(
 ) -> MoEOverlayExport:
     """Write an overlay, or any model, in another format into `target`; `options` choose the widths of its experts.
 
-    Raises InvalidRequest for options that the format has no use for.
+    Raises InvalidRequest for an unknown format, and for options that the format has no use for.
     """
+    if kind not in get_args(ExportFormat):
+        raise InvalidRequest(f"there is no format {kind!r}", f"give {', '.join(get_args(ExportFormat))}")
     started = time.perf_counter()
     model = str(source)
     given = {name: value for name, value in options.items() if value not in (None, False, {})}

@@ -13,6 +13,7 @@ from ..numerics.rates import least_error
 from ..reports import LadderRow
 from .alternatives import Factored, mean_error
 from .bit_budget import USUAL_BITS, BitRule
+from .fit import SCALE_BITS
 from .quantisation import quantised_bytes
 from .trials import PLAIN_BITS, RoleTrial, predict_error
 
@@ -96,8 +97,8 @@ def advise(rows: Sequence[LadderRow], usual_error: float, stored_bits: float, as
     if as_good is None or as_good >= stored_bits:
         return advice
     return (
-        f"{advice}; codes of {as_good:.2f} bits are as good as {USUAL_BITS}-bit quantisation: "
-        f"moe-overlay-compress {BitRule(as_good_as=USUAL_BITS).options}"
+        f"{advice}. Codes of {as_good:.2f} bits are as good as {USUAL_BITS}-bit quantisation, which takes "
+        f"{USUAL_BITS + SCALE_BITS:g} bits with its scales ({BitRule(as_good_as=USUAL_BITS).options})"
     )
 
 

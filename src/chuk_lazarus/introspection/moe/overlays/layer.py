@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..numerics.low_rank import BYTES_PER_NUMBER, original_bytes, overlay_bytes
+from ..numerics.low_rank import original_bytes, overlay_bytes
 from ..numerics.rates import Rate, mean_saved
 from ..reports import (
     ErrorSpread,
@@ -73,11 +73,6 @@ def coded_layer_overlay(layer: ExpertLayer, codes: LayerCodes, weight_error: flo
         codes=projection_codes(codes),
         bits_per_weight=8 * sum_parts(overlay) / layer.parameters,
     )
-
-
-def plain_bytes(layer: ExpertLayer) -> int:
-    """Bytes of a layer's experts as stored, or in bf16 where they are quantised."""
-    return max(layer.stored_bytes, BYTES_PER_NUMBER * layer.parameters)
 
 
 def projection_codes(codes: LayerCodes) -> dict[str, ProjectionCodes]:

@@ -23,7 +23,7 @@ from .checkpoint.stock_writer import StockModel, remove_rest, stock_contents, wr
 from .checkpoint.writer import check_copyable, expert_names
 from .codes.affine import affine_widths, parse_affine
 from .fit import REST_BITS, SCALE_BITS
-from .layer import plain_bytes, plain_layer_estimate
+from .layer import plain_layer_estimate
 from .quantised import Checks, Place, list_widths, try_all, verified_note, width_codes, write_quantised
 from .width_budget import Widths, choose_widths, count_bytes, resize_trial
 
@@ -84,7 +84,7 @@ def quantise(
             widths = choose_widths(rule, trials, lambda widths: open_contents(widths, {}, str).nbytes)
             if not larger:
                 after = sum(shard.nbytes for shard in open_contents(widths, {}, str).shards)
-                check_smaller(rest_stored + sum(plain_bytes(layer) for layer in all_layers.values()), after)
+                check_smaller(rest_stored + sum(layer.stored_bytes for layer in all_layers.values()), after)
             return widths
         except InvalidRequest:  # no run will continue with the rest
             remove_rest(folder)

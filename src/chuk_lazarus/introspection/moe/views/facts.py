@@ -205,7 +205,13 @@ def list_ranks_briefly(layer: LayerAnalysis) -> Table:
         ]
         for role, projection in layer.projections.items()
     ]
-    return Table("", ["Role", "Rank (95 %)", "vs noise", "Delta energy", "aligned", "Bits saved", "Bound"], rows)
+    caption = (
+        "Rank: directions that hold 95 % of the energy of an expert's delta, its difference from the mean expert; vs "
+        "noise: of the rank of a random matrix; Delta energy: the delta's share of the expert's energy; aligned: with "
+        "the neurons in one order; Bits saved: per weight, by a shared base; Bound: by the best possible code"
+    )
+    headings = ["Role", "Rank (95 %)", "vs noise", "Delta energy", "aligned", "Bits saved", "Bound"]
+    return Table(caption, headings, rows)
 
 
 def list_expert_ranks(layer: LayerAnalysis) -> Table:

@@ -136,17 +136,17 @@ def explain_saving(report: MoETypeAnalysis | MoEOverlayEstimate) -> str:
     weights = report.original_bytes / 2
     if isinstance(report, MoETypeAnalysis):
         weights *= len(report.moe_layers) / len(report.layers)
-    layers = f"all {len(report.moe_layers)} layers" if len(report.moe_layers) > 1 else "1 layer"
-    return f"{_say_saving(report.bits_saved, weights)} in {layers}."
+    layers = f"all {len(report.moe_layers)} layers take" if len(report.moe_layers) > 1 else "the layer takes"
+    return _say_saving(report.bits_saved, weights, layers)
 
 
-def _say_saving(saved: float, weights: float) -> str:
+def _say_saving(saved: float, weights: float, experts_take: str) -> str:
     """The bytes of so many weights with a shared base and without, at equal error."""
     bits = QUALITY - saved
     needed, plain = (format_bytes(weights * each / 8) for each in (bits, QUALITY))
     return (
-        f"Yes: on a shared base, about {bits:.1f} bits per weight are as good as {QUALITY} bits without one: "
-        f"{needed} instead of {plain}"
+        f"Yes: a shared base saves about {saved:.1f} bits per weight at the same error. At {bits:.1f} bits instead of "
+        f"{QUALITY}, {experts_take} {needed} instead of {plain}."
     )
 
 
@@ -154,7 +154,11 @@ def explain_saving_of(answer: SurveyAnswer) -> str:
     """The same of a survey's answer, which a quick analysis leaves open."""
     if answer.bits_saved is None or answer.parameters is None:
         return "Not measured; an analysis without --quick tells."
-    return NOTHING_PAYS if answer.bits_saved < PAYS else f"{_say_saving(answer.bits_saved, answer.parameters)}."
+    return (
+        NOTHING_PAYS
+        if answer.bits_saved < PAYS
+        else _say_saving(answer.bits_saved, answer.parameters, "all experts take")
+    )
 
 
 def explain(analysis: MoETypeAnalysis) -> str:
@@ -205,7 +209,7 @@ def explain_answer(answer: SurveyAnswer) -> str:
         return f"{answer.kind}." if answer.kind else ""
     text = _describe_shares(answer.shared, answer.strong)
     if answer.reach is not None:
-        text += f", in the parts that were read; for shuffled copies, up to {percent(answer.reach)} would"
+        text = f"{_in_parts(text)}. Of shuffled copies, up to {percent(answer.reach)} would"
     return f"{text}. The experts are {answer.kind}." if answer.kind else f"{text}."
 
 
@@ -315,6 +319,11 @@ def _describe_shares(shared: float, strong: float, searched: str = "") -> str:
     )
 
 
+def _in_parts(evidence: str) -> str:
+    """The same, of what a quick analysis read."""
+    return f"In the parts that were read, {evidence}"
+
+
 def _describe_common(analysis: MoETypeAnalysis) -> str:
     """What experts have in common beside neurons."""
     energy = max(0.0, fmean(layer.cosine.mean for layer in analysis.layers))
@@ -350,8 +359,8 @@ def explain_quick(report: MoEQuickAnalysis) -> str:
     """One sentence on why the quick verdict is what it is."""
     neurons = sum(layer.neurons for layer in report.layers)
     evidence = (
-        f"{_describe_sharing(report.shared, report.strong, neurons)} in the parts that were read; "
-        f"for shuffled copies, up to {percent(report.reach)} would"
+        f"{_in_parts(_describe_sharing(report.shared, report.strong, neurons))}. "
+        f"Of shuffled copies, up to {percent(report.reach)} would"
     )
     match report.type:
         case "UPCYCLED":
@@ -382,11 +391,11 @@ def _suggest_budget(report: MoEQuickAnalysis) -> str:
 
 def explain_full_analysis(report: MoEQuickAnalysis) -> str:
     """How many bytes a full analysis reads, and what it adds."""
-    gain = f"for a confidence of {report.full_confidence:.0%}"
+    gain = f"for a confidence of about {report.full_confidence:.0%}"
     if report.type == "UNDETERMINED":
         gain = "and compares all roles of all experts"
     elif report.full_confidence <= report.confidence:
-        gain = "and adds ranks and savings, at the same confidence"
+        gain = "and adds ranks and savings; the confidence stays about the same"
     return f"an analysis without --quick reads {format_bytes(report.full_bytes)}, {gain}"
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
@@ -48,6 +48,8 @@ class Experts:
     def __init__(
         self, checkpoint: Checkpoint, kind: Kind = "routed", stack: str | None = None, damaged: bool = False
     ) -> None:
+        if not isinstance(checkpoint, Checkpoint):
+            raise InvalidRequest("Experts(...) takes an open checkpoint", "give the model to Experts.open")
         self._damaged = damaged
         self.checkpoint = checkpoint
         self.kind = kind
@@ -104,6 +106,8 @@ class Experts:
         """Open the experts of `model`: a folder, a file, a Hub id or `demo:NAME`, each optionally followed by
         `#STACK`."""
         name, stack = split_model(model_name(model))
+        if kind not in get_args(Kind):
+            raise InvalidRequest(f"there are no {kind!r} experts", f"give {', '.join(get_args(Kind))}")
         return cls(Checkpoint(find_repository(name)), kind, stack, damaged)
 
     def __repr__(self) -> str:

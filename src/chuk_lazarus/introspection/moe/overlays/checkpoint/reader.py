@@ -298,5 +298,8 @@ def _explain(error: OverlayConfigError) -> MoEError:
 def read_overlay(folder: Path) -> OverlayCheckpoint:
     """The overlay checkpoint in `folder`; raises ModelUnreadable where it is none or broken."""
     if not os.path.isdir(folder):
-        raise ModelUnreadable(f"{folder}: no such folder", "give a folder that holds an overlay checkpoint")
+        raise ModelUnreadable(
+            f"{folder}: no such folder",
+            "give the folder of an overlay; for any other model, give a format that is not standard",
+        )
     return OverlayCheckpoint(Checkpoint(Folder(folder)))

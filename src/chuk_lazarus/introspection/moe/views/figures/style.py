@@ -169,8 +169,12 @@ def needs_style(plot: Plot) -> Plot:
 def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure as .png, .svg or .pdf, whole or not at all; the same figure gives the same bytes.
 
-    Raises InvalidRequest for another ending and where nothing can be written.
+    Raises InvalidRequest for anything but a figure, for another ending and where nothing can be written.
     """
+    from matplotlib.figure import Figure as AnyFigure
+
+    if not isinstance(figure, AnyFigure):
+        raise InvalidRequest(f"{type(figure).__name__} is no Figure of matplotlib", "give what report.plot() returns")
     path = Path(path)
     ending = path.suffix.lower()
     if ending not in ENDINGS:

@@ -165,7 +165,7 @@ class Grid:
         if self.caption:
             yield wrap(paint(self.caption, "dim"), width)
         if left_out:
-            yield wrap(paint(f"No room for {', '.join(left_out)}: widen the terminal, or --json.", "dim"), width)
+            yield wrap(paint(f"No room for {', '.join(left_out)}: widen the terminal, or use --json.", "dim"), width)
 
     def _cells(self, place: int) -> "Iterator[str]":
         for row in self.rows:

@@ -307,7 +307,7 @@ def render_export(report: MoEOverlayExport) -> "RenderableType":
         else [("Error", f"about {percent(report.weight_error)}, relative, of the weights")]
     )
     return stack(
-        "MOE OVERLAY EXPORTED",
+        "MOE EXPORT",
         draw_facts(facts),
         *([draw_table(["Layers", *roles], rows, dict.fromkeys(["Layers", *roles], WORDS))] if rows else []),
         *([draw_table(["Layer", "Output error", "Worst expert"], errors)] if errors else []),

@@ -72,7 +72,9 @@ def render_analysis(analysis: MoETypeAnalysis) -> "RenderableType":
         )
     else:
         ranks = facts.list_ranks_briefly(analysis.layers[0])
-        table = draw_table(ranks.headings, ranks.rows, {"Role": LEFT}, leave=("Bound", "aligned", "vs noise"))
+        table = draw_table(
+            ranks.headings, ranks.rows, {"Role": LEFT}, leave=("Bound", "aligned", "vs noise"), caption=ranks.caption
+        )
         cosine = analysis.layers[0].cosine
         by_role = (("gate", cosine.gate), ("up", cosine.up))
         others = ", ".join(f"{role} {value:.3f}" for role, value in by_role if value is not None)
@@ -110,7 +112,12 @@ def render_quick(report: MoEQuickAnalysis) -> "RenderableType":
         for layer in report.layers
     ]
     headings = ["Layer", "Experts", "Neurons", "Part", "Reach", "Shared", "Strongly", "In place"]
-    table = draw_table(headings, rows, leave=("In place", "Part", "Neurons"))
+    caption = (
+        "Part: the share of an expert's gate and up that was read; Reach: the share of neurons that shuffled copies "
+        "could match in it; Shared: those with a close match in another expert; Strongly: with a cosine of 0.8 or "
+        "more; In place: matched at the same position"
+    )
+    table = draw_table(headings, rows, leave=("In place", "Part", "Neurons"), caption=caption)
     read = f"{format_bytes(report.weight_bytes)} of the experts' {format_bytes(report.stored_bytes)}"
     cost = [("Read", f"{read}, {100 * report.share:.2g} %"), ("Full", explain_full_analysis(report))]
     return stack("MOE TYPE, QUICKLY", draw_facts(verdict), table, draw_facts(cost, report.notes))

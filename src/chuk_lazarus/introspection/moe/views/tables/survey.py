@@ -93,7 +93,7 @@ def _render_survey(survey: MoETypeSurvey, width: int) -> "RenderableType":
         blocks.append(_draw(cells, room))
         blocks.append(draw_note(" ".join(text for heading, text in LEGEND.items() if heading in room)))
         if left_out := [heading for heading in used if heading not in room and heading != "Revision"]:
-            blocks.append(draw_note(f"No room for {', '.join(left_out)}: widen the terminal, or --format csv."))
+            blocks.append(draw_note(f"No room for {', '.join(left_out)}: widen the terminal, or use --format csv."))
     if errors := [row.error for row in survey.rows if row.error]:
         blocks += [paint("\nFailed, with their exit codes", "bold"), draw_facts(map(_describe_error, errors))]
     return stack("MOE TYPE SURVEY", *blocks)
