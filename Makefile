@@ -15,8 +15,9 @@ XDIST ?= -n auto --dist loadfile
 .PHONY: demo test test-all check fix package resolve lowest audit coverage bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/lazarus analyze demo:upcycled
-	$(BIN)/lazarus compare demo:upcycled demo:native --layers all
+	$(BIN)/lazarus analyze demo:permuted
+	$(BIN)/lazarus estimate demo:lora
+	$(BIN)/lazarus compare demo:lora demo:native --layers all
 
 # Of many like cases a few, and nothing slow: a few minutes.
 test: check package resolve

@@ -486,18 +486,13 @@ def test_a_bad_overlay_is_not_passed_over_in_silence(tmp_path: Path) -> None:
     )
     assert not good.notes
     for name, rank, word in (("rough", 0, "output error"), ("larger", 64, "not smaller")):
-        report = MoECompressionService.compress(
-            "demo:native", tmp_path / name, ranks=dict.fromkeys(NAMES, rank), force=True
-        )
+        report = MoECompressionService.compress("demo:native", tmp_path / name, ranks=dict.fromkeys(NAMES, rank))
         assert any(word in note for note in report.notes), report.notes
 
 
 def test_nothing_larger_is_written_unless_it_is_forced(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"not be smaller: 786\.4 kB before"):
         MoECompressionService.compress("demo:native", tmp_path / "larger")
-    for rule in ({"ranks": dict.fromkeys(NAMES, 64)}, {"max_error": 0.01}, {"energy": 0.999}):
-        with pytest.raises(InvalidRequest, match="not be smaller"):
-            MoECompressionService.compress("demo:native", tmp_path / "larger", **rule)
     assert not any(tmp_path.iterdir())
     assert MoECompressionService.compress("demo:native", tmp_path / "forced", force=True).ratio < 1
     with pytest.raises(InvalidRequest, match="not be smaller"):  # rows are too short for a scale

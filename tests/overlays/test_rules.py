@@ -124,7 +124,7 @@ def test_an_error_is_met_in_each_layer_by_the_fewest_bits(error: float, demo: st
         assert BitRule(max_error=error).choose({number: roles}) == {number: codes[number]}
 
 
-@given(st.floats(0.02, 0.5), st.sampled_from(DEMOS))
+@given(st.floats(0.02, 0.5), st.sampled_from([demo for demo in DEMOS if demo != "lora"]))  # no factors by this rule
 @settings(max_examples=examples(20), deadline=None)
 def test_codes_of_fewer_bits_err_more_than_was_allowed(error: float, demo: str) -> None:
     """A tenth fewer than an error needs, of one layer, for which the bits are spent as well as they can be."""
@@ -234,6 +234,13 @@ def test_what_does_not_fit_says_what_the_least_is(tmp_path: Path) -> None:
     assert not (tmp_path / "overlay").exists()
     MoECompressionService.compress("demo:upcycled", tmp_path / "overlay", fit=least)
     assert 0.99 * least < folder_size(tmp_path / "overlay") <= least
+
+
+def test_deltas_of_low_rank_are_as_good_in_half_the_bits() -> None:
+    """Experts that are a dense layer and an adapter of rank 4 each: factors, where codes without them take 2.4 bits."""
+    report = MoECompressionService.compute("demo:lora", layers="all", as_good_as=4)
+    assert report.bits_per_weight < 1.5
+    assert all(codes.delta.startswith("rank") for layer in report.layers for codes in layer.codes.values())
 
 
 def test_coded_alone_is_as_good_as_four_bits() -> None:

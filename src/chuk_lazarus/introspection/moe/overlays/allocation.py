@@ -84,6 +84,11 @@ class RankRule:
         if self.target_ratio is not None and not 0 < self.target_ratio < inf:
             raise InvalidRequest(f"the ratio is {self.target_ratio:g}", "give a number above 0, such as 4")
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether everything is the default: no ranks, error, size or share of the energy was given."""
+        return self == RankRule({})
+
     def __str__(self) -> str:
         if self.max_error is not None:
             return f"fewest bytes with a relative weight error of at most {self.max_error:g}"

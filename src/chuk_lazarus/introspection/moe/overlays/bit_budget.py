@@ -8,6 +8,7 @@ of the factors and the width of the rest.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil, inf, log2, prod, sqrt
@@ -179,14 +180,32 @@ class BitRule:
     def _reach(self, number: int, roles: Mapping[str, RoleTrial]) -> dict[int, LayerCodes]:
         """The fewest bits with which a layer meets the rule.
 
-        Its units climb as in `_within`, but without factors: what factors leave is in few directions, so at equal
-        errors of weights the outputs have larger errors. Before each step, scales for shorter groups are tried instead.
+        To be as good as plain quantisation, deltas of low rank may be in factors, if that takes fewer bytes.
         """
-        units = _open_units({number: roles}, self.trellis, with_factors=False)
+        found = [self._climb(number, roles, with_factors=False)]
+        is_low_rank = any(trial.has_base and trial.spectrum and not trial.bank for trial in roles.values())
+        if self.as_good_as is not None and is_low_rank:
+            with suppress(InvalidRequest):
+                found.append(self._climb(number, roles, with_factors=True))
+        return _by_layer(*min(found, key=lambda each: _count_bytes(*each)))
+
+    def _climb(
+        self, number: int, roles: Mapping[str, RoleTrial], *, with_factors: bool
+    ) -> tuple[list[_Unit], list[RoleCodes]]:
+        """The units of a layer, and the first codes that meet the rule.
+
+        They climb as in `_within`. Before each step, scales for shorter groups are tried instead. What factors leave is
+        in few directions, so at equal errors of weights the outputs have larger errors: codes with factors count by
+        their harm.
+        """
+        units = _open_units({number: roles}, self.trellis, with_factors=with_factors)
         prices = self._prices(roles)
 
+        def loss_of(trial: RoleTrial, codes: RoleCodes) -> float:
+            return trial.harm(codes) if isinstance(codes.delta, FactorsCode | SumCode) else trial.error(codes)
+
         def loss(codes: Sequence[RoleCodes]) -> float:
-            return sum(prices[unit.role] * unit.trial.error(each) for unit, each in zip(units, codes, strict=True))
+            return sum(prices[unit.role] * loss_of(unit.trial, each) for unit, each in zip(units, codes, strict=True))
 
         chosen = [unit.ladder[0] for unit in units]
         steps = _list_steps(units)
@@ -196,7 +215,7 @@ class BitRule:
                 if place is not None and not _has_few_scales(finer[place].delta):
                     finer[place] = _shorten(finer[place])
                 if loss(finer) <= MARGIN:
-                    return _by_layer(units, finer)
+                    return units, finer
             for place, _, higher in steps[taken : taken + 1]:
                 chosen[place] = higher
         goal = (

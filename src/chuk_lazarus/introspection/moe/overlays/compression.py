@@ -44,9 +44,9 @@ def compress(
 ) -> MoEOverlayCompression:
     """Write the model with its experts as an overlay into `folder`, or quantised, and verify some of its layers.
 
-    A result that is not smaller than the model is written only if that is forced. With the format "auto", experts for
-    which no base pays are quantised for mlx-lm, if the rule is one of bits. Raises InvalidRequest for an unknown
-    format, or if a rule and a format do not go together.
+    A result that is not smaller than the model is written only if that is forced, or if its ranks or their error were
+    asked for. With the format "auto", experts for which no base pays are quantised for mlx-lm, if the rule is one of
+    bits. Raises InvalidRequest for an unknown format, or if a rule and a format do not go together.
     """
     if kind not in get_args(Format):
         raise InvalidRequest(f"there is no format {kind!r}", "give auto, overlay or mlx")
@@ -113,7 +113,7 @@ def compress(
         else:
             parts = ranked_bytes(job.layers, [ranks[number] for number in numbers])
             write = partial(write_overlay, opened.experts, ranks)
-        if not force:
+        if not force and (isinstance(rule, BitRule) or rule.is_usual):
             check_smaller(sum(layer.stored_bytes for layer in job.layers), sum_parts(parts))
         write(
             folder,
