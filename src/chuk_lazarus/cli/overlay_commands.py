@@ -267,7 +267,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> "MoEOverlayExport":
     """Turn an overlay back into a standard checkpoint, or write any model in few bits for other programs.
 
