@@ -152,6 +152,12 @@ def test_the_sentence_is_shown_everywhere(model: str) -> None:
     assert explain_saving(analysis(model)) in analysis(model)._repr_html_().replace("\u00a0", " ")
 
 
+@pytest.mark.parametrize(("model", "is_low_rank"), [("demo:lora", True), ("demo:upcycled", False)])
+def test_low_rank_deltas_save_more(model: str, is_low_rank: bool) -> None:
+    for report in (analysis(model), estimate(model)):
+        assert explain_saving(report).endswith("low rank, more can be saved.") == is_low_rank
+
+
 def test_reports_of_earlier_versions_are_shown_without() -> None:
     new = analysis("demo:upcycled").model_dump(mode="json")
     del new["bits_saved"]

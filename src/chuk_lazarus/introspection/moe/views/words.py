@@ -35,6 +35,7 @@ from ..text import format_bytes, format_groups, format_ranges, percent, whole_pe
 MOST_LISTED = 8  # numbers that are listed one by one
 MOST_MOVED = 8  # layers that a sentence names
 MOST_GROUPS = 8  # groups of experts that it names
+LOW_RANK = 0.5  # the rank vs noise below which a sentence says that deltas have a low rank
 ALIKE = 0.5  # the cosine from which on a picture shows experts as alike
 
 
@@ -137,7 +138,15 @@ def explain_saving(report: MoETypeAnalysis | MoEOverlayEstimate) -> str:
     if isinstance(report, MoETypeAnalysis):
         weights *= len(report.moe_layers) / len(report.layers)
     layers = f"all {len(report.moe_layers)} layers take" if len(report.moe_layers) > 1 else "the layer takes"
-    return _say_saving(report.bits_saved, weights, layers)
+    said = _say_saving(report.bits_saved, weights, layers)
+    return f"{said} Because the deltas have a low rank, more can be saved." if _is_low_rank(report) else said
+
+
+def _is_low_rank(report: MoETypeAnalysis | MoEOverlayEstimate) -> bool:
+    """Whether low-rank deltas save more than the law for Gaussian ones says."""
+    if isinstance(report, MoETypeAnalysis):
+        return fmean(one.noise_rank_ratio for layer in report.layers for one in layer.projections.values()) < LOW_RANK
+    return any(row.coded is not None and row.coded < row.bound for row in report.ladder)
 
 
 def _say_saving(saved: float, weights: float, experts_take: str) -> str:
