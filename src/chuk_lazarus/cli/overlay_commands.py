@@ -305,7 +305,7 @@ def evaluate(
             "--overlay",
             metavar="OVERLAY",
             parser=parse_path,
-            help="The same as an option.",
+            help="Another way to give OVERLAY.",
             show_default=False,
         ),
         Positional(
