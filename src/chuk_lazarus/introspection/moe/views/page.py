@@ -152,9 +152,9 @@ def to_page(report: Shown, command: str | None = None, survey: str | None = None
 
 def to_answer_page(row: SurveyRow, answer: SurveyAnswer, survey: str) -> str:
     """What a survey's row says of a model, as a page: for one whose full analysis is not there."""
-    return load_template("answer.html").render(
-        whole=True,
-        command=None,
+    return _fill(
+        "answer.html",
+        row,
         survey=survey,
         row=row,
         answer=answer,
@@ -166,10 +166,6 @@ def to_answer_page(row: SurveyRow, answer: SurveyAnswer, survey: str) -> str:
         caveat="" if row.request.parent else LOOK_ALIKES.get(answer.type, ""),
         facts=_list_answer(row, answer),
         step=f"{COMMAND} moe-type-analyze -m {quote(row.request.model)}",
-        data=row.model_dump(mode="json"),
-        version=__version__,
-        light=theme(LIGHT),
-        dark=theme(DARK),
     )
 
 
@@ -210,6 +206,19 @@ def _render(report: Shown, command: str | None, whole: bool, survey: str | None 
         template, shown = "verification.html", _show_conversion(report, whole)
     else:
         template, shown = "page.html", _show_analyses(report, whole)
+    return _fill(template, report, command=command, whole=whole, survey=survey, **shown)
+
+
+def _fill(
+    template: str,
+    report: Shown | SurveyRow,
+    *,
+    command: str | None = None,
+    whole: bool = True,
+    survey: str | None = None,
+    **shown: Any,
+) -> str:
+    """A template with what its frame needs, and what else it shows."""
     return load_template(template).render(
         whole=whole,
         survey=survey,
