@@ -76,6 +76,7 @@ def test_nothing_is_proposed_that_can_not_be_written(capsys: Capture, tmp_path: 
         assert next_steps(report.model_copy(update={"advice": advice}), "estimate", {}) == []
 
 
+@pytest.mark.parametrize("command", ["layout", "analyze"])
 @pytest.mark.parametrize("option", ["-q", "--json"])
-def test_the_quiet_and_programs_get_none(capsys: Capture, option: str) -> None:
-    assert steps(capsys, "analyze", "demo:native", option) == {}
+def test_the_quiet_and_programs_get_none(capsys: Capture, command: str, option: str) -> None:
+    assert steps(capsys, command, "demo:native", option) == {}

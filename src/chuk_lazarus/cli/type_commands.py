@@ -56,7 +56,7 @@ class TableFormat(StrEnum):
     JSON = "json"
 
 
-@command(JSON, OUTPUT, VERBOSE)
+@command(JSON, OUTPUT, QUIET, VERBOSE)
 def layout(
     run: Run,
     model: Model,
