@@ -212,6 +212,7 @@ def _render(report: Shown, command: str | None, whole: bool, survey: str | None 
 def _fill(
     template: str,
     report: Shown | SurveyRow,
+    /,  # a page may show a `report`, too
     *,
     command: str | None = None,
     whole: bool = True,
